@@ -1,0 +1,33 @@
+"""Fused kernels for three spatial-attention mechanisms of CNNs.
+
+========================  ======================================================  ==============================
+function                  mechanism                                               paper
+========================  ======================================================  ==============================
+window_map                rotated sigmoid-window map with rescaling               rectangular attention
+window_attention          the same, applied to features                           rectangular attention
+anchor_quantize           nearest-anchor quantization, straight-through gradient  information-bottleneck attention
+anchor_attention          the same, applied to features                           information-bottleneck attention
+compatibility_pool        softmax compatibility pooling                           learn to pay attention
+========================  ======================================================  ==============================
+"""
+
+from attnkern._backend import use_backend
+from attnkern._version import __version__
+from attnkern.pool import CompatibilityPooled, compatibility_pool
+from attnkern.quantize import AnchorAttended, AnchorQuantized, anchor_attention, anchor_quantize
+from attnkern.window import WindowAttended, rectangle_corners, window_attention, window_map
+
+__all__ = [
+    "AnchorAttended",
+    "AnchorQuantized",
+    "CompatibilityPooled",
+    "WindowAttended",
+    "__version__",
+    "anchor_attention",
+    "anchor_quantize",
+    "compatibility_pool",
+    "rectangle_corners",
+    "use_backend",
+    "window_attention",
+    "window_map",
+]

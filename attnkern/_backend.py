@@ -1,0 +1,121 @@
+"""Which backends exist here, why one does not, and which is chosen. Only this module knows.
+
+Order of choice: the argument ``backend=``, then :func:`use_backend`, then the environment variable
+``ATTNKERN_BACKEND`` (read at import), then automatic. An explicit choice never falls back.
+"""
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+from attnkern import _ops
+
+NAMES = ("triton", "native", "reference")
+
+#: Lowest compute capability of each backend's kernels.
+_LOWEST_CAPABILITY = {"triton": (8, 0), "native": (7, 5)}
+
+_TRITON_FOUND = importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _validated(name, source):
+    if name is not None and name not in NAMES:
+        raise ValueError(f"{source}: expected one of {', '.join(map(repr, NAMES))} or None, got {name!r}")
+    return name
+
+
+# A plain module global: torch.compile guards on it and recompiles when it changes; a ContextVar would break the graph.
+_current = _validated(os.environ.get("ATTNKERN_BACKEND") or None, "ATTNKERN_BACKEND")
+
+
+class use_backend:
+    """Choose the backend of every attnkern function in this process, until changed or until the ``with`` block ends.
+
+    ``attnkern.use_backend("reference")`` sets it; ``with attnkern.use_backend("native"): ...`` restores the previous
+    choice at the end. ``None`` means automatic. The state is process-wide, not per thread. A backward pass uses the
+    backend that its forward used.
+
+    Raises:
+        ValueError: ``name`` is not "triton", "native", "reference" or None.
+    """
+
+    def __init__(self, name: str | None):
+        global _current
+        self._previous, _current = _current, _validated(name, "use_backend: name")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        global _current
+        _current = self._previous
+
+
+def reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why backend ``name`` cannot run tensors of ``dtype`` on ``device``; None when it can."""
+    if name == "reference":
+        return None
+    if name == "native":
+        missing = _ops.NATIVE_REASON.get(device.type, f"it has kernels for cpu and cuda, not for {device.type}")
+    elif not _TRITON_FOUND:
+        missing = "Triton is not installed: pip install triton"
+    elif dtype == torch.float64:
+        missing = "its kernels compute in float32 and do not take float64"
+    elif device.type == "cpu" and not _ops.TRITON_INTERPRETS:
+        missing = "it needs CUDA tensors (on a CPU only TRITON_INTERPRET=1, set before the start, runs it)"
+    elif device.type not in ("cpu", "cuda"):
+        missing = f"it has kernels for cuda, not for {device.type}"
+    else:
+        missing = None
+    # The device is not asked while compiling: what is traced must not depend on the machine that traces it.
+    if missing is None and device.type == "cuda" and not torch.compiler.is_compiling():
+        capability = _capability(torch.cuda.current_device() if device.index is None else device.index)
+        if capability < _LOWEST_CAPABILITY[name]:
+            missing = "it needs compute capability {}.{}, {} has {}.{}".format(
+                *_LOWEST_CAPABILITY[name], device, *capability
+            )
+    return missing
+
+
+def choose(backend: str | None, x: torch.Tensor) -> str:
+    """The backend for features ``x``: a valid explicit choice as it is, else the first usable one.
+
+    The automatic choice depends on device and dtype only: never on a size, so compiling it adds no guard, and never
+    on the batch, so a result does not depend on it. Native comes before Triton: it launches in fewer microseconds.
+
+    Raises:
+        ValueError: ``backend`` is unknown, or cannot run here; the message says why.
+    """
+    name = _current if backend is None else _validated(backend, "backend")
+    if name is not None:
+        missing = reason(name, x.device, x.dtype)
+        if missing is not None:
+            raise ValueError(f"backend: {name!r} cannot run {x.dtype} on {x.device}: {missing}")
+        return name
+    for name in ("native", "triton"):
+        if reason(name, x.device, x.dtype) is None:
+            return name
+    return "reference"
+
+
+def status() -> list[tuple[str, str, str | None]]:
+    """(backend, device, why it cannot run there or None) for each backend and each device of this machine."""
+    devices = [torch.device("cpu")]
+    devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cuda")]
+    rows = []
+    for name in NAMES:
+        for device in devices:
+            if device.type == "cuda" and not torch.cuda.is_available():
+                missing = _ops.NATIVE_REASON["cuda"] if name == "native" else None
+                missing = missing or "no CUDA device is visible"
+            else:
+                missing = reason(name, device, torch.float32)
+            rows.append((name, str(device), missing))
+    return rows

@@ -1,0 +1,103 @@
+"""What the three ops share: argument checks, dense layouts, and the way to the reference for transforms."""
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(where: str, name: str, tensor) -> None:
+    """Raise TypeError unless ``tensor`` is a dense floating tensor of a supported dtype."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{where}: {name} must be a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"{where}: {name} must be float32, bfloat16, float16 or float64, got {str(tensor.dtype).split('.')[-1]}"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{where}: {name} must be a dense (strided) tensor, got layout {tensor.layout}")
+
+
+def check_shape(where: str, name: str, tensor: torch.Tensor, expected: str, ok: bool) -> None:
+    """Raise ValueError naming the expected shape unless ``ok``."""
+    if not ok:
+        raise ValueError(f"{where}: {name} must be {expected}, got shape {tuple(tensor.shape)}")
+
+
+def check_positions(where: str, name: str, sizes) -> None:
+    """Raise ValueError when a map of these sizes has no position."""
+    if any(size == 0 for size in sizes):
+        raise ValueError(f"{where}: {name} must have at least one position, got a map of size {tuple(sizes)}")
+
+
+def check_companion(where: str, name: str, tensor: torch.Tensor, of: str, features: torch.Tensor) -> None:
+    """Raise unless ``tensor`` lies on the features' device and has their dtype or float32."""
+    if tensor.dtype != features.dtype and tensor.dtype != torch.float32:
+        dtype, allowed = (str(t.dtype).split(".")[-1] for t in (tensor, features))
+        allowed = allowed if allowed == "float32" else f"{allowed} (as {of}) or float32"
+        raise TypeError(f"{where}: {name} must be {allowed}, got {dtype}")
+    if tensor.device != features.device:
+        raise ValueError(f"{where}: {name} must be on {features.device} (as {of}), got {tensor.device}")
+
+
+def channels_last(x: torch.Tensor) -> bool:
+    """True where features (N, C, ...) lie in memory with channels innermost, and not also as contiguous ones do."""
+    if x.is_contiguous():
+        return False
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.transpose(1, 2).is_contiguous()
+
+
+def _channels_innermost(x):
+    if x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """Features in one of the two layouts that kernels read: ``x`` itself where possible, else a copy."""
+    if x.is_contiguous() or channels_last(x):
+        return x
+    return _channels_innermost(x) if x.stride(1) == 1 else x.contiguous()
+
+
+def dense_like(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``grad`` in the layout of the dense features ``x``, copied only where it lies otherwise."""
+    return _channels_innermost(grad) if channels_last(x) else grad.contiguous()
+
+
+def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def transformed(*tensors: torch.Tensor) -> bool:
+    """True inside functorch transforms and for dual tensors: a classic autograd Function would raise there."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if torch.autograd.forward_ad._current_level < 0:
+        return False
+    return any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def create_graph() -> bool:
+    """Inside a backward pass: True when its gradients are to be differentiated again."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def differentiable_backward(forward, inputs, grads):
+    """Gradients of ``forward(*inputs)`` that can be differentiated again; one per input, None where not needed.
+
+    Args:
+        forward: the reference; returns as many tensors as ``grads`` has entries.
+        grads: gradient of each output, or None.
+    """
+    # Fresh aliases, so that a rectangle computed from x does not lead the gradient of x through the rectangle as well.
+    aliases = [tensor.view_as(tensor) for tensor in inputs]
+    outputs = forward(*aliases)
+    pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None and out.requires_grad]
+    wanted = [alias for alias in aliases if alias.requires_grad]
+    found = iter(
+        torch.autograd.grad([out for out, _ in pairs], wanted, [grad for _, grad in pairs],
+                            create_graph=True, allow_unused=True)
+    )  # fmt: skip
+    return tuple(next(found) if alias.requires_grad else None for alias in aliases)

@@ -1,0 +1,161 @@
+"""Operators: schemas in both namespaces, fake kernels, loading of the compiled libraries. Imports torch only.
+
+``attnkern::*`` holds the compiled kernels, ``attnkern_triton::*`` the Triton ones, so that both can be compared in one
+process and a missing binary never looks like a missing operator.
+"""
+
+import importlib
+import mmap
+import os
+from pathlib import Path
+
+import torch
+
+from attnkern._schemas import HASH, SCHEMAS
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that features of ``dtype`` are accumulated in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- fake kernels: shapes, dtypes and strides without data ---------------------------------------------------------
+
+
+def _stats(rectangle, dtype, rescale):
+    return rectangle.new_empty((rectangle.shape[0], 7 if rescale else 0), dtype=dtype)
+
+
+def _window_map_fwd(rectangle, height, width, scale, rescale, aspect):
+    dtype = wide(rectangle.dtype)
+    return rectangle.new_empty((rectangle.shape[0], height, width), dtype=dtype), _stats(rectangle, dtype, rescale)
+
+
+def _window_map_bwd(grad_map, rectangle, stats, scale, rescale, aspect):
+    return torch.empty_like(rectangle)
+
+
+def _window_fwd(x, rectangle, scale, rescale, residual, aspect):
+    n, _, height, width = x.shape
+    dtype = wide(x.dtype)
+    return torch.empty_like(x), x.new_empty((n, height, width), dtype=dtype), _stats(rectangle, dtype, rescale)
+
+
+def _features_grad(x, needed):
+    return torch.empty_like(x) if needed else x.new_empty((0,))
+
+
+def _window_bwd(grad_output, grad_map, x, rectangle, stats, scale, rescale, residual, aspect, need_grad_x):
+    return _features_grad(x, need_grad_x), torch.empty_like(rectangle)
+
+
+def _quantized(a, anchors, dtype):
+    return (
+        torch.empty_like(a),
+        torch.empty_like(a, dtype=torch.int64),
+        a.new_empty((), dtype=dtype),
+        torch.empty_like(anchors, dtype=torch.int64),
+        torch.empty_like(anchors, dtype=dtype),
+    )
+
+
+def _quantize_fwd(a, anchors):
+    return _quantized(a, anchors, wide(a.dtype))
+
+
+def _quantize_bwd(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors, indices, residuals, divisor):
+    return torch.empty_like(a), torch.empty_like(anchors)
+
+
+def _anchor_fwd(x, a, anchors, residual):
+    return (torch.empty_like(x), *_quantized(a, anchors, wide(x.dtype)))
+
+
+def _anchor_bwd(
+    grad_output, grad_values, grad_anchor_loss, grad_commitment_loss, x, a, anchors, indices, residuals,
+    residual, divisor, need_grad_x,
+):  # fmt: skip
+    return _features_grad(x, need_grad_x), torch.empty_like(a), torch.empty_like(anchors)
+
+
+def _pool_fwd(local, query):
+    n, c, *positions = local.shape
+    dtype = wide(local.dtype)
+    attention = local.new_empty((n, *positions), dtype=dtype)
+    pooled_wide = local.new_empty((0,) if local.dtype == dtype else (n, c), dtype=dtype)
+    return local.new_empty((n, c)), attention, torch.empty_like(attention), pooled_wide
+
+
+def _pool_bwd(grad_pooled, grad_attention, grad_scores, local, query, attention, pooled_wide, need_grad_local):
+    return _features_grad(local, need_grad_local), torch.empty_like(query)
+
+
+# --- definition ------------------------------------------------------------------------------------------------------
+
+
+def _triton_kernel(name):
+    """The Triton launcher of an operator, imported on first use: importing Triton costs 0.4 s."""
+    stem = name.split("_")[0]
+    module = f"attnkern._triton.{'quantize' if stem == 'anchor' else stem}"
+    launch = None
+
+    def kernel(*args):
+        nonlocal launch
+        if launch is None:
+            launch = getattr(importlib.import_module(module), name)
+        return launch(*args)
+
+    return kernel
+
+
+#: Triton runs on CPU tensors only when it interprets; the variable is Triton's own, read when a kernel is defined.
+TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+_native = torch.library.Library("attnkern", "DEF")
+_triton = torch.library.Library("attnkern_triton", "DEF")
+for _name, _schema in SCHEMAS.items():
+    for _library in (_native, _triton):
+        _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{_library.ns}::{_name}", globals()[f"_{_name}"], lib=_library)
+    _triton.impl(_name, _triton_kernel(_name), "CUDA")
+    if TRITON_INTERPRETS:
+        _triton.impl(_name, _triton_kernel(_name), "CPU")
+
+
+class _Handles:
+    """One attribute per operator: its default overload in ``namespace``."""
+
+    def __init__(self, namespace):
+        packets = getattr(torch.ops, namespace)
+        for name in SCHEMAS:
+            setattr(self, name, getattr(packets, name).default)
+
+
+#: Operator handles by backend.
+BACKENDS = {"native": _Handles("attnkern"), "triton": _Handles("attnkern_triton")}
+
+
+# --- compiled libraries ----------------------------------------------------------------------------------------------
+
+
+def _load(stem: str) -> str | None:
+    """Load ``attnkern/<stem>.*.so``. Returns why it cannot be used, or None when it is loaded."""
+    found = sorted(Path(__file__).parent.glob(f"{stem}.*so"))
+    if not found:
+        return f"attnkern/{stem} is not built: run `pip install --no-build-isolation .` in the source tree"
+    path = found[0]
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as image:
+        if image.find(f"attnkern-schema:{HASH}".encode()) < 0:
+            return f"{path.name} was built for another version of attnkern: rebuild it"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return None
+
+
+#: Why the compiled kernels cannot be used on a device type; None when they can.
+NATIVE_REASON = {"cpu": _load("_C")}
+NATIVE_REASON["cuda"] = (
+    _load("_C_cuda") if torch.version.cuda else "this PyTorch is a CPU build: install one built for CUDA"
+)

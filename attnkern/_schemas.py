@@ -1,0 +1,45 @@
+"""The operators' schemas: the one place that Python, C++ and the build read them from.
+
+Features (``x``, ``local``) come dense, either positions innermost (contiguous) or channels innermost
+(channels_last, or a transposed view of tokens); every other tensor comes contiguous. The public functions see to it.
+"Wide" means float64 for float64 features and float32 for all others; maps, statistics, losses and residuals are wide.
+
+``stats``      (N, 7): max z, Σ exp(z - max z), and Σ π ∂z/∂β for the five rectangle parameters; (N, 0) without rescale.
+``loss``       (): Σ (v - a)², not yet divided by anything.
+``residuals``  (Q,): Σ (v - a) over the elements that chose anchor k, so that the anchors' gradient is 2·residuals.
+``divisor``    what the sums of the two losses were divided by.
+``pooled_wide`` (N, C) pooled before rounding for half-precision features, else (0,): then it is ``pooled`` itself.
+``need_grad_*`` False: that gradient is not computed and comes back with shape (0,).
+"""
+
+import hashlib
+
+SCHEMAS = {
+    "window_map_fwd": "(Tensor rectangle, SymInt height, SymInt width, float scale, bool rescale, bool aspect)"
+    " -> (Tensor map, Tensor stats)",
+    "window_map_bwd": "(Tensor grad_map, Tensor rectangle, Tensor stats, float scale, bool rescale, bool aspect)"
+    " -> Tensor",
+    "window_fwd": "(Tensor x, Tensor rectangle, float scale, bool rescale, bool residual, bool aspect)"
+    " -> (Tensor output, Tensor map, Tensor stats)",
+    "window_bwd": "(Tensor grad_output, Tensor? grad_map, Tensor x, Tensor rectangle, Tensor stats,"
+    " float scale, bool rescale, bool residual, bool aspect, bool need_grad_x)"
+    " -> (Tensor grad_x, Tensor grad_rectangle)",
+    "quantize_fwd": "(Tensor a, Tensor anchors)"
+    " -> (Tensor values, Tensor indices, Tensor loss, Tensor counts, Tensor residuals)",
+    "quantize_bwd": "(Tensor? grad_values, Tensor? grad_anchor_loss, Tensor? grad_commitment_loss,"
+    " Tensor a, Tensor anchors, Tensor indices, Tensor residuals, SymInt divisor)"
+    " -> (Tensor grad_a, Tensor grad_anchors)",
+    "anchor_fwd": "(Tensor x, Tensor a, Tensor anchors, bool residual)"
+    " -> (Tensor output, Tensor values, Tensor indices, Tensor loss, Tensor counts, Tensor residuals)",
+    "anchor_bwd": "(Tensor grad_output, Tensor? grad_values, Tensor? grad_anchor_loss, Tensor? grad_commitment_loss,"
+    " Tensor x, Tensor a, Tensor anchors, Tensor indices, Tensor residuals,"
+    " bool residual, SymInt divisor, bool need_grad_x)"
+    " -> (Tensor grad_x, Tensor grad_a, Tensor grad_anchors)",
+    "pool_fwd": "(Tensor local, Tensor query) -> (Tensor pooled, Tensor attention, Tensor scores, Tensor pooled_wide)",
+    "pool_bwd": "(Tensor? grad_pooled, Tensor? grad_attention, Tensor? grad_scores,"
+    " Tensor local, Tensor query, Tensor attention, Tensor pooled_wide, bool need_grad_local)"
+    " -> (Tensor grad_local, Tensor grad_query)",
+}
+
+#: Compiled into every library as ``attnkern-schema:<HASH>``; a library that lacks it is refused.
+HASH = hashlib.sha256(repr(sorted(SCHEMAS.items())).encode()).hexdigest()[:16]

@@ -1,0 +1,208 @@
+"""Nearest-anchor quantization with straight-through gradient, alone and applied to features."""
+
+from typing import NamedTuple
+
+import torch
+
+from attnkern import _backend, reference
+from attnkern._common import (
+    check_companion,
+    check_positions,
+    check_shape,
+    check_tensor,
+    contiguous,
+    create_graph,
+    dense,
+    dense_like,
+    differentiable_backward,
+    transformed,
+)
+from attnkern._ops import BACKENDS
+from attnkern.reference import loss_divisor
+
+
+class AnchorQuantized(NamedTuple):
+    """Result of :func:`anchor_quantize`."""
+
+    values: torch.Tensor  #: shape and dtype of a: the nearest anchor
+    indices: torch.Tensor  #: shape of a, int64: its index
+    anchor_loss: torch.Tensor  #: scalar, moves the anchors
+    commitment_loss: torch.Tensor  #: scalar, moves a
+    counts: torch.Tensor  #: (Q,) int64: how many elements chose each anchor
+
+
+class AnchorAttended(NamedTuple):
+    """Result of :func:`anchor_attention`."""
+
+    output: torch.Tensor  #: (N, C, H, W), the features' dtype and memory format
+    values: torch.Tensor  #: shape and dtype of a: the nearest anchor
+    indices: torch.Tensor  #: shape of a, int64: its index
+    anchor_loss: torch.Tensor  #: scalar, moves the anchors
+    commitment_loss: torch.Tensor  #: scalar, moves a
+    counts: torch.Tensor  #: (Q,) int64: how many elements chose each anchor
+
+
+def _save(ctx, inputs, indices, residuals, options):
+    ctx.save_for_backward(*inputs, indices, residuals)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+class _AnchorQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, anchors, reduction, backend):
+        values, indices, loss, counts, residuals = BACKENDS[backend].quantize_fwd(a.contiguous(), anchors.contiguous())
+        _save(ctx, (a, anchors), indices, residuals, (reduction, backend))
+        ctx.mark_non_differentiable(indices, counts)
+        divisor = loss_divisor(a, reduction)
+        return values, indices, loss / divisor, loss / divisor, counts
+
+    @staticmethod
+    def backward(ctx, grad_values, _indices, grad_anchor_loss, grad_commitment_loss, _counts):
+        a, anchors, indices, residuals = ctx.saved_tensors
+        reduction, backend = ctx.options
+        if create_graph():
+
+            def forward(a, anchors):
+                return reference.anchor_quantize(a, anchors, reduction=reduction)
+
+            grads = (grad_values, None, grad_anchor_loss, grad_commitment_loss, None)
+            grad_a, grad_anchors = differentiable_backward(forward, (a, anchors), grads)
+        else:
+            grad_a, grad_anchors = BACKENDS[backend].quantize_bwd(
+                contiguous(grad_values), grad_anchor_loss, grad_commitment_loss,
+                a.contiguous(), anchors.contiguous(), indices, residuals, loss_divisor(a, reduction),
+            )  # fmt: skip
+        return grad_a, grad_anchors, None, None
+
+
+class _AnchorAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, a, anchors, residual, reduction, backend):
+        output, values, indices, loss, counts, residuals = BACKENDS[backend].anchor_fwd(
+            dense(x), a.contiguous(), anchors.contiguous(), residual
+        )
+        _save(ctx, (x, a, anchors), indices, residuals, (residual, reduction, backend))
+        ctx.mark_non_differentiable(indices, counts)
+        divisor = loss_divisor(a, reduction)
+        return output, values, indices, loss / divisor, loss / divisor, counts
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_values, _indices, grad_anchor_loss, grad_commitment_loss, _counts):
+        x, a, anchors, indices, residuals = ctx.saved_tensors
+        residual, reduction, backend = ctx.options
+        if create_graph():
+
+            def forward(x, a, anchors):
+                return reference.anchor_attention(x, a, anchors, residual=residual, reduction=reduction)
+
+            grads = (grad_output, grad_values, None, grad_anchor_loss, grad_commitment_loss, None)
+            return (*differentiable_backward(forward, (x, a, anchors), grads), None, None, None)
+        losses = grad_anchor_loss, grad_commitment_loss
+        quantized = a.contiguous(), anchors.contiguous(), indices, residuals
+        divisor = loss_divisor(a, reduction)
+        if grad_output is None:
+            grad_x = None
+            grad_a, grad_anchors = BACKENDS[backend].quantize_bwd(contiguous(grad_values), *losses, *quantized, divisor)
+        else:
+            x = dense(x)
+            grad_x, grad_a, grad_anchors = BACKENDS[backend].anchor_bwd(
+                dense_like(grad_output, x), contiguous(grad_values), *losses, x, *quantized,
+                residual, divisor, ctx.needs_input_grad[0],
+            )  # fmt: skip
+            if not ctx.needs_input_grad[0]:
+                grad_x = None
+        return grad_x, grad_a, grad_anchors, None, None, None
+
+
+def _check_anchors(where, anchors, reduction, of, features):
+    check_tensor(where, "anchors", anchors)
+    check_shape(where, "anchors", anchors, "(Q,) with Q of at least 1", anchors.dim() == 1 and anchors.shape[0] >= 1)
+    check_companion(where, "anchors", anchors, of, features)
+    if reduction not in ("mean", "batchmean", "sum"):
+        raise ValueError(f"{where}: reduction must be 'mean', 'batchmean' or 'sum', got {reduction!r}")
+
+
+def anchor_quantize(
+    a: torch.Tensor, anchors: torch.Tensor, *, reduction: str = "mean", backend: str | None = None
+) -> AnchorQuantized:
+    """Nearest anchor of each element: values = anchors[argmin_k |a - anchors_k|], straight-through.
+
+    The nearest anchor is exact in exact arithmetic on the stored values; ties go to the lowest index. d values/d a = 1,
+    and the anchors get no gradient from the values. anchor_loss = ‖sg[a] - v‖² moves the anchors,
+    commitment_loss = ‖a - sg[v]‖² moves a. A NaN element has value NaN, index 0 and no count; a NaN anchor makes every
+    value NaN; ±Inf takes the extreme anchor.
+
+    Args:
+        a: any shape with N first, float32, bfloat16, float16 or float64.
+        anchors: (Q,), in the dtype of a or float32, in any order, duplicates allowed.
+        reduction: of the losses: "mean" over all elements (the published code), "batchmean" sum over an image and mean
+            over N (Eq. 10 as printed), or "sum".
+        backend: "triton", "native", "reference", or None for :func:`attnkern.use_backend`'s choice.
+
+    Returns:
+        values (as a), indices (int64), anchor_loss and commitment_loss (scalars in float32, float64 for float64),
+        counts (Q,) int64.
+
+    Raises:
+        ValueError: wrong shape, device or reduction, no anchor, an unknown backend, or one that cannot run here.
+        TypeError: not a floating tensor, or dtypes that do not go together.
+
+    Source: Information Bottleneck Approach to Spatial Attention Learning, Eqs. 9-10.
+    """
+    where = "anchor_quantize"
+    check_tensor(where, "a", a)
+    check_shape(where, "a", a, "(N, ...)", a.dim() >= 1)
+    _check_anchors(where, anchors, reduction, "a", a)
+    chosen = _backend.choose(backend, a)
+    if chosen == "reference" or transformed(a, anchors):
+        return AnchorQuantized(*reference.anchor_quantize(a, anchors, reduction=reduction))
+    return AnchorQuantized(*_AnchorQuantize.apply(a, anchors, reduction, chosen))
+
+
+def anchor_attention(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    anchors: torch.Tensor,
+    *,
+    residual: bool = True,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> AnchorAttended:
+    """Features under a quantized map: output = x + v·x with v = anchors[nearest], broadcast over channels.
+
+    Args:
+        x: (N, C, H, W) features, float32, bfloat16, float16 or float64, contiguous or channels_last at full speed.
+        a: (N, 1, H, W) or (N, H, W) map, in the features' dtype or float32.
+        anchors: (Q,), in the features' dtype or float32.
+        residual: add x; otherwise output = v·x.
+        reduction: as in :func:`anchor_quantize`.
+        backend: "triton", "native", "reference", or None for :func:`attnkern.use_backend`'s choice.
+
+    Returns:
+        output (N, C, H, W) in the dtype and memory format of x, then the five results of :func:`anchor_quantize`.
+
+    Raises:
+        ValueError: wrong shape, device or reduction, no anchor, an unknown backend, or one that cannot run here.
+        TypeError: not a floating tensor, or dtypes that do not go together.
+
+    Source: Information Bottleneck Approach to Spatial Attention Learning, Eqs. 9-10.
+    """
+    where = "anchor_attention"
+    check_tensor(where, "x", x)
+    check_shape(where, "x", x, "(N, C, H, W)", x.dim() == 4)
+    check_positions(where, "x", x.shape[2:])
+    check_tensor(where, "a", a)
+    n, _, height, width = x.shape
+    check_shape(
+        where, "a", a, f"({n}, 1, {height}, {width}) or ({n}, {height}, {width}) (as x)",
+        a.shape == (n, 1, height, width) or a.shape == (n, height, width),
+    )  # fmt: skip
+    check_companion(where, "a", a, "x", x)
+    _check_anchors(where, anchors, reduction, "x", x)
+    chosen = _backend.choose(backend, x)
+    if chosen == "reference" or transformed(x, a, anchors):
+        attended = reference.anchor_attention(x, a, anchors, residual=residual, reduction=reduction)
+    else:
+        attended = _AnchorAttention.apply(x, a, anchors, residual, reduction, chosen)
+    return AnchorAttended(*attended)

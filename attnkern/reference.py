@@ -1,0 +1,135 @@
+"""The oracles: the three ops in plain PyTorch, any float dtype, any device, differentiable to any order.
+
+Half-precision inputs are computed in float32 and rounded once at the end. These functions take validated arguments;
+formulas, shapes and sources stand at the public functions of the same names.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from attnkern._ops import wide
+
+#: |σ| is floored here, with zero gradient below.
+SIGMA_FLOOR = 1e-6
+
+
+def coordinates(length: int, like: torch.Tensor) -> torch.Tensor:
+    """Pixel centres of an axis, from 0 to 1 with corners aligned; 0.5 for an axis of length 1."""
+    if length == 1:
+        return torch.full((1,), 0.5, dtype=like.dtype, device=like.device)
+    return torch.arange(length, dtype=like.dtype, device=like.device) / (length - 1)
+
+
+def aspect_factors(height: int, width: int, aspect: bool) -> tuple[float, float]:
+    """Factors of the row and the column offset: 1, or (H-1)/L and (W-1)/L with L = max(H, W) - 1."""
+    longest = max(height, width) - 1
+    return ((height - 1) / longest, (width - 1) / longest) if aspect and longest > 0 else (1.0, 1.0)
+
+
+def _log_window(rectangle, height, width, scale, aspect):
+    """z = log Λ(p) + log Λ(q), (N, H, W)."""
+    mu1, mu2, sigma1, sigma2, alpha = rectangle[..., None, None].unbind(-3)
+    row, column = aspect_factors(height, width, aspect)
+    d1 = (coordinates(height, rectangle)[:, None] - mu1) * row
+    d2 = (coordinates(width, rectangle) - mu2) * column
+    u = torch.cos(alpha) * d1 + torch.sin(alpha) * d2
+    v = torch.cos(alpha) * d2 - torch.sin(alpha) * d1
+    z = 0
+    for offset, sigma in ((u, sigma1), (v, sigma2)):
+        sigma = torch.where(sigma.abs() < SIGMA_FLOOR, SIGMA_FLOOR, sigma)
+        z = z + F.logsigmoid(scale * (1 - (offset / sigma).square()))
+    return z
+
+
+def window_map(rectangle, size, *, scale=6.0, rescale=True, aspect=False):
+    height, width = size
+    z = _log_window(rectangle.to(wide(rectangle.dtype)), height, width, scale, aspect)
+    if not rescale:
+        return z.exp()
+    return z.flatten(1).softmax(1).view(z.shape) * (height * width)
+
+
+def window_attention(x, rectangle, *, scale=6.0, rescale=True, residual=True, aspect=False):
+    dtype = wide(x.dtype)
+    map = window_map(rectangle.to(dtype), x.shape[2:], scale=scale, rescale=rescale, aspect=aspect)
+    return _modulate(x, map[:, None], residual), map
+
+
+def _modulate(x, map, residual):
+    """x + map·x, or map·x."""
+    wide_x = x.to(map.dtype)
+    output = map * wide_x
+    return (output + wide_x if residual else output).to(x.dtype)
+
+
+def nearest_anchor(a: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """Index of the anchor nearest to each element in exact arithmetic; the lowest index on ties; 0 for NaN.
+
+    The anchors are sorted, and between neighbours lo < hi stands a threshold: the smallest float64 that prefers hi.
+    It is the midpoint where that is a tie that hi wins or lies above the exact midpoint, else its successor.
+    """
+    a, anchors = a.detach().double(), anchors.detach().double()
+    values, order = torch.sort(anchors, stable=True)
+    lo, hi = values[:-1], values[1:]
+    # Equal anchors stand together, lowest original index first: every one of a run counts as the first of it.
+    position = torch.arange(len(anchors), device=anchors.device)
+    begins = torch.cat([torch.ones_like(order[:1], dtype=torch.bool), lo != hi])
+    first = torch.cummax(torch.where(begins, position, 0), 0).values
+    index = order[first]
+    # midpoint + error = (lo + hi) / 2 exactly (Knuth's two-sum on the halves).
+    half_lo, half_hi = lo / 2, hi / 2
+    midpoint = half_lo + half_hi
+    tail = midpoint - half_lo
+    error = (half_lo - (midpoint - tail)) + (half_hi - tail)
+    at_midpoint = (error < 0) | ((error == 0) & (index[1:] < index[:-1]))
+    infinity = torch.full_like(midpoint, torch.inf)
+    threshold = torch.where(at_midpoint, midpoint, torch.nextafter(midpoint, infinity))
+    # Opposite infinities have no midpoint: every finite number is as far from one as from the other.
+    finite = torch.nextafter(-infinity, infinity)
+    threshold = torch.where(midpoint.isnan(), torch.where(index[1:] < index[:-1], finite, infinity), threshold)
+    chosen = index[torch.searchsorted(threshold, a, right=True)]
+    return torch.where(a.isnan() | anchors.isnan().any(), 0, chosen)
+
+
+def _quantize(a, anchors, dtype, reduction):
+    index = nearest_anchor(a, anchors)
+    wide_a, wide_anchors = a.to(dtype), anchors.to(dtype)
+    poisoned = anchors.detach().isnan().any()
+    chosen = torch.where(poisoned, torch.nan, wide_anchors[index])
+    values = torch.where(a.detach().isnan(), torch.nan, chosen).detach()
+    # Straight-through: the anchor's value exactly, the gradient of a. (a + (v - a) would round, and is NaN at Inf.)
+    finite = torch.where(wide_a.isfinite(), wide_a, 0)
+    values = values + (finite - finite.detach())
+    divisor = loss_divisor(a, reduction)
+    anchor_loss = (wide_a.detach() - chosen).square().sum() / divisor
+    commitment_loss = (wide_a - chosen.detach()).square().sum() / divisor
+    counted = ~(a.detach().isnan() | poisoned)
+    counts = torch.zeros_like(anchors, dtype=torch.int64).index_add(0, index.flatten(), counted.flatten().long())
+    return values, index, anchor_loss, commitment_loss, counts
+
+
+def loss_divisor(a: torch.Tensor, reduction: str) -> int:
+    """What Σ (v - a)² is divided by; at least 1, so that an empty batch has loss 0."""
+    return max(1, {"mean": a.numel(), "batchmean": a.shape[0], "sum": 1}[reduction])
+
+
+def anchor_quantize(a, anchors, *, reduction="mean"):
+    values, *rest = _quantize(a, anchors, wide(a.dtype), reduction)
+    return (values.to(a.dtype), *rest)
+
+
+def anchor_attention(x, a, anchors, *, residual=True, reduction="mean"):
+    values, *rest = _quantize(a, anchors, wide(x.dtype), reduction)
+    map = values if values.dim() == 4 else values[:, None]
+    return (_modulate(x, map, residual), values.to(a.dtype), *rest)
+
+
+def compatibility_pool(local, query):
+    dtype = wide(local.dtype)
+    wide_local, wide_query = local.to(dtype).flatten(2), query.to(dtype)
+    wide_query = wide_query[:, None] if query.dim() == 1 else wide_query[:, :, None]
+    scores = (wide_query * wide_local).sum(1)
+    attention = scores.softmax(1)
+    pooled = (wide_local * attention[:, None]).sum(2)
+    positions = (local.shape[0], *local.shape[2:])
+    return pooled.to(local.dtype), attention.view(positions), scores.view(positions)

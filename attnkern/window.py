@@ -1,0 +1,227 @@
+"""The rotated sigmoid window of rectangular attention, alone and applied to features."""
+
+from typing import NamedTuple
+
+import torch
+
+from attnkern import _backend, reference
+from attnkern._common import (
+    check_companion,
+    check_positions,
+    check_shape,
+    check_tensor,
+    create_graph,
+    dense,
+    dense_like,
+    differentiable_backward,
+    transformed,
+)
+from attnkern._ops import BACKENDS
+
+
+class WindowAttended(NamedTuple):
+    """Result of :func:`window_attention`."""
+
+    output: torch.Tensor  #: (N, C, H, W), the features' dtype and memory format
+    map: torch.Tensor  #: (N, H, W), float32 (float64 for float64 features)
+
+
+class _WindowMap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rectangle, height, width, scale, rescale, aspect, backend):
+        rectangle = rectangle.contiguous()
+        map, stats = BACKENDS[backend].window_map_fwd(rectangle, height, width, scale, rescale, aspect)
+        ctx.save_for_backward(rectangle, stats)
+        ctx.options = height, width, scale, rescale, aspect, backend
+        return map
+
+    @staticmethod
+    def backward(ctx, grad_map):
+        rectangle, stats = ctx.saved_tensors
+        height, width, scale, rescale, aspect, backend = ctx.options
+        if create_graph():
+
+            def forward(rectangle):
+                return (reference.window_map(rectangle, (height, width), scale=scale, rescale=rescale, aspect=aspect),)
+
+            (grad_rectangle,) = differentiable_backward(forward, (rectangle,), (grad_map,))
+        else:
+            grad_rectangle = BACKENDS[backend].window_map_bwd(
+                grad_map.contiguous(), rectangle, stats, scale, rescale, aspect
+            )
+        return grad_rectangle, None, None, None, None, None, None
+
+
+class _WindowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, rectangle, scale, rescale, residual, aspect, backend):
+        output, map, stats = BACKENDS[backend].window_fwd(
+            dense(x), rectangle.contiguous(), scale, rescale, residual, aspect
+        )
+        ctx.save_for_backward(x, rectangle, stats)
+        ctx.options = scale, rescale, residual, aspect, backend
+        ctx.set_materialize_grads(False)
+        return output, map
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_map):
+        x, rectangle, stats = ctx.saved_tensors
+        scale, rescale, residual, aspect, backend = ctx.options
+        ops = BACKENDS[backend]
+        if create_graph():
+
+            def forward(x, rectangle):
+                return reference.window_attention(
+                    x, rectangle, scale=scale, rescale=rescale, residual=residual, aspect=aspect
+                )
+
+            grad_x, grad_rectangle = differentiable_backward(forward, (x, rectangle), (grad_output, grad_map))
+        elif grad_output is not None:
+            x = dense(x)
+            grad_map = None if grad_map is None else grad_map.contiguous()
+            grad_x, grad_rectangle = ops.window_bwd(
+                dense_like(grad_output, x), grad_map, x, rectangle.contiguous(), stats,
+                scale, rescale, residual, aspect, ctx.needs_input_grad[0],
+            )  # fmt: skip
+            if not ctx.needs_input_grad[0]:
+                grad_x = None
+        else:
+            grad_x = grad_rectangle = None
+            if grad_map is not None:
+                grad_rectangle = ops.window_map_bwd(
+                    grad_map.contiguous(), rectangle.contiguous(), stats, scale, rescale, aspect
+                )
+        return grad_x, grad_rectangle, None, None, None, None, None
+
+
+def _check_rectangle(where, rectangle):
+    check_tensor(where, "rectangle", rectangle)
+    check_shape(where, "rectangle", rectangle, "(N, 5)", rectangle.dim() == 2 and rectangle.shape[1] == 5)
+
+
+def _check_number(where, name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{where}: {name} must be a number, got {type(value).__name__}")
+
+
+def window_map(
+    rectangle: torch.Tensor,
+    size: tuple[int, int],
+    *,
+    scale: float = 6.0,
+    rescale: bool = True,
+    aspect: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Map of a rotated rectangle: f = Λ(s(1 - (u/σ₁)²)) · Λ(s(1 - (v/σ₂)²)), rescaled to mean 1.
+
+    (u, v) is the offset from the centre, rotated by the angle: with d = t - μ, u = cos α·d₁ + sin α·d₂ and
+    v = -sin α·d₁ + cos α·d₂. The rescaled map HW·f/Σf is computed as HW·softmax(log f), finite even where f underflows.
+
+    Args:
+        rectangle: (N, 5): centre row μ₁, centre column μ₂, half height σ₁, half width σ₂, angle α in radians.
+            Coordinates are pixel centres that run from 0 to 1 over rows and over columns, corners aligned, row before
+            column (unlike ``grid_sample``); an axis of length 1 sits at 0.5. With (row, column) axes a positive angle
+            turns counter-clockwise on the screen. |σ| is floored at 1e-6, with zero gradient below.
+        size: (H, W) of the map, at least 1 x 1.
+        scale: steepness s of the edges.
+        rescale: multiply by HW/Σf; otherwise the map lies in [0, 1].
+        aspect: measure offsets and σ in units of the longer side, so that the rectangle stays rigid when it turns on a
+            map with H ≠ W. Otherwise it is rigid in the unit square, a parallelogram in pixels.
+        backend: "triton", "native", "reference", or None for :func:`attnkern.use_backend`'s choice.
+
+    Returns:
+        (N, H, W), float32 (float64 for a float64 rectangle).
+
+    Raises:
+        ValueError: wrong shape or size, an unknown backend, or one that cannot run here.
+        TypeError: not a floating tensor.
+
+    Source: Convolutional Rectangular Attention Module, Eqs. 1-5 and 7.
+    """
+    _check_rectangle("window_map", rectangle)
+    if not (isinstance(size, (tuple, list)) and len(size) == 2):
+        raise ValueError(f"window_map: size must be (H, W), got {size!r}")
+    if not all(isinstance(length, (int, torch.SymInt)) and length >= 1 for length in size):
+        raise ValueError(f"window_map: size must be two integers of at least 1, got {tuple(size)}")
+    _check_number("window_map", "scale", scale)
+    chosen = _backend.choose(backend, rectangle)
+    if chosen == "reference" or transformed(rectangle):
+        return reference.window_map(rectangle, size, scale=scale, rescale=rescale, aspect=aspect)
+    return _WindowMap.apply(rectangle, *size, float(scale), rescale, aspect, chosen)
+
+
+def window_attention(
+    x: torch.Tensor,
+    rectangle: torch.Tensor,
+    *,
+    scale: float = 6.0,
+    rescale: bool = True,
+    residual: bool = True,
+    aspect: bool = False,
+    backend: str | None = None,
+) -> WindowAttended:
+    """Features under the map of :func:`window_map`: output = x + map·x, the map broadcast over channels.
+
+    Args:
+        x: (N, C, H, W) features, float32, bfloat16, float16 or float64, contiguous or channels_last at full speed.
+        rectangle: (N, 5), in the features' dtype or float32; units as in :func:`window_map`: fractions of the height
+            and width between the centres of the corner pixels, row before column, radians.
+        scale, rescale, aspect: as in :func:`window_map`.
+        residual: add x; otherwise output = map·x.
+        backend: "triton", "native", "reference", or None for :func:`attnkern.use_backend`'s choice.
+
+    Returns:
+        output (N, C, H, W) in the dtype and memory format of x; map (N, H, W) in float32 (float64 for float64).
+
+    Raises:
+        ValueError: wrong shape or device, an unknown backend, or one that cannot run here.
+        TypeError: not a floating tensor, or dtypes that do not go together.
+
+    Source: Convolutional Rectangular Attention Module, Eqs. 5-7.
+    """
+    where = "window_attention"
+    check_tensor(where, "x", x)
+    check_shape(where, "x", x, "(N, C, H, W)", x.dim() == 4)
+    check_positions(where, "x", x.shape[2:])
+    _check_rectangle(where, rectangle)
+    check_shape(where, "rectangle", rectangle, f"({x.shape[0]}, 5) (N as x)", rectangle.shape[0] == x.shape[0])
+    check_companion(where, "rectangle", rectangle, "x", x)
+    _check_number(where, "scale", scale)
+    chosen = _backend.choose(backend, x)
+    if chosen == "reference" or transformed(x, rectangle):
+        attended = reference.window_attention(
+            x, rectangle, scale=scale, rescale=rescale, residual=residual, aspect=aspect
+        )
+    else:
+        attended = _WindowAttention.apply(x, rectangle, float(scale), rescale, residual, aspect, chosen)
+    return WindowAttended(*attended)
+
+
+def rectangle_corners(rectangle: torch.Tensor, size: tuple[int, int], *, aspect: bool = False) -> torch.Tensor:
+    """Corners of rectangles in pixels, for drawing: (N, 4, 2), row before column.
+
+    The corners (±σ₁, ±σ₂) are turned by the angle and moved to the centre, in the order that walks round the
+    rectangle from (-, -). Pixel centres are integers: (0, 0) is the centre of the first pixel.
+
+    Args:
+        rectangle: (N, 5) as in :func:`window_map`.
+        size: (H, W) of the image or map to draw on.
+        aspect: as in :func:`window_map`.
+
+    Raises:
+        ValueError, TypeError: as :func:`window_map`.
+
+    Source: Convolutional Rectangular Attention Module, Eqs. 3-5.
+    """
+    _check_rectangle("rectangle_corners", rectangle)
+    height, width = size
+    mu1, mu2, sigma1, sigma2, alpha = rectangle.to(reference.wide(rectangle.dtype)).unbind(1)
+    u = torch.stack((-sigma1, -sigma1, sigma1, sigma1), 1)
+    v = torch.stack((-sigma2, sigma2, sigma2, -sigma2), 1)
+    cos, sin = torch.cos(alpha)[:, None], torch.sin(alpha)[:, None]
+    row, column = reference.aspect_factors(height, width, aspect)
+    # An axis of length 1 has no extent: its factor is 0 and every corner lies on it.
+    d1 = (cos * u - sin * v) / row if row else torch.zeros_like(u)
+    d2 = (sin * u + cos * v) / column if column else torch.zeros_like(u)
+    return torch.stack(((mu1[:, None] + d1) * (height - 1), (mu2[:, None] + d2) * (width - 1)), 2)

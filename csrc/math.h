@@ -47,8 +47,8 @@ ATTNKERN_INLINE float exponential(float x) {
   // 2ⁿ in two factors, so that denormal results come out right.
   const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(12582912.0f);
   const int32_t half = exponent >> 1;
-  const float low = bit_cast<float>((half + 127) << 23);
-  const float high = bit_cast<float>((exponent - half + 127) << 23);
+  const float low = bit_cast<float>(static_cast<uint32_t>(half + 127) << 23);
+  const float high = bit_cast<float>(static_cast<uint32_t>(exponent - half + 127) << 23);
   return series * low * high;
 #endif
 }

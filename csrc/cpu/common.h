@@ -1,0 +1,173 @@
+// What the CPU kernels share: storage types, the shape of features, allocation and dispatch by dtype.
+#pragma once
+
+#include "config.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "cpu/isa.h"
+#include "math.h"
+
+namespace attnkern {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// --- storage types; arithmetic happens in Wide<T> ---
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <typename T> using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Branch-free, so that loops over half-precision features vectorise.
+ATTNKERN_INLINE double widen(double x) { return x; }
+ATTNKERN_INLINE float widen(float x) { return x; }
+ATTNKERN_INLINE float widen(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+ATTNKERN_INLINE float widen(Half x) {
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  // 2^112 rebiases the exponent and normalises denormals; the largest exponent stands for Inf and NaN.
+  const uint32_t rebiased = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+  return bit_cast<float>(rebiased | special | static_cast<uint32_t>(x.bits & 0x8000) << 16);
+}
+
+// To the nearest, ties to even.
+template <typename T> ATTNKERN_INLINE T narrow(Wide<T> x) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return {static_cast<uint16_t>(x == x ? rounded : 0x7fc0)};
+  } else if constexpr (std::is_same_v<T, Half>) {
+    const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    const uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    // Adding 0.5, whose last bit is the denormals' step, rounds to that step.
+    const uint32_t denormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
+    const uint32_t finite = magnitude < (113u << 23) ? denormal : normal;
+    const uint32_t infinite = magnitude > 0x7f800000u ? 0x7e00 : 0x7c00;
+    return {static_cast<uint16_t>(sign | (magnitude < 0x47800000u ? std::min(finite, 0x7c00u) : infinite))};
+  } else {
+    return x;
+  }
+}
+
+// --- features ---
+
+// (N, C, positions), positions or channels innermost.
+struct Shape {
+  int64_t images, channels, positions;
+  bool channels_inner;
+
+  explicit Shape(const Tensor& x)
+      : images(x.size(0)), channels(x.size(1)), positions(1), channels_inner(!x.is_contiguous()) {
+    for (int64_t i = 2; i < x.dim(); ++i)
+      positions *= x.size(i);
+  }
+  int64_t image_size() const { return channels * positions; }
+};
+
+// --- parallelism ---
+
+// Calls body(i) for i in [0, count), on several threads where it pays: an item costs about `cost` elements. What an
+// item computes never depends on the thread that runs it.
+template <typename Body> void parallel(int64_t count, int64_t cost, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cost));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      body(i);
+  });
+}
+
+// --- tensors ---
+
+template <typename T> constexpr ScalarType scalar_type() {
+  if constexpr (std::is_same_v<T, double>)
+    return ScalarType::Double;
+  else if constexpr (std::is_same_v<T, float>)
+    return ScalarType::Float;
+  else if constexpr (std::is_same_v<T, BFloat16>)
+    return ScalarType::BFloat16;
+  else if constexpr (std::is_same_v<T, Half>)
+    return ScalarType::Half;
+  else
+    return ScalarType::Long;
+}
+
+template <typename T> const T* data(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
+template <typename T> const T* data(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? data<T>(*tensor) : nullptr;
+}
+template <typename T> T* mutable_data(const Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); }
+
+template <typename T> Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, scalar_type<T>());
+}
+template <typename T> Tensor empty_like(const Tensor& like) {
+  return torch::stable::new_empty(like, like.sizes(), scalar_type<T>());
+}
+
+// The gradient of features: like them, or (0,) when nobody asked for it.
+template <typename T> Tensor features_grad(const Tensor& x, bool needed) {
+  return needed ? torch::stable::empty_like(x) : empty<T>(x, {0});
+}
+
+// Calls body(T{}) with the storage type of a dtype.
+template <typename Body> auto dispatch(ScalarType type, const Body& body) {
+  switch (type) {
+  case ScalarType::Float:
+    return body(float{});
+  case ScalarType::Double:
+    return body(double{});
+  case ScalarType::BFloat16:
+    return body(BFloat16{});
+  case ScalarType::Half:
+    return body(Half{});
+  default:
+    STD_TORCH_CHECK(false, "attnkern: features must be float32, float64, bfloat16 or float16");
+    return body(float{});
+  }
+}
+
+// Calls body(A{}) with the accumulation type of a dtype.
+template <typename Body> auto dispatch_wide(ScalarType type, const Body& body) {
+  return type == ScalarType::Double ? body(double{}) : body(float{});
+}
+
+// A companion of the features (rectangle, anchors, query, a map) widened to A.
+template <typename A> std::vector<A> widened(const Tensor& tensor) {
+  return dispatch(tensor.scalar_type(), [&](auto t) {
+    const auto* values = data<decltype(t)>(tensor);
+    std::vector<A> result(tensor.numel());
+    for (size_t i = 0; i < result.size(); ++i)
+      result[i] = static_cast<A>(widen(values[i]));
+    return result;
+  });
+}
+
+// Wide numbers as a tensor of the shape and dtype of `like`.
+template <typename A> Tensor narrowed(const Tensor& like, const std::vector<A>& values) {
+  return dispatch(like.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    Tensor tensor = torch::stable::empty_like(like);
+    T* to = mutable_data<T>(tensor);
+    for (size_t i = 0; i < values.size(); ++i)
+      to[i] = narrow<T>(static_cast<Wide<T>>(values[i]));
+    return tensor;
+  });
+}
+
+} // namespace attnkern

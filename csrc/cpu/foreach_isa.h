@@ -1,0 +1,35 @@
+// Includes ATTNKERN_KERNELS once per instruction set, each time inside its own namespace attnkern::ATTNKERN_ISA and
+// compiled for that set: one binary uses what the processor has.
+#define ATTNKERN_ISA baseline
+#include ATTNKERN_KERNELS
+#undef ATTNKERN_ISA
+
+#if defined(ATTNKERN_X86)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define ATTNKERN_ISA avx2
+#include ATTNKERN_KERNELS
+#undef ATTNKERN_ISA
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512")
+#endif
+#define ATTNKERN_ISA avx512
+#include ATTNKERN_KERNELS
+#undef ATTNKERN_ISA
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif

@@ -1,0 +1,276 @@
+// Nearest-anchor quantization on the CPU. Distinct anchors are sorted once, each element counts the thresholds that it
+// reaches, and each chunk of elements keeps its own bins, added in order at the end.
+
+#if defined(ATTNKERN_ISA) // ------------------------------------------------- kernels, once per instruction set
+
+#include "cpu/modulate.h"
+
+namespace attnkern::ATTNKERN_ISA {
+
+constexpr int64_t kBlock = 256; // elements whose thresholds are counted together
+
+// rank[i] = number of thresholds that element i reaches; 0 for NaN.
+template <typename A> void count_thresholds(const std::vector<A>& thresholds, const A* a, int64_t count, int32_t* rank) {
+  if (thresholds.size() > 64) {
+    for (int64_t i = 0; i < count; ++i)
+      rank[i] = a[i] == a[i] ? std::upper_bound(thresholds.begin(), thresholds.end(), a[i]) - thresholds.begin() : 0;
+    return;
+  }
+  std::fill_n(rank, count, 0);
+  for (const A threshold : thresholds)
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i)
+      rank[i] += a[i] >= threshold;
+}
+
+// `wide_values` gets the values before they are rounded to T, unless it is null.
+template <typename T, typename A>
+Sums<A> quantize(const Anchors<A>& anchors, const T* a, int64_t count, T* values, int64_t* indices, A* wide_values) {
+  // From the number of anchors only: sums are formed per chunk and then in order.
+  const int64_t chunk = std::max<int64_t>(2048, 16 * anchors.count), chunks = (count + chunk - 1) / chunk;
+  std::vector<Sums<A>> sums(chunks, Sums<A>(anchors.count));
+  parallel(chunks, chunk * 8, [&](int64_t c) {
+    Sums<A>& sum = sums[c];
+    A element[kBlock], value[kBlock];
+    int32_t rank[kBlock];
+    const int64_t last = std::min(count, (c + 1) * chunk);
+    for (int64_t first = c * chunk; first < last; first += kBlock) {
+      const int64_t length = std::min(kBlock, last - first);
+#pragma omp simd
+      for (int64_t i = 0; i < length; ++i)
+        element[i] = static_cast<A>(widen(a[first + i]));
+      count_thresholds(anchors.thresholds, element, length, rank);
+      for (int64_t i = 0; i < length; ++i) {
+        const bool is_nan = element[i] != element[i], counted = !is_nan && !anchors.poisoned;
+        const int64_t index = counted ? anchors.index[rank[i]] : 0;
+        const A difference = counted ? anchors.value[rank[i]] - element[i] : A(NAN);
+        value[i] = counted ? anchors.value[rank[i]] : A(NAN);
+        indices[first + i] = index;
+        sum.loss += difference * difference;
+        sum.residuals[index] += difference;
+        sum.counts[index] += counted;
+      }
+#pragma omp simd
+      for (int64_t i = 0; i < length; ++i)
+        values[first + i] = narrow<T>(static_cast<Wide<T>>(value[i]));
+      if (wide_values != nullptr)
+        std::copy_n(value, length, wide_values + first);
+    }
+  });
+  Sums<A> total(anchors.count);
+  for (const Sums<A>& sum : sums)
+    total.add(sum);
+  return total;
+}
+
+// grad_a = what came through the values, and the commitment loss's share. `through` is the gradient of the map from the
+// features, null without features; `scale` is the gradient of the loss over its divisor.
+template <typename T, typename A>
+void quantize_backward(const T* a, const std::vector<A>& anchors, const int64_t* indices, int64_t count,
+                       const T* grad_values, const A* through, A grad_loss, A divisor, T* grad_a) {
+  bool poisoned = false;
+  for (const A anchor : anchors)
+    poisoned |= anchor != anchor;
+  parallel((count + kBlock - 1) / kBlock, 4 * kBlock, [&](int64_t block) {
+    for (int64_t i = block * kBlock; i < std::min(count, (block + 1) * kBlock); ++i) {
+      A grad = grad_values == nullptr ? A(0) : static_cast<A>(widen(grad_values[i]));
+      if (through != nullptr)
+        grad += through[i];
+      if (grad_loss != A(0)) {
+        const A value = poisoned ? A(NAN) : anchors[indices[i]];
+        grad += commitment_grad(static_cast<A>(widen(a[i])), value, grad_loss, divisor);
+      }
+      grad_a[i] = narrow<T>(static_cast<Wide<T>>(grad));
+    }
+  });
+}
+
+// The gradient of the map: Σ_c dy·x.
+template <typename T>
+std::vector<Wide<T>> map_gradient(const Shape& shape, const T* dy, const T* x, const Wide<T>* map, bool residual,
+                                  T* dx) {
+  std::vector<Wide<T>> partial(shape.images * shape.positions * items_per_image(shape));
+  modulate_backward(shape, dy, x, map, residual, dx, partial.data());
+  if (items_per_image(shape) == 1)
+    return partial;
+  std::vector<Wide<T>> sum(shape.images * shape.positions);
+  parallel(shape.images, shape.positions, [&](int64_t image) {
+    const auto of_image = add_partials<Wide<T>>(shape, partial.data(), image, nullptr);
+    std::copy(of_image.begin(), of_image.end(), sum.begin() + image * shape.positions);
+  });
+  return sum;
+}
+
+} // namespace attnkern::ATTNKERN_ISA
+
+#else // ----------------------------------------------------------------------------------------- the operators
+
+#include "cpu/common.h"
+#include "quantize.h"
+
+#include <numeric>
+
+namespace attnkern {
+
+// Distinct anchors in ascending order, the thresholds between them, and the lowest original index of each.
+template <typename A> struct Anchors {
+  int64_t count; // of the original anchors
+  bool poisoned = false;
+  std::vector<A> value, thresholds;
+  std::vector<int64_t> index;
+
+  explicit Anchors(const std::vector<A>& anchors) : count(anchors.size()) {
+    for (const A anchor : anchors)
+      poisoned |= anchor != anchor;
+    if (poisoned) // no order among NaN, and none is needed
+      return;
+    std::vector<int64_t> order(count);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) { return anchors[i] < anchors[j]; });
+    for (const int64_t k : order)
+      if (value.empty() || value.back() < anchors[k]) {
+        if (!value.empty())
+          thresholds.push_back(round_up<A>(threshold(value.back(), anchors[k], k < index.back())));
+        value.push_back(anchors[k]);
+        index.push_back(k);
+      }
+  }
+};
+
+template <typename A> struct Sums {
+  double loss = 0;
+  std::vector<A> residuals;
+  std::vector<int64_t> counts;
+
+  explicit Sums(int64_t anchors) : residuals(anchors), counts(anchors) {}
+  void add(const Sums& other) {
+    loss += other.loss;
+    for (size_t k = 0; k < counts.size(); ++k) {
+      residuals[k] += other.residuals[k];
+      counts[k] += other.counts[k];
+    }
+  }
+};
+
+} // namespace attnkern
+
+#define ATTNKERN_KERNELS "cpu/quantize.cpp"
+#include "cpu/foreach_isa.h"
+
+namespace attnkern {
+namespace {
+
+template <typename A> struct Quantized {
+  Tensor values, indices, loss, counts, residuals;
+  const A* wide_values;   // the values unrounded
+  std::vector<A> storage; // of wide_values where values themselves are rounded
+};
+
+template <typename A> Quantized<A> quantized(const Tensor& a, const Tensor& anchors, bool keep_wide) {
+  Quantized<A> q{torch::stable::empty_like(a), empty_like<int64_t>(a), empty<A>(a, {}), empty_like<int64_t>(anchors),
+                 empty_like<A>(anchors),       nullptr,               {}};
+  const Anchors<A> table(widened<A>(anchors));
+  dispatch(a.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    if constexpr (std::is_same_v<T, A>)
+      q.wide_values = data<A>(q.values);
+    else if (keep_wide)
+      q.wide_values = (q.storage.resize(a.numel()), q.storage.data());
+    const Sums<A> sums = ATTNKERN_BY_ISA(quantize, table, data<T>(a), a.numel(), mutable_data<T>(q.values),
+                                         mutable_data<int64_t>(q.indices), q.storage.data());
+    *mutable_data<A>(q.loss) = static_cast<A>(sums.loss);
+    std::copy(sums.counts.begin(), sums.counts.end(), mutable_data<int64_t>(q.counts));
+    std::copy(sums.residuals.begin(), sums.residuals.end(), mutable_data<A>(q.residuals));
+  });
+  return q;
+}
+
+template <typename A> A scalar(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? widened<A>(*tensor)[0] : A(0);
+}
+
+// The gradients of a and of the anchors; `through` is the gradient of the map from the features, null without.
+template <typename A>
+std::tuple<Tensor, Tensor> gradients(const std::optional<Tensor>& grad_values,
+                                     const std::optional<Tensor>& grad_anchor_loss,
+                                     const std::optional<Tensor>& grad_commitment_loss, const Tensor& a,
+                                     const Tensor& anchors, const Tensor& indices, const Tensor& residuals,
+                                     int64_t divisor, const A* through) {
+  Tensor grad_a = torch::stable::empty_like(a);
+  dispatch(a.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    ATTNKERN_BY_ISA(quantize_backward, data<T>(a), widened<A>(anchors), data<int64_t>(indices), a.numel(),
+                    data<T>(grad_values), through, scalar<A>(grad_commitment_loss), static_cast<A>(divisor),
+                    mutable_data<T>(grad_a));
+  });
+  const A per_residual = A(2) * (scalar<A>(grad_anchor_loss) / static_cast<A>(divisor));
+  std::vector<A> grad_anchors(anchors.numel());
+  if (grad_anchor_loss.has_value())
+    for (size_t k = 0; k < grad_anchors.size(); ++k)
+      grad_anchors[k] = per_residual * data<A>(residuals)[k];
+  return {grad_a, narrowed(anchors, grad_anchors)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_fwd(Tensor a, Tensor anchors) {
+  return dispatch_wide(a.scalar_type(), [&](auto wide) {
+    const auto q = quantized<decltype(wide)>(a, anchors, false);
+    return std::tuple(q.values, q.indices, q.loss, q.counts, q.residuals);
+  });
+}
+
+std::tuple<Tensor, Tensor> quantize_bwd(std::optional<Tensor> grad_values, std::optional<Tensor> grad_anchor_loss,
+                                        std::optional<Tensor> grad_commitment_loss, Tensor a, Tensor anchors,
+                                        Tensor indices, Tensor residuals, int64_t divisor) {
+  return dispatch_wide(residuals.scalar_type(), [&](auto wide) {
+    return gradients<decltype(wide)>(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors, indices,
+                                     residuals, divisor, nullptr);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, Tensor a, Tensor anchors,
+                                                                      bool residual) {
+  return dispatch(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    Tensor output = torch::stable::empty_like(x);
+    const auto q = quantized<Wide<T>>(a, anchors, true);
+    ATTNKERN_BY_ISA(modulate<T>, Shape(x), data<T>(x), q.wide_values, residual, mutable_data<T>(output));
+    return std::tuple(output, q.values, q.indices, q.loss, q.counts, q.residuals);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> anchor_bwd(Tensor grad_output, std::optional<Tensor> grad_values,
+                                              std::optional<Tensor> grad_anchor_loss,
+                                              std::optional<Tensor> grad_commitment_loss, Tensor x, Tensor a,
+                                              Tensor anchors, Tensor indices, Tensor residuals, bool residual,
+                                              int64_t divisor, bool need_grad_x) {
+  return dispatch(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    using A = Wide<T>;
+    // The map again: the anchors' values, NaN where the element or any anchor is.
+    const std::vector<A> values = widened<A>(anchors), elements = widened<A>(a);
+    const bool poisoned = std::any_of(values.begin(), values.end(), [](A value) { return value != value; });
+    std::vector<A> map(elements.size());
+    for (size_t i = 0; i < map.size(); ++i)
+      map[i] = poisoned || elements[i] != elements[i] ? A(NAN) : values[data<int64_t>(indices)[i]];
+    Tensor grad_x = features_grad<T>(x, need_grad_x);
+    const std::vector<A> through =
+        ATTNKERN_BY_ISA(map_gradient<T>, Shape(x), data<T>(grad_output), data<T>(x), map.data(), residual,
+                        need_grad_x ? mutable_data<T>(grad_x) : nullptr);
+    const auto [grad_a, grad_anchors] = gradients<A>(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors,
+                                                     indices, residuals, divisor, through.data());
+    return std::tuple(grad_x, grad_a, grad_anchors);
+  });
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(attnkern, CPU, m) {
+  m.impl("quantize_fwd", TORCH_BOX(&quantize_fwd));
+  m.impl("quantize_bwd", TORCH_BOX(&quantize_bwd));
+  m.impl("anchor_fwd", TORCH_BOX(&anchor_fwd));
+  m.impl("anchor_bwd", TORCH_BOX(&anchor_bwd));
+}
+
+} // namespace attnkern
+
+#endif

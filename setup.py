@@ -1,0 +1,91 @@
+"""Builds attnkern/_C (always) and attnkern/_C_cuda (where nvcc and a CUDA build of PyTorch are) from csrc/sources.txt.
+
+Environment: FORCE_CUDA=1 fails where CUDA cannot be built, FORCE_CUDA=0 leaves it out; TORCH_CUDA_ARCH_LIST names the
+compute capabilities (default: the visible GPU's, else 8.0, 9.0 and PTX); MAX_JOBS limits parallel compilers; CUDA_HOME
+names the toolkit.
+"""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+SCHEMA_HASH = runpy.run_path(str(ROOT / "attnkern/_schemas.py"))["HASH"]
+
+
+def cuda_home() -> str | None:
+    """The toolkit's folder: the one with cudart's headers and library, which that of an nvcc launcher need not be."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    if nvcc := shutil.which("nvcc"):
+        # A dry run prints where the compiler itself lives.
+        plan = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+        candidates += re.findall(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    candidates.append("/usr/local/cuda")
+    for candidate in filter(None, candidates):
+        home = Path(candidate).resolve()
+        if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
+            return str(home)
+    return None
+
+
+def cuda_missing(home: str | None) -> str | None:
+    """Why the CUDA library cannot be built here, or None."""
+    if os.environ.get("FORCE_CUDA") == "0":
+        return "FORCE_CUDA=0"
+    if not torch.version.cuda:
+        return "this PyTorch is a CPU build; install one built for CUDA"
+    if home is None:
+        return "no CUDA toolkit with nvcc was found; install one or set CUDA_HOME"
+    return None
+
+
+home = cuda_home()
+if home:
+    os.environ["CUDA_HOME"] = home  # before torch looks for it
+if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
+    os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0 9.0+PTX"
+if "MAX_JOBS" not in os.environ and hasattr(os, "sysconf"):
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, memory // 2**32)))  # 4 GiB a compiler
+
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+
+def extension(kind: str, make, name: str, flags: dict[str, list[str]]):
+    listed = [line.split() for line in (ROOT / "csrc/sources.txt").read_text().splitlines() if line[:1] not in ("", "#")]
+    return make(
+        name,
+        [source for library, source in listed if library == kind],
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[("ATTNKERN_SCHEMA_HASH", f'"{SCHEMA_HASH}"')],
+        extra_compile_args=flags,
+        depends=["attnkern/_schemas.py", *(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*h"))],
+        py_limited_api=True,  # no Python.h at all: one binary for every Python
+    )
+
+
+# Never -ffast-math: it changes the whole process's floating-point mode and folds NaN checks away.
+cxx = ["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-g0"]
+extensions = [extension("cpu", CppExtension, "attnkern._C", {"cxx": cxx})]
+missing = cuda_missing(home)
+if missing is None:
+    nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
+    host = ["-O3", "-std=c++20", "-DUSE_CUDA", "-g0"]
+    extensions.append(extension("cuda", CUDAExtension, "attnkern._C_cuda", {"cxx": host, "nvcc": nvcc}))
+elif os.environ.get("FORCE_CUDA") == "1":
+    sys.exit(f"attnkern: FORCE_CUDA=1, but the CUDA kernels cannot be built: {missing}")
+else:
+    print(f"attnkern: building the CPU library only: {missing}", file=sys.stderr)
+
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -1,0 +1,408 @@
+"""Attention modules over the public functions. Constructor arguments and state_dict do not depend on the backend.
+
+Every module holds an ``nn.Identity`` called ``map``. In a fused operator the map is a side output, so a hook there
+would see no gradient: when ``map`` carries hooks or has been replaced, the module goes the long way round, through
+``self.map`` and then a separate product, so that what happens there happens to the features as well.
+"""
+
+import contextlib
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from attnkern import (
+    AnchorAttended,
+    AnchorQuantized,
+    anchor_attention,
+    anchor_quantize,
+    compatibility_pool,
+    window_attention,
+    window_map,
+)
+from attnkern._common import check_positions, check_shape, check_tensor
+from attnkern._ops import wide
+from attnkern.reference import _modulate
+
+__all__ = [
+    "AnchorQuantizer",
+    "BottleneckAttended",
+    "BottleneckAttention",
+    "CompatibilityPool",
+    "PositionwiseAttention",
+    "ProgressiveAttention",
+    "WindowAttention",
+]
+
+
+def _untouched(module: nn.Module, kind: type = nn.Identity) -> bool:
+    """True where skipping ``module`` goes unnoticed: it is still of its own kind and no hook would see the call."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _has_any_global_hook()
+    )
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(wide(tensor.dtype))
+
+
+def _full_precision(x: torch.Tensor):
+    """Autocast off on the device of ``x``: a handful of numbers decides about a whole map."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+
+
+def _check_features(where, x, channels, name="x", maps_only=True):
+    check_tensor(where, name, x)
+    shape = f"(N, {channels}, H, W)" if maps_only else f"(N, {channels}, H, W) or (N, {channels}, L)"
+    ok = x.dim() == 4 or (x.dim() == 3 and not maps_only)
+    check_shape(where, name, x, shape, ok and x.shape[1] == channels)
+    check_positions(where, name, x.shape[2:])
+
+
+class WindowAttention(nn.Module):
+    """Features under one rotated rectangle that a small head finds: output = x + f̃·x.
+
+    Head: 3x3 convolutions with ReLU, 2x2 max pooling between them, global average, Linear to five numbers b. Then
+    μ = Λ(b), σ = lo + (0.75 - lo)·Λ(b) with lo half a grid step of the axis, α = (π/2)·tanh b. The last layer starts at
+    zero weights and biases (0, 0, log 2, log 2, 0): a centred rectangle with σ of about one half. The five numbers are
+    float32 under autocast. Maps down to 1x1 work.
+
+    Args:
+        channels: C of the features.
+        hidden: output channels of the convolutions.
+        scale, rescale, residual: as in :func:`attnkern.window_attention`.
+
+    Source: Convolutional Rectangular Attention Module, Eqs. 1-7 and Appendix G (which leaves open the ranges of
+    μ, σ and α).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: tuple[int, ...] = (64, 128, 256),
+        scale: float = 6.0,
+        rescale: bool = True,
+        residual: bool = True,
+    ):
+        super().__init__()
+        if not hidden:
+            raise ValueError("WindowAttention: hidden must name at least one convolution's channels, got none")
+        self.channels = channels
+        self.scale = scale
+        self.rescale = rescale
+        self.residual = residual
+        layers = []
+        for inputs, outputs in itertools.pairwise((channels, *hidden)):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(inplace=True)]
+            layers += [nn.MaxPool2d(2, ceil_mode=True)]
+        layers[-1] = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Sequential(*layers, nn.Flatten())
+        self.regressor = nn.Linear(hidden[-1], 5)
+        self.map = nn.Identity()
+        nn.init.zeros_(self.regressor.weight)
+        with torch.no_grad():
+            self.regressor.bias.copy_(torch.tensor([0.0, 0.0, math.log(2), math.log(2), 0.0]))
+
+    def rectangle(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 5) rectangles of features (N, C, H, W): μ₁, μ₂, σ₁, σ₂, α in the units of :func:`attnkern.window_map`."""
+        _check_features("WindowAttention", x, self.channels)
+        summary = self.head(x)
+        with _full_precision(x):
+            row, column, half_height, half_width, angle = _widened(
+                self.regressor(summary.to(self.regressor.weight.dtype))
+            ).unbind(1)
+            sigmas = []
+            for length, raw in zip(x.shape[2:], (half_height, half_width), strict=True):
+                low = 0.5 / max(length - 1, 1)
+                sigmas.append(low + (0.75 - low) * raw.sigmoid())
+            return torch.stack((row.sigmoid(), column.sigmoid(), *sigmas, math.pi / 2 * angle.tanh()), 1)
+
+    def forward(self, x: torch.Tensor, return_map: bool = False):
+        """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W)."""
+        rectangle = self.rectangle(x)
+        if _untouched(self.map):
+            output, map = window_attention(x, rectangle, scale=self.scale, rescale=self.rescale, residual=self.residual)
+        else:
+            map = self.map(window_map(rectangle, x.shape[2:], scale=self.scale, rescale=self.rescale))
+            output = _modulate(x, map[:, None], self.residual)
+        return (output, map) if return_map else output
+
+
+class PositionwiseAttention(nn.Module):
+    """Features under a map predicted position by position: output = x + f·x, f = Λ(convolutions of x).
+
+    A 1x1 convolution to ``hidden`` channels, then three 3x3 ones with dilation, the last to one channel: the baseline
+    that rectangular attention is compared with.
+
+    Args:
+        channels: C of the features.
+        hidden: channels of the first three convolutions.
+        dilation: of the 3x3 convolutions, and their padding.
+
+    Source: Convolutional Rectangular Attention Module, Appendix G.
+    """
+
+    def __init__(self, channels: int, hidden: int = 80, dilation: int = 4):
+        super().__init__()
+        self.channels = channels
+        dilated = {"kernel_size": 3, "padding": dilation, "dilation": dilation}
+        self.head = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, hidden, **dilated),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, hidden, **dilated),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(hidden, 1, **dilated),
+        )
+        self.map = nn.Identity()
+
+    def forward(self, x: torch.Tensor, return_map: bool = False):
+        """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W)."""
+        _check_features("PositionwiseAttention", x, self.channels)
+        map = self.map(_widened(self.head(x)).squeeze(1).sigmoid())
+        output = _modulate(x, map[:, None], residual=True)
+        return (output, map) if return_map else output
+
+
+class AnchorQuantizer(nn.Module):
+    """Nearest of Q learned anchors for each element, straight-through; counts which anchors are in use.
+
+    The anchors start at linspace(0, 1, Q) and move by ``anchor_loss`` alone. ``counts`` (Q,) int64 adds up, in training
+    only, how often each was chosen; it is not part of the state_dict.
+
+    Args:
+        num_anchors: Q.
+        reduction: of the two losses, as in :func:`attnkern.anchor_quantize`.
+        sync_counts: add up the counts over all processes of the default group, at each training step: a collective of
+            Q integers. (DDP broadcasts buffers from rank 0, so they cannot be added up afterwards.)
+
+    Source: Information Bottleneck Approach to Spatial Attention Learning, Eqs. 9-10.
+    """
+
+    def __init__(self, num_anchors: int, reduction: str = "mean", sync_counts: bool = False):
+        super().__init__()
+        if num_anchors < 1:
+            raise ValueError(f"AnchorQuantizer: num_anchors must be at least 1, got {num_anchors}")
+        self.reduction = reduction
+        self.sync_counts = sync_counts
+        self.anchors = nn.Parameter(torch.linspace(0, 1, num_anchors))
+        self.register_buffer("counts", torch.zeros(num_anchors, dtype=torch.int64), persistent=False)
+        self.map = nn.Identity()
+
+    def forward(self, a: torch.Tensor) -> AnchorQuantized:
+        """Quantize ``a`` (N, ...); see :func:`attnkern.anchor_quantize`."""
+        quantized = anchor_quantize(a, _widened(self.anchors), reduction=self.reduction)
+        self._count(quantized.counts)
+        return quantized._replace(values=self.map(quantized.values))
+
+    def attend(self, x: torch.Tensor, a: torch.Tensor, residual: bool = True) -> AnchorAttended:
+        """Features ``x`` under the quantized map, in one pass; see :func:`attnkern.anchor_attention`."""
+        if not _untouched(self.map):
+            quantized = self(a)
+            map = quantized.values
+            return AnchorAttended(_modulate(x, map if map.dim() == 4 else map[:, None], residual), *quantized)
+        attended = anchor_attention(x, a, _widened(self.anchors), residual=residual, reduction=self.reduction)
+        self._count(attended.counts)
+        return attended
+
+    def _count(self, counts):
+        if self.training:
+            if self.sync_counts:
+                counts = counts.clone()
+                torch.distributed.all_reduce(counts)
+            self.counts += counts
+
+    def reset_counts(self) -> None:
+        self.counts.zero_()
+
+    def perplexity(self) -> torch.Tensor:
+        """exp of the entropy of the usage, from 1 (one anchor takes all) to Q (all alike); NaN before any count."""
+        return torch.special.entr(self.counts / self.counts.sum()).sum().exp()
+
+    def extra_repr(self):
+        return f"{self.anchors.numel()}, reduction={self.reduction!r}"
+
+
+class BottleneckAttended(NamedTuple):
+    """Result of :class:`BottleneckAttention`."""
+
+    output: torch.Tensor  #: (N, C, H, W), the features' dtype and memory format
+    map: torch.Tensor  #: (N, H, W) what the features were weighted by: a, or its nearest anchors
+    mean: torch.Tensor  #: (N, H, W) μ
+    std: torch.Tensor  #: (N, H, W) σ
+    anchor_loss: torch.Tensor  #: scalar, moves the anchors; 0 without anchors
+    commitment_loss: torch.Tensor  #: scalar, moves a; 0 without anchors
+
+
+class BottleneckAttention(nn.Module):
+    """Features under a map drawn from p(a|x) = N(μ, σ²) and quantized to anchors: output = x + v·x.
+
+    μ = Λ(conv3x3(x)), σ = softplus(conv3x3(μ) - 5), a = μ + σε, and v the nearest anchor of a, or a itself without
+    anchors. Nothing squashes a: it can leave [0, 1]. Map, μ and σ are float32 under autocast.
+
+    Args:
+        channels: C of the features.
+        num_anchors: Q, or None for no quantization.
+
+    Source: Information Bottleneck Approach to Spatial Attention Learning, Eqs. 6-10; the heads as in the authors' code.
+    """
+
+    def __init__(self, channels: int, num_anchors: int | None = None):
+        super().__init__()
+        self.channels = channels
+        self.mean = nn.Conv2d(channels, 1, 3, padding=1)
+        self.std = nn.Conv2d(1, 1, 3, padding=1)
+        self.quantizer = None if num_anchors is None else AnchorQuantizer(num_anchors)
+        self.map = nn.Identity()
+
+    def forward(self, x: torch.Tensor, sample: bool | None = None) -> BottleneckAttended:
+        """Attend to ``x`` (N, C, H, W).
+
+        Args:
+            sample: draw a from p(a|x); otherwise a = μ. None: in training only. The published evaluation draws too.
+        """
+        _check_features("BottleneckAttention", x, self.channels)
+        raw_mean = self.mean(x)
+        with _full_precision(x):
+            mean = _widened(raw_mean).sigmoid()
+            std = F.softplus(_widened(self.std(mean.to(self.std.weight.dtype))) - 5).squeeze(1)
+            mean = mean.squeeze(1)
+            a = mean
+            if self.training if sample is None else sample:
+                a = mean + std * torch.randn_like(std)
+        if self.quantizer is None:
+            map = self.map(a)
+            output, losses = _modulate(x, map[:, None], residual=True), (a.new_zeros(()), a.new_zeros(()))
+        elif _untouched(self.map) and _untouched(self.quantizer, AnchorQuantizer):
+            output, map, _, *losses, _ = self.quantizer.attend(x, a)
+        else:
+            values, _, *losses, _ = self.quantizer(a)
+            map = self.map(values)
+            output = _modulate(x, map[:, None], residual=True)
+        return BottleneckAttended(output, map, mean, std, *losses)
+
+
+class CompatibilityPool(nn.Module):
+    """Locals averaged by their compatibility with a global query: pooled = Σ a_i ℓ_i, a = softmax_i c(ℓ_i, g).
+
+    "parametrised": c = ⟨u, ℓ_i + g⟩ with a learned u. ⟨u, g⟩ is the same for every position, so softmax cancels it: the
+    pooled vector does not depend on g, whose gradient is exactly zero. g may be left out; when given it gets those
+    zeros (not None), so that an optimizer and DDP treat what made it as part of the graph.
+
+    "dot": c = ⟨ℓ_i, g⟩, without 1/√C.
+
+    A learned linear map W (no bias) brings the two to equal channels: with ``project="query"`` W g takes the place of
+    g; with ``project="local"`` W ℓ_i takes that of ℓ_i, folded: c = ⟨ℓ_i, Wᵀg⟩ and pooled = W·Σ a_i ℓ_i, so that the
+    projected locals never exist.
+
+    Args:
+        local_channels, query_channels: C of the locals and of the query.
+        compatibility: "parametrised" or "dot".
+        project: "query", "local" or None (then the channels must be equal).
+
+    Raises:
+        ValueError: an unknown option, or channels that do not go together.
+
+    Source: Learn to Pay Attention, Eqs. 1-3 and Section 3.2.
+    """
+
+    def __init__(
+        self,
+        local_channels: int,
+        query_channels: int,
+        compatibility: str = "parametrised",
+        project: str | None = None,
+    ):
+        super().__init__()
+        if compatibility not in ("parametrised", "dot"):
+            raise ValueError(f"CompatibilityPool: compatibility must be 'parametrised' or 'dot', got {compatibility!r}")
+        if project not in ("query", "local", None):
+            raise ValueError(f"CompatibilityPool: project must be 'query', 'local' or None, got {project!r}")
+        if project is None and local_channels != query_channels:
+            raise ValueError(
+                "CompatibilityPool: query_channels must equal local_channels unless project is 'query' or 'local', "
+                f"got {query_channels} and {local_channels}"
+            )
+        self.local_channels = local_channels
+        self.query_channels = query_channels
+        self.project = project
+        projections = {"query": (query_channels, local_channels), "local": (local_channels, query_channels)}
+        self.projection = nn.Linear(*projections[project], bias=False) if project else None
+        if compatibility == "parametrised":
+            common = query_channels if project == "local" else local_channels
+            self.weight = nn.Parameter(torch.empty(common).uniform_(-1, 1) / math.sqrt(common))
+        else:
+            self.register_parameter("weight", None)
+        self.map = nn.Identity()
+
+    def forward(self, local: torch.Tensor, query: torch.Tensor | None = None, return_map: bool = False):
+        """Pool ``local`` (N, C, H, W) or (N, C, L) by ``query`` (N, C'), or (C',) shared by the batch.
+
+        Returns:
+            pooled (N, C), or (N, C') with ``project="local"``; with ``return_map`` also the attention (N, H, W).
+        """
+        where = "CompatibilityPool"
+        _check_features(where, local, self.local_channels, "local", maps_only=False)
+        if query is None:
+            if self.weight is None:
+                raise ValueError(f"{where}: query must be given where compatibility is 'dot', got None")
+        else:
+            check_tensor(where, "query", query)
+            n, c = local.shape[0], self.query_channels
+            expected = f"({n}, {c}) or ({c},) (N as local)"
+            check_shape(where, "query", query, expected, query.shape == (n, c) or query.shape == (c,))
+            if self.project == "query":
+                query = self.projection(query)
+
+        key = query if self.weight is None else self.weight
+        if self.project == "local":
+            key = F.linear(key, self.projection.weight.t())
+        key = _widened(key)
+        if _untouched(self.map):
+            pooled, attention, _ = compatibility_pool(local, key)
+        else:
+            attention = self.map(compatibility_pool(local, key).attention)
+            weighted = local.flatten(2).to(attention.dtype) * attention.flatten(1)[:, None]
+            pooled = weighted.sum(2).to(local.dtype)
+        if self.project == "local":
+            pooled = self.projection(pooled)
+        if self.weight is not None and query is not None:
+            pooled = pooled + (query * 0).sum(-1, keepdim=True).to(pooled.dtype)
+        return (pooled, attention) if return_map else pooled
+
+    def extra_repr(self):
+        compatibility = "dot" if self.weight is None else "parametrised"
+        return f"{self.local_channels}, {self.query_channels}, {compatibility!r}, project={self.project!r}"
+
+
+class ProgressiveAttention(nn.Module):
+    """Features filtered by a map of independent sigmoid scores: output = f·x, f = Λ(⟨u, x_i⟩ + b).
+
+    Args:
+        channels: C of the features.
+
+    Source: Learn to Pay Attention, Appendix A.2 (the lower level of its PAN baseline, after Seo et al.).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = channels
+        self.score = nn.Conv2d(channels, 1, 1)
+        self.map = nn.Identity()
+
+    def forward(self, x: torch.Tensor, return_map: bool = False):
+        """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W)."""
+        _check_features("ProgressiveAttention", x, self.channels)
+        map = self.map(_widened(self.score(x)).squeeze(1).sigmoid())
+        output = _modulate(x, map[:, None], residual=False)
+        return (output, map) if return_map else output

@@ -102,7 +102,7 @@ class WindowAttention(nn.Module):
         self.residual = residual
         layers = []
         for inputs, outputs in itertools.pairwise((channels, *hidden)):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(inplace=True)]
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
             layers += [nn.MaxPool2d(2, ceil_mode=True)]
         layers[-1] = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Sequential(*layers, nn.Flatten())
@@ -157,11 +157,11 @@ class PositionwiseAttention(nn.Module):
         dilated = {"kernel_size": 3, "padding": dilation, "dilation": dilation}
         self.head = nn.Sequential(
             nn.Conv2d(channels, hidden, 1),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Conv2d(hidden, hidden, **dilated),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Conv2d(hidden, hidden, **dilated),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Conv2d(hidden, 1, **dilated),
         )
         self.map = nn.Identity()

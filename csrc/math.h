@@ -25,7 +25,7 @@ template <typename To, typename From> ATTNKERN_INLINE To bit_cast(From from) {
   return to;
 }
 
-ATTNKERN_INLINE double exponential(double x) { return exp(x); }
+ATTNKERN_INLINE double exponential(double x) { return std::exp(x); }
 
 // e^x to 1 ulp. Below -104 it is 0; above 88.8 infinity.
 ATTNKERN_INLINE float exponential(float x) {
@@ -53,7 +53,7 @@ ATTNKERN_INLINE float exponential(float x) {
 #endif
 }
 
-ATTNKERN_INLINE double log1p_unit(double y) { return log1p(y); }
+ATTNKERN_INLINE double log1p_unit(double y) { return std::log1p(y); }
 
 // log(1 + y) for y in [0, 1], relative error about 1 ulp: 2·atanh(y / (2 + y)).
 ATTNKERN_INLINE float log1p_unit(float y) {

@@ -31,13 +31,13 @@ ATTNKERN_INLINE Frame<T> make_frame(const T (&rectangle)[kParameters], int64_t h
   Frame<T> frame;
   frame.mu1 = rectangle[0];
   frame.mu2 = rectangle[1];
-  const bool floored1 = fabs(rectangle[2]) < T(kSigmaFloor), floored2 = fabs(rectangle[3]) < T(kSigmaFloor);
+  const bool floored1 = std::fabs(rectangle[2]) < T(kSigmaFloor), floored2 = std::fabs(rectangle[3]) < T(kSigmaFloor);
   frame.inverse1 = T(1) / (floored1 ? T(kSigmaFloor) : rectangle[2]);
   frame.inverse2 = T(1) / (floored2 ? T(kSigmaFloor) : rectangle[3]);
   frame.moves1 = floored1 ? T(0) : T(1);
   frame.moves2 = floored2 ? T(0) : T(1);
-  frame.cosine = cos(rectangle[4]);
-  frame.sine = sin(rectangle[4]);
+  frame.cosine = std::cos(rectangle[4]);
+  frame.sine = std::sin(rectangle[4]);
   const int64_t longest = (height > width ? height : width) - 1;
   frame.row = aspect && longest > 0 ? T(height - 1) / T(longest) : T(1);
   frame.column = aspect && longest > 0 ? T(width - 1) / T(longest) : T(1);
@@ -47,7 +47,7 @@ ATTNKERN_INLINE Frame<T> make_frame(const T (&rectangle)[kParameters], int64_t h
 
 // log Λ(p), and Λ(-p) = 1 - Λ(p), its derivative.
 template <typename T> ATTNKERN_INLINE T log_sigmoid(T p, T& complement) {
-  const T e = exponential(-fabs(p));
+  const T e = exponential(-std::fabs(p));
   complement = (p < T(0) ? T(1) : e) / (T(1) + e);
   return (p < T(0) ? p : T(0)) - log1p_unit(e);
 }

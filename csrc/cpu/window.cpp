@@ -9,18 +9,12 @@ namespace attnkern::ATTNKERN_ISA {
 // Positions that are summed in single precision before their sum goes on in double.
 constexpr int64_t kBlock = 512;
 
-// Calls body(begin, end) for blocks of positions.
-template <typename Body> void for_blocks(int64_t positions, const Body& body) {
-  for (int64_t begin = 0; begin < positions; begin += kBlock)
-    body(begin, std::min(begin + kBlock, positions));
-}
-
 // The maps, and with rescale the statistics that the backward pass starts from.
 template <typename A> void window_maps(const Windows<A>& windows, A* map, A* stats) {
   const int64_t positions = windows.positions();
-  const A *rows = windows.rows.data(), *columns = windows.columns.data();
   parallel(windows.images(), 16 * positions, [&](int64_t image) {
     const Frame<A> frame = windows.frame(image);
+    const A *rows = windows.rows.data(), *columns = windows.columns.data();
     A* to = map + image * positions;
     if (!windows.rescale) {
 #pragma omp simd
@@ -41,7 +35,8 @@ template <typename A> void window_maps(const Windows<A>& windows, A* map, A* sta
     for (int64_t i = 0; i < positions; ++i)
       max = to[i] > max ? to[i] : max;
     double total = 0, mean[kParameters] = {};
-    for_blocks(positions, [&](int64_t begin, int64_t end) {
+    for (int64_t begin = 0; begin < positions; begin += kBlock) {
+      const int64_t end = std::min(begin + kBlock, positions);
       A sum = 0, s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
 #pragma omp simd reduction(+ : sum, s0, s1, s2, s3, s4)
       for (int64_t i = begin; i < end; ++i) {
@@ -52,7 +47,7 @@ template <typename A> void window_maps(const Windows<A>& windows, A* map, A* sta
       }
       total += sum;
       mean[0] += s0, mean[1] += s1, mean[2] += s2, mean[3] += s3, mean[4] += s4;
-    });
+    }
     const A factor = static_cast<A>(positions / total);
 #pragma omp simd
     for (int64_t i = 0; i < positions; ++i)
@@ -68,9 +63,9 @@ template <typename A> void window_maps(const Windows<A>& windows, A* map, A* sta
 // The maps once more, from the forward pass's statistics.
 template <typename A> void window_maps_again(const Windows<A>& windows, const A* stats, A* map) {
   const int64_t positions = windows.positions();
-  const A *rows = windows.rows.data(), *columns = windows.columns.data();
   parallel(windows.images(), 16 * positions, [&](int64_t image) {
     const Frame<A> frame = windows.frame(image);
+    const A *rows = windows.rows.data(), *columns = windows.columns.data();
     const A max = windows.rescale ? stats[image * kStats] : A(0);
     const A factor = windows.rescale ? positions / stats[image * kStats + 1] : A(1);
     A* to = map + image * positions;
@@ -85,29 +80,30 @@ template <typename A> void window_maps_again(const Windows<A>& windows, const A*
 template <typename A, typename Gather>
 void window_gradients(const Windows<A>& windows, const A* stats, const Gather& gather, A* gradients) {
   const int64_t positions = windows.positions();
-  const A *rows = windows.rows.data(), *columns = windows.columns.data();
   parallel(windows.images(), 16 * positions, [&](int64_t image) {
     const Frame<A> frame = windows.frame(image);
+    const A *rows = windows.rows.data(), *columns = windows.columns.data();
     const A* stat = stats + image * kStats;
     const A max = windows.rescale ? stat[0] : A(0);
     const A factor = windows.rescale ? positions / stat[1] : A(1);
-    A mean[kParameters] = {};
-    if (windows.rescale)
-      std::copy_n(stat + 2, kParameters, mean);
+    const A m0 = windows.rescale ? stat[2] : A(0), m1 = windows.rescale ? stat[3] : A(0);
+    const A m2 = windows.rescale ? stat[4] : A(0), m3 = windows.rescale ? stat[5] : A(0);
+    const A m4 = windows.rescale ? stat[6] : A(0);
     const auto gathered = gather(image);
     const A* g = &gathered[0];
     double total[kParameters] = {};
-    for_blocks(positions, [&](int64_t begin, int64_t end) {
+    for (int64_t begin = 0; begin < positions; begin += kBlock) {
+      const int64_t end = std::min(begin + kBlock, positions);
       A s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3, s4)
       for (int64_t i = begin; i < end; ++i) {
         A slope[kParameters];
         const A weight = g[i] * (factor * exponential(log_window(frame, rows[i], columns[i], slope) - max));
-        s0 += weight * (slope[0] - mean[0]), s1 += weight * (slope[1] - mean[1]), s2 += weight * (slope[2] - mean[2]);
-        s3 += weight * (slope[3] - mean[3]), s4 += weight * (slope[4] - mean[4]);
+        s0 += weight * (slope[0] - m0), s1 += weight * (slope[1] - m1), s2 += weight * (slope[2] - m2);
+        s3 += weight * (slope[3] - m3), s4 += weight * (slope[4] - m4);
       }
       total[0] += s0, total[1] += s1, total[2] += s2, total[3] += s3, total[4] += s4;
-    });
+    }
     for (int k = 0; k < kParameters; ++k)
       gradients[image * kParameters + k] = static_cast<A>(total[k]);
   });

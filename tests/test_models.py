@@ -142,6 +142,20 @@ def test_attention_maps_by_module_name(name):
             handle.remove()
 
 
+@pytest.mark.parametrize(
+    "name, published",
+    [("vgg_att2_concat_pc", [0.3] + [0.4] * 7 + [0.4] * 2 + [0.5] + [0.5] * 2), ("efficientnet_b0_window", [0.2])],
+)
+def test_dropout_is_a_multiplier_of_the_published_rates(name, published):
+    for multiplier in (0.0, 0.5, 1.0):
+        model = small(name, dropout=multiplier)
+        rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+        assert rates == pytest.approx([multiplier * rate for rate in published])
+        if name == "efficientnet_b0_window":
+            depths = [module.p for module in model.modules() if type(module).__name__ == "StochasticDepth"]
+            assert depths == pytest.approx([multiplier * 0.2 * block / 16 for block in range(16)])
+
+
 @every_model
 @pytest.mark.parametrize("shape", [(2, 1, 32, 32), (2, 3, 31, 32), (3, 32, 32)])
 def test_wrong_images(name, shape):
@@ -170,12 +184,10 @@ def test_trunk_is_frozen_and_not_run():
 
 def test_global_branch_runs_on_zero_gradients_and_changes_nothing():
     images, labels = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
-    frozen, whole = small("vgg_att2_concat_pc"), small("vgg_att2_concat_pc", global_branch=True)
+    frozen = small("vgg_att2_concat_pc", dropout=0.0)
+    whole = small("vgg_att2_concat_pc", dropout=0.0, global_branch=True)
     whole.load_state_dict(frozen.state_dict())
     for model in (frozen, whole):
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
         model.loss(model(images), labels).backward()
     torch.testing.assert_close(frozen(images), whole(images), rtol=0, atol=0)
     assert all(parameter.grad.count_nonzero() == 0 for parameter in whole.trunk.parameters())

@@ -20,17 +20,18 @@ _STAGES = (
     (6, 5, 2, 112, 192, 4),
     (6, 3, 1, 192, 320, 1),
 )
+#: Rate of dropout before the classifier and of stochastic depth at the last block.
 _DROPOUT = 0.2
 
 
-def _backbone(width):
+def _backbone(width, dropout):
     """torchvision's network of 16 blocks in seven stages, between a stem and a 1x1 convolution."""
     try:
         from torchvision.models import efficientnet
     except ImportError as error:
         raise ImportError("efficientnet_b0_window needs torchvision: pip install torchvision") from error
     stages = [efficientnet.MBConvConfig(*stage, width_mult=width, depth_mult=1.0) for stage in _STAGES]
-    return efficientnet.EfficientNet(stages, dropout=_DROPOUT).features
+    return efficientnet.EfficientNet(stages, dropout=0.0, stochastic_depth_prob=dropout).features
 
 
 def _feature_weights(weights):
@@ -61,6 +62,7 @@ class EfficientNetB0Window(nn.Module):
         num_classes: number of logits.
         width: multiplier of the backbone's channels.
         in_chans: channels of the images.
+        dropout: multiplier of torchvision's rates of dropout and stochastic depth, 0.2 each.
         weights: of the backbone: None for random ones, a member of torchvision's ``EfficientNet_B0_Weights`` or its
             name (torchvision downloads it where it is not cached), or a file that holds a state_dict of torchvision's
             efficientnet_b0. They need ``width=1`` and ``in_chans=3``.
@@ -78,11 +80,12 @@ class EfficientNetB0Window(nn.Module):
         *,
         width: float = 1.0,
         in_chans: int = 3,
+        dropout: float = 1.0,
         weights=None,
     ):
         super().__init__()
         self.in_chans = in_chans
-        self.features = _backbone(width)
+        self.features = _backbone(width, _DROPOUT * dropout)
         if in_chans != 3:
             stem = self.features[0][0]
             self.features[0][0] = nn.Conv2d(in_chans, stem.out_channels, 3, stride=2, padding=1, bias=False)
@@ -94,7 +97,7 @@ class EfficientNetB0Window(nn.Module):
         self.classifier = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Dropout(_DROPOUT),
+            nn.Dropout(_DROPOUT * dropout),
             nn.Linear(last.out_channels, 512),
             nn.ReLU(inplace=True),
             nn.Linear(512, num_classes),

@@ -122,7 +122,7 @@ def test_losses_of_the_first_steps_agree(name, dtype, tolerance, digits):
 @every_model
 @pytest.mark.parametrize("dtype, tolerance, counts", [(torch.float32, 1e-3, min), (torch.float64, 1e-9, max)])
 def test_every_gradient_from_a_common_state_agrees(name, dtype, tolerance, counts, digits):
-    """On four batches. In float32 the best counts: now and then a rounding switches a ReLU, worth 1e-2 of a gradient."""
+    """On four batches. In float32 the best counts: at times a rounding switches a ReLU, worth 1e-2 of a gradient."""
     model = build(name).to(dtype)
     if name == "efficientnet_b0_window":  # its last layer starts at zero: nothing in front of it would have a gradient
         torch.nn.init.normal_(model.attention.regressor.weight, std=0.05)

@@ -1,6 +1,8 @@
 // Features times a map, forward and backward: what window_attention and anchor_attention have in common.
 // Included once per instruction set.
 
+#include "cpu/simd.h"
+
 namespace attnkern::ATTNKERN_ISA {
 
 // Channels of one row of work where positions are innermost: several short rows are taken as one long one against a
@@ -54,9 +56,7 @@ template <typename T> void modulate(const Shape& shape, const T* x, const Wide<T
       const A factor = map[i] + one;
       const T* from = x + i * shape.channels;
       T* to = y + i * shape.channels;
-#pragma omp simd
-      for (int64_t c = 0; c < shape.channels; ++c)
-        to[c] = narrow<T>(factor * widen(from[c]));
+      for_lanes(shape.channels, [=](int64_t c) { to[c] = narrow<T>(factor * widen(from[c])); });
     });
     return;
   }
@@ -69,9 +69,7 @@ template <typename T> void modulate(const Shape& shape, const T* x, const Wide<T
         const A* factor = state.data();
         const T* from = x + offset;
         T* to = y + offset;
-#pragma omp simd
-        for (int64_t i = 0; i < length; ++i)
-          to[i] = narrow<T>(factor[i] * widen(from[i]));
+        for_lanes(length, [=](int64_t i) { to[i] = narrow<T>(factor[i] * widen(from[i])); });
       },
       [](const auto&, int64_t, int64_t) {});
 }
@@ -87,17 +85,11 @@ void modulate_backward(const Shape& shape, const T* dy, const T* x, const Wide<T
     parallel(shape.images * shape.positions, shape.channels, [&](int64_t i) {
       const A factor = map[i] + one;
       const T *grad = dy + i * shape.channels, *from = x + i * shape.channels;
-      A sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < shape.channels; ++c)
-        sum += widen(grad[c]) * widen(from[c]);
-      partial[i] = sum;
+      partial[i] = sum_lanes<A>(shape.channels, [=](int64_t c) { return widen(grad[c]) * widen(from[c]); });
       if (dx == nullptr)
         return;
       T* to = dx + i * shape.channels;
-#pragma omp simd
-      for (int64_t c = 0; c < shape.channels; ++c)
-        to[c] = narrow<T>(factor * widen(grad[c]));
+      for_lanes(shape.channels, [=](int64_t c) { to[c] = narrow<T>(factor * widen(grad[c])); });
     });
     return;
   }
@@ -115,18 +107,15 @@ void modulate_backward(const Shape& shape, const T* dy, const T* x, const Wide<T
         A* sum = state.sum.data();
         const T *grad = dy + offset, *from = x + offset;
         if (dx == nullptr) {
-#pragma omp simd
-          for (int64_t i = 0; i < length; ++i)
-            sum[i] += widen(grad[i]) * widen(from[i]);
+          for_lanes(length, [=](int64_t i) { sum[i] += widen(grad[i]) * widen(from[i]); });
           return;
         }
         T* to = dx + offset;
-#pragma omp simd
-        for (int64_t i = 0; i < length; ++i) {
+        for_lanes(length, [=](int64_t i) {
           const A g = widen(grad[i]);
           sum[i] += g * widen(from[i]);
           to[i] = narrow<T>(factor[i] * g);
-        }
+        });
       },
       [&](const State& state, int64_t item, int64_t times) {
         for (int64_t p = 0; p < shape.positions; ++p) {

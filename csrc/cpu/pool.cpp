@@ -3,109 +3,115 @@
 
 #if defined(ATTNKERN_ISA) // ------------------------------------------------- kernels, once per instruction set
 
+#include "cpu/simd.h"
+
 namespace attnkern::ATTNKERN_ISA {
 
-// The locals of a tile: pointer to the first, and the strides of channels and positions.
-template <typename T> struct Locals {
+// The locals of a tile as they lie in memory: rows are channels, or positions where channels are innermost.
+template <typename T> struct Matrix {
   const T* first;
-  int64_t channels, positions, channel_stride, position_stride;
+  int64_t rows, columns, stride;
+
+  const T* row(int64_t r) const { return first + r * stride; }
 };
 
-template <typename T> Locals<T> locals_of(const Tiles& tiles, const T* local, int64_t tile) {
+template <typename T> Matrix<T> tile_of(const Tiles& tiles, const T* local, int64_t tile) {
   const Shape& shape = tiles.shape;
   const int64_t image = tile / tiles.per_image, first = tile % tiles.per_image * tiles.length;
-  const int64_t channel_stride = shape.channels_inner ? 1 : shape.positions;
-  const int64_t position_stride = shape.channels_inner ? shape.channels : 1;
-  return {local + image * shape.image_size() + first * position_stride, shape.channels,
-          std::min(tiles.length, shape.positions - first), channel_stride, position_stride};
+  const int64_t positions = tiles.length_of(tile);
+  const T* from = local + image * shape.image_size();
+  if (shape.channels_inner)
+    return {from + first * shape.channels, positions, shape.channels, shape.channels};
+  return {from + first, shape.channels, positions, shape.positions};
 }
 
-// out[i] = Σ_c ⟨ℓ_i, weight⟩ over channels.
-template <typename T> void dot_channels(const Locals<T>& local, const Wide<T>* weight, Wide<T>* out) {
+// out[r] = Σ_i m[r, i]·weight[i], four rows at a time.
+template <typename T> void times_vector(const Matrix<T>& m, const Wide<T>* weight, Wide<T>* out) {
   using A = Wide<T>;
-  if (local.channel_stride == 1) {
-    for (int64_t i = 0; i < local.positions; ++i) {
-      const T* from = local.first + i * local.position_stride;
-      A sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < local.channels; ++c)
-        sum += widen(from[c]) * weight[c];
-      out[i] = sum;
-    }
-    return;
-  }
-  std::fill_n(out, local.positions, A(0));
-  int64_t c = 0;
-  for (; c + 4 <= local.channels; c += 4) { // four channels per pass over the sums
-    const T* l0 = local.first + c * local.channel_stride;
-    const T *l1 = l0 + local.channel_stride, *l2 = l1 + local.channel_stride, *l3 = l2 + local.channel_stride;
-    const A w0 = weight[c], w1 = weight[c + 1], w2 = weight[c + 2], w3 = weight[c + 3];
+  const int64_t whole = m.columns & -kLanes;
+  const int rest = static_cast<int>(m.columns - whole);
+  int64_t r = 0;
+  for (; r + 4 <= m.rows; r += 4) {
+    const T *m0 = m.row(r), *m1 = m.row(r + 1), *m2 = m.row(r + 2), *m3 = m.row(r + 3);
+    A l0[kLanes] = {}, l1[kLanes] = {}, l2[kLanes] = {}, l3[kLanes] = {};
+    for (int64_t first = 0; first < whole; first += kLanes)
 #pragma omp simd
-    for (int64_t i = 0; i < local.positions; ++i)
-      out[i] += (w0 * widen(l0[i]) + w1 * widen(l1[i])) + (w2 * widen(l2[i]) + w3 * widen(l3[i]));
-  }
-  for (; c < local.channels; ++c) {
-    const T* from = local.first + c * local.channel_stride;
+      for (int i = 0; i < kLanes; ++i) {
+        const A w = weight[first + i];
+        l0[i] += w * widen(m0[first + i]), l1[i] += w * widen(m1[first + i]);
+        l2[i] += w * widen(m2[first + i]), l3[i] += w * widen(m3[first + i]);
+      }
+    if (rest > 0)
 #pragma omp simd
-    for (int64_t i = 0; i < local.positions; ++i)
-      out[i] += weight[c] * widen(from[i]);
+      for (int i = 0; i < kLanes; ++i) {
+        l0[i] += i < rest ? weight[whole + i] * widen(m0[whole + i]) : A(0);
+        l1[i] += i < rest ? weight[whole + i] * widen(m1[whole + i]) : A(0);
+        l2[i] += i < rest ? weight[whole + i] * widen(m2[whole + i]) : A(0);
+        l3[i] += i < rest ? weight[whole + i] * widen(m3[whole + i]) : A(0);
+      }
+    A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int i = 0; i < kLanes; ++i)
+      s0 += l0[i], s1 += l1[i], s2 += l2[i], s3 += l3[i];
+    out[r] = s0, out[r + 1] = s1, out[r + 2] = s2, out[r + 3] = s3;
+  }
+  for (; r < m.rows; ++r) {
+    const T* row = m.row(r);
+    out[r] = sum_lanes<A>(m.columns, [=](int64_t i) { return weight[i] * widen(row[i]); });
   }
 }
 
-// out[c] = Σ_i weight_i·ℓ_i over the positions of the tile.
-template <typename T> void sum_positions(const Locals<T>& local, const Wide<T>* weight, Wide<T>* out) {
+// out[i] = Σ_r weight[r]·m[r, i], four rows at a time.
+template <typename T> void vector_times(const Wide<T>* weight, const Matrix<T>& m, Wide<T>* out) {
   using A = Wide<T>;
-  if (local.channel_stride == 1) {
-    std::fill_n(out, local.channels, A(0));
-    int64_t i = 0;
-    for (; i + 4 <= local.positions; i += 4) { // four positions per pass over the sums
-      const T* l0 = local.first + i * local.position_stride;
-      const T *l1 = l0 + local.position_stride, *l2 = l1 + local.position_stride, *l3 = l2 + local.position_stride;
-      const A w0 = weight[i], w1 = weight[i + 1], w2 = weight[i + 2], w3 = weight[i + 3];
+  const int64_t whole = m.columns & -kLanes;
+  const int rest = static_cast<int>(m.columns - whole);
+  // The last lanes are summed apart, as a whole vector: a masked store would stall the load that follows it.
+  std::fill_n(out, m.columns, A(0));
+  A last[kLanes] = {};
+  int64_t r = 0;
+  for (; r + 4 <= m.rows; r += 4) {
+    const T *m0 = m.row(r), *m1 = m.row(r + 1), *m2 = m.row(r + 2), *m3 = m.row(r + 3);
+    const A w0 = weight[r], w1 = weight[r + 1], w2 = weight[r + 2], w3 = weight[r + 3];
 #pragma omp simd
-      for (int64_t c = 0; c < local.channels; ++c)
-        out[c] += (w0 * widen(l0[c]) + w1 * widen(l1[c])) + (w2 * widen(l2[c]) + w3 * widen(l3[c]));
-    }
-    for (; i < local.positions; ++i) {
-      const T* from = local.first + i * local.position_stride;
+    for (int64_t i = 0; i < whole; ++i)
+      out[i] += (w0 * widen(m0[i]) + w1 * widen(m1[i])) + (w2 * widen(m2[i]) + w3 * widen(m3[i]));
+    if (rest > 0)
 #pragma omp simd
-      for (int64_t c = 0; c < local.channels; ++c)
-        out[c] += weight[i] * widen(from[c]);
-    }
-    return;
+      for (int i = 0; i < kLanes; ++i)
+        last[i] += i < rest ? (w0 * widen(m0[whole + i]) + w1 * widen(m1[whole + i])) +
+                                  (w2 * widen(m2[whole + i]) + w3 * widen(m3[whole + i]))
+                            : A(0);
   }
-  for (int64_t c = 0; c < local.channels; ++c) {
-    const T* from = local.first + c * local.channel_stride;
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < local.positions; ++i)
-      sum += weight[i] * widen(from[i]);
-    out[c] = sum;
+  for (; r < m.rows; ++r) {
+    const T* row = m.row(r);
+    const A w = weight[r];
+#pragma omp simd
+    for (int64_t i = 0; i < whole; ++i)
+      out[i] += w * widen(row[i]);
+    for (int i = 0; i < rest; ++i)
+      last[i] += w * widen(row[whole + i]);
   }
+  std::copy_n(last, rest, out + whole);
 }
 
-// out = attention ⊗ grad_pooled + grad_score ⊗ query.
+// out = left1 ⊗ right1 + left2 ⊗ right2, laid out as m.
 template <typename T>
-void write_gradient(const Locals<T>& local, const Wide<T>* attention, const Wide<T>* grad_pooled,
-                    const Wide<T>* grad_score, const Wide<T>* query, T* out) {
-  using A = Wide<T>;
-  if (local.channel_stride == 1) {
-    for (int64_t i = 0; i < local.positions; ++i) {
-      const A a = attention[i], s = grad_score[i];
-      T* to = out + i * local.position_stride;
-#pragma omp simd
-      for (int64_t c = 0; c < local.channels; ++c)
-        to[c] = narrow<T>(a * grad_pooled[c] + s * query[c]);
-    }
-    return;
+void outer_products(const Matrix<T>& m, const Wide<T>* left1, const Wide<T>* right1, const Wide<T>* left2,
+                    const Wide<T>* right2, T* out) {
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const Wide<T> a = left1[r], b = left2[r];
+    T* to = out + r * m.stride;
+    for_lanes(m.columns, [=](int64_t i) { to[i] = narrow<T>(a * right1[i] + b * right2[i]); });
   }
-  for (int64_t c = 0; c < local.channels; ++c) {
-    const A g = grad_pooled[c], q = query[c];
-    T* to = out + c * local.channel_stride;
-#pragma omp simd
-    for (int64_t i = 0; i < local.positions; ++i)
-      to[i] = narrow<T>(attention[i] * g + grad_score[i] * q);
-  }
+}
+
+// Scores of a tile's positions against a vector of channels, and the sum of its locals under weights of positions.
+template <typename T> void dot_channels(const Tiles& tiles, const Matrix<T>& m, const Wide<T>* weight, Wide<T>* out) {
+  tiles.shape.channels_inner ? times_vector(m, weight, out) : vector_times(weight, m, out);
+}
+template <typename T> void sum_positions(const Tiles& tiles, const Matrix<T>& m, const Wide<T>* weight, Wide<T>* out) {
+  tiles.shape.channels_inner ? vector_times(weight, m, out) : times_vector(m, weight, out);
 }
 
 template <typename T>
@@ -115,24 +121,25 @@ void pool_forward(const Tiles& tiles, const T* local, const std::vector<Wide<T>>
   const int64_t channels = tiles.shape.channels, positions = tiles.shape.positions;
   std::vector<A> maxima(tiles.count()), totals(tiles.count()), sums(tiles.count() * channels);
   parallel(tiles.count(), tiles.length * channels, [&](int64_t tile) {
-    const Locals<T> locals = locals_of(tiles, local, tile);
+    const Matrix<T> m = tile_of(tiles, local, tile);
+    const int64_t length = tiles.length_of(tile);
     const int64_t image = tile / tiles.per_image;
     A* score = scores + image * positions + tile % tiles.per_image * tiles.length;
-    dot_channels(locals, query_of(query, image, channels), score);
+    dot_channels(tiles, m, query_of(query, image, channels), score);
     A max = score[0];
 #pragma omp simd reduction(max : max)
-    for (int64_t i = 0; i < locals.positions; ++i)
+    for (int64_t i = 0; i < length; ++i)
       max = score[i] > max ? score[i] : max;
-    std::vector<A> weight(locals.positions);
+    std::vector<A> weight(length);
     A total = 0;
 #pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < locals.positions; ++i) {
+    for (int64_t i = 0; i < length; ++i) {
       weight[i] = softmax_weight(score[i], max);
       total += weight[i];
     }
     maxima[tile] = max;
     totals[tile] = total;
-    sum_positions(locals, weight.data(), &sums[tile * channels]);
+    sum_positions(tiles, m, weight.data(), &sums[tile * channels]);
   });
   parallel(tiles.shape.images, positions + tiles.per_image * channels, [&](int64_t image) {
     const int64_t first = image * tiles.per_image;
@@ -180,21 +187,27 @@ std::vector<Wide<T>> pool_backward(const Tiles& tiles, const std::vector<Wide<T>
     deltas[image] = delta;
   });
   parallel(tiles.count(), 2 * tiles.length * channels, [&](int64_t tile) {
-    const Locals<T> locals = locals_of(tiles, local, tile);
+    const Matrix<T> m = tile_of(tiles, local, tile);
+    const int64_t length = tiles.length_of(tile);
     const int64_t image = tile / tiles.per_image;
     const int64_t first = image * positions + tile % tiles.per_image * tiles.length;
     const A *weight = attention + first, *grad = &grad_pooled[image * channels];
     const A* query_image = query_of(query, image, channels);
-    std::vector<A> grad_score(locals.positions);
-    dot_channels(locals, grad, grad_score.data());
-    for (int64_t i = 0; i < locals.positions; ++i) {
+    std::vector<A> grad_score(length);
+    dot_channels(tiles, m, grad, grad_score.data());
+    for (int64_t i = 0; i < length; ++i) {
       const A s = grad_score[i] + (grad_attention == nullptr ? A(0) : grad_attention[first + i]);
       grad_score[i] =
           score_grad(weight[i], s, deltas[image], grad_scores == nullptr ? A(0) : grad_scores[first + i]);
     }
-    sum_positions(locals, grad_score.data(), &sums[tile * channels]);
-    if (grad_local != nullptr)
-      write_gradient(locals, weight, grad, grad_score.data(), query_image, grad_local + (locals.first - local));
+    sum_positions(tiles, m, grad_score.data(), &sums[tile * channels]);
+    if (grad_local == nullptr)
+      return;
+    T* out = grad_local + (m.first - local);
+    if (tiles.shape.channels_inner)
+      outer_products(m, weight, grad, grad_score.data(), query_image, out);
+    else
+      outer_products(m, grad, weight, query_image, grad_score.data(), out);
   });
   std::vector<A> grad_query(tiles.shape.images * channels);
   for (int64_t tile = 0; tile < tiles.count(); ++tile)
@@ -219,9 +232,10 @@ struct Tiles {
 
   explicit Tiles(const Tensor& local) : shape(local) {
     const int64_t channels = std::max<int64_t>(1, shape.channels);
-    length = std::min(shape.positions, std::max<int64_t>(16, 65536 / channels / 16 * 16)); // 256 KB of float32
+    length = std::min(shape.positions, std::max<int64_t>(16, 131072 / channels / 16 * 16)); // 512 KB of float32
     per_image = (shape.positions + length - 1) / length;
   }
+  int64_t length_of(int64_t tile) const { return std::min(length, shape.positions - tile % per_image * length); }
   int64_t count() const { return shape.images * per_image; }
 };
 

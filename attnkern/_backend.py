@@ -58,6 +58,11 @@ class use_backend:
         _current = self._previous
 
 
+def current() -> str | None:
+    """The backend that :func:`use_backend` or the environment chose; None for automatic."""
+    return _current
+
+
 def reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why backend ``name`` cannot run tensors of ``dtype`` on ``device``; None when it can."""
     if name == "reference":

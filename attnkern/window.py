@@ -99,6 +99,13 @@ def _check_rectangle(where, rectangle):
     check_shape(where, "rectangle", rectangle, "(N, 5)", rectangle.dim() == 2 and rectangle.shape[1] == 5)
 
 
+def _check_size(where, size):
+    if not (isinstance(size, (tuple, list)) and len(size) == 2):
+        raise ValueError(f"{where}: size must be (H, W), got {size!r}")
+    if not all(isinstance(length, (int, torch.SymInt)) and length >= 1 for length in size):
+        raise ValueError(f"{where}: size must be two integers of at least 1, got {tuple(size)}")
+
+
 def _check_number(where, name, value):
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{where}: {name} must be a number, got {type(value).__name__}")
@@ -140,10 +147,7 @@ def window_map(
     Source: Convolutional Rectangular Attention Module, Eqs. 1-5 and 7.
     """
     _check_rectangle("window_map", rectangle)
-    if not (isinstance(size, (tuple, list)) and len(size) == 2):
-        raise ValueError(f"window_map: size must be (H, W), got {size!r}")
-    if not all(isinstance(length, (int, torch.SymInt)) and length >= 1 for length in size):
-        raise ValueError(f"window_map: size must be two integers of at least 1, got {tuple(size)}")
+    _check_size("window_map", size)
     _check_number("window_map", "scale", scale)
     chosen = _backend.choose(backend, rectangle)
     if chosen == "reference" or transformed(rectangle):
@@ -215,6 +219,7 @@ def rectangle_corners(rectangle: torch.Tensor, size: tuple[int, int], *, aspect:
     Source: Convolutional Rectangular Attention Module, Eqs. 3-5.
     """
     _check_rectangle("rectangle_corners", rectangle)
+    _check_size("rectangle_corners", size)
     height, width = size
     mu1, mu2, sigma1, sigma2, alpha = rectangle.to(reference.wide(rectangle.dtype)).unbind(1)
     u = torch.stack((-sigma1, -sigma1, sigma1, sigma1), 1)

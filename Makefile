@@ -1,0 +1,42 @@
+# Everything that a user runs: each target does its own set-up in .venv.
+PYTHON ?= python3
+CONSTRAINTS := constraints.txt
+SOURCES := setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f) attnkern/_schemas.py
+PY := .venv/bin/python
+# Without a GPU to ask, one architecture keeps the build short; a wheel for others names its own.
+export TORCH_CUDA_ARCH_LIST ?= $(if $(shell command -v nvidia-smi),,9.0)
+ifeq ($(strip $(TORCH_CUDA_ARCH_LIST)),)
+unexport TORCH_CUDA_ARCH_LIST
+endif
+
+.PHONY: setup bench test gpu wheel clean
+
+setup: .venv/ready
+
+.venv/packages: pyproject.toml $(CONSTRAINTS)
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) \
+	    torch torchvision triton numpy scipy scikit-learn matplotlib setuptools wheel ninja pybind11 \
+	    pytest pytest-benchmark hypothesis ruff
+	touch $@
+
+.venv/ready: .venv/packages $(SOURCES)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	$(PY) -m attnkern info
+	touch $@
+
+bench: setup
+	$(PY) -m benchmarks.run
+
+test: setup
+	$(PY) tests/run.py
+
+# For a machine with a GPU and no network: builds in place with the Python at hand and installs nothing.
+gpu:
+	bash tests/gpu.sh $(PYTHON)
+
+wheel: setup
+	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist .venv attnkern/*.so *.egg-info

@@ -1,0 +1,5 @@
+import sys
+
+from attnkern.cli import main
+
+sys.exit(main())

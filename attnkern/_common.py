@@ -33,7 +33,7 @@ def check_companion(where: str, name: str, tensor: torch.Tensor, of: str, featur
     """Raise unless ``tensor`` lies on the features' device and has their dtype or float32."""
     if tensor.dtype != features.dtype and tensor.dtype != torch.float32:
         dtype, allowed = (str(t.dtype).split(".")[-1] for t in (tensor, features))
-        allowed = allowed if allowed == "float32" else f"{allowed} (as {of}) or float32"
+        allowed = f"{allowed} (as {of})" + ("" if allowed == "float32" else " or float32")
         raise TypeError(f"{where}: {name} must be {allowed}, got {dtype}")
     if tensor.device != features.device:
         raise ValueError(f"{where}: {name} must be on {features.device} (as {of}), got {tensor.device}")

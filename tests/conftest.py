@@ -1,7 +1,7 @@
-"""Backends and devices of a test run, and uninitialised memory that shows.
+"""Backends and device of a test run, and uninitialised memory that shows.
 
 ATTNKERN_TEST_BACKENDS (comma-separated) names the backends that this run is about: one that is missing fails the run
-instead of vanishing from it.
+instead of vanishing from it. Without it, all that can run here are tested.
 """
 
 import os
@@ -9,39 +9,51 @@ import os
 import pytest
 import torch
 
-from attnkern import _backend
+from attnkern import _backend, _ops
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not _ops.TRITON_INTERPRETS else "cpu")
 
-# Deterministic mode fills what torch.empty and its kind return with NaN, in kernels too.
+# Deterministic mode fills what torch.empty and its kind return with NaN, in kernels too. What has no deterministic
+# implementation in PyTorch only warns: here it is about the filling.
 torch.utils.deterministic.fill_uninitialized_memory = True
-torch.use_deterministic_algorithms(True)
+torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def backends(dtype=torch.float32):
-    """Backends of this run that take ``dtype``."""
-    asked = os.environ.get("ATTNKERN_TEST_BACKENDS")
-    names = asked.split(",") if asked else _backend.NAMES
-    found = [name for name in names if _backend.reason(name, DEVICE, dtype) is None]
-    return found
+def missing(name, dtype=torch.float32):
+    return _backend.reason(name, DEVICE, dtype)
+
+
+_asked = os.environ.get("ATTNKERN_TEST_BACKENDS")
+BACKENDS = _asked.split(",") if _asked else [name for name in _backend.NAMES if missing(name) is None]
 
 
 def pytest_configure(config):
-    asked = os.environ.get("ATTNKERN_TEST_BACKENDS", "reference").split(",")
-    for name in asked:
-        missing = _backend.reason(name, DEVICE, torch.float32)
-        if missing is not None:
-            raise pytest.UsageError(f"backend {name} was asked for, but: {missing}")
+    config.addinivalue_line("markers", "kernels: a promise of the kernels that the reference does not make")
+    config.addinivalue_line("markers", "large: too slow for interpreted kernels")
+    for name in BACKENDS:
+        if missing(name) is not None:
+            raise pytest.UsageError(f"{name} is to be tested, but cannot run: {missing(name)}")
 
 
-@pytest.fixture(params=backends())
+def _meaningful(item):
+    """Does this combination of a test's parameters exist?"""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    backend, dtype = parameters.get("backend"), parameters.get("dtype")
+    if backend in BACKENDS and dtype is not None and missing(backend, dtype) is not None:
+        return False
+    if backend == "reference" and item.get_closest_marker("kernels"):
+        return False
+    return not (backend == "triton" and _ops.TRITON_INTERPRETS and item.get_closest_marker("large"))
+
+
+def pytest_collection_modifyitems(config, items):
+    meaningless = [item for item in items if not _meaningful(item)]
+    config.hook.pytest_deselected(items=meaningless)
+    items[:] = [item for item in items if _meaningful(item)]
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request):
-    return request.param
-
-
-@pytest.fixture(params=backends(torch.float64))
-def backend64(request):
     return request.param
 
 

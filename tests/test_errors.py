@@ -35,13 +35,8 @@ WRONG = [
     wrong(TypeError, "rectangle must be a Tensor, got list", window_map, [0.5] * 5, (3, 3)),
     wrong(TypeError, f"rectangle must be {FLOATS}, got int64", window_map, rectangle.long(), (3, 3)),
     wrong(TypeError, f"rectangle must be {FLOATS}, got complex64", window_map, rectangle + 0j, (3, 3)),
-    wrong(
-        TypeError,
-        "rectangle must be a dense (strided) tensor, got layout torch.sparse_coo",
-        window_map,
-        rectangle.to_sparse(),
-        (3, 3),
-    ),
+    wrong(TypeError, "rectangle must be a dense (strided) tensor, got layout torch.sparse_coo",
+          window_map, rectangle.to_sparse(), (3, 3)),
     wrong(TypeError, "rectangle must be a Tensor, got NoneType", window_attention, x, None),
     wrong(TypeError, f"x must be {FLOATS}, got int32", window_attention, x.int(), rectangle),
     wrong(TypeError, f"a must be {FLOATS}, got bool", anchor_quantize, a.bool(), anchors),
@@ -52,20 +47,10 @@ WRONG = [
     wrong(TypeError, f"rectangle must be {FLOATS}, got int64", rectangle_corners, rectangle.long(), (3, 3)),
     # --- dtypes that do not go together ---
     wrong(TypeError, "rectangle must be float32 (as x), got float16", window_attention, x, rectangle.half()),
-    wrong(
-        TypeError,
-        "rectangle must be float16 (as x) or float32, got bfloat16",
-        window_attention,
-        x.half(),
-        rectangle.bfloat16(),
-    ),
-    wrong(
-        TypeError,
-        "rectangle must be float16 (as x) or float32, got float64",
-        window_attention,
-        x.half(),
-        rectangle.double(),
-    ),
+    wrong(TypeError, "rectangle must be float16 (as x) or float32, got bfloat16",
+          window_attention, x.half(), rectangle.bfloat16()),
+    wrong(TypeError, "rectangle must be float16 (as x) or float32, got float64",
+          window_attention, x.half(), rectangle.double()),
     wrong(TypeError, "anchors must be float32 (as a), got float64", anchor_quantize, a, anchors.double()),
     wrong(TypeError, "a must be float32 (as x), got float16", anchor_attention, x, a.half(), anchors),
     wrong(TypeError, "anchors must be float32 (as x), got float64", anchor_attention, x, a, anchors.double()),
@@ -79,64 +64,25 @@ WRONG = [
     wrong(ValueError, "anchors must be (Q,) with Q of at least 1, got shape (0,)", anchor_quantize, a, anchors[:0]),
     wrong(ValueError, "anchors must be (Q,) with Q of at least 1, got shape (1, 4)", anchor_quantize, a, anchors[None]),
     wrong(ValueError, "x must be (N, C, H, W), got shape (3, 4, 5)", anchor_attention, x[0], a, anchors),
-    wrong(
-        ValueError,
-        "a must be (2, 1, 4, 5) or (2, 4, 5) (as x), got shape (2, 3, 4, 5)",
-        anchor_attention,
-        x,
-        x,
-        anchors,
-    ),
-    wrong(
-        ValueError,
-        "a must be (2, 1, 4, 5) or (2, 4, 5) (as x), got shape (1, 1, 4, 5)",
-        anchor_attention,
-        x,
-        a[:1],
-        anchors,
-    ),
+    wrong(ValueError, "a must be (2, 1, 4, 5) or (2, 4, 5) (as x), got shape (2, 3, 4, 5)",
+          anchor_attention, x, x, anchors),
+    wrong(ValueError, "a must be (2, 1, 4, 5) or (2, 4, 5) (as x), got shape (1, 1, 4, 5)",
+          anchor_attention, x, a[:1], anchors),
     wrong(ValueError, "anchors must be (Q,) with Q of at least 1, got shape (0,)", anchor_attention, x, a, anchors[:0]),
     wrong(ValueError, "local must be (N, C, H, W) or (N, C, L), got shape (4, 5)", compatibility_pool, x[0, 0], query),
-    wrong(
-        ValueError,
-        "query must be (2, 3) or (3,) (N and C as local), got shape (1, 3)",
-        compatibility_pool,
-        x,
-        query[:1],
-    ),
-    wrong(
-        ValueError, "query must be (2, 3) or (3,) (N and C as local), got shape (2, 3, 4, 5)", compatibility_pool, x, x
-    ),
+    wrong(ValueError, "query must be (2, 3) or (3,) (N and C as local), got shape (1, 3)",
+          compatibility_pool, x, query[:1]),
+    wrong(ValueError, "query must be (2, 3) or (3,) (N and C as local), got shape (2, 3, 4, 5)",
+          compatibility_pool, x, x),
     # --- no position ---
-    wrong(
-        ValueError,
-        "x must have at least one position, got a map of size (0, 5)",
-        window_attention,
-        x[:, :, :0],
-        rectangle,
-    ),
-    wrong(
-        ValueError,
-        "x must have at least one position, got a map of size (0, 5)",
-        anchor_attention,
-        x[:, :, :0],
-        a,
-        anchors,
-    ),
-    wrong(
-        ValueError,
-        "local must have at least one position, got a map of size (0, 5)",
-        compatibility_pool,
-        x[:, :, :0],
-        query,
-    ),
-    wrong(
-        ValueError,
-        "local must have at least one position, got a map of size (0,)",
-        compatibility_pool,
-        x.flatten(2)[:, :, :0],
-        query,
-    ),
+    wrong(ValueError, "x must have at least one position, got a map of size (0, 5)",
+          window_attention, x[:, :, :0], rectangle),
+    wrong(ValueError, "x must have at least one position, got a map of size (0, 5)",
+          anchor_attention, x[:, :, :0], a, anchors),
+    wrong(ValueError, "local must have at least one position, got a map of size (0, 5)",
+          compatibility_pool, x[:, :, :0], query),
+    wrong(ValueError, "local must have at least one position, got a map of size (0,)",
+          compatibility_pool, x.flatten(2)[:, :, :0], query),
     # --- devices ---
     wrong(ValueError, "rectangle must be on cpu (as x), got meta", window_attention, x, rectangle.to("meta")),
     wrong(ValueError, "anchors must be on cpu (as a), got meta", anchor_quantize, a, anchors.to("meta")),
@@ -152,47 +98,24 @@ WRONG = [
     wrong(ValueError, "size must be two integers of at least 1, got (0, 3)", rectangle_corners, rectangle, (0, 3)),
     wrong(TypeError, "scale must be a number, got str", window_map, rectangle, (3, 3), scale="6"),
     wrong(TypeError, "scale must be a number, got Tensor", window_attention, x, rectangle, scale=torch.tensor(1.0)),
-    wrong(
-        ValueError,
-        "reduction must be 'mean', 'batchmean' or 'sum', got 'none'",
-        anchor_quantize,
-        a,
-        anchors,
-        reduction="none",
-    ),
-    wrong(
-        ValueError,
-        "reduction must be 'mean', 'batchmean' or 'sum', got None",
-        anchor_attention,
-        x,
-        a,
-        anchors,
-        reduction=None,
-    ),
+    wrong(ValueError, "reduction must be 'mean', 'batchmean' or 'sum', got 'none'",
+          anchor_quantize, a, anchors, reduction="none"),
+    wrong(ValueError, "reduction must be 'mean', 'batchmean' or 'sum', got None",
+          anchor_attention, x, a, anchors, reduction=None),
     # --- backends ---
     wrong(ValueError, f"backend: {NAMES}, got 'cuda'", window_map, rectangle, (3, 3), backend="cuda"),
     wrong(ValueError, f"backend: {NAMES}, got 'Native'", window_attention, x, rectangle, backend="Native"),
     wrong(ValueError, f"backend: {NAMES}, got 0", anchor_quantize, a, anchors, backend=0),
     wrong(ValueError, f"backend: {NAMES}, got 'auto'", anchor_attention, x, a, anchors, backend="auto"),
     wrong(ValueError, f"backend: {NAMES}, got ''", compatibility_pool, x, query, backend=""),
-    wrong(ValueError, f"name: {NAMES}, got 'gpu'", attnkern.use_backend, "gpu"),
-    wrong(
-        ValueError,
-        "backend: 'triton' cannot run torch.float64 on cpu: its kernels compute in float32 and do not take float64",
-        window_map,
-        rectangle.double(),
-        (3, 3),
-        backend="triton",
-    ),
-    wrong(
-        ValueError,
-        "backend: 'native' cannot run torch.float32 on meta: it has kernels for cpu and cuda, not for meta",
-        window_map,
-        rectangle.to("meta"),
-        (3, 3),
-        backend="native",
-    ),
-]
+    wrong(ValueError, f"name: {NAMES}, got 'gpu'", use_backend, "gpu"),
+    wrong(ValueError, "backend: 'triton' cannot run torch.float64 on cpu: "
+          "its kernels compute in float32 and do not take float64",
+          window_map, rectangle.double(), (3, 3), backend="triton"),
+    wrong(ValueError, "backend: 'native' cannot run torch.float32 on meta: "
+          "it has kernels for cpu and cuda, not for meta",
+          window_map, rectangle.to("meta"), (3, 3), backend="native"),
+]  # fmt: skip
 
 
 class Forbidden(TorchDispatchMode):
@@ -221,7 +144,7 @@ def test_triton_that_cannot_run_says_why(found, message, monkeypatch):
 def test_an_unbuilt_library_says_why_and_automatic_goes_on(monkeypatch):
     monkeypatch.setitem(_ops.NATIVE_REASON, "cpu", "attnkern/_C is not built: build it")
     with pytest.raises(
-        ValueError, match="^backend: 'native' cannot run torch.float32 on cpu: attnkern/_C is not built"
+        ValueError, match=r"^backend: 'native' cannot run torch.float32 on cpu: attnkern/_C is not built"
     ):
         compatibility_pool(x, query, backend="native")
     pooled, reference = (compatibility_pool(x, query, backend=name).pooled for name in (None, "reference"))

@@ -58,7 +58,7 @@ def window_attention(x, rectangle, *, scale=6.0, rescale=True, residual=True, as
 def _modulate(x, map, residual):
     """x + map·x, or map·x."""
     wide_x = x.to(map.dtype)
-    output = map * wide_x
+    output = wide_x * map
     return (output + wide_x if residual else output).to(x.dtype)
 
 
@@ -87,7 +87,7 @@ def nearest_anchor(a: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     # Opposite infinities have no midpoint: every finite number is as far from one as from the other.
     finite = torch.nextafter(-infinity, infinity)
     threshold = torch.where(midpoint.isnan(), torch.where(index[1:] < index[:-1], finite, infinity), threshold)
-    chosen = index[torch.searchsorted(threshold, a, right=True)]
+    chosen = index[torch.searchsorted(threshold, a.contiguous(), right=True)]
     return torch.where(a.isnan() | anchors.isnan().any(), 0, chosen)
 
 

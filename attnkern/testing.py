@@ -1,0 +1,295 @@
+"""Accuracy of the ops as anyone can check it: the papers' literal formulas, seeded inputs and error budgets.
+
+The promise: over a fixed seeded set, the largest error of each output and gradient against float64 is at most twice
+that of the literal formula in eager PyTorch at the same dtype, plus 4 ε times the largest Σ|terms|. Truth is the
+reference in float64 on the stored (rounded) inputs.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+import attnkern
+from attnkern import _backend, reference
+
+#: Seeds of the fixed set; each draws one batch.
+SEEDS = range(32)
+
+
+def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[str]:
+    """Backends that can run tensors of ``dtype`` on ``device`` here."""
+    return [name for name in _backend.NAMES if _backend.reason(name, torch.device(device), dtype) is None]
+
+
+# --- the papers' formulas, as printed: no upcasts, no softmax form --------------------------------------------------
+
+
+def literal_window_map(rectangle, size, *, scale=6.0, rescale=True, aspect=False):
+    """Eqs. 4, 5 and 7 of Convolutional Rectangular Attention Module: f·HW/Σf."""
+    height, width = size
+    mu1, mu2, sigma1, sigma2, alpha = rectangle[:, :, None, None].unbind(1)
+    row, column = reference.aspect_factors(height, width, aspect)
+    d1 = (reference.coordinates(height, rectangle)[:, None] - mu1) * row
+    d2 = (reference.coordinates(width, rectangle) - mu2) * column
+    u = alpha.cos() * d1 + alpha.sin() * d2
+    v = -alpha.sin() * d1 + alpha.cos() * d2
+    f = torch.sigmoid(scale * (1 - (u / sigma1) ** 2)) * torch.sigmoid(scale * (1 - (v / sigma2) ** 2))
+    return f * (height * width) / f.sum((1, 2), keepdim=True) if rescale else f
+
+
+def literal_window_attention(x, rectangle, *, scale=6.0, rescale=True, residual=True, aspect=False):
+    """Eqs. 5-7: x + f̃·x."""
+    map = literal_window_map(rectangle, x.shape[2:], scale=scale, rescale=rescale, aspect=aspect)
+    output = map[:, None] * x
+    return attnkern.WindowAttended(x + output if residual else output, map)
+
+
+def literal_anchor_quantize(a, anchors, *, reduction="mean"):
+    """Eqs. 9 and 10 of Information Bottleneck Approach to Spatial Attention Learning."""
+    indices = (a.detach()[..., None] - anchors.detach()).abs().argmin(-1)
+    nearest = anchors[indices]
+    divisor = reference.loss_divisor(a, reduction)
+    anchor_loss = (a.detach() - nearest).square().sum() / divisor
+    commitment_loss = (a - nearest.detach()).square().sum() / divisor
+    counts = indices.flatten().bincount(minlength=len(anchors))
+    return attnkern.AnchorQuantized(a + (nearest - a).detach(), indices, anchor_loss, commitment_loss, counts)
+
+
+def literal_anchor_attention(x, a, anchors, *, residual=True, reduction="mean"):
+    """x + v·x with the quantized map v."""
+    quantized = literal_anchor_quantize(a, anchors, reduction=reduction)
+    map = quantized.values if a.dim() == 4 else quantized.values[:, None]
+    output = map * x
+    return attnkern.AnchorAttended(x + output if residual else output, *quantized)
+
+
+def literal_compatibility_pool(local, query):
+    """Eqs. 1-3 of Learn to Pay Attention, with the dot product as compatibility."""
+    query = query if query.dim() == 2 else query[None]
+    scores = (local.flatten(2) * query[:, :, None]).sum(1)
+    attention = scores.softmax(1)
+    pooled = (attention[:, None] * local.flatten(2)).sum(2)
+    positions = (local.shape[0], *local.shape[2:])
+    return attnkern.CompatibilityPooled(pooled, attention.view(positions), scores.view(positions))
+
+
+# --- seeded inputs --------------------------------------------------------------------------------------------------
+
+
+def features(shape, dtype, layout, generator):
+    """Normal features in a layout: "contiguous", "channels_last", or "tokens", (N, L, C) seen as (N, C, L)."""
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "tokens":
+        return x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2)
+    return x
+
+
+def window_inputs(shape, dtype, companion, layout, generator):
+    """Features and rectangles whose windows lie on the image."""
+    low = torch.tensor([0.1, 0.1, 0.15, 0.15, -1.5], dtype=torch.float64)
+    high = torch.tensor([0.9, 0.9, 0.7, 0.7, 1.5], dtype=torch.float64)
+    rectangle = low + (high - low) * torch.rand(shape[0], 5, generator=generator, dtype=torch.float64)
+    return {"x": features(shape, dtype, layout, generator), "rectangle": rectangle.to(companion)}
+
+
+def anchor_inputs(shape, dtype, companion, layout, generator):
+    """Features, a map that leaves [0, 1], and seven anchors in no order."""
+    a = torch.rand(shape[0], 1, *shape[2:], generator=generator, dtype=torch.float64) * 1.4 - 0.2
+    anchors = torch.rand(7, generator=generator, dtype=torch.float64)
+    x = features(shape, dtype, layout, generator)
+    return {"x": x, "a": a.to(companion), "anchors": anchors.to(companion)}
+
+
+def quantize_inputs(shape, dtype, companion, layout, generator):
+    inputs = anchor_inputs(shape, dtype, companion, layout, generator)
+    return {"a": inputs["a"].to(dtype), "anchors": inputs["anchors"]}
+
+
+def pool_inputs(shape, dtype, companion, layout, generator):
+    """Locals, and queries whose scores have unit variance."""
+    query = torch.randn(shape[:2], generator=generator, dtype=torch.float64) / max(1, shape[1]) ** 0.5
+    return {"local": features(shape, dtype, layout, generator), "query": query.to(companion)}
+
+
+def shared_pool_inputs(*arguments):
+    inputs = pool_inputs(*arguments)
+    return {**inputs, "query": inputs["query"].sum(0)}
+
+
+# --- Σ|terms| of each output and gradient, in float64 ---------------------------------------------------------------
+# `x`, `g` and the like are dictionaries of float64 tensors: inputs, outputs, and gradients of the outputs by name.
+
+
+def _window_terms(x, out, g, rescale=True, residual=True, scale=6.0, aspect=False):
+    size = x["x"].shape[2:]
+
+    def log_window(rectangle):
+        return reference._log_window(rectangle[None], *size, scale, aspect)[0]
+
+    slopes = torch.func.vmap(torch.func.jacrev(log_window))(x["rectangle"])
+    map = out["map"]
+    if rescale:
+        slopes = slopes - (slopes * map[..., None]).mean((1, 2), keepdim=True)
+    reached = (g["output"] * x["x"]).abs().sum(1) + g["map"].abs()
+    factor = map + (1 if residual else 0)
+    return {
+        "output": x["x"].abs() * factor[:, None],
+        "map": map,
+        "grad_x": g["output"].abs() * factor[:, None],
+        "grad_rectangle": (reached[..., None] * map[..., None] * slopes.abs()).sum((1, 2)),
+    }
+
+
+def _quantize_terms(x, out, g, reduction="mean"):
+    difference = (out["values"] - x["a"]).abs()
+    divisor = reference.loss_divisor(x["a"], reduction)
+    loss = difference.square().sum() / divisor
+    per_anchor = torch.zeros_like(x["anchors"]).index_add(0, out["indices"].flatten(), difference.flatten())
+    magnitude = x["a"].abs() + out["values"].abs()
+    return {
+        "values": out["values"].abs(),
+        "anchor_loss": loss,
+        "commitment_loss": loss,
+        "grad_a": g["values"].abs() + 2 * magnitude * g["commitment_loss"].abs() / divisor,
+        "grad_anchors": 2 * per_anchor * g["anchor_loss"].abs() / divisor,
+    }
+
+
+def _anchor_terms(x, out, g, residual=True, reduction="mean"):
+    terms = _quantize_terms(x, out, g, reduction)
+    factor = out["values"].abs() + (1 if residual else 0)
+    terms["grad_a"] = terms["grad_a"] + (g["output"] * x["x"]).abs().sum(1, keepdim=True)
+    return {"output": x["x"].abs() * factor, "grad_x": g["output"].abs() * factor, **terms}
+
+
+def _pool_terms(x, out, g):
+    local, query = x["local"].flatten(2).abs(), x["query"].abs()
+    query = (query if query.dim() == 2 else query[None])[:, :, None]
+    attention, grad = out["attention"].flatten(1), g["pooled"].abs()[:, :, None]
+    reached = (local * grad).sum(1) + g["attention"].flatten(1).abs()
+    delta = (grad[:, :, 0] * out["pooled"].abs()).sum(1) + (attention * g["attention"].flatten(1).abs()).sum(1)
+    grad_scores = attention * (reached + delta[:, None]) + g["scores"].flatten(1).abs()
+    grad_query = (grad_scores[:, None] * local).sum(2)
+    return {
+        "pooled": (attention[:, None] * local).sum(2),
+        "attention": attention,
+        "scores": (query * local).sum(1),
+        "grad_local": attention[:, None] * grad + grad_scores[:, None] * query,
+        "grad_query": grad_query if x["query"].dim() == 2 else grad_query.sum(0),
+    }
+
+
+class Op(NamedTuple):
+    """An op as the checks see it."""
+
+    function: Callable  #: the public function
+    literal: Callable  #: the paper's formula
+    inputs: Callable  #: (shape, dtype, companion dtype, layout, generator) -> inputs by name
+    terms: Callable  #: (inputs, outputs, output gradients) -> Σ|terms| by result
+
+
+OPS = {
+    "window_attention": Op(attnkern.window_attention, literal_window_attention, window_inputs, _window_terms),
+    "anchor_quantize": Op(attnkern.anchor_quantize, literal_anchor_quantize, quantize_inputs, _quantize_terms),
+    "anchor_attention": Op(attnkern.anchor_attention, literal_anchor_attention, anchor_inputs, _anchor_terms),
+    "compatibility_pool": Op(attnkern.compatibility_pool, literal_compatibility_pool, pool_inputs, _pool_terms),
+    "compatibility_pool_shared": Op(
+        attnkern.compatibility_pool, literal_compatibility_pool, shared_pool_inputs, _pool_terms
+    ),
+}
+
+
+def make_inputs(name, shape, dtype=torch.float32, companion=None, layout="contiguous", seed=0, device="cpu"):
+    """Seeded inputs of an op by name; companions (rectangle, a, anchors, query) in their own dtype if one is given."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = OPS[name].inputs(shape, dtype, companion or dtype, layout, generator)
+    return {key: value.to(device) for key, value in inputs.items()}
+
+
+def output_gradients(outputs, seed=0):
+    """Seeded gradients of the floating outputs, rounded to their dtypes."""
+    generator = torch.Generator().manual_seed(seed + 1000)
+    return {
+        key: torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+        for key, value in outputs.items()
+        if value.is_floating_point()
+    }
+
+
+def evaluate(function, inputs, gradients=None, **options):
+    """Outputs by name, and the gradient of each input as ``grad_<name>`` (zeros where none flows)."""
+    leaves = {key: value.detach().requires_grad_() for key, value in inputs.items()}
+    outputs = function(**leaves, **options)._asdict()
+    gradients = output_gradients(outputs) if gradients is None else gradients
+    used = [key for key in gradients if outputs[key].requires_grad]
+    grads = torch.autograd.grad(
+        [outputs[key] for key in used],
+        list(leaves.values()),
+        [gradients[key].to(outputs[key].dtype) for key in used],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    results = {key: value.detach() for key, value in outputs.items()}
+    return results | {f"grad_{key}": grad for key, grad in zip(leaves, grads, strict=True)}
+
+
+class Budget(NamedTuple):
+    """Largest errors of one result over the seeded set."""
+
+    error: float  #: of the backend
+    literal: float  #: of the literal formula
+    terms: float  #: largest Σ|terms|
+    epsilon: float
+
+    @property
+    def allowed(self) -> float:
+        return 2 * self.literal + 4 * self.epsilon * self.terms
+
+
+def accuracy(name, backend, dtype, *, shape=(2, 24, 6, 7), layout="contiguous", device="cpu", **options):
+    """Error budget of each output and gradient of an op over the seeded set; indices and counts must be equal.
+
+    Raises:
+        AssertionError: an index or a count differs from the exact one.
+    """
+    op, budgets = OPS[name], {}
+    for seed in SEEDS:
+        inputs = make_inputs(name, shape, dtype, layout=layout, seed=seed, device=device)
+        gradients = output_gradients(op.function(**inputs, backend=backend, **options)._asdict(), seed)
+        got = evaluate(op.function, inputs, gradients, backend=backend, **options)
+        literal = evaluate(op.literal, inputs, gradients, **options)
+        wide = {key: value.double() for key, value in inputs.items()}
+        wide_gradients = {key: value.double() for key, value in gradients.items()}
+        truth = evaluate(op.function, wide, wide_gradients, backend="reference", **options)
+        terms = op.terms(wide, truth, wide_gradients, **options)
+        for key, value in truth.items():
+            if not value.is_floating_point():
+                assert torch.equal(got[key], value), f"{name} on {backend}: {key} differ"
+                continue
+            new = Budget(
+                (got[key].double() - value).abs().max().item(),
+                (literal[key].double() - value).abs().max().item(),
+                terms[key].max().item(),
+                torch.finfo(got[key].dtype).eps,
+            )
+            old = budgets.get(key, new)
+            # max() is not enough: an error that is NaN must not be forgotten.
+            worst = [a if a != a or a > b else b for a, b in zip(new[:3], old[:3], strict=True)]
+            budgets[key] = Budget(*worst, new.epsilon)
+    return budgets
+
+
+def check_accuracy(name, backend, dtype, **arguments):
+    """Raise AssertionError with a table unless every result keeps its budget; see :func:`accuracy`."""
+    budgets = accuracy(name, backend, dtype, **arguments)
+    if not all(budget.error <= budget.allowed for budget in budgets.values()):
+        rows = [f"{'':16} {'error':>10} {'allowed':>10} {'literal':>10} {'Σ|terms|':>10}"]
+        rows += [
+            f"{key:16} {b.error:10.3e} {b.allowed:10.3e} {b.literal:10.3e} {b.terms:10.3e}"
+            f"{'' if b.error <= b.allowed else '  <- over'}"
+            for key, b in budgets.items()
+        ]
+        raise AssertionError("\n".join([f"{name} on {backend}, {dtype}:", *rows]))

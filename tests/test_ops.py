@@ -51,3 +51,32 @@ def golden(data, function, through, backend, **options):
     expected = {name: data[name] for name in found if name in data}
     assert set(through) | {f"grad_{name}" for name in names} <= expected.keys()
     check({name: found[name] for name in expected}, expected, EXACT[data[names[0]].dtype])
+
+
+# --- fresh cases -----------------------------------------------------------------------------------------------------
+
+large = pytest.mark.large
+SHAPES = [  # (N, C, size)
+    (3, 5, (4, 6)),
+    (1, 1, (1, 1)),
+    (3, 8, (1, 6)),
+    (2, 65, (6, 1)),
+    (0, 3, (5, 9)),
+    (3, 0, (4, 3)),
+    (2, 65, (7, 7)),
+    pytest.param(3, 512, (7, 7), marks=large),
+    pytest.param(1, 8, (14, 14), marks=large),
+    pytest.param(2, 3, (33, 35), marks=large),
+    pytest.param(1, 70, (40, 40), marks=large),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=case_id)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("n, c, size", SHAPES, ids=case_id)
+@every_case
+def test_against_reference(function, options, n, c, size, layout, dtype, backend, device):
+    """Results and gradients of fresh inputs are the reference's in float64."""
+    if backend == "reference" and dtype == torch.float64:
+        pytest.skip("the oracle itself: it has the golden files")
+    tensors = make(function, n, c, size, dtype=dtype, layout=layout if len(size) else "", device=device)

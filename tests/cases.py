@@ -1,0 +1,178 @@
+"""The five functions as one table, seeded inputs in any shape, dtype and layout, and one way to run and to compare."""
+
+import torch
+
+import attnkern
+
+#: function -> names of its tensors, names of its differentiable results
+FUNCTIONS = {
+    "window_map": (("rectangle",), ("map",)),
+    "window_attention": (("x", "rectangle"), ("output", "map")),
+    "anchor_quantize": (("a", "anchors"), ("values", "anchor_loss", "commitment_loss")),
+    "anchor_attention": (("x", "a", "anchors"), ("output", "values", "anchor_loss", "commitment_loss")),
+    "compatibility_pool": (("local", "query"), ("pooled", "attention", "scores")),
+}
+FEATURES = ("x", "local")
+
+#: what is summed over the batch; all other results belong to one image each
+SUMMED = ("anchor_loss", "commitment_loss", "counts", "grad_anchors", "grad_shared_query")
+
+#: (function, options), every value of every option at least once
+CASES = [
+    ("window_map", {}),
+    ("window_map", {"rescale": False, "scale": 10.0}),
+    ("window_map", {"aspect": True}),
+    ("window_attention", {}),
+    ("window_attention", {"rescale": False, "scale": 10.0}),
+    ("window_attention", {"residual": False, "aspect": True}),
+    ("window_attention", {"rescale": False, "residual": False, "aspect": True}),
+    ("anchor_quantize", {}),
+    ("anchor_quantize", {"reduction": "batchmean"}),
+    ("anchor_quantize", {"reduction": "sum"}),
+    ("anchor_attention", {}),
+    ("anchor_attention", {"residual": False, "reduction": "batchmean"}),
+    ("anchor_attention", {"reduction": "sum"}),
+    ("compatibility_pool", {}),
+]
+
+
+def case_id(value):
+    """Readable parameter ids: pass as ``ids=`` to parametrize."""
+    if isinstance(value, dict):
+        return "-".join(f"{k}={v}" for k, v in value.items()) or "default"
+    if isinstance(value, tuple):
+        return "x".join(map(case_id, value))
+    return str(value).removeprefix("torch.")
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def lay(tensor, layout):
+    """The same numbers lying otherwise in memory; ``expanded`` repeats those of the first channel with stride 0."""
+    match layout:
+        case "contiguous":
+            return tensor.contiguous()
+        case "channels_last":
+            return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+        case "transposed":
+            return tensor.mT.contiguous().mT
+        case "sliced":  # NaN between the elements
+            return torch.stack((tensor, torch.full_like(tensor, torch.nan)), -1)[..., 0]
+        case "misaligned":  # one element into the storage, strides kept
+            storage = torch.full((tensor.numel() + 1,), torch.nan, dtype=tensor.dtype, device=tensor.device)
+            return storage.as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
+        case "expanded":
+            return tensor[:, :1].expand_as(tensor)
+    raise ValueError(layout)
+
+
+def make(
+    function, n=3, c=5, size=(4, 6), *, dtype=torch.float64, companion=None, layout="contiguous",
+    anchors=7, shared=False, device="cpu", seed=0,
+):  # fmt: skip
+    """Seeded inputs of a function by name.
+
+    ``layout`` is that of the features, or of the map where there are none; ``companion`` is the dtype, or a tuple of
+    dtypes, of the other tensors (default: as the first); ``shared`` gives the pool one query for the batch.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(*shape, generator=g, dtype=torch.float64)
+
+    parameters = ((0.1, 0.9), (0.1, 0.9), (0.15, 0.6), (0.15, 0.6), (-1.5, 1.5))  # centre, half extents, angle
+    makers = {
+        "x": lambda: normal(n, c, *size),
+        "local": lambda: normal(n, c, *size),
+        "rectangle": lambda: torch.cat([uniform(low, high, n, 1) for low, high in parameters], 1),
+        "a": lambda: uniform(-0.2, 1.2, n, 1, *size),
+        "anchors": lambda: uniform(0, 1, anchors),
+        "query": lambda: 0.7 * (normal(c) if shared else normal(n, c)),
+    }
+    names = FUNCTIONS[function][0]
+    rest = companion if isinstance(companion, tuple) else (companion or dtype,) * (len(names) - 1)
+    tensors = {name: makers[name]().to(device, to) for name, to in zip(names, (dtype, *rest), strict=True)}
+    tensors[names[0]] = lay(tensors[names[0]], layout)
+    return tensors
+
+
+def doubles(tensors):
+    """The same numbers in float64: what an oracle works on."""
+    return {name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def call(function, tensors, size=None, **options):
+    """The function's results by name. Only a map without features needs to be told its size."""
+    if function == "window_map":
+        return {"map": attnkern.window_map(**tensors, size=size, **options)}
+    return getattr(attnkern, function)(**tensors, **options)._asdict()
+
+
+def upstream(results, seed=1):
+    """Seeded gradients of the differentiable results, in their dtypes."""
+    g = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(result.shape, generator=g, dtype=torch.float64).to(result.device, result.dtype)
+        for name, result in results.items()
+        if result.is_floating_point()
+    }
+
+
+def run(function, tensors, *, wrt=None, through=None, grads=None, **options):
+    """Results and gradients (``grad_<name>``) by name.
+
+    ``wrt`` names the tensors that are differentiated (default: all), ``through`` the results that have a gradient
+    (default: all), ``grads`` gives those gradients (default: seeded ones).
+    """
+    names, differentiable = FUNCTIONS[function]
+    wrt, through = names if wrt is None else wrt, differentiable if through is None else through
+    leaves = {name: tensor.detach().requires_grad_(name in wrt) for name, tensor in tensors.items()}
+    results = call(function, leaves, **options)
+    grads = upstream(results) if grads is None else grads
+    ends = [name for name in through if results[name].requires_grad]
+    gradients = [None] * len(wrt)
+    if ends and wrt:
+        gradients = torch.autograd.grad(
+            [results[name] for name in ends], [leaves[name] for name in wrt], [grads[name] for name in ends],
+            allow_unused=True,
+        )  # fmt: skip
+    found = {name: result.detach() for name, result in results.items()}
+    return found | {f"grad_{name}": gradient for name, gradient in zip(wrt, gradients, strict=True)}
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def check(found, expected, tolerance):
+    """Each result within tolerance · max(1, its largest magnitude); integers equal; no gradient is a zero gradient."""
+    assert found.keys() == expected.keys()
+    for name, want in expected.items():
+        got = found[name]
+        if got is None or want is None:
+            present = got if want is None else want
+            assert present is None or not present.any(), f"{name}: a gradient is missing"
+        elif want.is_floating_point():
+            got, want = got.double(), want.double()
+            largest = torch.where(want.isfinite(), want.abs(), 0).amax() if want.numel() else 0
+            torch.testing.assert_close(
+                got, want, rtol=0, atol=tolerance * max(1.0, float(largest)), equal_nan=True,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )  # fmt: skip
+        else:
+            assert torch.equal(got, want), f"{name} differs"
+
+
+def same(found, expected, what=""):
+    """Bitwise equal, NaN included."""
+    for name, want in expected.items():
+        got = found[name]
+        assert (got is None) == (want is None), name
+        if want is not None:
+            assert torch.equal(torch.nan_to_num(got, 77.0), torch.nan_to_num(want, 77.0)), f"{name} differs {what}"

@@ -1,0 +1,67 @@
+"""Runs the test lanes, each in processes of its own, and sums them up: `make test`.
+
+1 native        compiled CPU kernels and references
+2 interpreted   Triton kernels in Triton's interpreter, small shapes
+3 ahead         Triton kernels compiled to cubins without a GPU
+4 cuda          CUDA C++ kernels: built, loaded, and run on the CPU under the host emulation
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+HERE = Path(__file__).parent
+AHEAD = ["test_triton_aot.py"]
+CUDA = ["test_cuda_build.py", "test_cuda_on_host.py"]
+INTERPRETED = ["test_ops.py"]
+
+EVERYTHING_ELSE = sorted({path.name for path in HERE.glob("test_*.py")} - set(AHEAD) - set(CUDA))
+LANES = {
+    "native": (EVERYTHING_ELSE, {"ATTNKERN_TEST_BACKENDS": "native,reference"}),
+    "interpreted": (INTERPRETED, {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1"}),
+    "ahead": (AHEAD, {}),
+    "cuda": (CUDA, {}),
+}
+
+
+def run(lane: str) -> tuple[dict[str, int], float]:
+    """Counts of a lane's outcomes, and its seconds."""
+    files, environment = LANES[lane]
+    print(f"\n=== lane {lane}: {' '.join(files)}", flush=True)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "--durations=5", f"--junit-xml={report}"]
+        done = subprocess.run(
+            [*command, *(str(HERE / name) for name in files)], env={**os.environ, **environment}, cwd=HERE.parent
+        )
+        counts = {"passed": 0, "failed": 0, "skipped": 0}
+        if report.exists():
+            suite = ElementTree.parse(report).getroot().find("testsuite")
+            total, failures, errors, skipped = (
+                int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")
+            )
+            counts = {"passed": total - failures - errors - skipped, "failed": failures + errors, "skipped": skipped}
+        # A lane that broke off, or that ran nothing, has failed whatever it counted.
+        if done.returncode != 0 and counts["failed"] == 0:
+            counts["failed"] = 1
+    return counts, time.monotonic() - began
+
+
+def main() -> int:
+    lanes = sys.argv[1:] or list(LANES)
+    results = {lane: run(lane) for lane in lanes}
+    print(f"\n{'lane':12} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}")
+    for lane, (counts, seconds) in results.items():
+        print(f"{lane:12} {counts['passed']:7} {counts['failed']:7} {counts['skipped']:8} {seconds:8.0f}")
+    total = {key: sum(counts[key] for counts, _ in results.values()) for key in ("passed", "failed", "skipped")}
+    print("\n{passed} passed, {failed} failed, {skipped} skipped".format(**total))
+    return total["failed"] > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

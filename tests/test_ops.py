@@ -1,14 +1,16 @@
 """The functions against golden files, against the reference in float64 and against their literal formulas."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cases import CASES, FUNCTIONS, case_id, check, doubles, lay, make, run
+from cases import CASES, FUNCTIONS, call, case_id, check, doubles, make, run, same, upstream
+
+from attnkern import testing
 
 DATA = Path(__file__).parent / "data"
-EXACT = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 every_case = pytest.mark.parametrize("function, options", CASES, ids=case_id)
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
@@ -50,7 +52,7 @@ def golden(data, function, through, backend, **options):
     )
     expected = {name: data[name] for name in found if name in data}
     assert set(through) | {f"grad_{name}" for name in names} <= expected.keys()
-    check({name: found[name] for name in expected}, expected, EXACT[data[names[0]].dtype])
+    check({name: found[name] for name in expected}, expected)
 
 
 # --- fresh cases -----------------------------------------------------------------------------------------------------
@@ -71,12 +73,119 @@ SHAPES = [  # (N, C, size)
 ]
 
 
+def check_run(function, tensors, backend, size=None, wrt=None, through=None, **options):
+    """Results and gradients are the reference's in float64 on the same numbers. Returns them."""
+    options["size"] = size
+    grads = upstream(call(function, tensors, backend=backend, **options))
+    options |= {"wrt": wrt, "through": through}
+    found = run(function, tensors, grads=grads, backend=backend, **options)
+    expected = run(function, doubles(tensors), grads=doubles(grads), backend="reference", **options)
+    check(found, expected)
+    return found
+
+
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=case_id)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("n, c, size", SHAPES, ids=case_id)
 @every_case
-def test_against_reference(function, options, n, c, size, layout, dtype, backend, device):
-    """Results and gradients of fresh inputs are the reference's in float64."""
-    if backend == "reference" and dtype == torch.float64:
-        pytest.skip("the oracle itself: it has the golden files")
-    tensors = make(function, n, c, size, dtype=dtype, layout=layout if len(size) else "", device=device)
+def test_shapes(function, options, n, c, size, layout, dtype, backend, device):
+    tensors = make(function, n, c, size, dtype=dtype, layout=layout, device=device)
+    check_run(function, tensors, backend, size, **options)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=case_id)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("n, c, size", [(3, 8, (11,)), (0, 3, (4,)), (2, 65, (49,)), (3, 5, (4, 6))], ids=case_id)
+def test_tokens_and_shared_queries(n, c, size, shared, layout, dtype, backend, device):
+    """(N, C, L), also as a transposed view of tokens (N, L, C); one query for each image or for all."""
+    tensors = make("compatibility_pool", n, c, size, dtype=dtype, layout=layout, shared=shared, device=device)
+    check_run("compatibility_pool", tensors, backend)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=case_id)
+@pytest.mark.parametrize("anchors", [1, 2, 20, 64, 300])
+@pytest.mark.parametrize("function", ["anchor_quantize", "anchor_attention"])
+def test_numbers_of_anchors(function, anchors, dtype, backend, device):
+    tensors = make(function, 2, 3, (6, 7), dtype=dtype, anchors=anchors, device=device)
+    check_run(function, tensors, backend)
+
+
+def test_map_with_or_without_a_channel(backend, device):
+    """a (N, H, W) and (N, 1, H, W) are the same map."""
+    tensors = make("anchor_attention", dtype=torch.float32, device=device)
+    flat = tensors | {"a": tensors["a"][:, 0]}
+    with_channel, without = (run("anchor_attention", inputs, backend=backend) for inputs in (tensors, flat))
+    for name in ("values", "indices", "grad_a"):
+        assert without[name].shape == flat["a"].shape
+        without[name] = without[name][:, None]
+    same(without, with_channel)
+
+
+# --- dtypes ----------------------------------------------------------------------------------------------------------
+
+MIXES = [  # (function, features, the others): each has the features' dtype or float32
+    (function, dtype, others)
+    for function, (names, _) in FUNCTIONS.items()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    for others in itertools.product(dict.fromkeys((dtype, torch.float32)), repeat=len(names) - 1)
+]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("function, dtype, others", MIXES, ids=case_id)
+def test_dtypes(function, dtype, others, layout, backend, device):
+    """Features' results in their dtype, maps and losses wide, each gradient in its input's; the numbers are right."""
+    tensors = make(function, 2, 9, (5, 6), dtype=dtype, companion=others, layout=layout, device=device)
+    found = check_run(function, tensors, backend, (5, 6))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = {name: dtype for name in ("output", "pooled")}
+    expected |= {"values": tensors["a"].dtype} if "a" in tensors else {}
+    expected |= {"indices": torch.int64, "counts": torch.int64}
+    expected |= {f"grad_{name}": tensor.dtype for name, tensor in tensors.items()}
+    assert {name: result.dtype for name, result in found.items()} == {name: expected.get(name, wide) for name in found}
+
+
+# --- some gradients --------------------------------------------------------------------------------------------------
+
+
+def subsets(names):
+    return [subset for k in range(len(names) + 1) for subset in itertools.combinations(names, k)]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=case_id)
+@every_function
+def test_any_subset_of_gradients(function, dtype, backend, device):
+    """Any of the inputs may need a gradient and any of the results may have one: the same numbers as the reference."""
+    names, differentiable = FUNCTIONS[function]
+    tensors = make(function, 2, 3, (4, 3), dtype=dtype, device=device)
+    for wrt in subsets(names):
+        for through in subsets(differentiable):
+            check_run(function, tensors, backend, (4, 3), wrt=wrt, through=through)
+
+
+# --- the promise -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=case_id)
+@pytest.mark.parametrize(
+    "name, options, layout",
+    [
+        ("window_attention", {}, "contiguous"),
+        ("window_attention", {"rescale": False, "residual": False}, "channels_last"),
+        ("window_attention", {"aspect": True}, "channels_last"),
+        ("anchor_quantize", {"reduction": "batchmean"}, "contiguous"),
+        ("anchor_attention", {}, "contiguous"),
+        ("anchor_attention", {"residual": False, "reduction": "sum"}, "channels_last"),
+        ("compatibility_pool", {}, "contiguous"),
+        ("compatibility_pool", {}, "channels_last"),
+        ("compatibility_pool_shared", {}, "tokens"),
+    ],
+    ids=case_id,
+)
+def test_accuracy(name, options, layout, dtype, backend, device):
+    testing.check_accuracy(name, backend, dtype, layout=layout, device=device, **options)

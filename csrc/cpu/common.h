@@ -78,6 +78,11 @@ struct Shape {
       positions *= x.size(i);
   }
   int64_t image_size() const { return channels * positions; }
+
+  // Too large for the caches to hand to the next reader.
+  template <typename T> bool streams() const {
+    return images * image_size() * static_cast<int64_t>(sizeof(T)) >= int64_t(32) << 20;
+  }
 };
 
 // --- parallelism ---
@@ -89,6 +94,9 @@ template <typename Body> void parallel(int64_t count, int64_t cost, const Body& 
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       body(i);
+#if defined(ATTNKERN_X86)
+    _mm_sfence(); // streamed stores (simd.h) become visible before the caller goes on
+#endif
   });
 }
 

@@ -7,6 +7,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define ATTNKERN_X86 1
+#include <emmintrin.h>
 #endif
 
 namespace attnkern {

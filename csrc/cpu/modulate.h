@@ -51,12 +51,13 @@ std::vector<A> repeated_factor(const A* map, int64_t positions, A residual, int6
 template <typename T> void modulate(const Shape& shape, const T* x, const Wide<T>* map, bool residual, T* y) {
   using A = Wide<T>;
   const A one = residual ? A(1) : A(0);
+  const bool stream = shape.streams<T>();
   if (shape.channels_inner) {
     parallel(shape.images * shape.positions, shape.channels, [&](int64_t i) {
       const A factor = map[i] + one;
       const T* from = x + i * shape.channels;
       T* to = y + i * shape.channels;
-      for_lanes(shape.channels, [=](int64_t c) { to[c] = narrow<T>(factor * widen(from[c])); });
+      write_lanes(shape.channels, to, stream, [=](int64_t c) { return narrow<T>(factor * widen(from[c])); });
     });
     return;
   }
@@ -69,7 +70,7 @@ template <typename T> void modulate(const Shape& shape, const T* x, const Wide<T
         const A* factor = state.data();
         const T* from = x + offset;
         T* to = y + offset;
-        for_lanes(length, [=](int64_t i) { to[i] = narrow<T>(factor[i] * widen(from[i])); });
+        write_lanes(length, to, stream, [=](int64_t i) { return narrow<T>(factor[i] * widen(from[i])); });
       },
       [](const auto&, int64_t, int64_t) {});
 }
@@ -81,6 +82,7 @@ void modulate_backward(const Shape& shape, const T* dy, const T* x, const Wide<T
                        Wide<T>* partial) {
   using A = Wide<T>;
   const A one = residual ? A(1) : A(0);
+  const bool stream = shape.streams<T>();
   if (shape.channels_inner) {
     parallel(shape.images * shape.positions, shape.channels, [&](int64_t i) {
       const A factor = map[i] + one;
@@ -89,7 +91,7 @@ void modulate_backward(const Shape& shape, const T* dy, const T* x, const Wide<T
       if (dx == nullptr)
         return;
       T* to = dx + i * shape.channels;
-      for_lanes(shape.channels, [=](int64_t c) { to[c] = narrow<T>(factor * widen(grad[c])); });
+      write_lanes(shape.channels, to, stream, [=](int64_t c) { return narrow<T>(factor * widen(grad[c])); });
     });
     return;
   }
@@ -106,16 +108,11 @@ void modulate_backward(const Shape& shape, const T* dy, const T* x, const Wide<T
         const A* factor = state.factor.data();
         A* sum = state.sum.data();
         const T *grad = dy + offset, *from = x + offset;
-        if (dx == nullptr) {
-          for_lanes(length, [=](int64_t i) { sum[i] += widen(grad[i]) * widen(from[i]); });
-          return;
-        }
-        T* to = dx + offset;
-        for_lanes(length, [=](int64_t i) {
-          const A g = widen(grad[i]);
-          sum[i] += g * widen(from[i]);
-          to[i] = narrow<T>(factor[i] * g);
-        });
+#pragma omp simd
+        for (int64_t i = 0; i < length; ++i)
+          sum[i] += widen(grad[i]) * widen(from[i]);
+        if (dx != nullptr)
+          write_lanes(length, dx + offset, stream, [=](int64_t i) { return narrow<T>(factor[i] * widen(grad[i])); });
       },
       [&](const State& state, int64_t item, int64_t times) {
         for (int64_t p = 0; p < shape.positions; ++p) {

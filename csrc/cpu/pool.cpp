@@ -28,10 +28,13 @@ template <typename T> Matrix<T> tile_of(const Tiles& tiles, const T* local, int6
 // out[r] = Σ_i m[r, i]·weight[i], four rows at a time.
 template <typename T> void times_vector(const Matrix<T>& m, const Wide<T>* weight, Wide<T>* out) {
   using A = Wide<T>;
-  const int64_t whole = m.columns & -kLanes;
-  const int rest = static_cast<int>(m.columns - whole);
+  const int64_t columns = m.columns, whole = columns < kLanes ? 0 : columns & -kLanes;
+  // The last vector of a row overlaps the one before it; what was seen weighs nothing.
+  A last[kLanes] = {};
+  if (whole > 0)
+    std::copy(weight + whole, weight + columns, last + kLanes - (columns - whole));
   int64_t r = 0;
-  for (; r + 4 <= m.rows; r += 4) {
+  for (; whole > 0 && r + 4 <= m.rows; r += 4) {
     const T *m0 = m.row(r), *m1 = m.row(r + 1), *m2 = m.row(r + 2), *m3 = m.row(r + 3);
     A l0[kLanes] = {}, l1[kLanes] = {}, l2[kLanes] = {}, l3[kLanes] = {};
     for (int64_t first = 0; first < whole; first += kLanes)
@@ -41,68 +44,61 @@ template <typename T> void times_vector(const Matrix<T>& m, const Wide<T>* weigh
         l0[i] += w * widen(m0[first + i]), l1[i] += w * widen(m1[first + i]);
         l2[i] += w * widen(m2[first + i]), l3[i] += w * widen(m3[first + i]);
       }
-    if (rest > 0)
+    if (whole < columns) {
+      const int64_t first = columns - kLanes;
 #pragma omp simd
       for (int i = 0; i < kLanes; ++i) {
-        l0[i] += i < rest ? weight[whole + i] * widen(m0[whole + i]) : A(0);
-        l1[i] += i < rest ? weight[whole + i] * widen(m1[whole + i]) : A(0);
-        l2[i] += i < rest ? weight[whole + i] * widen(m2[whole + i]) : A(0);
-        l3[i] += i < rest ? weight[whole + i] * widen(m3[whole + i]) : A(0);
+        l0[i] += last[i] * widen(m0[first + i]), l1[i] += last[i] * widen(m1[first + i]);
+        l2[i] += last[i] * widen(m2[first + i]), l3[i] += last[i] * widen(m3[first + i]);
       }
-    A s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3)
-    for (int i = 0; i < kLanes; ++i)
-      s0 += l0[i], s1 += l1[i], s2 += l2[i], s3 += l3[i];
-    out[r] = s0, out[r + 1] = s1, out[r + 2] = s2, out[r + 3] = s3;
+    }
+    out[r] = sum_of(l0), out[r + 1] = sum_of(l1), out[r + 2] = sum_of(l2), out[r + 3] = sum_of(l3);
   }
   for (; r < m.rows; ++r) {
     const T* row = m.row(r);
-    out[r] = sum_lanes<A>(m.columns, [=](int64_t i) { return weight[i] * widen(row[i]); });
+    out[r] = sum_lanes<A>(columns, [=](int64_t i) { return weight[i] * widen(row[i]); });
   }
 }
 
 // out[i] = Σ_r weight[r]·m[r, i], four rows at a time.
 template <typename T> void vector_times(const Wide<T>* weight, const Matrix<T>& m, Wide<T>* out) {
   using A = Wide<T>;
-  const int64_t whole = m.columns & -kLanes;
-  const int rest = static_cast<int>(m.columns - whole);
-  // The last lanes are summed apart, as a whole vector: a masked store would stall the load that follows it.
-  std::fill_n(out, m.columns, A(0));
+  const int64_t columns = m.columns, whole = columns < kLanes ? 0 : columns & -kLanes;
+  const int64_t first = columns - kLanes; // of the last vector, which overlaps the one before it
+  std::fill_n(out, columns, A(0));
   A last[kLanes] = {};
   int64_t r = 0;
-  for (; r + 4 <= m.rows; r += 4) {
+  for (; whole > 0 && r + 4 <= m.rows; r += 4) {
     const T *m0 = m.row(r), *m1 = m.row(r + 1), *m2 = m.row(r + 2), *m3 = m.row(r + 3);
     const A w0 = weight[r], w1 = weight[r + 1], w2 = weight[r + 2], w3 = weight[r + 3];
 #pragma omp simd
     for (int64_t i = 0; i < whole; ++i)
       out[i] += (w0 * widen(m0[i]) + w1 * widen(m1[i])) + (w2 * widen(m2[i]) + w3 * widen(m3[i]));
-    if (rest > 0)
+    if (whole < columns)
 #pragma omp simd
       for (int i = 0; i < kLanes; ++i)
-        last[i] += i < rest ? (w0 * widen(m0[whole + i]) + w1 * widen(m1[whole + i])) +
-                                  (w2 * widen(m2[whole + i]) + w3 * widen(m3[whole + i]))
-                            : A(0);
+        last[i] += (w0 * widen(m0[first + i]) + w1 * widen(m1[first + i])) +
+                   (w2 * widen(m2[first + i]) + w3 * widen(m3[first + i]));
   }
+  for (int64_t i = whole; whole > 0 && i < columns; ++i)
+    out[i] = last[i - first];
   for (; r < m.rows; ++r) {
     const T* row = m.row(r);
     const A w = weight[r];
 #pragma omp simd
-    for (int64_t i = 0; i < whole; ++i)
+    for (int64_t i = 0; i < columns; ++i)
       out[i] += w * widen(row[i]);
-    for (int i = 0; i < rest; ++i)
-      last[i] += w * widen(row[whole + i]);
   }
-  std::copy_n(last, rest, out + whole);
 }
 
 // out = left1 ⊗ right1 + left2 ⊗ right2, laid out as m.
 template <typename T>
 void outer_products(const Matrix<T>& m, const Wide<T>* left1, const Wide<T>* right1, const Wide<T>* left2,
-                    const Wide<T>* right2, T* out) {
+                    const Wide<T>* right2, bool stream, T* out) {
   for (int64_t r = 0; r < m.rows; ++r) {
     const Wide<T> a = left1[r], b = left2[r];
-    T* to = out + r * m.stride;
-    for_lanes(m.columns, [=](int64_t i) { to[i] = narrow<T>(a * right1[i] + b * right2[i]); });
+    write_lanes(m.columns, out + r * m.stride, stream,
+                [=](int64_t i) { return narrow<T>(a * right1[i] + b * right2[i]); });
   }
 }
 
@@ -204,10 +200,11 @@ std::vector<Wide<T>> pool_backward(const Tiles& tiles, const std::vector<Wide<T>
     if (grad_local == nullptr)
       return;
     T* out = grad_local + (m.first - local);
+    const bool stream = tiles.shape.streams<T>();
     if (tiles.shape.channels_inner)
-      outer_products(m, weight, grad, grad_score.data(), query_image, out);
+      outer_products(m, weight, grad, grad_score.data(), query_image, stream, out);
     else
-      outer_products(m, grad, weight, query_image, grad_score.data(), out);
+      outer_products(m, grad, weight, query_image, grad_score.data(), stream, out);
   });
   std::vector<A> grad_query(tiles.shape.images * channels);
   for (int64_t tile = 0; tile < tiles.count(); ++tile)

@@ -1,42 +1,85 @@
-// Loops over lanes that the compiler turns into vectors, tails included: a masked vector, not a scalar loop, so that a
-// row of 49 costs four vectors. Included once per instruction set.
+// Loops over lanes that the compiler turns into vectors, tails included: a row of 49 costs four vectors, the last of
+// which overlaps the one before it. Included once per instruction set.
 
 namespace attnkern::ATTNKERN_ISA {
 
 constexpr int kLanes = 16;
 
-// body(i) for i in [0, count).
+// body(i) for i in [0, count). It may run twice for an i, so it must assign, not add.
 template <typename Body> ATTNKERN_INLINE void for_lanes(int64_t count, const Body& body) {
-  const int64_t whole = count & -kLanes;
+  const int64_t whole = count < kLanes ? 0 : count & -kLanes;
 #pragma omp simd
   for (int64_t i = 0; i < whole; ++i)
     body(i);
-  const int rest = static_cast<int>(count - whole);
-  if (rest > 0)
+  if (whole == count)
+    return;
+  if (whole > 0)
 #pragma omp simd
-    for (int i = 0; i < kLanes; ++i)
-      if (i < rest)
-        body(whole + i);
+    for (int64_t i = count - kLanes; i < count; ++i)
+      body(i);
+  else
+    for (int64_t i = 0; i < count; ++i)
+      body(i);
 }
 
-// Σ term(i) for i in [0, count), lane by lane and then over the lanes.
-template <typename A, typename Term> ATTNKERN_INLINE A sum_lanes(int64_t count, const Term& term) {
-  A lane[kLanes] = {};
-  const int64_t whole = count & -kLanes;
+// lane[i % kLanes] += term(i) for i in [0, count), each once.
+template <typename A, typename Term> ATTNKERN_INLINE void add_lanes(int64_t count, A (&lane)[kLanes], const Term& term) {
+  const int64_t whole = count < kLanes ? 0 : count & -kLanes;
   for (int64_t first = 0; first < whole; first += kLanes)
 #pragma omp simd
     for (int i = 0; i < kLanes; ++i)
       lane[i] += term(first + i);
-  const int rest = static_cast<int>(count - whole);
-  if (rest > 0)
+  if (whole == count)
+    return;
+  if (whole > 0) {
+    const int64_t last = count - kLanes;
+    const int seen = static_cast<int>(whole - last);
 #pragma omp simd
     for (int i = 0; i < kLanes; ++i)
-      lane[i] += i < rest ? term(whole + i) : A(0);
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < kLanes; ++i)
-    sum += lane[i];
-  return sum;
+      lane[i] += i >= seen ? term(last + i) : A(0);
+  } else {
+    for (int i = 0; i < count; ++i)
+      lane[i] += term(i);
+  }
+}
+
+template <typename A> ATTNKERN_INLINE A sum_of(const A (&lane)[kLanes]) {
+  A quarter[4];
+#pragma omp simd
+  for (int i = 0; i < 4; ++i)
+    quarter[i] = (lane[i] + lane[i + 4]) + (lane[i + 8] + lane[i + 12]);
+  return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
+}
+
+// Σ term(i) for i in [0, count).
+template <typename A, typename Term> ATTNKERN_INLINE A sum_lanes(int64_t count, const Term& term) {
+  A lane[kLanes] = {};
+  add_lanes(count, lane, term);
+  return sum_of(lane);
+}
+
+// to[i] = value(i) for i in [0, count). With `stream` the stores go past the caches, which saves reading what is about
+// to be overwritten: worth it where the tensor is too large to be found there by whoever reads it next.
+template <typename T, typename Value>
+ATTNKERN_INLINE void write_lanes(int64_t count, T* to, bool stream, const Value& value) {
+#if defined(ATTNKERN_X86)
+  if (stream) {
+    constexpr int64_t segment = 1024, vector = 16 / sizeof(T);
+    alignas(64) T buffer[segment];
+    for (int64_t first = 0; first < count; first += segment) {
+      const int64_t length = std::min(segment, count - first);
+      for_lanes(length, [&](int64_t i) { buffer[i] = value(first + i); });
+      T* out = to + first;
+      int64_t i = std::min<int64_t>(length, (-reinterpret_cast<uintptr_t>(out) & 15) / sizeof(T));
+      memcpy(out, buffer, i * sizeof(T));
+      for (; i + vector <= length; i += vector)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_loadu_si128(reinterpret_cast<__m128i*>(buffer + i)));
+      memcpy(out + i, buffer + i, (length - i) * sizeof(T));
+    }
+    return; // `parallel` fences
+  }
+#endif
+  for_lanes(count, [=](int64_t i) { to[i] = value(i); });
 }
 
 } // namespace attnkern::ATTNKERN_ISA

@@ -72,7 +72,7 @@ def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 def transformed(*tensors: torch.Tensor) -> bool:
     """True inside functorch transforms and for dual tensors: a classic autograd Function would raise there."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._are_functorch_transforms_active():
         return True
     if torch.autograd.forward_ad._current_level < 0:
         return False

@@ -14,9 +14,6 @@ FUNCTIONS = {
 }
 FEATURES = ("x", "local")
 
-#: what is summed over the batch; all other results belong to one image each
-SUMMED = ("anchor_loss", "commitment_loss", "counts", "grad_anchors", "grad_shared_query")
-
 #: (function, options), every value of every option at least once
 CASES = [
     ("window_map", {}),
@@ -102,7 +99,7 @@ def make(
 
 def doubles(tensors):
     """The same numbers in float64: what an oracle works on."""
-    return {name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
+    return {name: t.double() if t is not None and t.is_floating_point() else t for name, t in tensors.items()}
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

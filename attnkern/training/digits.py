@@ -1,0 +1,113 @@
+"""Handwritten digits on cluttered canvases: real images for training where nothing can be downloaded."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+#: Pieces of other digits on every canvas.
+_FRAGMENTS = 6
+
+
+class Digits(NamedTuple):
+    """Result of :func:`digits_clutter`."""
+
+    images: torch.Tensor  #: (N, 3, S, S) float32 in [0, 1]
+    labels: torch.Tensor  #: (N,) int64, 0 to 9
+    boxes: torch.Tensor  #: (N, 4) float32: first row, first column, last row, last column of the digit, in pixels
+
+
+def _sources(split):
+    """The split's 8x8 digits (M, 1, 8, 8) in [0, 1] and their labels; one digit in five is for testing."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("digits_clutter needs scikit-learn: pip install scikit-learn") from error
+    digits = load_digits()
+    # The same permutation whatever the seed: a digit that one run trains on is never another's test.
+    order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
+    tests = len(order) // 5
+    chosen = order[:tests] if split == "test" else order[tests:]
+    images = torch.from_numpy(digits.images)[chosen, None].float() / 16
+    return images, torch.from_numpy(digits.target)[chosen].long()
+
+
+def _draw(patches, size, extent, degrees, generator):
+    """Ink (N, 1, size, size) of patches at random places, their sides ``extent`` of the canvas, turned by ±degrees."""
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(len(patches), generator=generator)
+
+    half = uniform(*extent)  # of the side, in units where the canvas runs from -1 to 1
+    room = 1 - half
+    x, y = uniform(-1, 1) * room, uniform(-1, 1) * room
+    angle = uniform(-degrees, degrees) * math.pi / 180
+    cos, sin = torch.cos(angle) / half, torch.sin(angle) / half
+    # From the canvas to the patch: the inverse of scale, turn and shift.
+    theta = torch.stack((cos, sin, -cos * x - sin * y, -sin, cos, sin * x - cos * y), 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, (len(patches), 1, size, size), align_corners=False)
+    return F.grid_sample(patches, grid, align_corners=False)
+
+
+def _inked(ink):
+    """First row, first column, last row, last column with ink."""
+    ends = []
+    for covered in ((ink > 0.3).any(3).squeeze(1), (ink > 0.3).any(2).squeeze(1)):
+        first = covered.int().argmax(1)
+        ends.append((first, covered.shape[1] - 1 - covered.flip(1).int().argmax(1)))
+    (row0, row1), (col0, col1) = ends
+    return torch.stack((row0, col0, row1, col1), 1).float()
+
+
+def digits_clutter(split: str, size: int = 32, seed: int = 0, count: int | None = None) -> Digits:
+    """scikit-learn's 1,797 handwritten digits, each at a random place, angle and size on a cluttered canvas.
+
+    The clutter: a gradient between two dark colours, six fragments of other digits, noise. The digit is the largest
+    and brightest thing on the canvas. The two splits never share a handwritten digit, in any run; the same arguments
+    give the same images.
+
+    Args:
+        split: "train" (1,438 handwritten digits) or "test" (359).
+        size: side S of the square canvas in pixels, at least 16.
+        seed: of places, colours and clutter.
+        count: number of images, by default one for each handwritten digit of the split; the digits repeat, under
+            other clutter, where it is larger.
+
+    Returns:
+        images (N, 3, S, S) float32 in [0, 1]; labels (N,) int64; boxes (N, 4) float32 around the digit's ink: first
+        row, first column, last row, last column, where (0, 0) is the centre of the first pixel.
+
+    Raises:
+        ValueError: an unknown split, or a size or count that is too small.
+        ImportError: scikit-learn is not installed.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"digits_clutter: split must be 'train' or 'test', got {split!r}")
+    if size < 16:
+        raise ValueError(f"digits_clutter: size must be at least 16, got {size}")
+    if count is not None and count < 1:
+        raise ValueError(f"digits_clutter: count must be at least 1, got {count}")
+    sources, labels = _sources(split)
+    generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
+    n = len(sources) if count is None else count
+    chosen = torch.arange(n) % len(sources)
+
+    def colours(low, high):
+        return low + (high - low) * torch.rand(n, 3, 1, 1, generator=generator)
+
+    direction = 2 * math.pi * torch.rand(n, 1, 1, generator=generator)
+    axis = torch.linspace(-0.5, 0.5, size)
+    ramp = (torch.cos(direction) * axis[:, None] + torch.sin(direction) * axis)[:, None] / math.sqrt(2) + 0.5
+    images = torch.lerp(colours(0.0, 0.4), colours(0.0, 0.4), ramp)
+    for _ in range(_FRAGMENTS):
+        others = torch.randint(len(sources), (n,), generator=generator)
+        corners = torch.randint(5, (2, n, 1), generator=generator)
+        rows, columns = corners + torch.arange(4)
+        fragments = sources[others[:, None, None], 0, rows[:, :, None], columns[:, None, :]][:, None]
+        ink = _draw(fragments, size, (0.12, 0.22), 180, generator)
+        images = torch.lerp(images, colours(0.2, 0.8), ink)
+    ink = _draw(sources[chosen], size, (0.4, 0.65), 20, generator)
+    images = torch.lerp(images, colours(0.7, 1.0), (1.6 * ink).clamp(max=1))
+    images = (images + 0.05 * torch.randn(images.shape, generator=generator)).clamp_(0, 1)
+    return Digits(images, labels[chosen], _inked(ink))

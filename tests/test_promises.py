@@ -1,0 +1,161 @@
+"""What every kernel promises beside its numbers: layouts, repeatability, independence of the batch, saved memory."""
+
+import pytest
+import torch
+from cases import CASES, FUNCTIONS, call, case_id, check, doubles, lay, make, run, same, upstream
+
+every_case = pytest.mark.parametrize("function, options", CASES, ids=case_id)
+every_function = pytest.mark.parametrize("function", FUNCTIONS)
+half_and_float = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
+
+SIZE = (5, 6)
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=case_id)
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced", "expanded", "misaligned"])
+@every_case
+def test_inputs_and_gradients_in_any_layout(function, options, layout, dtype, backend, device):
+    """All inputs and all gradients sliced, transposed, expanded or misaligned: the numbers of contiguous ones."""
+    tensors = make(function, 3, 8, SIZE, dtype=dtype, device=device)
+    options = options | {"size": SIZE, "backend": backend}
+    grads = upstream(call(function, tensors, **options))
+
+    def relay(tensor):
+        if layout in ("channels_last", "transposed", "expanded") and tensor.dim() < 3:
+            return lay(tensor, "sliced") if tensor.dim() else tensor
+        return lay(tensor, layout)
+
+    laid, laid_grads = ({name: relay(tensor) for name, tensor in d.items()} for d in (tensors, grads))
+    found = run(function, laid, grads=laid_grads, **options)
+    plain, plain_grads = ({name: tensor.contiguous() for name, tensor in d.items()} for d in (laid, laid_grads))
+    check(found, doubles(run(function, plain, grads=plain_grads, **options)))
+
+
+@every_function
+def test_a_gradient_in_another_format(function, backend, device):
+    """channels_last features with contiguous gradients, the reverse, and the stride-0 gradient of a sum."""
+    for layout, grad_layout in (("channels_last", "contiguous"), ("contiguous", "channels_last")):
+        tensors = make(function, 2, 8, SIZE, dtype=torch.float32, layout=layout, device=device)
+        options = {"size": SIZE, "backend": backend}
+        grads = upstream(call(function, tensors, **options))
+        mixed = {name: lay(g, grad_layout) if g.dim() == 4 else g for name, g in grads.items()}
+        check(run(function, tensors, grads=mixed, **options), doubles(run(function, tensors, grads=grads, **options)))
+        ones = {name: torch.ones_like(g) for name, g in grads.items()}
+        flat = {name: g.new_ones(()).expand_as(g) for name, g in grads.items()}
+        check(run(function, tensors, grads=flat, **options), doubles(run(function, tensors, grads=ones, **options)))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("function", ["window_attention", "anchor_attention", "compatibility_pool"])
+def test_results_lie_as_the_features_do(function, layout, backend, device):
+    """output in the features' format, maps contiguous; the kernels write gradients in that format as well."""
+    tensors = make(function, 2, 8, SIZE, dtype=torch.float32, layout=layout, device=device)
+    found = run(function, tensors, backend=backend)
+    gradients = () if backend == "reference" else ("grad_x", "grad_local")
+    for name, result in found.items():
+        if name in ("output", *gradients):
+            assert result.stride() == next(iter(tensors.values())).stride(), name
+        if name in ("map", "values", "attention", "scores"):
+            assert result.is_contiguous(), name
+
+
+@pytest.mark.kernels
+def test_tokens_are_read_where_they_lie(backend, device):
+    """The gradient of a transposed view of tokens comes back as one."""
+    tensors = make("compatibility_pool", 2, 8, (11,), dtype=torch.float32, layout="channels_last", device=device)
+    found = run("compatibility_pool", tensors, backend=backend)
+    assert found["grad_local"].stride() == tensors["local"].stride() == (88, 1, 8)
+
+
+# --- repeatability ---------------------------------------------------------------------------------------------------
+
+SHAPES = [pytest.param(4, 65, (9, 7)), pytest.param(4, 40, (33, 31), marks=pytest.mark.large)]
+every_shape = pytest.mark.parametrize("n, c, size", SHAPES, ids=case_id)
+every_layout = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+
+
+def per_image(found):
+    """Results that belong to one image each."""
+    summed = ("anchor_loss", "commitment_loss", "counts", "grad_anchors")
+    return {name: result for name, result in found.items() if name not in summed}
+
+
+def without_means(options):
+    """A mean divides by the whole batch: per-image gradients are those of sums."""
+    return options | {"reduction": "sum"} if "reduction" in options else options
+
+
+@pytest.mark.kernels
+@half_and_float
+@every_layout
+@every_shape
+@every_case
+def test_bitwise_repeatable(function, options, n, c, size, layout, dtype, backend, device):
+    """From run to run, from any storage offset, on any number of threads: the same bits."""
+    tensors = make(function, n, c, size, dtype=dtype, layout=layout, device=device)
+    options = options | {"size": size, "backend": backend}
+    grads = upstream(call(function, tensors, **options))
+    first = run(function, tensors, grads=grads, **options)
+    same(run(function, tensors, grads=grads, **options), first, "from run to run")
+    moved, moved_grads = ({name: lay(t, "misaligned") for name, t in d.items()} for d in (tensors, grads))
+    same(run(function, moved, grads=moved_grads, **options), first, "at another storage offset")
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            same(run(function, tensors, grads=grads, **options), first, f"on {count} threads")
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.kernels
+@half_and_float
+@every_layout
+@every_shape
+@every_case
+def test_an_image_does_not_depend_on_its_batch(function, options, n, c, size, layout, dtype, backend, device):
+    """Alone, or elsewhere in a larger batch, an image and its gradients have the same bits."""
+    options = without_means(options | ({"reduction": "sum"} if function.startswith("anchor") else {}))
+    options |= {"size": size, "backend": backend}
+    tensors = make(function, n, c, size, dtype=dtype, layout=layout, device=device)
+    grads = upstream(call(function, tensors, **options))
+    whole = per_image(run(function, tensors, grads=grads, **options))
+    for places in ([1], [3, 3, 1, 0, 2, 2, 1]):
+
+        def pick(tensor, places=places):
+            return tensor if tensor.dim() == 0 or tensor.shape[0] != n else lay(tensor[places], layout)
+
+        part_inputs = {name: tensor if name == "anchors" else pick(tensor) for name, tensor in tensors.items()}
+        part_grads = {name: pick(grad) for name, grad in grads.items()}
+        part = per_image(run(function, part_inputs, grads=part_grads, **options))
+        same(part, {name: result[places] for name, result in whole.items()}, f"for images {places}")
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@half_and_float
+@every_function
+def test_nothing_of_feature_size_is_saved(function, dtype, layout, backend, device):
+    """Backward keeps the inputs themselves and nothing else as large as the features."""
+    n, c, size = 2, 64, (6, 5)
+    tensors = make(function, n, c, size, dtype=dtype, layout=layout, device=device)
+    inputs = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+    saved = []
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in inputs:
+            saved.append(tensor)
+        return tensor
+
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        results = call(function, leaves, size=size, backend=backend)
+    assert results
+    # One map with its indices, statistics, and pooled features: a few numbers a position and one a channel.
+    assert sum(tensor.numel() for tensor in saved) <= n * (2 * size[0] * size[1] + c + 7) + 16, saved

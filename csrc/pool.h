@@ -1,7 +1,7 @@
 // Scalar mathematics of softmax compatibility pooling; formulas in attnkern/pool.py.
 #pragma once
 
-#include "math.h"
+#include "elementary.h"
 
 namespace attnkern {
 

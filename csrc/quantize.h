@@ -4,7 +4,7 @@
 // arithmetic where hi wins the tie there, else the next number above it.
 #pragma once
 
-#include "math.h"
+#include "elementary.h"
 
 namespace attnkern {
 

@@ -3,7 +3,7 @@
 // z = log Λ(p) + log Λ(q) with p = s(1 - (u/σ₁)²), q = s(1 - (v/σ₂)²) and (u, v) the offset from the centre, rotated.
 #pragma once
 
-#include "math.h"
+#include "elementary.h"
 
 namespace attnkern {
 

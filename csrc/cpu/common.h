@@ -16,7 +16,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include "cpu/isa.h"
-#include "math.h"
+#include "elementary.h"
 
 namespace attnkern {
 

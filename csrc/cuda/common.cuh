@@ -1,0 +1,336 @@
+// What the CUDA kernels share: storage types, companions, vectors, reductions in a fixed order, tensors and launches.
+//
+// tests/cuda_on_host runs these sources on a CPU (ATTNKERN_ON_HOST): a kernel keeps its shared memory in shared<S>() or
+// dynamic_shared<T>(), never in bare __shared__ variables, so that it can be poisoned there.
+#pragma once
+
+#include "config.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+
+#if defined(ATTNKERN_ON_HOST)
+#include "cuda_on_host.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "elementary.h"
+
+#define ATTNKERN_DEVICE __device__ __forceinline__
+
+// The last lines of each source: ATTNKERN_LIBRARY_IMPL(m) { m.impl("name", TORCH_BOX(&function)); }
+#if defined(ATTNKERN_ON_HOST)
+#define ATTNKERN_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(attnkern_host, CPU, m)
+#else
+#define ATTNKERN_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(attnkern, CUDA, m)
+#endif
+
+namespace attnkern {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// --- storage types; arithmetic happens in Wide<T> ---
+
+using Half = __half;
+using BFloat16 = __nv_bfloat16;
+
+template <typename T> using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+ATTNKERN_DEVICE double widen(double x) { return x; }
+ATTNKERN_DEVICE float widen(float x) { return x; }
+ATTNKERN_DEVICE float widen(Half x) { return __half2float(x); }
+ATTNKERN_DEVICE float widen(BFloat16 x) { return __bfloat162float(x); }
+
+// To the nearest, ties to even.
+template <typename T> ATTNKERN_DEVICE T narrow(Wide<T> x) {
+  if constexpr (std::is_same_v<T, Half>)
+    return __float2half_rn(x);
+  else if constexpr (std::is_same_v<T, BFloat16>)
+    return __float2bfloat16_rn(x);
+  else
+    return x;
+}
+
+template <typename T> constexpr ScalarType scalar_type() {
+  if constexpr (std::is_same_v<T, double>)
+    return ScalarType::Double;
+  else if constexpr (std::is_same_v<T, float>)
+    return ScalarType::Float;
+  else if constexpr (std::is_same_v<T, BFloat16>)
+    return ScalarType::BFloat16;
+  else if constexpr (std::is_same_v<T, Half>)
+    return ScalarType::Half;
+  else
+    return ScalarType::Long;
+}
+
+// Small tensors beside the features (rectangle, anchors, query, a, scalars): their dtype is looked at per access, so
+// that it does not multiply the kernels. Absent tensors have no pointer.
+struct Companion {
+  const void* pointer = nullptr;
+  ScalarType type = ScalarType::Float;
+
+  Companion(const Tensor& tensor) : pointer(tensor.const_data_ptr()), type(tensor.scalar_type()) {}
+  Companion(const std::optional<Tensor>& tensor) {
+    if (tensor.has_value())
+      *this = Companion(*tensor);
+  }
+  template <typename A> ATTNKERN_DEVICE A load(int64_t i) const {
+    switch (type) {
+    case ScalarType::Double:
+      return static_cast<A>(static_cast<const double*>(pointer)[i]);
+    case ScalarType::Half:
+      return static_cast<A>(widen(static_cast<const Half*>(pointer)[i]));
+    case ScalarType::BFloat16:
+      return static_cast<A>(widen(static_cast<const BFloat16*>(pointer)[i]));
+    default:
+      return static_cast<A>(static_cast<const float*>(pointer)[i]);
+    }
+  }
+};
+
+struct MutableCompanion {
+  void* pointer;
+  ScalarType type;
+
+  MutableCompanion(const Tensor& tensor) : pointer(tensor.mutable_data_ptr()), type(tensor.scalar_type()) {}
+  template <typename A> ATTNKERN_DEVICE void store(int64_t i, A value) const {
+    switch (type) {
+    case ScalarType::Double:
+      static_cast<double*>(pointer)[i] = value;
+      break;
+    case ScalarType::Half:
+      static_cast<Half*>(pointer)[i] = narrow<Half>(static_cast<float>(value));
+      break;
+    case ScalarType::BFloat16:
+      static_cast<BFloat16*>(pointer)[i] = narrow<BFloat16>(static_cast<float>(value));
+      break;
+    default:
+      static_cast<float*>(pointer)[i] = static_cast<float>(value);
+    }
+  }
+};
+
+// --- vectors of 16 bytes ---
+
+template <typename T> constexpr int kVector = 16 / sizeof(T);
+
+template <typename T> struct alignas(16) Vector {
+  T lane[kVector<T>];
+};
+
+ATTNKERN_INLINE bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Widens `valid` elements from `from`, and zeros behind them. `aligned` says that the vector may be read whole; which
+// of the two ways is taken changes no result.
+template <typename T>
+ATTNKERN_DEVICE void load_vector(const T* from, bool aligned, int64_t valid, Wide<T> (&to)[kVector<T>]) {
+  if (aligned && valid >= kVector<T>) {
+    const Vector<T> vector = *reinterpret_cast<const Vector<T>*>(from);
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i)
+      to[i] = widen(vector.lane[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i)
+      to[i] = i < valid ? widen(from[i]) : Wide<T>(0);
+  }
+}
+
+template <typename T>
+ATTNKERN_DEVICE void store_vector(const Wide<T> (&from)[kVector<T>], T* to, bool aligned, int64_t valid) {
+  if (aligned && valid >= kVector<T>) {
+    Vector<T> vector;
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i)
+      vector.lane[i] = narrow<T>(from[i]);
+    *reinterpret_cast<Vector<T>*>(to) = vector;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i)
+      if (i < valid)
+        to[i] = narrow<T>(from[i]);
+  }
+}
+
+// --- shared memory ---
+
+#if !defined(ATTNKERN_ON_HOST)
+// The block's one S. Uninitialised; the same one at every call of the same type.
+template <typename S> ATTNKERN_DEVICE S& shared() {
+  __shared__ S memory;
+  return memory;
+}
+
+// The bytes that the launch asked for.
+template <typename T> ATTNKERN_DEVICE T* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char attnkern_dynamic_shared[];
+  return reinterpret_cast<T*>(attnkern_dynamic_shared);
+}
+#endif
+
+// --- reductions, in an order that follows from the block's size only; the result reaches every thread ---
+
+struct Sum {
+  template <typename A> ATTNKERN_DEVICE A operator()(A a, A b) const { return a + b; }
+};
+struct Max { // a NaN stays
+  template <typename A> ATTNKERN_DEVICE A operator()(A a, A b) const { return a != a || a > b ? a : b; }
+};
+
+// Over groups of `lanes` (a power of two) neighbours.
+template <typename Op = Sum, typename A> ATTNKERN_DEVICE A warp_reduce(A value, int lanes = kWarp, Op op = {}) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2)
+    value = op(value, __shfl_xor_sync(kAllLanes, value, offset));
+  return value;
+}
+
+// K numbers at once, by every thread of a block of whole warps. Two barriers.
+template <typename Op = Sum, int K, typename A> ATTNKERN_DEVICE void block_reduce(A (&values)[K], Op op = {}) {
+  struct Warps {
+    A of[kWarp][K];
+  };
+  Warps& warps = shared<Warps>();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, count = blockDim.x / kWarp;
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+    values[k] = warp_reduce(values[k], kWarp, op);
+  __syncthreads(); // the readers of an earlier reduction are done
+  if (lane == 0)
+    for (int k = 0; k < K; ++k)
+      warps.of[warp][k] = values[k];
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    values[k] = warps.of[0][k];
+    for (int w = 1; w < count; ++w)
+      values[k] = op(values[k], warps.of[w][k]);
+  }
+}
+
+// --- features ---
+
+// (N, C, positions), positions or channels innermost.
+struct Shape {
+  int64_t images, channels, positions;
+  bool channels_inner;
+
+  explicit Shape(const Tensor& x)
+      : images(x.size(0)), channels(x.size(1)), positions(1), channels_inner(!x.is_contiguous()) {
+    for (int64_t i = 2; i < x.dim(); ++i)
+      positions *= x.size(i);
+  }
+  ATTNKERN_INLINE int64_t image_size() const { return channels * positions; }
+};
+
+// --- tensors ---
+
+template <typename T> const T* data(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
+template <typename T> const T* data(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? data<T>(*tensor) : nullptr;
+}
+template <typename T> T* mutable_data(const Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); }
+
+template <typename T> Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, scalar_type<T>());
+}
+template <typename T> Tensor empty_like(const Tensor& like) {
+  return torch::stable::new_empty(like, like.sizes(), scalar_type<T>());
+}
+
+// The gradient of features: like them, or (0,) when nobody asked for it.
+template <typename T> Tensor features_grad(const Tensor& x, bool needed) {
+  return needed ? torch::stable::empty_like(x) : empty<T>(x, {0});
+}
+
+// Calls body(T{}) with the storage type of a dtype.
+template <typename Body> auto dispatch(ScalarType type, const Body& body) {
+  switch (type) {
+  case ScalarType::Float:
+    return body(float{});
+  case ScalarType::Double:
+    return body(double{});
+  case ScalarType::BFloat16:
+    return body(BFloat16{});
+  case ScalarType::Half:
+    return body(Half{});
+  default:
+    STD_TORCH_CHECK(false, "attnkern: features must be float32, float64, bfloat16 or float16");
+    return body(float{});
+  }
+}
+
+// Calls body(A{}) with the accumulation type of a dtype.
+template <typename Body> auto dispatch_wide(ScalarType type, const Body& body) {
+  return type == ScalarType::Double ? body(double{}) : body(float{});
+}
+
+// --- launches ---
+
+ATTNKERN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// More blocks than one grid dimension takes go on in the second; block_index() counts through both, and a block whose
+// index is not below the number of items returns.
+inline dim3 grid_of(int64_t items) {
+  constexpr int64_t kLargest = (int64_t(1) << 31) - 1;
+  const int64_t rows = ceil_div(items, kLargest);
+  return dim3(static_cast<unsigned>(rows > 1 ? kLargest : items), static_cast<unsigned>(rows));
+}
+ATTNKERN_DEVICE int64_t block_index() { return blockIdx.y * static_cast<int64_t>(gridDim.x) + blockIdx.x; }
+
+#if defined(ATTNKERN_ON_HOST)
+// Launches on the emulation; `like` is not needed there.
+struct Queue {
+  explicit Queue(const Tensor&) {}
+
+  template <typename... Parameters, typename... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t items, int threads, size_t shared_bytes,
+              Arguments&&... arguments) const {
+    if (items > 0)
+      cuda_on_host::run(grid_of(items), dim3(threads), shared_bytes, [&] { kernel(arguments...); });
+  }
+};
+#else
+// The current stream of a tensor's device, which stays the current device while this lives.
+class Queue {
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+
+public:
+  explicit Queue(const Tensor& like) : guard_(like.get_device_index()) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
+  }
+  cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
+
+  // One block of `threads` (whole warps) for each item; nothing for none.
+  template <typename... Parameters, typename... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t items, int threads, size_t shared_bytes,
+              Arguments&&... arguments) const {
+    if (items == 0)
+      return;
+    kernel<<<grid_of(items), threads, shared_bytes, stream()>>>(arguments...);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+};
+#endif
+
+} // namespace attnkern

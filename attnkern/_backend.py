@@ -47,10 +47,16 @@ class use_backend:
     """
 
     def __init__(self, name: str | None):
+        self._name = _validated(name, "use_backend: name")
+        self._choose()
+
+    def _choose(self):
         global _current
-        self._previous, _current = _current, _validated(name, "use_backend: name")
+        self._previous, _current = _current, self._name
 
     def __enter__(self):
+        if _current != self._name:  # made earlier than entered, as a checkpoint's context_fn does
+            self._choose()
         return self
 
     def __exit__(self, *_):

@@ -1,0 +1,298 @@
+// CUDA's language on a CPU, as much of it as csrc/cuda uses, made to expose faults: the threads of a block are fibers
+// that run until they wait for each other, in an order that ATTNKERN_HOST_ORDER chooses (forward, reverse, shuffled);
+// shared memory starts as NaN; a barrier or a shuffle that some thread never reaches is an error.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __align__(bytes) alignas(bytes)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+// --- storage types ---
+
+struct __half {
+  uint16_t bits;
+};
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+inline float __half2float(__half x) { return c10::Half(x.bits, c10::Half::from_bits()); }
+inline __half __float2half_rn(float x) { return {c10::Half(x).x}; }
+inline float __bfloat162float(__nv_bfloat16 x) { return c10::BFloat16(x.bits, c10::BFloat16::from_bits()); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {c10::BFloat16(x).x}; }
+
+namespace cuda_on_host {
+
+constexpr int kLanes = 32;
+constexpr size_t kStack = 128 << 10, kSharedMemory = 48 << 10; // of shared memory what every chip has without asking
+
+enum class State { ready, at_barrier, at_shuffle, done };
+
+struct Fiber {
+  ucontext_t start;
+  jmp_buf resume;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  bool started;
+  State state;
+  int vote;                  // of __syncthreads_or and its like
+  unsigned mask;             // the lanes that a shuffle waits for
+  uint64_t sent;             // to the shuffle,
+  uint64_t received[kLanes]; // and what all lanes sent
+};
+
+struct Block {
+  std::vector<Fiber> fibers{1024};
+  int threads = 0, current = 0, votes = 0;
+  int64_t serial = 0; // of blocks run, so that shared memory knows when it is another one's
+  alignas(16) unsigned char memory[kSharedMemory];
+  size_t used = 0, dynamic = 0;
+  jmp_buf scheduler;
+  std::string error;
+  const std::function<void()>* body = nullptr;
+};
+inline Block block;
+inline std::mutex one_kernel;
+
+inline Fiber& self() { return block.fibers[block.current]; }
+
+inline void wait(State state) {
+  self().state = state;
+  if (_setjmp(self().resume) == 0)
+    _longjmp(block.scheduler, 1);
+}
+
+// Ends the kernel with an error, from inside a fiber.
+inline void fail(const std::string& message) {
+  block.error = message;
+  wait(State::done);
+}
+
+inline void run_fiber() {
+  (*block.body)();
+  self().state = State::done;
+  _longjmp(block.scheduler, 1);
+}
+
+inline void resume(int index) {
+  block.current = index;
+  threadIdx = dim3(index);
+  Fiber& fiber = self();
+  if (_setjmp(block.scheduler) != 0)
+    return;
+  if (fiber.started)
+    _longjmp(fiber.resume, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
+
+// Lets through whoever has everyone it waits for. False when nobody moves.
+inline bool release() {
+  bool moved = false;
+  for (int first = 0; first < block.threads; first += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane) {
+      Fiber& waiting = block.fibers[first + lane];
+      if (waiting.state != State::at_shuffle)
+        continue;
+      const unsigned mask = waiting.mask;
+      bool complete = true;
+      for (int other = 0; other < kLanes; ++other) {
+        const Fiber& fiber = block.fibers[first + other];
+        complete &= (mask >> other & 1) == 0 || (fiber.state == State::at_shuffle && fiber.mask == mask);
+      }
+      if (!complete)
+        continue;
+      for (int to = 0; to < kLanes; ++to)
+        if (mask >> to & 1) {
+          Fiber& fiber = block.fibers[first + to];
+          for (int from = 0; from < kLanes; ++from)
+            fiber.received[from] = mask >> from & 1 ? block.fibers[first + from].sent : ~uint64_t(0);
+          fiber.state = State::ready;
+        }
+      moved = true;
+    }
+  if (moved)
+    return true;
+  int alive = 0, arrived = 0, votes = 0;
+  for (int i = 0; i < block.threads; ++i) {
+    const Fiber& fiber = block.fibers[i];
+    alive += fiber.state != State::done;
+    if (fiber.state == State::at_barrier)
+      ++arrived, votes += fiber.vote;
+  }
+  if (arrived < block.threads) // also where threads have left: then the barrier was not the whole block's
+    return false;
+  block.votes = votes;
+  for (int i = 0; i < block.threads; ++i)
+    block.fibers[i].state = State::ready;
+  return alive > 0;
+}
+
+inline void run_block(const std::vector<int>& order) {
+  ++block.serial;
+  std::memset(block.memory, 0xff, sizeof(block.memory)); // NaN in every floating type
+  block.used = (block.dynamic + 15) / 16 * 16;
+  for (int i = 0; i < block.threads; ++i) {
+    Fiber& fiber = block.fibers[i];
+    fiber.started = false;
+    fiber.state = State::ready;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = kStack;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, run_fiber, 0);
+  }
+  do
+    for (const int i : order)
+      if (block.fibers[i].state == State::ready) {
+        resume(i);
+        if (!block.error.empty())
+          throw std::runtime_error(block.error);
+      }
+  while (release());
+  for (int i = 0; i < block.threads; ++i)
+    if (block.fibers[i].state != State::done)
+      throw std::runtime_error("thread " + std::to_string(i) + " waits for threads that never come");
+}
+
+inline std::vector<int> ordered(int count, const std::string& order, std::mt19937& random) {
+  std::vector<int> indices(count);
+  std::iota(indices.begin(), indices.end(), 0);
+  if (order == "reverse")
+    std::reverse(indices.begin(), indices.end());
+  else if (order == "shuffled")
+    std::shuffle(indices.begin(), indices.end(), random);
+  else if (order != "forward")
+    throw std::runtime_error("ATTNKERN_HOST_ORDER: forward, reverse or shuffled");
+  return indices;
+}
+
+// Every block of the grid, one after the other, in the chosen order as well.
+inline void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body) {
+  const std::lock_guard<std::mutex> lock(one_kernel);
+  if (threads.x % kLanes != 0 || threads.x > block.fibers.size() || shared_bytes > kSharedMemory)
+    throw std::runtime_error("a launch of whole warps, at most 1024 threads and 48 KiB of shared memory");
+  const char* chosen = std::getenv("ATTNKERN_HOST_ORDER");
+  const std::string order = chosen == nullptr ? "forward" : chosen;
+  std::mt19937 random(0);
+  gridDim = grid, blockDim = threads;
+  block.threads = threads.x, block.dynamic = shared_bytes, block.body = &body;
+  block.error.clear();
+  for (const int index : ordered(grid.x * grid.y, order, random)) {
+    blockIdx = dim3(index % grid.x, index / grid.x);
+    run_block(ordered(threads.x, order, random));
+  }
+}
+
+// What all lanes of the mask sent.
+template <typename T> const uint64_t* exchange(unsigned mask, T value) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves at most 8 bytes");
+  Fiber& fiber = self();
+  fiber.sent = 0;
+  std::memcpy(&fiber.sent, &value, sizeof(T));
+  fiber.mask = mask;
+  if ((mask >> (block.current % kLanes) & 1) == 0)
+    fail("a shuffle's mask lacks the calling lane");
+  wait(State::at_shuffle);
+  return fiber.received;
+}
+
+template <typename T> T shuffle(unsigned mask, T value, int source) {
+  const uint64_t* received = exchange(mask, value);
+  std::memcpy(&value, &received[source], sizeof(T));
+  return value;
+}
+
+inline int lane() { return block.current % kLanes; }
+
+inline int barrier(int vote) {
+  self().vote = vote;
+  wait(State::at_barrier);
+  return block.votes;
+}
+
+} // namespace cuda_on_host
+
+inline void __syncthreads() { cuda_on_host::barrier(0); }
+inline int __syncthreads_count(int predicate) { return cuda_on_host::barrier(predicate != 0); }
+inline int __syncthreads_or(int predicate) { return __syncthreads_count(predicate) != 0; }
+inline int __syncthreads_and(int predicate) { return __syncthreads_count(predicate) == int(blockDim.x); }
+inline void __syncwarp(unsigned mask = ~0u) { cuda_on_host::exchange(mask, 0); }
+
+template <typename T> T __shfl_xor_sync(unsigned mask, T value, int with) {
+  return cuda_on_host::shuffle(mask, value, cuda_on_host::lane() ^ with);
+}
+template <typename T> T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  const int lane = cuda_on_host::lane();
+  return cuda_on_host::shuffle(mask, value, lane / width * width + source % width);
+}
+template <typename T> T __shfl_down_sync(unsigned mask, T value, int by, int width = 32) {
+  const int lane = cuda_on_host::lane();
+  return cuda_on_host::shuffle(mask, value, lane % width + by < width ? lane + by : lane);
+}
+template <typename T> T __shfl_up_sync(unsigned mask, T value, int by, int width = 32) {
+  const int lane = cuda_on_host::lane();
+  return cuda_on_host::shuffle(mask, value, lane % width >= by ? lane - by : lane);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const uint64_t* received = cuda_on_host::exchange(mask, predicate != 0);
+  unsigned votes = 0;
+  for (int lane = 0; lane < cuda_on_host::kLanes; ++lane)
+    votes |= unsigned((mask >> lane & 1) && (received[lane] & 1)) << lane;
+  return votes;
+}
+
+template <typename T> T atomicAdd(T* address, T value) {
+  static_assert(std::is_integral_v<T>, "floating-point atomics add in no order");
+  return std::exchange(*address, *address + value);
+}
+inline void __threadfence() {}
+
+namespace attnkern {
+
+// As in common.cuh; a block's memory is its own and starts poisoned.
+template <typename S> S& shared() {
+  using namespace cuda_on_host;
+  static int64_t of_block = -1;
+  static S* memory = nullptr;
+  if (of_block != block.serial) {
+    const size_t bytes = (sizeof(S) + 15) / 16 * 16;
+    if (block.used + bytes > kSharedMemory)
+      fail("more shared memory than a block has");
+    memory = reinterpret_cast<S*>(block.memory + block.used);
+    block.used += bytes;
+    of_block = block.serial;
+  }
+  return *memory;
+}
+template <typename T> T* dynamic_shared() { return reinterpret_cast<T*>(cuda_on_host::block.memory); }
+
+} // namespace attnkern

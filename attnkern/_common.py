@@ -17,10 +17,13 @@ def check_tensor(where: str, name: str, tensor) -> None:
         raise TypeError(f"{where}: {name} must be a dense (strided) tensor, got layout {tensor.layout}")
 
 
-def check_shape(where: str, name: str, tensor: torch.Tensor, expected: str, ok: bool) -> None:
-    """Raise ValueError naming the expected shape unless ``ok``."""
+def check_shape(where: str, name: str, tensor: torch.Tensor, expected: str, ok: bool, *sizes: int) -> None:
+    """Raise ValueError naming the expected shape unless ``ok``.
+
+    ``expected`` is a format of ``sizes``, filled only then: a size made text is fixed in a compiled graph.
+    """
     if not ok:
-        raise ValueError(f"{where}: {name} must be {expected}, got shape {tuple(tensor.shape)}")
+        raise ValueError(f"{where}: {name} must be {expected.format(*sizes)}, got shape {tuple(tensor.shape)}")
 
 
 def check_positions(where: str, name: str, sizes) -> None:

@@ -359,8 +359,8 @@ class CompatibilityPool(nn.Module):
         else:
             check_tensor(where, "query", query)
             n, c = local.shape[0], self.query_channels
-            expected = f"({n}, {c}) or ({c},) (N as local)"
-            check_shape(where, "query", query, expected, query.shape == (n, c) or query.shape == (c,))
+            expected = "({0}, {1}) or ({1},) (N as local)"
+            check_shape(where, "query", query, expected, query.shape == (n, c) or query.shape == (c,), n, c)
             if self.project == "query":
                 query = self.projection(query)
 

@@ -78,8 +78,9 @@ def compatibility_pool(local: torch.Tensor, query: torch.Tensor, *, backend: str
     check_tensor(where, "query", query)
     n, c = local.shape[:2]
     check_shape(
-        where, "query", query, f"({n}, {c}) or ({c},) (N and C as local)", query.shape == (n, c) or query.shape == (c,)
-    )
+        where, "query", query, "({0}, {1}) or ({1},) (N and C as local)",
+        query.shape == (n, c) or query.shape == (c,), n, c,
+    )  # fmt: skip
     check_companion(where, "query", query, "local", local)
     chosen = _backend.choose(backend, local)
     if chosen == "reference" or transformed(local, query):

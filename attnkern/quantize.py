@@ -195,8 +195,8 @@ def anchor_attention(
     check_tensor(where, "a", a)
     n, _, height, width = x.shape
     check_shape(
-        where, "a", a, f"({n}, 1, {height}, {width}) or ({n}, {height}, {width}) (as x)",
-        a.shape == (n, 1, height, width) or a.shape == (n, height, width),
+        where, "a", a, "({0}, 1, {1}, {2}) or ({0}, {1}, {2}) (as x)",
+        a.shape == (n, 1, height, width) or a.shape == (n, height, width), n, height, width,
     )  # fmt: skip
     check_companion(where, "a", a, "x", x)
     _check_anchors(where, anchors, reduction, "x", x)

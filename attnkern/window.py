@@ -189,7 +189,7 @@ def window_attention(
     check_shape(where, "x", x, "(N, C, H, W)", x.dim() == 4)
     check_positions(where, "x", x.shape[2:])
     _check_rectangle(where, rectangle)
-    check_shape(where, "rectangle", rectangle, f"({x.shape[0]}, 5) (N as x)", rectangle.shape[0] == x.shape[0])
+    check_shape(where, "rectangle", rectangle, "({}, 5) (N as x)", rectangle.shape[0] == x.shape[0], x.shape[0])
     check_companion(where, "rectangle", rectangle, "x", x)
     _check_number(where, "scale", scale)
     chosen = _backend.choose(backend, x)

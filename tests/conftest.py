@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 
+import attnkern
 from attnkern import _backend, _ops
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not _ops.TRITON_INTERPRETS else "cpu")
@@ -47,9 +48,9 @@ def _meaningful(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    meaningless = [item for item in items if not _meaningful(item)]
-    config.hook.pytest_deselected(items=meaningless)
-    items[:] = [item for item in items if _meaningful(item)]
+    kept = {item for item in items if _meaningful(item)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -63,5 +64,7 @@ def device():
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def isolated():
     torch.manual_seed(0)
+    with attnkern.use_backend(_backend.current()):
+        yield

@@ -1,0 +1,300 @@
+"""`make bench`: every competitor of every case in one run, rounds interleaved, medians compared.
+
+Prints one table and writes JSON, a Markdown table and a plot to benchmarks/results/. With ``--gpu`` the GPU's cases:
+each row is appended to the results file as it is measured, rows that are there already are skipped, and GPU_SHARD=i/n
+takes every n-th case, so that the run fits into pieces.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+# glibc gives large blocks back to the kernel and takes them again at every call: keep them, for every competitor alike.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+RESULTS = Path(__file__).parent / "results"
+BUDGET = 1.0  # seconds of rounds a case and pass
+
+
+def processor() -> str:
+    if Path("/proc/cpuinfo").exists():
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.machine()
+
+
+def machine(device) -> dict:
+    import torch
+
+    import attnkern
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return {
+        "machine": name,
+        "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "attnkern": attnkern.__version__,
+    }
+
+
+def copy_bandwidth(device) -> float:
+    """GB/s of a copy larger than the caches, bytes read and written."""
+    import torch
+
+    source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+
+    def copy():
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return 2 * source.numel() * source.itemsize / median_times({"copy": copy})["copy"] / 1e9
+
+
+def median_times(ready: dict, budget: float = BUDGET, flush=None) -> dict[str, float]:
+    """Median seconds of each call; the calls take turns, so that what disturbs the machine disturbs all."""
+    for call in ready.values():
+        call(), call()
+    times = {name: [] for name in ready}
+    began = time.perf_counter()
+    while len(next(iter(times.values()))) < 7 or time.perf_counter() - began < budget:
+        for name, call in ready.items():
+            if flush is not None:
+                flush()
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def graph_times(ready: dict, device) -> dict[str, float]:
+    """Seconds of a replay from a CUDA graph: kernel time without the cost of launching from Python."""
+    import torch
+
+    found = {}
+    for name, call in ready.items():
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+        try:
+            with torch.cuda.stream(stream):
+                call.body()
+            with torch.cuda.graph(graph, stream=stream):
+                call.body()
+        except RuntimeError:
+            continue  # this competitor cannot be captured: its column stays empty
+
+        def replay(graph=graph):
+            graph.replay()
+            torch.cuda.synchronize(device)
+
+        found[name] = median_times({name: replay}, 0.1)[name]
+    return found
+
+
+def geometric_mean(values) -> float:
+    values = list(values)
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+
+
+def shard(cases: list, text: str) -> list:
+    """Every n-th case from the i-th: "1/3", "2/3", "3/3" cover all."""
+    index, count = map(int, text.split("/"))
+    if not 1 <= index <= count:
+        raise ValueError(f"GPU_SHARD must be i/n with 1 <= i <= n, got {text!r}")
+    return cases[index - 1 :: count]
+
+
+COLUMNS = ("eager", "compile", "sdpa", "reference", "native", "triton")
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as aligned Markdown: milliseconds, and how many times faster the best of ours is."""
+    columns = [name for name in COLUMNS if any(name in row["ms"] for row in rows)]
+    head = ["case", "pass", *(f"{name} ms" for name in columns), "× eager", "× compile"]
+    lines = []
+    for row in rows:
+        times = [f"{row['ms'][name]:.3f}" if name in row["ms"] else "–" for name in columns]
+        ratios = [f"{row['times'][name]:.2f}" if name in row["times"] else "–" for name in ("eager", "compile")]
+        lines.append([row["case"], row["pass"], *times, *ratios])
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in [head, rule, *lines]
+    )
+
+
+def row_of(case: str, which: str, seconds: dict[str, float], **more) -> dict:
+    ours = [name for name in ("native", "triton") if name in seconds]
+    best = min((seconds[name] for name in ours), default=math.nan)
+    times = {
+        name: seconds[name] / best for name in ("eager", "compile", "sdpa", "reference") if name in seconds and ours
+    }
+    return {"case": case, "pass": which, "ms": {k: v * 1e3 for k, v in seconds.items()}, "times": times, **more}
+
+
+def verdict(rows: list[dict]) -> str:
+    """The targets of the CPU run: forward+backward, float32, contiguous, as met or missed."""
+    chosen = [
+        r for r in rows if r["pass"] == "forward+backward" and "contiguous" in r["case"] and "compile" in r["times"]
+    ]
+    if not chosen:
+        return ""
+    eager = geometric_mean(r["times"]["eager"] for r in chosen)
+    compiled = geometric_mean(r["times"]["compile"] for r in chosen)
+    slowest = min(chosen, key=lambda r: r["times"]["compile"])
+    targets = [
+        (f"{eager:.2f} × eager by geometric mean", eager >= 3, "at least 3"),
+        (f"{compiled:.2f} × torch.compile by geometric mean", compiled >= 1.3, "at least 1.3"),
+        (
+            f"{slowest['times']['compile']:.2f} × torch.compile at the slowest, {slowest['case']}",
+            slowest["times"]["compile"] >= 1,
+            "at least 1",
+        ),
+    ]
+    lines = [f"- {'met' if ok else 'MISSED'}: {text} (target: {target})" for text, ok, target in targets]
+    return "\n".join(["Forward and backward, float32, contiguous:", *lines])
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Speed over eager PyTorch, forward and backward, one group of bars a case; readable on light and dark."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    chosen = [row for row in rows if row["pass"] == "forward+backward" and "eager" in row["ms"]]
+    names = [name for name in COLUMNS[1:] if any(name in row["ms"] for row in chosen)]
+    grey = "#808080"
+    figure, axes = plt.subplots(figsize=(9, 0.45 * len(chosen) + 1.5))
+    height = 0.8 / len(names)
+    for k, name in enumerate(names):
+        places = [i + k * height for i, row in enumerate(chosen) if name in row["ms"]]
+        values = [row["ms"]["eager"] / row["ms"][name] for row in chosen if name in row["ms"]]
+        axes.barh(places, values, height, label=name)
+    axes.axvline(1, color=grey, linewidth=1)
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(chosen))], [row["case"] for row in chosen], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("times faster than eager PyTorch, forward and backward")
+    for item in (axes.xaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):
+        item.set_color(grey)
+    axes.tick_params(colors=grey)
+    for side in axes.spines.values():
+        side.set_color(grey)
+    legend = axes.legend(frameon=False)
+    for text in legend.get_texts():
+        text.set_color(grey)
+    figure.tight_layout()
+    figure.savefig(path, transparent=True)
+    plt.close(figure)
+
+
+class Store:
+    """The results file: every row is on disk as soon as it is measured."""
+
+    def __init__(self, path: Path, about: dict, resume: bool):
+        self.path = path
+        self.content = json.loads(path.read_text()) if resume and path.exists() else {**about, "rows": []}
+
+    def has(self, case: str, which: str) -> bool:
+        return any(row["case"] == case and row["pass"] == which for row in self.content["rows"])
+
+    def add(self, row: dict) -> None:
+        self.content["rows"].append(row)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        partial.replace(self.path)
+
+
+def measure(store: Store, device, cases: list, models: list[str], compiled: bool) -> None:
+    import torch
+
+    from benchmarks.cases import PASSES, calls, training_steps
+
+    flush = None
+    if device.type == "cuda":
+        scratch = torch.empty(2**28, dtype=torch.uint8, device=device)  # larger than any L2
+
+        def flush():
+            scratch.zero_()
+            torch.cuda.synchronize(device)
+
+    work = [(case, which) for case in cases for which in PASSES] + [(name, "training step") for name in models]
+    began = time.monotonic()
+    for done, (case, which) in enumerate(work):
+        text = case if isinstance(case, str) else str(case)
+        place = f"[{done + 1}/{len(work)}, {time.monotonic() - began:.0f} s] {text} {which}"
+        print(f"\r\033[K{place}", end="", file=sys.stderr, flush=True)
+        if store.has(text, which):
+            continue
+        if isinstance(case, str):
+            seconds = median_times(dict(training_steps(case, device)), budget=4)
+            store.add(row_of(text, which, seconds))
+            continue
+        torch._dynamo.reset()
+        ready = calls(case, which, device, compiled)
+        seconds = median_times(ready, flush=flush)
+        ours = min((seconds[name] for name in ("native", "triton") if name in seconds), default=math.nan)
+        speed = case.bytes(which) / ours / 1e9
+        share = speed / store.content["copy_gb_per_s"]
+        more = {"bytes": case.bytes(which), "gb_per_s": speed, "share_of_copy": share}
+        if device.type == "cuda":
+            more["graph_ms"] = {k: v * 1e3 for k, v in graph_times(ready, device).items()}
+        store.add(row_of(text, which, seconds, **more))
+    print("\r\033[K", end="", file=sys.stderr)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--gpu", action="store_true", help="the GPU's cases, resumable")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    options = parser.parse_args()
+
+    import torch
+
+    from benchmarks.cases import CPU_CASES, GPU_CASES, MODELS
+
+    torch.manual_seed(0)
+    device = torch.device("cuda" if options.gpu else "cpu")
+    cases = shard(GPU_CASES, os.environ.get("GPU_SHARD", "1/1")) if options.gpu else CPU_CASES
+    cases = [case for case in cases if options.only in str(case)]
+    models = (
+        [name for name in MODELS if options.only in name] if os.environ.get("GPU_SHARD", "1/").startswith("1/") else []
+    )
+    about = machine(device)
+    about["copy_gb_per_s"] = copy_bandwidth(device)
+    RESULTS.mkdir(exist_ok=True)
+    stem = re.sub(r"[^a-z0-9]+", "-", f"{about['machine']} {about['threads']} threads {about['date']}".lower()).strip(
+        "-"
+    )
+    store = Store(RESULTS / f"{stem}.json", about, resume=options.gpu)
+    measure(store, device, cases, models, not options.no_compile)
+    rows = store.content["rows"]
+    heading = (
+        f"{about['machine']}, {about['threads']} threads, torch {about['torch']}, {about['date']}; "
+        f"a copy moves {store.content['copy_gb_per_s']:.1f} GB/s"
+    )
+    text = "\n\n".join(filter(None, [heading, table(rows), verdict(rows)]))
+    print(text)
+    (RESULTS / f"{stem}.md").write_text(text + "\n")
+    plot(rows, RESULTS / f"{stem}.svg")
+    print(f"\nwritten: benchmarks/results/{stem}.json, .md, .svg")
+    return 0
+
+
+if __name__ == "__main__":
+    if any(os.environ.get(key) != value for key, value in _MALLOC.items()):
+        os.environ.update(_MALLOC)
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.run", *sys.argv[1:]])
+    sys.exit(main())

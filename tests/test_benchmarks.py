@@ -1,0 +1,68 @@
+"""The benchmark's bookkeeping; no timing."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import run
+from benchmarks.cases import CPU_CASES, GPU_CASES, PASSES, Case, calls
+
+ROWS = [
+    run.row_of("window float32 contiguous", "forward+backward", {"eager": 6e-3, "compile": 3e-3, "native": 1e-3}),
+    run.row_of("pool float32 contiguous", "forward+backward", {"eager": 4e-3, "compile": 1e-3, "native": 2e-3}),
+]
+
+
+def test_shards_cover_every_case_once():
+    parts = [run.shard(GPU_CASES, f"{i}/3") for i in (1, 2, 3)]
+    assert sorted(map(str, sum(parts, []))) == sorted(map(str, GPU_CASES))
+    assert parts[0][0] == GPU_CASES[0]
+    with pytest.raises(ValueError, match="GPU_SHARD must be i/n"):
+        run.shard(GPU_CASES, "4/3")
+
+
+def test_losses_stay_in_the_table():
+    assert [row["times"]["compile"] for row in ROWS] == [pytest.approx(3), pytest.approx(0.5)]
+    text = run.table(ROWS)
+    assert "| 3.00" in text
+    assert "| 0.50" in text
+    verdict = run.verdict(ROWS)
+    assert "met: 3.46 × eager" in verdict
+    assert "MISSED: 1.22 × torch.compile by geometric mean" in verdict
+    assert "MISSED: 0.50 × torch.compile at the slowest, pool" in verdict
+
+
+def test_store_resumes(tmp_path):
+    path = tmp_path / "results.json"
+    run.Store(path, {"machine": "m"}, resume=True).add(ROWS[0])
+    again = run.Store(path, {"machine": "m"}, resume=True)
+    assert again.has("window float32 contiguous", "forward+backward")
+    assert not again.has("window float32 contiguous", "forward")
+    again.add(ROWS[1])
+    assert len(json.loads(path.read_text())["rows"]) == 2
+    assert run.Store(path, {"machine": "m"}, resume=False).content["rows"] == []
+
+
+def test_plot(tmp_path):
+    run.plot(ROWS, tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert "<svg" in drawn
+    assert "legend" in drawn
+
+
+@pytest.mark.parametrize("op", sorted({case.op for case in CPU_CASES}))
+def test_every_competitor_computes_the_same(op):
+    """`calls` refuses a competitor whose result is wrong; here each of them runs."""
+    case = Case(op, (2, 1, 4, 4) if op == "anchor_quantize" else (2, 6, 5, 7))
+    for which in PASSES:
+        for call in calls(case, which, torch.device("cpu"), compiled=False).values():
+            call()
+
+
+def test_a_wrong_competitor_is_refused(monkeypatch):
+    from benchmarks import cases
+
+    monkeypatch.setattr(cases, "_sdpa", lambda local, query: cases.attnkern.CompatibilityPooled(query, None, None))
+    with pytest.raises(AssertionError, match="sdpa computes compatibility_pool"):
+        calls(Case("compatibility_pool", (2, 6, 5, 7)), "forward", torch.device("cpu"), compiled=False)

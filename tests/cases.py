@@ -170,6 +170,17 @@ def check(found, expected):
             assert torch.equal(got, want), f"{name} differs"
 
 
+def check_run(function, tensors, backend, size=None, wrt=None, through=None, **options):
+    """Results and gradients are the reference's in float64 on the same numbers. Returns them."""
+    options["size"] = size
+    grads = upstream(call(function, tensors, backend=backend, **options))
+    options |= {"wrt": wrt, "through": through}
+    found = run(function, tensors, grads=grads, backend=backend, **options)
+    expected = run(function, doubles(tensors), grads=doubles(grads), backend="reference", **options)
+    check(found, expected)
+    return found
+
+
 def same(found, expected, what=""):
     """Bitwise equal, NaN included."""
     for name, want in expected.items():

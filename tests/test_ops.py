@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import CASES, FUNCTIONS, call, case_id, check, doubles, make, run, same, upstream
+from cases import CASES, FUNCTIONS, case_id, check, check_run, make, run, same
 
 from attnkern import testing
 
@@ -71,17 +71,6 @@ SHAPES = [  # (N, C, size)
     pytest.param(2, 3, (33, 35), marks=large),
     pytest.param(1, 70, (40, 40), marks=large),
 ]
-
-
-def check_run(function, tensors, backend, size=None, wrt=None, through=None, **options):
-    """Results and gradients are the reference's in float64 on the same numbers. Returns them."""
-    options["size"] = size
-    grads = upstream(call(function, tensors, backend=backend, **options))
-    options |= {"wrt": wrt, "through": through}
-    found = run(function, tensors, grads=grads, backend=backend, **options)
-    expected = run(function, doubles(tensors), grads=doubles(grads), backend="reference", **options)
-    check(found, expected)
-    return found
 
 
 @pytest.mark.kernels

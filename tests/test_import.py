@@ -1,0 +1,199 @@
+"""Fresh processes: what import needs, costs and leaves alone; missing and stale parts; every CPU instruction set."""
+
+import hashlib
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import FUNCTIONS, TOLERANCES, check_run, make
+
+import attnkern
+from attnkern import _schemas
+
+PACKAGE = Path(attnkern.__file__).parent
+LIBRARY = next(PACKAGE.glob("_C.*so"), None)
+needs_library = pytest.mark.skipif(LIBRARY is None, reason="attnkern/_C is not built")
+
+#: makes a module as absent as one that was never installed
+WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"
+
+
+def python(code, folder=None, **environment):
+    """Standard output of ``code`` in a process of its own, with ``attnkern`` from ``folder``."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("ATTNKERN_") and k != "TRITON_INTERPRET"}
+    inherited["PYTHONPATH"] = str(folder or PACKAGE.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the package without its compiled libraries."""
+    shutil.copytree(PACKAGE, tmp_path / "attnkern", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+# --- missing parts ---------------------------------------------------------------------------------------------------
+
+#: everything works by the reference, and asking for what is missing says so
+DEGRADED = """
+import torch, attnkern
+x, rectangle = torch.ones(2, 3, 4, 5, requires_grad=True), torch.full((2, 5), 0.5)
+attnkern.window_attention(x, rectangle).output.sum().backward()
+assert x.grad.isfinite().all()
+assert attnkern.anchor_attention(x, x[:, :1], torch.ones(2)).counts.tolist() == [40, 0]
+assert attnkern.compatibility_pool(x, torch.ones(3)).pooled.shape == (2, 3)
+for backend in ("native", "triton"):
+    try:
+        attnkern.compatibility_pool(x, torch.ones(3), backend=backend)
+        print(backend, "runs")
+    except ValueError as error:
+        print(error)
+"""
+NOT_BUILT = "backend: 'native' cannot run torch.float32 on cpu: attnkern/_C is not built: run `pip install"
+NO_TRITON = "backend: 'triton' cannot run torch.float32 on cpu: Triton is not installed: pip install triton"
+
+
+@needs_library
+def test_without_triton():
+    assert python(WITHOUT_TRITON + DEGRADED).splitlines() == ["native runs", NO_TRITON]
+
+
+def test_without_the_library(copy):
+    native, triton = python(DEGRADED, copy).splitlines()
+    assert native.startswith(NOT_BUILT)
+    assert triton.startswith("backend: 'triton' cannot run torch.float32 on cpu: ")
+
+
+def test_without_both(copy):
+    native, triton = python(WITHOUT_TRITON + DEGRADED, copy).splitlines()
+    assert native.startswith(NOT_BUILT)
+    assert triton == NO_TRITON
+
+
+@needs_library
+def test_a_library_for_other_schemas_is_refused(copy):
+    """The same binary with another hash in it: not loaded, with a reason."""
+    other = LIBRARY.read_bytes().replace(_schemas.HASH.encode(), b"0" * len(_schemas.HASH))
+    (copy / "attnkern" / LIBRARY.name).write_bytes(other)
+    native, _ = python(DEGRADED, copy).splitlines()
+    reason = f"{LIBRARY.name} was built for another version of attnkern: rebuild it"
+    assert native == f"backend: 'native' cannot run torch.float32 on cpu: {reason}"
+
+
+def test_a_library_that_does_not_load_says_why(copy):
+    (copy / "attnkern" / "_C.so").write_bytes(b"no library, but attnkern-schema:" + _schemas.HASH.encode())
+    native, _ = python(DEGRADED, copy).splitlines()
+    assert native.startswith("backend: 'native' cannot run torch.float32 on cpu: _C.so does not load: ")
+
+
+def test_the_environment_chooses_and_a_wrong_name_is_refused():
+    code = "from attnkern import _backend; print(_backend.current())"
+    assert python(code, ATTNKERN_BACKEND="reference") == "reference"
+    with pytest.raises(AssertionError, match="ValueError: ATTNKERN_BACKEND: expected one of 'triton', 'native'"):
+        python(code, ATTNKERN_BACKEND="fastest")
+
+
+# --- what import costs and touches -----------------------------------------------------------------------------------
+
+
+def test_import_is_quick_and_touches_nothing():
+    """Under 60 ms after torch, at best of several; nothing but torch is imported, no CUDA started."""
+    code = """
+import sys, time, torch
+known, began = set(sys.modules), time.perf_counter()
+import attnkern
+seconds = time.perf_counter() - began
+new = {name.split(".")[0] for name in set(sys.modules) - known}
+assert not new & {"triton", "torchvision", "numpy", "sklearn", "matplotlib"}, new
+assert not torch.cuda.is_initialized()
+print(seconds)
+"""
+    seconds = []
+    while not seconds or (min(seconds) > 0.06 and len(seconds) < 6):
+        seconds.append(float(python(code)))
+    assert min(seconds) <= 0.06, seconds
+
+
+@needs_library
+def test_denormals_and_nan_survive_in_every_thread():
+    """Importing and running leaves the floating-point mode alone: the main thread, PyTorch's threads, new ones."""
+    code = """
+import math, threading, torch, attnkern
+
+def modes():
+    tiny = torch.full((1 << 18,), 1e-40)  # large enough for PyTorch's own threads
+    assert (tiny * 0.5 > 0).all() and (tiny + tiny > tiny).all()
+    assert 5e-324 / 1 > 0 and 1e-310 * 0.5 > 0
+    nan = torch.full((1 << 18,), math.nan)
+    assert (nan != nan).all() and not (nan == nan).any() and torch.isnan(nan + 1).all()
+    assert math.nan != math.nan
+
+modes()
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    x = torch.randn(4, 64, 28, 28, dtype=dtype, requires_grad=True)
+    rectangle, anchors = torch.rand(4, 5, dtype=dtype), torch.rand(7, dtype=dtype)
+    attnkern.window_attention(x, rectangle, backend="native").output.sum().backward()
+    attnkern.anchor_attention(x, x[:, :1], anchors, backend="native").output.sum().backward()
+    attnkern.compatibility_pool(x, rectangle.new_ones(64), backend="native").pooled.sum().backward()
+modes()
+failures = []
+def guarded():
+    try:
+        modes()
+    except BaseException as error:
+        failures.append(error)
+threads = [threading.Thread(target=guarded) for _ in range(3)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert not failures, failures
+print("intact")
+"""
+    assert python(code) == "intact"
+
+
+@needs_library
+def test_denormal_numbers_are_numbers():
+    """Not flushed by the kernels either: features of 1e-40 come out doubled, and pooled."""
+    x = torch.full((1, 4, 3, 3), 1e-40)
+    output = attnkern.anchor_attention(x, torch.ones(1, 1, 3, 3), torch.ones(1), backend="native").output
+    assert torch.equal(output, x + x)
+    pooled = attnkern.compatibility_pool(x, torch.ones(4), backend="native").pooled
+    torch.testing.assert_close(pooled, x[:, :, 0, 0], rtol=1e-4, atol=0)
+
+
+# --- instruction sets ------------------------------------------------------------------------------------------------
+
+SETS = {"DEFAULT": ["baseline"], "AVX2": ["baseline", "avx2"], "AVX512": ["baseline", "avx2", "avx512"]}
+
+
+def core():
+    """Checks every kernel's vector bodies and tails on the native backend; a digest of the bits it computed."""
+    digest = hashlib.sha256()
+    for function, (c, size), layout, dtype in itertools.product(
+        FUNCTIONS, ((3, (1, 1)), (67, (7, 7)), (40, (15, 17))), ("contiguous", "channels_last"), TOLERANCES
+    ):
+        found = check_run(function, make(function, 2, c, size, dtype=dtype, layout=layout), "native", size)
+        for result in found.values():
+            digest.update(result.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@needs_library
+def test_each_instruction_set_is_right():
+    """ATTNKERN_CPU_ISA: the sets of this processor agree with the reference; their bits differ, so each one ran."""
+    code = "import test_import; print(test_import.core())"
+    folders = os.pathsep.join((str(Path(__file__).parent), str(PACKAGE.parent)))
+    names = SETS.get(torch.backends.cpu.get_cpu_capability(), ["baseline"])
+    digests = {name: python(code, folders, ATTNKERN_CPU_ISA=name) for name in names}
+    assert len(set(digests.values())) == len(names), digests
+    if "ATTNKERN_CPU_ISA" not in os.environ:
+        assert core() == digests[names[-1]], "without the variable the best set runs"

@@ -58,11 +58,15 @@ if "MAX_JOBS" not in os.environ and hasattr(os, "sysconf"):
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 
+def sources(kind: str) -> list[str]:
+    lines = [line.split() for line in (ROOT / "csrc/sources.txt").read_text().splitlines()]
+    return [line[1] for line in lines if line[:1] == [kind]]
+
+
 def extension(kind: str, make, name: str, flags: dict[str, list[str]]):
-    listed = [line.split() for line in (ROOT / "csrc/sources.txt").read_text().splitlines() if line[:1] not in ("", "#")]
     return make(
         name,
-        [source for library, source in listed if library == kind],
+        sources(kind),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("ATTNKERN_SCHEMA_HASH", f'"{SCHEMA_HASH}"')],
         extra_compile_args=flags,

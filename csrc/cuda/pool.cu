@@ -1,0 +1,575 @@
+// Softmax compatibility pooling on a GPU, local features read once: a block takes tiles of positions with all their
+// channels, keeps a tile in registers (what does not fit is read again, from the caches), forms the scores, and with
+// their softmax weights the weighted sum, relative to the largest score so far. The backward pass is the same walk
+// with other weights: s = ⟨ℓ, dg⟩ gives dc, and Σ dc·ℓ the query's gradient.
+//
+// Tiles and the order of sums follow from C, the positions, the dtype and the layout, never from the batch.
+
+#include "cuda/common.cuh"
+#include "pool.h"
+
+namespace attnkern {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kKept = 16;               // vectors of a tile that a thread keeps
+constexpr int kTile = 512;              // positions of a tile, at most
+constexpr int64_t kMostSplits = 64;     // blocks of an image
+constexpr int64_t kOneBlock = 32768;    // an image of at most as many elements, or a map of at most
+constexpr int64_t kOneBlockMap = 64;    // as many positions, is one block's work
+template <typename T> constexpr int kCached = std::max(64 * kKept, kThreads * kVector<T>); // channels
+
+inline int power_of_two(int64_t at_least) {
+  int power = 1;
+  while (power < at_least)
+    power *= 2;
+  return power;
+}
+
+struct Tiling {
+  Shape shape;
+  int vectors, rows; // threads of a block along the innermost dimension, and along the other one
+  int tile;          // positions
+  int64_t splits, tiles_per_split;
+
+  Tiling(const Shape& features, int vector) : shape(features) {
+    if (shape.channels_inner) {
+      vectors = std::min(kThreads, power_of_two(ceil_div(shape.channels, vector)));
+      rows = kThreads / vectors;
+      tile = std::min(kTile, kKept * rows);
+    } else {
+      // As few along a row as let a block keep all channels; at least 64 bytes, at most a warp.
+      const int fewest = kThreads / std::min(kThreads, power_of_two(ceil_div(shape.channels, kKept)));
+      vectors = std::min(std::clamp(fewest, 4, kWarp), power_of_two(ceil_div(shape.positions, vector)));
+      rows = kThreads / vectors;
+      tile = vectors * vector;
+    }
+    const int64_t tiles = ceil_div(shape.positions, tile);
+    const bool one = shape.positions <= kOneBlockMap || shape.image_size() <= kOneBlock;
+    tiles_per_split = one ? tiles : ceil_div(tiles, kMostSplits);
+    splits = ceil_div(tiles, tiles_per_split);
+  }
+};
+
+// A vector as it lies in memory, read and written kWidth elements at a time, of which `valid` exist; zeros elsewhere.
+template <typename T, int kWidth> struct alignas(kWidth * sizeof(T)) Part {
+  T lane[kWidth];
+};
+template <int kWidth, typename T> ATTNKERN_DEVICE Vector<T> load_parts(const T* from, int64_t valid) {
+  Vector<T> vector;
+#pragma unroll
+  for (int i = 0; i < kVector<T>; i += kWidth) {
+    Part<T, kWidth> part = {};
+    if (i < valid)
+      part = *reinterpret_cast<const Part<T, kWidth>*>(from + i);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k)
+      vector.lane[i + k] = part.lane[k];
+  }
+  return vector;
+}
+template <int kWidth, typename T>
+ATTNKERN_DEVICE void store_parts(const Wide<T> (&values)[kVector<T>], T* to, int64_t valid) {
+#pragma unroll
+  for (int i = 0; i < kVector<T>; i += kWidth)
+    if (i < valid) {
+      Part<T, kWidth> part;
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k)
+        part.lane[k] = narrow<T>(values[i + k]);
+      *reinterpret_cast<Part<T, kWidth>*>(to + i) = part;
+    }
+}
+
+template <typename T> struct Memory {
+  Wide<T> sums[kThreads * kVector<T>]; // of threads, to be added in order
+  Wide<T> weight[kTile], share[kTile]; // per position of the tile: of the weighted sum; backward also attention
+  Wide<T> first[kCached<T>], second[kCached<T>]; // per channel: what scores are formed with; backward also the query
+};
+
+// One split's walk: the forward pass.
+template <typename T> struct Forward {
+  using A = Wide<T>;
+  static constexpr bool kWrites = false;
+  Companion query; // (N, C) or (C,)
+  bool shared_query;
+  A *scores;       // (N, positions)
+  A *sums;         // (N, splits, C): Σ exp(score - max)·ℓ
+  A *moments;      // (N, splits, 2): max, Σ exp(score - max)
+  T *pooled;       // (N, C)
+  A *pooled_wide;  // (N, C), or null where it is pooled itself
+  A *attention;    // (N, positions)
+  A max = -INFINITY, sum = 0, shrink = 0;
+
+  ATTNKERN_DEVICE A first(const Tiling& tiling, int64_t image, int64_t c) const {
+    return query.load<A>(shared_query ? c : image * tiling.shape.channels + c);
+  }
+  ATTNKERN_DEVICE A second(const Tiling&, int64_t, int64_t) const { return 0; }
+  ATTNKERN_DEVICE void begin(const Tiling&, int64_t) {}
+
+  // From the dot products of a tile to the weights of its positions.
+  template <typename Dot>
+  ATTNKERN_DEVICE void weigh(const Tiling& tiling, int64_t image, int64_t position, int count, const Dot& dot) {
+    A* weight = shared<Memory<T>>().weight;
+    A highest[1] = {max}, total[1] = {};
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      const A score = dot(i);
+      scores[image * tiling.shape.positions + position + i] = weight[i] = score;
+      highest[0] = Max()(highest[0], score);
+    }
+    block_reduce<Max>(highest);
+    for (int i = threadIdx.x; i < count; i += kThreads)
+      total[0] += weight[i] = softmax_weight(weight[i], highest[0]);
+    block_reduce(total);
+    shrink = softmax_weight(max, highest[0]);
+    max = highest[0];
+    sum = std::fma(sum, shrink, total[0]);
+  }
+  // Adds a tile's share of channel c; always the same thread does.
+  ATTNKERN_DEVICE void add(const Tiling& tiling, int64_t c, bool fresh, A value) const {
+    A& to = sums[block_index() * tiling.shape.channels + c];
+    to = fresh ? value : std::fma(to, shrink, value);
+  }
+  ATTNKERN_DEVICE void end(const Tiling& tiling, int64_t image) const {
+    if (threadIdx.x == 0) {
+      moments[2 * block_index()] = max;
+      moments[2 * block_index() + 1] = sum;
+    }
+    __syncthreads();
+    if (tiling.splits == 1)
+      finish(tiling, image, 0, 1);
+  }
+  // An image's outputs from its splits; this block is one of `slices` that share the work.
+  ATTNKERN_DEVICE void finish(const Tiling& tiling, int64_t image, int64_t slice, int64_t slices) const;
+};
+
+// The factors that bring the splits' sums to the image's largest score.
+template <typename A> struct Factors {
+  A of[kMostSplits];
+};
+
+template <typename T>
+ATTNKERN_DEVICE void Forward<T>::finish(const Tiling& tiling, int64_t image, int64_t slice, int64_t slices) const {
+  const Shape& shape = tiling.shape;
+  const int split = threadIdx.x;
+  const A* moment = moments + 2 * (image * tiling.splits + split);
+  A highest[1] = {split < tiling.splits ? moment[0] : -A(INFINITY)}, total[1] = {};
+  block_reduce<Max>(highest);
+  A* factors = shared<Factors<A>>().of;
+  if (split < tiling.splits) {
+    factors[split] = softmax_weight(moment[0], highest[0]);
+    total[0] = moment[1] * factors[split];
+  }
+  block_reduce(total); // its barriers make the factors visible
+  const int64_t start = slice * kThreads + threadIdx.x, step = slices * kThreads;
+  for (int64_t c = start; c < shape.channels; c += step) {
+    A value = 0;
+    for (int64_t s = 0; s < tiling.splits; ++s)
+      value = std::fma(sums[(image * tiling.splits + s) * shape.channels + c], factors[s], value);
+    value /= total[0];
+    pooled[image * shape.channels + c] = narrow<T>(value);
+    if (pooled_wide != nullptr)
+      pooled_wide[image * shape.channels + c] = value;
+  }
+  for (int64_t p = start; p < shape.positions; p += step)
+    attention[image * shape.positions + p] =
+        softmax_weight(scores[image * shape.positions + p], highest[0]) / total[0];
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) pool_finish(Tiling tiling, Forward<T> forward, int64_t slices) {
+  const int64_t image = block_index() / slices;
+  if (image < tiling.shape.images)
+    forward.finish(tiling, image, block_index() % slices, slices);
+}
+
+// One split's walk: the backward pass.
+template <typename T> struct Backward {
+  using A = Wide<T>;
+  static constexpr bool kWrites = true;
+  const T* grad_pooled;    // (N, C) or null
+  const A *grad_attention; // (N, positions) or null
+  const A *grad_scores;    // (N, positions) or null
+  Companion query;         // (N, C) or (C,)
+  bool shared_query;
+  const A *attention;      // (N, positions)
+  const A *pooled;         // (N, C)
+  T *grad_local;           // like local, or null
+  A *sums;                 // (N, splits, C): Σ dc·ℓ
+  bool direct;             // one block's sums are a query's gradient
+  MutableCompanion grad_query;
+  A delta = 0;             // ⟨dg, pooled⟩ + Σ a·da
+
+  ATTNKERN_DEVICE A first(const Tiling& tiling, int64_t image, int64_t c) const {
+    return grad_pooled == nullptr ? A(0) : widen(grad_pooled[image * tiling.shape.channels + c]);
+  }
+  ATTNKERN_DEVICE A second(const Tiling& tiling, int64_t image, int64_t c) const {
+    return query.load<A>(shared_query ? c : image * tiling.shape.channels + c);
+  }
+  ATTNKERN_DEVICE void begin(const Tiling& tiling, int64_t image) {
+    const Shape& shape = tiling.shape;
+    A total[1] = {};
+    if (grad_pooled != nullptr)
+      for (int64_t c = threadIdx.x; c < shape.channels; c += kThreads)
+        total[0] = std::fma(first(tiling, image, c), pooled[image * shape.channels + c], total[0]);
+    if (grad_attention != nullptr)
+      for (int64_t p = image * shape.positions + threadIdx.x; p < (image + 1) * shape.positions; p += kThreads)
+        total[0] = std::fma(attention[p], grad_attention[p], total[0]);
+    block_reduce(total);
+    delta = total[0];
+  }
+
+  template <typename Dot>
+  ATTNKERN_DEVICE void weigh(const Tiling& tiling, int64_t image, int64_t position, int count, const Dot& dot) const {
+    Memory<T>& memory = shared<Memory<T>>();
+    for (int i = threadIdx.x; i < count; i += kThreads) {
+      const int64_t p = image * tiling.shape.positions + position + i;
+      const A s = dot(i) + (grad_attention == nullptr ? A(0) : grad_attention[p]);
+      memory.share[i] = attention[p];
+      memory.weight[i] = score_grad(attention[p], s, delta, grad_scores == nullptr ? A(0) : grad_scores[p]);
+    }
+  }
+  ATTNKERN_DEVICE void add(const Tiling& tiling, int64_t c, bool fresh, A value) const {
+    A& to = sums[block_index() * tiling.shape.channels + c];
+    to = fresh ? value : to + value;
+  }
+  ATTNKERN_DEVICE void end(const Tiling& tiling, int64_t image) const {
+    if (!direct)
+      return;
+    __syncthreads();
+    for (int64_t c = threadIdx.x; c < tiling.shape.channels; c += kThreads)
+      grad_query.store(image * tiling.shape.channels + c, sums[image * tiling.shape.channels + c]);
+  }
+};
+
+// The walk where positions are innermost. A thread has one vector of positions, of every rows-th channel.
+template <typename T, int kWidth, typename Pass>
+ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local, int64_t image, int64_t position,
+                               bool fresh, std::false_type) {
+  using A = Wide<T>;
+  constexpr int V = kVector<T>;
+  const int64_t channels = tiling.shape.channels, positions = tiling.shape.positions;
+  const int x = threadIdx.x % tiling.vectors, y = threadIdx.x / tiling.vectors, rows = tiling.rows;
+  const int count = static_cast<int>(std::min<int64_t>(tiling.tile, positions - position)), valid = count - x * V;
+  const int64_t offset = image * tiling.shape.image_size() + position + x * V;
+  Memory<T>& memory = shared<Memory<T>>();
+
+  Vector<T> kept[kKept];
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    const int64_t c = y + i * rows;
+    kept[i] = load_parts<kWidth>(local + offset + c * positions, c < channels ? valid : 0);
+  }
+  A by_position[V] = {};
+  const auto add_scores = [&](const Vector<T>& vector, A weight) {
+#pragma unroll
+    for (int k = 0; k < V; ++k)
+      by_position[k] = std::fma(weight, widen(vector.lane[k]), by_position[k]);
+  };
+#pragma unroll
+  for (int i = 0; i < kKept; ++i)
+    if (y + i * rows < channels)
+      add_scores(kept[i], memory.first[y + i * rows]);
+  for (int64_t c = y + kKept * rows; c < channels; c += rows)
+    add_scores(load_parts<kWidth>(local + offset + c * positions, valid), pass.first(tiling, image, c));
+#pragma unroll
+  for (int k = 0; k < V; ++k)
+    memory.sums[threadIdx.x * V + k] = by_position[k];
+  __syncthreads();
+  pass.weigh(tiling, image, position, count, [&](int i) {
+    A score = 0;
+    for (int row = 0; row < rows; ++row)
+      score += memory.sums[row * tiling.tile + i];
+    return score;
+  });
+  __syncthreads();
+
+  A weight[V], share[V];
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    weight[k] = k < valid ? memory.weight[x * V + k] : A(0);
+    share[k] = Pass::kWrites && k < valid ? memory.share[x * V + k] : A(0);
+  }
+  // Every lane comes here equally often.
+  const auto add_weighted = [&](const Vector<T>& vector, int64_t c, A first, A second) {
+    A sum = 0;
+#pragma unroll
+    for (int k = 0; k < V; ++k)
+      sum = std::fma(weight[k], widen(vector.lane[k]), sum);
+    sum = warp_reduce(sum, tiling.vectors);
+    if (c >= channels)
+      return;
+    if (x == 0)
+      pass.add(tiling, c, fresh, sum);
+    if constexpr (Pass::kWrites)
+      if (pass.grad_local != nullptr) {
+        A grad[V];
+#pragma unroll
+        for (int k = 0; k < V; ++k)
+          grad[k] = std::fma(share[k], first, weight[k] * second);
+        store_parts<kWidth>(grad, pass.grad_local + offset + c * positions, valid);
+      }
+  };
+#pragma unroll
+  for (int i = 0; i < kKept; ++i)
+    add_weighted(kept[i], y + i * rows, memory.first[y + i * rows], memory.second[y + i * rows]);
+  for (int64_t begin = kKept * rows; begin < channels; begin += rows) {
+    const int64_t c = begin + y;
+    const bool exists = c < channels;
+    add_weighted(load_parts<kWidth>(local + offset + c * positions, exists ? valid : 0), c,
+                 exists ? pass.first(tiling, image, c) : A(0), exists ? pass.second(tiling, image, c) : A(0));
+  }
+}
+
+// The walk where channels are innermost. A thread has vectors of channels, of every rows-th position.
+template <typename T, int kWidth, typename Pass>
+ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local, int64_t image, int64_t position,
+                               bool fresh, std::true_type) {
+  using A = Wide<T>;
+  constexpr int V = kVector<T>;
+  const int64_t channels = tiling.shape.channels, width = tiling.vectors * V;
+  const int x = threadIdx.x % tiling.vectors, y = threadIdx.x / tiling.vectors, rows = tiling.rows;
+  const int count = static_cast<int>(std::min<int64_t>(tiling.tile, tiling.shape.positions - position));
+  const int64_t offset = image * tiling.shape.image_size() + position * channels;
+  Memory<T>& memory = shared<Memory<T>>();
+  const auto load = [&](int row, int64_t c) {
+    return load_parts<kWidth>(local + offset + row * channels + c, row < count ? channels - c : 0);
+  };
+
+  Vector<T> kept[kKept];
+#pragma unroll
+  for (int i = 0; i < kKept; ++i)
+    kept[i] = load(y + i * rows, x * V);
+  A by_position[kKept] = {};
+  const auto add_scores = [&](const Vector<T>& vector, const A(&weight)[V], A& sum) {
+#pragma unroll
+    for (int k = 0; k < V; ++k)
+      sum = std::fma(weight[k], widen(vector.lane[k]), sum);
+  };
+  A weight[V];
+#pragma unroll
+  for (int k = 0; k < V; ++k)
+    weight[k] = x * V + k < channels ? memory.first[x * V + k] : A(0);
+#pragma unroll
+  for (int i = 0; i < kKept; ++i)
+    add_scores(kept[i], weight, by_position[i]);
+  for (int64_t c = width + x * V; c < channels; c += width) {
+#pragma unroll
+    for (int k = 0; k < V; ++k)
+      weight[k] = c + k < channels ? pass.first(tiling, image, c + k) : A(0);
+#pragma unroll
+    for (int i = 0; i < kKept; ++i)
+      add_scores(load(y + i * rows, c), weight, by_position[i]);
+  }
+  const int lanes = std::min(tiling.vectors, kWarp), parts = tiling.vectors / lanes;
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    const A sum = warp_reduce(by_position[i], lanes);
+    if (x % lanes == 0 && y + i * rows < count)
+      memory.sums[(y + i * rows) * parts + x / lanes] = sum;
+  }
+  __syncthreads();
+  pass.weigh(tiling, image, position, count, [&](int i) {
+    A score = 0;
+    for (int part = 0; part < parts; ++part)
+      score += memory.sums[i * parts + part];
+    return score;
+  });
+  __syncthreads();
+
+  // Every thread comes here equally often.
+  const auto add_weighted = [&](int64_t begin, const A(&first)[V], const A(&second)[V], const auto& vector_of) {
+    const int64_t c = begin + x * V;
+    A by_channel[V] = {};
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      const int row = y + i * rows;
+      if (row >= count)
+        continue;
+      const Vector<T> vector = vector_of(i, row, c);
+      const A factor = memory.weight[row];
+#pragma unroll
+      for (int k = 0; k < V; ++k)
+        by_channel[k] = std::fma(factor, widen(vector.lane[k]), by_channel[k]);
+      if constexpr (Pass::kWrites)
+        if (pass.grad_local != nullptr) {
+          A grad[V];
+#pragma unroll
+          for (int k = 0; k < V; ++k)
+            grad[k] = std::fma(memory.share[row], first[k], factor * second[k]);
+          store_parts<kWidth>(grad, pass.grad_local + offset + row * channels + c, channels - c);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < V; ++k)
+      memory.sums[threadIdx.x * V + k] = by_channel[k];
+    __syncthreads();
+    for (int i = threadIdx.x; i < width && begin + i < channels; i += kThreads) {
+      A sum = 0;
+      for (int row = 0; row < rows; ++row)
+        sum += memory.sums[row * width + i];
+      pass.add(tiling, begin + i, fresh, sum);
+    }
+    __syncthreads();
+  };
+  A first[V], second[V];
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    first[k] = x * V + k < channels ? memory.first[x * V + k] : A(0);
+    second[k] = x * V + k < channels ? memory.second[x * V + k] : A(0);
+  }
+  add_weighted(0, first, second, [&](int i, int, int64_t) { return kept[i]; });
+  for (int64_t begin = width; begin < channels; begin += width) {
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const int64_t c = begin + x * V + k;
+      first[k] = c < channels ? pass.first(tiling, image, c) : A(0);
+      second[k] = c < channels ? pass.second(tiling, image, c) : A(0);
+    }
+    add_weighted(begin, first, second, [&](int, int row, int64_t c) { return load(row, c); });
+  }
+}
+
+template <typename T, int kWidth, bool kChannelsInner, typename Pass>
+__global__ void __launch_bounds__(kThreads, 2) pool_kernel(Tiling tiling, Pass pass, const T* local) {
+  const int64_t image = block_index() / tiling.splits, split = block_index() % tiling.splits;
+  if (image >= tiling.shape.images)
+    return;
+  Memory<T>& memory = shared<Memory<T>>();
+  for (int c = threadIdx.x; c < kCached<T>; c += kThreads) {
+    memory.first[c] = c < tiling.shape.channels ? pass.first(tiling, image, c) : Wide<T>(0);
+    memory.second[c] = c < tiling.shape.channels ? pass.second(tiling, image, c) : Wide<T>(0);
+  }
+  pass.begin(tiling, image);
+  const int64_t span = tiling.tiles_per_split * tiling.tile, begin = split * span;
+  for (int64_t position = begin; position < std::min(tiling.shape.positions, begin + span); position += tiling.tile) {
+    __syncthreads();
+    walk_tile<T, kWidth>(tiling, pass, local, image, position, position == begin,
+                         std::bool_constant<kChannelsInner>{});
+  }
+  pass.end(tiling, image);
+}
+
+// Σ over the rows of each group of (groups, rows, C), in an order that follows from the number of rows.
+template <typename A>
+__global__ void __launch_bounds__(kThreads)
+add_rows(const A* from, int64_t groups, int64_t rows, int64_t channels, MutableCompanion to) {
+  struct Lanes {
+    A of[kThreads];
+  };
+  const int64_t tiles = ceil_div(channels, kWarp), group = block_index() / tiles;
+  if (group >= groups)
+    return;
+  const int64_t c = block_index() % tiles * kWarp + threadIdx.x % kWarp;
+  A sum = 0;
+  if (c < channels)
+#pragma unroll 4
+    for (int64_t row = threadIdx.x / kWarp; row < rows; row += kThreads / kWarp)
+      sum += from[(group * rows + row) * channels + c];
+  A* lanes = shared<Lanes>().of;
+  lanes[threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.x >= kWarp || c >= channels)
+    return;
+  for (int i = kWarp + threadIdx.x; i < kThreads; i += kWarp)
+    sum += lanes[i];
+  to.store(group * channels + c, sum);
+}
+
+// --- operators ---
+
+// Launches the walk for the layout and the widest accesses that rows and addresses allow.
+template <typename T, typename Pass>
+void launch_pool(const Queue& queue, const Tiling& tiling, const Pass& pass, const T* local, const T* grad_local) {
+  const Shape& shape = tiling.shape;
+  const auto allows = [&](int width) {
+    const auto aligned = [&](const T* pointer) {
+      return reinterpret_cast<uintptr_t>(pointer) % (width * sizeof(T)) == 0;
+    };
+    return (shape.channels_inner ? shape.channels : shape.positions) % width == 0 && aligned(local) &&
+           aligned(grad_local);
+  };
+  const auto launch = [&](auto width, auto inner) {
+    queue.launch(pool_kernel<T, width(), inner(), Pass>, shape.images * tiling.splits, kThreads, 0, tiling, pass,
+                 local);
+  };
+  constexpr int V = kVector<T>;
+  using Whole = std::integral_constant<int, V>;
+  using Half = std::integral_constant<int, V / 2>;
+  using Single = std::integral_constant<int, 1>;
+  if (shape.channels_inner) {
+    allows(V) ? launch(Whole{}, std::true_type{}) : launch(Single{}, std::true_type{});
+  } else if (allows(V)) {
+    launch(Whole{}, std::false_type{});
+  } else {
+    if constexpr (V == 8) // 14x14 in half precision
+      if (allows(V / 2))
+        return launch(Half{}, std::false_type{});
+    launch(Single{}, std::false_type{});
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pool_fwd(Tensor local, Tensor query) {
+  const Queue queue(local);
+  return dispatch(local.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    using A = Wide<T>;
+    const Shape shape(local);
+    const Tiling tiling(shape, kVector<T>);
+    const int64_t n = shape.images, c = shape.channels, blocks = n * tiling.splits;
+    Tensor pooled = empty<T>(local, {n, c});
+    Tensor attention = local.dim() == 4 ? empty<A>(local, {n, local.size(2), local.size(3)})
+                                        : empty<A>(local, {n, local.size(2)});
+    Tensor scores = empty_like<A>(attention);
+    Tensor pooled_wide = std::is_same_v<T, A> ? empty<A>(local, {0}) : empty<A>(local, {n, c});
+    Tensor scratch = empty<A>(local, {blocks * (c + 2)});
+    A* sums = mutable_data<A>(scratch);
+    const Forward<T> forward{query, query.dim() == 1, mutable_data<A>(scores), sums, sums + blocks * c,
+                             mutable_data<T>(pooled), std::is_same_v<T, A> ? nullptr : mutable_data<A>(pooled_wide),
+                             mutable_data<A>(attention)};
+    launch_pool<T>(queue, tiling, forward, data<T>(local), nullptr);
+    if (tiling.splits > 1) {
+      const int64_t slices = ceil_div(std::max(c, shape.positions), 4 * kThreads);
+      queue.launch(pool_finish<T>, n * slices, kThreads, 0, tiling, forward, slices);
+    }
+    return std::tuple(pooled, attention, scores, pooled_wide);
+  });
+}
+
+std::tuple<Tensor, Tensor> pool_bwd(std::optional<Tensor> grad_pooled, std::optional<Tensor> grad_attention,
+                                    std::optional<Tensor> grad_scores, Tensor local, Tensor query, Tensor attention,
+                                    Tensor pooled_wide, bool need_grad_local) {
+  const Queue queue(local);
+  return dispatch(local.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    using A = Wide<T>;
+    const Shape shape(local);
+    const Tiling tiling(shape, kVector<T>);
+    Tensor grad_local = features_grad<T>(local, need_grad_local);
+    Tensor grad_query = torch::stable::empty_like(query);
+    if (shape.images == 0 || shape.channels == 0)
+      return std::tuple(grad_local, torch::stable::zero_(grad_query));
+    const bool shared_query = query.dim() == 1, direct = tiling.splits == 1 && (!shared_query || shape.images == 1);
+    Tensor scratch = empty<A>(local, {shape.images, tiling.splits, shape.channels});
+    const Backward<T> backward{data<T>(grad_pooled), data<A>(grad_attention), data<A>(grad_scores), query,
+                               shared_query, data<A>(attention), data<A>(pooled_wide),
+                               need_grad_local ? mutable_data<T>(grad_local) : nullptr, mutable_data<A>(scratch),
+                               direct, grad_query};
+    launch_pool<T>(queue, tiling, backward, data<T>(local), backward.grad_local);
+    if (!direct) {
+      const int64_t groups = shared_query ? 1 : shape.images, rows = shape.images * tiling.splits / groups;
+      queue.launch(add_rows<A>, groups * ceil_div(shape.channels, kWarp), kThreads, 0, data<A>(scratch), groups, rows,
+                   shape.channels, MutableCompanion(grad_query));
+    }
+    return std::tuple(grad_local, grad_query);
+  });
+}
+
+} // namespace
+
+ATTNKERN_LIBRARY_IMPL(m) {
+  m.impl("pool_fwd", TORCH_BOX(&pool_fwd));
+  m.impl("pool_bwd", TORCH_BOX(&pool_bwd));
+}
+
+} // namespace attnkern

@@ -79,6 +79,8 @@ template <typename T> constexpr ScalarType scalar_type() {
     return ScalarType::BFloat16;
   else if constexpr (std::is_same_v<T, Half>)
     return ScalarType::Half;
+  else if constexpr (std::is_same_v<T, int32_t>)
+    return ScalarType::Int;
   else
     return ScalarType::Long;
 }

@@ -242,6 +242,20 @@ template <typename T> struct Backward {
   }
 };
 
+// What scores are formed with, and the query in the backward pass: 0 behind the last channel.
+template <typename T, typename Pass>
+ATTNKERN_DEVICE Wide<T> first_of(const Tiling& tiling, const Pass& pass, int64_t image, int64_t c) {
+  if (c < kCached<T>)
+    return shared<Memory<T>>().first[c];
+  return c < tiling.shape.channels ? pass.first(tiling, image, c) : Wide<T>(0);
+}
+template <typename T, typename Pass>
+ATTNKERN_DEVICE Wide<T> second_of(const Tiling& tiling, const Pass& pass, int64_t image, int64_t c) {
+  if (c < kCached<T>)
+    return shared<Memory<T>>().second[c];
+  return c < tiling.shape.channels ? pass.second(tiling, image, c) : Wide<T>(0);
+}
+
 // The walk where positions are innermost. A thread has one vector of positions, of every rows-th channel.
 template <typename T, int kWidth, typename Pass>
 ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local, int64_t image, int64_t position,
@@ -268,10 +282,9 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
   };
 #pragma unroll
   for (int i = 0; i < kKept; ++i)
-    if (y + i * rows < channels)
-      add_scores(kept[i], memory.first[y + i * rows]);
+    add_scores(kept[i], memory.first[y + i * rows]);
   for (int64_t c = y + kKept * rows; c < channels; c += rows)
-    add_scores(load_parts<kWidth>(local + offset + c * positions, valid), pass.first(tiling, image, c));
+    add_scores(load_parts<kWidth>(local + offset + c * positions, valid), first_of<T>(tiling, pass, image, c));
 #pragma unroll
   for (int k = 0; k < V; ++k)
     memory.sums[threadIdx.x * V + k] = by_position[k];
@@ -315,9 +328,8 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
     add_weighted(kept[i], y + i * rows, memory.first[y + i * rows], memory.second[y + i * rows]);
   for (int64_t begin = kKept * rows; begin < channels; begin += rows) {
     const int64_t c = begin + y;
-    const bool exists = c < channels;
-    add_weighted(load_parts<kWidth>(local + offset + c * positions, exists ? valid : 0), c,
-                 exists ? pass.first(tiling, image, c) : A(0), exists ? pass.second(tiling, image, c) : A(0));
+    add_weighted(load_parts<kWidth>(local + offset + c * positions, c < channels ? valid : 0), c,
+                 first_of<T>(tiling, pass, image, c), second_of<T>(tiling, pass, image, c));
   }
 }
 
@@ -332,36 +344,35 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
   const int count = static_cast<int>(std::min<int64_t>(tiling.tile, tiling.shape.positions - position));
   const int64_t offset = image * tiling.shape.image_size() + position * channels;
   Memory<T>& memory = shared<Memory<T>>();
-  const auto load = [&](int row, int64_t c) {
-    return load_parts<kWidth>(local + offset + row * channels + c, row < count ? channels - c : 0);
-  };
 
   Vector<T> kept[kKept];
-#pragma unroll
-  for (int i = 0; i < kKept; ++i)
-    kept[i] = load(y + i * rows, x * V);
-  A by_position[kKept] = {};
-  const auto add_scores = [&](const Vector<T>& vector, const A(&weight)[V], A& sum) {
-#pragma unroll
-    for (int k = 0; k < V; ++k)
-      sum = std::fma(weight[k], widen(vector.lane[k]), sum);
+  // The vector of this thread's i-th position at channel c, one of those from `begin` on.
+  const auto vector_at = [&](int i, int64_t begin, int64_t c) {
+    const int row = y + i * rows;
+    return begin == 0 ? kept[i]
+                      : load_parts<kWidth>(local + offset + row * channels + c, row < count ? channels - c : 0);
   };
-  A weight[V];
 #pragma unroll
-  for (int k = 0; k < V; ++k)
-    weight[k] = x * V + k < channels ? memory.first[x * V + k] : A(0);
-#pragma unroll
-  for (int i = 0; i < kKept; ++i)
-    add_scores(kept[i], weight, by_position[i]);
-  for (int64_t c = width + x * V; c < channels; c += width) {
+  for (int i = 0; i < kKept; ++i) {
+    const int row = y + i * rows;
+    kept[i] = load_parts<kWidth>(local + offset + row * channels + x * V, row < count ? channels - x * V : 0);
+  }
+  A by_position[kKept] = {};
+  for (int64_t begin = 0; begin < channels; begin += width) {
+    const int64_t c = begin + x * V;
+    A first[V];
 #pragma unroll
     for (int k = 0; k < V; ++k)
-      weight[k] = c + k < channels ? pass.first(tiling, image, c + k) : A(0);
+      first[k] = first_of<T>(tiling, pass, image, c + k);
 #pragma unroll
-    for (int i = 0; i < kKept; ++i)
-      add_scores(load(y + i * rows, c), weight, by_position[i]);
+    for (int i = 0; i < kKept; ++i) {
+      const Vector<T> vector = vector_at(i, begin, c);
+#pragma unroll
+      for (int k = 0; k < V; ++k)
+        by_position[i] = std::fma(first[k], widen(vector.lane[k]), by_position[i]);
+    }
   }
-  const int lanes = std::min(tiling.vectors, kWarp), parts = tiling.vectors / lanes;
+  const int lanes = tiling.vectors < kWarp ? tiling.vectors : kWarp, parts = tiling.vectors / lanes;
 #pragma unroll
   for (int i = 0; i < kKept; ++i) {
     const A sum = warp_reduce(by_position[i], lanes);
@@ -375,28 +386,32 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
       score += memory.sums[i * parts + part];
     return score;
   });
-  __syncthreads();
 
-  // Every thread comes here equally often.
-  const auto add_weighted = [&](int64_t begin, const A(&first)[V], const A(&second)[V], const auto& vector_of) {
+  for (int64_t begin = 0; begin < channels; begin += width) {
+    __syncthreads(); // the sums have been read, the weights are written
     const int64_t c = begin + x * V;
-    A by_channel[V] = {};
+    A first[V], second[V], by_channel[V] = {};
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      first[k] = Pass::kWrites ? first_of<T>(tiling, pass, image, c + k) : A(0);
+      second[k] = Pass::kWrites ? second_of<T>(tiling, pass, image, c + k) : A(0);
+    }
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
       const int row = y + i * rows;
       if (row >= count)
         continue;
-      const Vector<T> vector = vector_of(i, row, c);
-      const A factor = memory.weight[row];
+      const Vector<T> vector = vector_at(i, begin, c);
+      const A weight = memory.weight[row];
 #pragma unroll
       for (int k = 0; k < V; ++k)
-        by_channel[k] = std::fma(factor, widen(vector.lane[k]), by_channel[k]);
+        by_channel[k] = std::fma(weight, widen(vector.lane[k]), by_channel[k]);
       if constexpr (Pass::kWrites)
         if (pass.grad_local != nullptr) {
           A grad[V];
 #pragma unroll
           for (int k = 0; k < V; ++k)
-            grad[k] = std::fma(memory.share[row], first[k], factor * second[k]);
+            grad[k] = std::fma(memory.share[row], first[k], weight * second[k]);
           store_parts<kWidth>(grad, pass.grad_local + offset + row * channels + c, channels - c);
         }
     }
@@ -410,23 +425,6 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
         sum += memory.sums[row * width + i];
       pass.add(tiling, begin + i, fresh, sum);
     }
-    __syncthreads();
-  };
-  A first[V], second[V];
-#pragma unroll
-  for (int k = 0; k < V; ++k) {
-    first[k] = x * V + k < channels ? memory.first[x * V + k] : A(0);
-    second[k] = x * V + k < channels ? memory.second[x * V + k] : A(0);
-  }
-  add_weighted(0, first, second, [&](int i, int, int64_t) { return kept[i]; });
-  for (int64_t begin = width; begin < channels; begin += width) {
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      const int64_t c = begin + x * V + k;
-      first[k] = c < channels ? pass.first(tiling, image, c) : A(0);
-      second[k] = c < channels ? pass.second(tiling, image, c) : A(0);
-    }
-    add_weighted(begin, first, second, [&](int, int row, int64_t c) { return load(row, c); });
   }
 }
 

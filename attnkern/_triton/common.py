@@ -1,0 +1,185 @@
+"""What the kernels share: launching, features as matrices, rounding, and sums over partial results.
+
+Features of an image are a matrix of channels by positions, either of which lies innermost in memory. Tiles are
+(BLOCK_C, BLOCK_P) in both layouts; only their offsets differ. All results are bitwise the same from run to run, and
+those of an image do not depend on the batch: tiles follow from C, H, W, dtype and layout only, sums have a fixed
+order, and no kernel sees a misaligned pointer, since that would change how a tile lies in registers.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from attnkern._common import channels_last
+from attnkern._ops import TRITON_INTERPRETS
+
+_INTERPRETED = tl.constexpr(TRITON_INTERPRETS)
+
+
+# --- launching -------------------------------------------------------------------------------------------------------
+
+
+def launch(kernel, programs: int, *arguments, num_warps: int = 4, **constants) -> None:
+    """Run ``kernel`` in ``programs`` programs on its tensors' device; no launch where there are none."""
+    if programs == 0:
+        return
+    arguments = [_aligned(argument) if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+    device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+    # Pipelining over shared memory (num_stages) only adds instructions to loops without matrix products.
+    options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": True}
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[(programs,)](*arguments, **constants, **options)
+    else:
+        kernel[(programs,)](*arguments, **constants, **options)
+
+
+def _aligned(tensor):
+    """Itself at a multiple of 16 bytes, else a copy. Outputs come from the allocator, which aligns."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def ceil_power(n: int) -> int:
+    """The smallest power of two that is at least ``n``, and 1."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+class Features(NamedTuple):
+    """An image of features as a matrix of channels (rows) by positions (columns)."""
+
+    channels_last: bool
+    channels: int
+    positions: int
+    fold: int  #: channels in a row: a row of several lets odd maps such as 7x7 have rows of whole vectors
+    vector: int  #: numbers in a vector of at most 16 bytes that every row starts and ends with
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """C // VEC_C, P // VEC_P: Triton learns from the product in the kernel that the innermost size is divisible."""
+        if self.channels_last:
+            return self.channels // self.vector, self.positions
+        return self.channels, self.positions // self.vector
+
+    @property
+    def constants(self) -> dict:
+        last = self.channels_last
+        return {
+            "CHANNELS_LAST": last,
+            "VEC_C": self.vector if last else 1,
+            "VEC_P": 1 if last else self.vector,
+        }
+
+
+def features(x: torch.Tensor, foldable: bool = False) -> Features:
+    """How the kernels see dense features; ``foldable`` where they need no sum over channels at each position."""
+    channels, positions, widest = x.shape[1], math.prod(x.shape[2:]), 16 // x.itemsize
+    if channels_last(x):
+        return Features(True, channels, positions, 1, math.gcd(widest, channels))
+    vector = math.gcd(widest, positions)
+    fold = widest // vector
+    if foldable and channels % fold == 0:
+        return Features(False, channels // fold, positions * fold, fold, widest)
+    return Features(False, channels, positions, 1, vector)
+
+
+class Tile(NamedTuple):
+    """A program's part of an image: all of ``group`` channels at ``block_p`` positions, ``block_c`` at a time."""
+
+    block_c: int
+    block_p: int
+    group: int
+
+    def programs(self, x: Features) -> int:
+        """Programs per image; at least one, because maps are written where there are no channels, too."""
+        return max(1, triton.cdiv(x.channels, self.group)) * triton.cdiv(x.positions, self.block_p)
+
+    @property
+    def constants(self) -> dict:
+        return {"BLOCK_C": self.block_c, "BLOCK_P": self.block_p, "GROUP": self.group}
+
+
+def fwd_tile(x: Features) -> Tile:
+    """Of a pass that multiplies features by a map: four steps over channels share it.
+
+    16 numbers a thread, 32 where channels lie innermost, so that fewer threads form the map of the same position.
+    """
+    if x.channels_last:
+        block_c = min(256, ceil_power(x.channels))
+        block_p = min(4096 // block_c, ceil_power(x.positions))
+    else:
+        block_p = min(256, ceil_power(x.positions))
+        block_c = min(2048 // block_p, ceil_power(x.channels))
+    return Tile(block_c, block_p, 4 * block_c)
+
+
+# --- device functions ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def place(C, P, GROUP: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Image (int64), channel group and position tile of this program."""
+    tiles = tl.cdiv(P, BLOCK_P)
+    groups = tl.maximum(tl.cdiv(C, GROUP), 1)
+    program = tl.program_id(0)
+    return (program // (tiles * groups)).to(tl.int64), program // tiles % groups, program % tiles
+
+
+@triton.jit
+def corner(n, c, p, C, P, CHANNELS_LAST: tl.constexpr):
+    """Offset of channel c at position p of image n: int64, as n is."""
+    if CHANNELS_LAST:
+        return (n * P + p) * C + c
+    else:
+        return (n * C + c) * P + p
+
+
+@triton.jit
+def offsets(C, P, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Offsets of a tile's elements from its corner, (BLOCK_C, BLOCK_P)."""
+    c = tl.arange(0, BLOCK_C)[:, None]
+    p = tl.arange(0, BLOCK_P)[None, :]
+    if CHANNELS_LAST:
+        return p * C + c
+    else:
+        return c * P + p
+
+
+@triton.jit
+def store(pointers, values, mask):
+    """Store float32 values rounded to nearest even in the pointers' type."""
+    if _INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:  # the interpreter truncates instead
+        bits = values.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        bits = tl.where(values == values, rounded, 0x7FC0).to(tl.uint16)
+        tl.store(pointers, bits.to(tl.bfloat16, bitcast=True), mask)
+    else:
+        tl.store(pointers, values.to(pointers.dtype.element_ty), mask)
+
+
+# --- sums of partial results -----------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["R"])
+def _sum_rows_kernel(partials, output, R, K, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
+    blocks = tl.cdiv(K, BLOCK_K)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    k = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for start in range(0, R, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        mask = (r < R)[:, None] & (k < K)[None, :]
+        total += tl.load(partials + (n * R + r)[:, None] * K + k[None, :], mask, other=0.0)
+    store(output + n * K + k, tl.sum(total, 0), k < K)
+
+
+def sum_rows(partials: torch.Tensor, output: torch.Tensor) -> None:
+    """output (..., K) = sums of the rows of partials, (..., R, K) float32, in a fixed order."""
+    k = output.shape[-1]
+    n = output.numel() // max(1, k)
+    rows = partials.numel() // max(1, n * k)
+    # 64 columns are full sectors of memory; 16 rows at a time hide its latency.
+    block_k = min(64, ceil_power(k))
+    launch(_sum_rows_kernel, n * triton.cdiv(k, block_k), partials, output, rows, k, BLOCK_R=16, BLOCK_K=block_k)

@@ -1,0 +1,466 @@
+"""Triton kernels of nearest-anchor quantization, alone and applied to features. Formulas: attnkern/quantize.py.
+
+One launch forward where one program has all elements of the batch; else a second adds the partial sums of the first,
+and applies the map to the features. One launch backward, two where the channels of a position are too many for one
+program.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from attnkern._triton.common import (
+    Features,
+    Tile,
+    ceil_power,
+    corner,
+    features,
+    fwd_tile,
+    launch,
+    offsets,
+    place,
+    store,
+)
+
+_NOBODY = tl.constexpr(2**31 - 1)  # an index that no anchor has
+
+
+# --- mathematics -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _next_above(x):
+    """The next float32 above x; Inf stays."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(x == 0, 1, tl.where(x > 0, bits + 1, bits - 1))
+    return tl.where(x == float("inf"), x, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _threshold(lo, hi, hi_first):
+    """The smallest float32 that is nearer to hi than to lo < hi, or as near where hi comes first."""
+    half_lo = lo.to(tl.float64) * 0.5
+    half_hi = hi.to(tl.float64) * 0.5
+    midpoint = half_lo + half_hi
+    tail = midpoint - half_lo
+    error = (half_lo - (midpoint - tail)) + (half_hi - tail)  # midpoint + error is exact (Knuth)
+    nearest = midpoint.to(tl.float32)
+    above = nearest.to(tl.float64) - midpoint
+    prefers_hi = (above > 0) | ((nearest.to(tl.float64) == midpoint) & ((error < 0) | ((error == 0) & hi_first)))
+    threshold = tl.where(prefers_hi, nearest, _next_above(nearest))
+    # Opposite infinities have no midpoint: every finite number is as far from one as from the other.
+    halfway = tl.where(hi_first, _next_above(-float("inf") + tl.zeros_like(lo)), float("inf"))
+    return tl.where(midpoint == midpoint, threshold, halfway)
+
+
+@triton.jit
+def _closer(best, best_index, values, candidates, j):
+    """The largest number below each value and its lowest index, among the best so far and later candidates."""
+    below = tl.where(candidates[None, :] < values[:, None], candidates[None, :], -float("inf"))
+    largest = tl.max(below, 1)
+    matches = (candidates[None, :] == largest[:, None]) & (candidates[None, :] < values[:, None])
+    index = tl.min(tl.where(matches, j[None, :], _NOBODY), 1)
+    better = (index != _NOBODY) & ((best_index == _NOBODY) | (largest > best))
+    return tl.where(better, largest, best), tl.where(better, index, best_index)
+
+
+@triton.jit
+def _intervals(anchors, k, Q, BLOCK_J: tl.constexpr):
+    """Anchors k, and for each the numbers nearest to it: those that reach `lower` and do not reach `upper`.
+
+    NaN is reached by no number: it is the lower end of an anchor that is never chosen (because an equal one comes
+    before it, or because some anchor is NaN), and the upper end of the largest.
+    """
+    value = tl.load(anchors + k, k < Q, other=0.0).to(tl.float32)
+    below = tl.zeros_like(value)
+    above = tl.zeros_like(value)
+    below_index = tl.zeros_like(k) + _NOBODY
+    above_index = tl.zeros_like(k) + _NOBODY
+    chosen = k < Q
+    poisoned = 0
+    for start in range(0, Q, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        other = tl.load(anchors + j, j < Q, other=0.0).to(tl.float32)
+        poisoned = tl.maximum(poisoned, tl.max((other != other).to(tl.int32)))
+        other = tl.where(j < Q, other, float("nan"))
+        earlier = (other[None, :] == value[:, None]) & (j[None, :] < k[:, None])
+        chosen &= tl.max(earlier.to(tl.int32), 1) == 0
+        below, below_index = _closer(below, below_index, value, other, j)
+        above, above_index = _closer(above, above_index, -value, -other, j)
+    above = -above
+    lower = tl.where(below_index == _NOBODY, -float("inf"), _threshold(below, value, k < below_index))
+    upper = tl.where(above_index == _NOBODY, float("nan"), _threshold(value, above, above_index < k))
+    return value, tl.where(chosen & (poisoned == 0), lower, float("nan")), upper, poisoned
+
+
+@triton.jit
+def _nearest(a, inside, anchors, counts, residuals, Q, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr):
+    """Index and value of the anchor nearest to each a, (BLOCK_P,); NaN is nothing's neighbour: index 0, value NaN.
+
+    Unless None, counts and residuals (Q,) take how many of those inside chose each anchor, and Σ (value - a) over them.
+    """
+    rank = tl.zeros(a.shape, tl.int32)  # index + 1, 0 for none
+    stray = tl.max((inside & (a != a)).to(tl.int32))
+    for start in range(0, Q, BLOCK_Q):
+        k = start + tl.arange(0, BLOCK_Q)
+        value, lower, upper, poisoned = _intervals(anchors, k, Q, BLOCK_J)
+        chosen = (a[None, :] >= lower[:, None]) & ~(a[None, :] >= upper[:, None])  # (BLOCK_Q, BLOCK_P)
+        rank += tl.sum(tl.where(chosen, k[:, None] + 1, 0), 0)
+        if counts is not None:
+            chosen &= inside[None, :]
+            residual = tl.sum(tl.where(chosen, value[:, None] - a[None, :], 0.0), 1)
+            # An element without a neighbour has index 0: its distance to that anchor is NaN.
+            residual = tl.where((k == 0) & ((stray | poisoned) != 0), float("nan"), residual)
+            tl.store(counts + k, tl.sum(chosen.to(tl.int32), 1), k < Q)
+            tl.store(residuals + k, residual, k < Q)
+    index = tl.maximum(rank - 1, 0)
+    return index, tl.where(rank > 0, tl.load(anchors + index).to(tl.float32), float("nan"))
+
+
+@triton.jit
+def _quantize(
+    a, anchors, values, indices, loss, counts, residuals, first, SIZE, Q,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Quantize BLOCK_P elements of a from `first` on: everything elementwise, and their sums."""
+    p = first + tl.arange(0, BLOCK_P)
+    inside = p < SIZE
+    element = tl.load(a + p, inside, other=0.0).to(tl.float32)
+    index, value = _nearest(element, inside, anchors, counts, residuals, Q, BLOCK_Q, BLOCK_J)
+    store(values + p, value, inside)
+    tl.store(indices + p, index.to(tl.int64), inside)
+    difference = tl.where(inside, value - element, 0.0)
+    tl.store(loss, tl.sum(difference * difference))
+
+
+@triton.jit
+def _add_partials(
+    block, part_loss, part_counts, part_residuals, loss, counts, residuals, T, Q,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Add the sums of T programs for anchors block·BLOCK_K onwards; the first block adds the loss as well."""
+    k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    count = tl.zeros((BLOCK_T, BLOCK_K), tl.int64)
+    residual = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
+    total = tl.zeros((BLOCK_T,), tl.float32)
+    for start in range(0, T, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        at = t.to(tl.int64)[:, None] * Q + k[None, :]
+        mask = (t < T)[:, None] & (k < Q)[None, :]
+        count += tl.load(part_counts + at, mask, other=0)
+        residual += tl.load(part_residuals + at, mask, other=0.0)
+        total += tl.load(part_loss + t, t < T, other=0.0)
+    tl.store(counts + k, tl.sum(count, 0), k < Q)
+    tl.store(residuals + k, tl.sum(residual, 0), k < Q)
+    if block == 0:
+        tl.store(loss, tl.sum(total))
+
+
+@triton.jit
+def _poisoned(anchors, Q, BLOCK_J: tl.constexpr):
+    """1 if any anchor is NaN."""
+    found = tl.zeros((BLOCK_J,), tl.int32)
+    for start in range(0, Q, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        anchor = tl.load(anchors + j, j < Q, other=0.0).to(tl.float32)
+        found |= (anchor != anchor).to(tl.int32)
+    return tl.max(found)
+
+
+@triton.jit
+def _chosen(anchors, indices, element, poisoned, p, mask):
+    """The anchors that elements p chose, in full precision; NaN for NaN."""
+    value = tl.load(anchors + tl.load(indices + p, mask, other=0)).to(tl.float32)
+    return tl.where((element != element) | (poisoned != 0), float("nan"), value)
+
+
+@triton.jit
+def _grad_element(through, element, value, grad_values, grad_commitment_loss, p, mask, divisor):
+    """Gradient of elements: what came through the features and the values, and the commitment loss's share."""
+    grad = through
+    if grad_values is not None:
+        grad += tl.load(grad_values + p, mask, other=0.0).to(tl.float32)
+    if grad_commitment_loss is not None:
+        grad += 2.0 * (element - value) * (tl.load(grad_commitment_loss).to(tl.float32) / divisor)
+    return grad
+
+
+@triton.jit
+def _grad_anchors(grad_anchor_loss, residuals, grad_anchors, Q, divisor, BLOCK_J: tl.constexpr):
+    """Gradient of the anchors, 2 Σ (v - a) of the loss's: an even share of the anchors for each program."""
+    for start in range(tl.program_id(0) * BLOCK_J, Q, tl.num_programs(0) * BLOCK_J):
+        k = start + tl.arange(0, BLOCK_J)
+        grad = tl.zeros((BLOCK_J,), tl.float32)
+        if grad_anchor_loss is not None:
+            per_residual = 2.0 * (tl.load(grad_anchor_loss).to(tl.float32) / divisor)
+            grad = per_residual * tl.load(residuals + k, k < Q, other=0.0)
+        store(grad_anchors + k, grad, k < Q)
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["SIZE", "Q"])
+def _quantize_fwd_kernel(
+    a, anchors, values, indices, loss, counts, residuals, SIZE, Q,
+    BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    _quantize(
+        a, anchors, values, indices, loss + t, counts + t * Q, residuals + t * Q, t * BLOCK_P, SIZE, Q,
+        BLOCK_P, BLOCK_Q, BLOCK_J,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "Q"])
+def _add_partials_kernel(
+    part_loss, part_counts, part_residuals, loss, counts, residuals, T, Q,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    _add_partials(
+        tl.program_id(0), part_loss, part_counts, part_residuals, loss, counts, residuals, T, Q, BLOCK_T, BLOCK_K
+    )
+
+
+@triton.jit(do_not_specialize=["T", "Q", "SIZE"])
+def _anchor_fwd_kernel(
+    x, a, anchors, part_loss, part_counts, part_residuals, output, values, indices, loss, counts, residuals,
+    T, Q, SIZE, C, P, HW,
+    WHOLE: tl.constexpr, ROUNDED: tl.constexpr, RESIDUAL: tl.constexpr, FOLD: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, VEC_C: tl.constexpr, VEC_P: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    C, P = C * VEC_C, P * VEC_P
+    n, group, tile = place(C, P, GROUP, BLOCK_P)
+    first_p = tile * BLOCK_P
+    p = first_p + tl.arange(0, BLOCK_P)
+    at_map = n * HW + (p % HW if FOLD > 1 else p)
+    if WHOLE:  # small: all find their anchors for themselves, and the first program does the sums
+        if tl.program_id(0) == 0:
+            _quantize(a, anchors, values, indices, loss, counts, residuals, 0, SIZE, Q, BLOCK_A, BLOCK_Q, BLOCK_J)
+        element = tl.load(a + at_map, p < P, other=0.0).to(tl.float32)
+        _, v = _nearest(element, p < P, anchors, None, None, Q, BLOCK_Q, BLOCK_J)
+    else:
+        for block in range(tl.program_id(0), tl.cdiv(Q, BLOCK_K), tl.num_programs(0)):
+            _add_partials(
+                block, part_loss, part_counts, part_residuals, loss, counts, residuals, T, Q, BLOCK_T, BLOCK_K
+            )
+        v = tl.load(values + at_map, p < P, other=0.0).to(tl.float32)
+        if ROUNDED:  # the values were rounded to a narrower type than the anchors'
+            v = _chosen(anchors, indices, v, 0, at_map, p < P)
+    for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
+        at = corner(n, c, first_p, C, P, CHANNELS_LAST)
+        at += offsets(C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        mask = (c + tl.arange(0, BLOCK_C) < C)[:, None] & (p < P)[None, :]
+        value = tl.load(x + at, mask).to(tl.float32)  # (BLOCK_C, BLOCK_P)
+        attended = value * v[None, :]
+        store(output + at, attended + value if RESIDUAL else attended, mask)
+
+
+@triton.jit(do_not_specialize=["SIZE", "Q"])
+def _quantize_bwd_kernel(
+    through, grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors, indices, residuals,
+    grad_a, grad_anchors, SIZE, Q, HW, divisor, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask = p < SIZE
+    element = tl.load(a + p, mask, other=0.0).to(tl.float32)
+    value = _chosen(anchors, indices, element, _poisoned(anchors, Q, BLOCK_J), p, mask)
+    grad = tl.zeros((BLOCK_P,), tl.float32)
+    if through is not None:  # (N, GROUPS, HW)
+        at = p // HW * (GROUPS * HW) + p % HW
+        for group in range(GROUPS):
+            grad += tl.load(through + at + group * HW, mask, other=0.0)
+    grad = _grad_element(grad, element, value, grad_values, grad_commitment_loss, p, mask, divisor)
+    store(grad_a + p, grad, mask)
+    _grad_anchors(grad_anchor_loss, residuals, grad_anchors, Q, divisor, BLOCK_J)
+
+
+@triton.jit(do_not_specialize=["Q"])
+def _anchor_bwd_kernel(
+    grad_output, grad_values, grad_anchor_loss, grad_commitment_loss, x, a, anchors, indices, residuals,
+    grad_x, grad_a, grad_anchors, through, Q, C, P, divisor, RESIDUAL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, VEC_C: tl.constexpr, VEC_P: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    C, P = C * VEC_C, P * VEC_P
+    n, group, tile = place(C, P, GROUP, BLOCK_P)
+    first_p = tile * BLOCK_P
+    p = first_p + tl.arange(0, BLOCK_P)
+    element = tl.load(a + n * P + p, p < P, other=0.0).to(tl.float32)
+    v = _chosen(anchors, indices, element, _poisoned(anchors, Q, BLOCK_J), n * P + p, p < P)
+    products = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
+        at = corner(n, c, first_p, C, P, CHANNELS_LAST)
+        at += offsets(C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        mask = (c + tl.arange(0, BLOCK_C) < C)[:, None] & (p < P)[None, :]
+        dy = tl.load(grad_output + at, mask, other=0.0).to(tl.float32)  # (BLOCK_C, BLOCK_P)
+        products += dy * tl.load(x + at, mask, other=0.0).to(tl.float32)
+        if grad_x is not None:
+            dx = dy * v[None, :]
+            store(grad_x + at, dx + dy if RESIDUAL else dx, mask)
+    grad = tl.sum(products, 0)
+    if through is None:
+        grad = _grad_element(grad, element, v, grad_values, grad_commitment_loss, n * P + p, p < P, divisor)
+        store(grad_a + n * P + p, grad, p < P)
+        _grad_anchors(grad_anchor_loss, residuals, grad_anchors, Q, divisor, BLOCK_J)
+    else:
+        groups = tl.cdiv(C, GROUP)
+        tl.store(through + (n * groups + group) * P + p, grad, p < P)
+
+
+# --- launchers -------------------------------------------------------------------------------------------------------
+
+#: Elements of a batch that one program quantizes alone, so that no second launch adds anything. (A batch may choose
+#: this: what belongs to one image has no sums.)
+_WHOLE = 2048
+#: Elements that one of many programs quantizes.
+_PART = 256
+
+
+class _Sums(NamedTuple):
+    """Per program, or over the batch."""
+
+    loss: torch.Tensor
+    counts: torch.Tensor
+    residuals: torch.Tensor
+
+    @classmethod
+    def empty(cls, like, parts, q, dtype):
+        """Uninitialised; float32 but for the counts of ``dtype``. ``parts`` is () or (T,)."""
+        loss, residuals = (like.new_empty(shape, dtype=torch.float32) for shape in (parts, (*parts, q)))
+        return cls(loss, like.new_empty((*parts, q), dtype=dtype), residuals)
+
+
+def _blocks(elements: int, q: int) -> dict:
+    """At most 8192 pairs of elements and anchors at a time, and 4096 of anchors and anchors."""
+    return {
+        "BLOCK_Q": min(16, ceil_power(q), 8192 // elements),
+        "BLOCK_J": _anchor_block(q),
+    }
+
+
+def _anchor_block(q: int) -> int:
+    return min(256, ceil_power(q))
+
+
+def _add_blocks(q: int) -> dict:
+    """16 numbers a thread."""
+    return {"BLOCK_T": 64, "BLOCK_K": min(32, ceil_power(q))}
+
+
+def _results(a, anchors):
+    """Uninitialised values and indices, and the sums: zeros where there is nothing to sum."""
+    sums = _Sums.empty(a, (), anchors.shape[0], torch.int64)
+    if a.numel() == 0:
+        for tensor in sums:
+            tensor.zero_()
+    return torch.empty_like(a), torch.empty_like(a, dtype=torch.int64), sums
+
+
+def _launch_parts(a, anchors, values, indices):
+    """Quantize in many programs; their sums."""
+    size, q = a.numel(), anchors.shape[0]
+    programs = triton.cdiv(size, _PART)
+    parts = _Sums.empty(a, (programs,), q, torch.int32)
+    launch(
+        _quantize_fwd_kernel, programs, a, anchors, values, indices, *parts, size, q,
+        BLOCK_P=_PART, **_blocks(_PART, q),
+    )  # fmt: skip
+    return parts
+
+
+def quantize_fwd(a, anchors):
+    size, q = a.numel(), anchors.shape[0]
+    values, indices, sums = _results(a, anchors)
+    if size > _WHOLE:
+        parts = _launch_parts(a, anchors, values, indices)
+        blocks = _add_blocks(q)
+        programs = triton.cdiv(q, blocks["BLOCK_K"])
+        launch(_add_partials_kernel, programs, *parts, *sums, parts.loss.shape[0], q, **blocks)
+    elif size > 0:
+        block = ceil_power(size)
+        launch(
+            _quantize_fwd_kernel, 1, a, anchors, values, indices, *sums, size, q,
+            BLOCK_P=block, **_blocks(block, q), num_warps=8,
+        )  # fmt: skip
+    return values, indices, *sums
+
+
+def anchor_fwd(x, a, anchors, residual):
+    size, q = a.numel(), anchors.shape[0]
+    values, indices, sums = _results(a, anchors)
+    output = torch.empty_like(x)
+    seen = features(x, foldable=True)
+    tile = fwd_tile(seen)
+    whole = size <= _WHOLE
+    parts = _Sums(None, None, None) if whole else _launch_parts(a, anchors, values, indices)
+    block = ceil_power(size) if whole else _PART
+    launch(
+        _anchor_fwd_kernel, x.shape[0] * tile.programs(seen),
+        x, a, anchors, *parts, output, values, indices, *sums,
+        0 if whole else parts.loss.shape[0], q, size, *seen.sizes, seen.positions // seen.fold,
+        WHOLE=whole, ROUNDED=a.dtype != torch.float32 and a.dtype != anchors.dtype, RESIDUAL=residual, FOLD=seen.fold,
+        BLOCK_A=block, **_blocks(block, q), **_add_blocks(q), **seen.constants, **tile.constants,
+        num_warps=8 if whole else 4,
+    )  # fmt: skip
+    return output, values, indices, *sums
+
+
+def _launch_quantize_bwd(grads, quantized, grad_a, grad_anchors, divisor, through, positions):
+    """The gradients of a and the anchors; ``through`` (N, groups, positions) is what came through the features."""
+    a, anchors, _, _ = quantized
+    q = anchors.shape[0]
+    # One program at least: an empty batch still gives the anchors their zeros.
+    launch(
+        _quantize_bwd_kernel, max(1, triton.cdiv(a.numel(), 512)), through, *grads, *quantized,
+        grad_a, grad_anchors, a.numel(), q, positions, float(divisor),
+        GROUPS=0 if through is None else through.shape[1], BLOCK_P=512, BLOCK_J=_anchor_block(q),
+    )  # fmt: skip
+
+
+def quantize_bwd(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors, indices, residuals, divisor):
+    grads = grad_values, grad_anchor_loss, grad_commitment_loss
+    grad_a, grad_anchors = torch.empty_like(a), torch.empty_like(anchors)
+    _launch_quantize_bwd(grads, (a, anchors, indices, residuals), grad_a, grad_anchors, divisor, None, 1)
+    return grad_a, grad_anchors
+
+
+def _bwd_tile(x: Features) -> Tile:
+    """16 numbers a thread and all channels of few positions, as long as that is not more than 32,768 numbers.
+
+    Where positions lie innermost, 32 of them at least: whole sectors of memory.
+    """
+    if x.channels_last:
+        block_c = min(256, ceil_power(x.channels))
+        block_p = min(2048 // block_c, ceil_power(x.positions))
+    else:
+        block_p = min(256, max(32, 16384 // ceil_power(x.channels)), ceil_power(x.positions))
+        block_c = min(2048 // block_p, ceil_power(x.channels))
+    return Tile(block_c, block_p, min(ceil_power(x.channels), 32768 // block_p))
+
+
+def anchor_bwd(
+    grad_output, grad_values, grad_anchor_loss, grad_commitment_loss, x, a, anchors, indices, residuals,
+    residual, divisor, need_grad_x,
+):  # fmt: skip
+    grads, quantized = (grad_values, grad_anchor_loss, grad_commitment_loss), (a, anchors, indices, residuals)
+    grad_x = torch.empty_like(x) if need_grad_x else None
+    grad_a, grad_anchors = torch.empty_like(a), torch.empty_like(anchors)
+    seen = features(x)
+    tile = _bwd_tile(seen)
+    groups = triton.cdiv(seen.channels, tile.group)
+    through = x.new_empty((x.shape[0], groups, seen.positions), dtype=torch.float32) if groups > 1 else None
+    launch(
+        _anchor_bwd_kernel, x.shape[0] * tile.programs(seen),
+        grad_output, *grads, x, *quantized, grad_x, grad_a, grad_anchors, through,
+        anchors.shape[0], *seen.sizes, float(divisor),
+        RESIDUAL=residual, BLOCK_J=_anchor_block(anchors.shape[0]), **seen.constants, **tile.constants,
+    )  # fmt: skip
+    if through is not None or a.numel() == 0:
+        _launch_quantize_bwd(grads, quantized, grad_a, grad_anchors, divisor, through, seen.positions)
+    return (grad_x if need_grad_x else x.new_empty((0,))), grad_a, grad_anchors

@@ -1,0 +1,312 @@
+"""Triton kernels of the rotated sigmoid window. Formulas: attnkern/window.py; statistics: attnkern/_schemas.py.
+
+Small maps take one launch: every program forms the softmax statistics of its image for itself. Larger ones take a
+launch before it that leaves partial statistics of chunks. Backward takes a second launch to add the partial gradients
+of an image's programs, unless one program has the whole image.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from attnkern._triton.common import (
+    Features,
+    Tile,
+    ceil_power,
+    corner,
+    features,
+    fwd_tile,
+    launch,
+    offsets,
+    place,
+    store,
+    sum_rows,
+)
+from attnkern.reference import SIGMA_FLOOR, aspect_factors
+
+_SIGMA_FLOOR = tl.constexpr(SIGMA_FLOOR)
+#: Positions whose statistics one program forms in one go: 8 each for 128 threads.
+_CHUNK = tl.constexpr(1024)
+
+
+# --- mathematics -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _frame(rectangle, n):
+    """Image n's rectangle, ready to be evaluated: μ₁, μ₂, 1/σ₁, 1/σ₂, cos α, sin α, and where σ is above its floor."""
+    rectangle += n * 5
+    sigma1 = tl.load(rectangle + 2).to(tl.float32)
+    sigma2 = tl.load(rectangle + 3).to(tl.float32)
+    floored1 = tl.abs(sigma1) < _SIGMA_FLOOR
+    floored2 = tl.abs(sigma2) < _SIGMA_FLOOR
+    alpha = tl.load(rectangle + 4).to(tl.float32)
+    return (
+        tl.load(rectangle).to(tl.float32),
+        tl.load(rectangle + 1).to(tl.float32),
+        1.0 / tl.where(floored1, _SIGMA_FLOOR, sigma1),
+        1.0 / tl.where(floored2, _SIGMA_FLOOR, sigma2),
+        tl.cos(alpha),
+        tl.sin(alpha),
+        tl.where(floored1, 0.0, 1.0),
+        tl.where(floored2, 0.0, 1.0),
+    )
+
+
+@triton.jit
+def _coordinate(i, length):
+    """Pixel centres of an axis, from 0 to 1 with corners aligned; 0.5 for an axis of length 1."""
+    last = tl.maximum(length - 1, 1).to(tl.float32)
+    return tl.where(length == 1, 0.5, tl.div_rn(i.to(tl.float32), last))
+
+
+@triton.jit
+def _log_sigmoid(p):
+    """log Λ(p), and 1 - Λ(p), its derivative."""
+    e = tl.exp(-tl.abs(p))
+    return tl.minimum(p, 0.0) - tl.log(1.0 + e), tl.where(p < 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def _log_window(position, frame, H, W, scale, row, column):
+    """z = log Λ(p) + log Λ(q) at positions of the map, and its derivatives by the five parameters."""
+    mu1, mu2, inverse1, inverse2, cosine, sine, moves1, moves2 = frame
+    i = position // W
+    d1 = (_coordinate(i, H) - mu1) * row
+    d2 = (_coordinate(position - i * W, W) - mu2) * column
+    u = cosine * d1 + sine * d2
+    v = cosine * d2 - sine * d1
+    u_sigma = u * inverse1
+    v_sigma = v * inverse2
+    z1, outside1 = _log_sigmoid(scale * (1.0 - u_sigma * u_sigma))
+    z2, outside2 = _log_sigmoid(scale * (1.0 - v_sigma * v_sigma))
+    by_u = -2.0 * scale * outside1 * u_sigma * inverse1  # ∂z/∂u
+    by_v = -2.0 * scale * outside2 * v_sigma * inverse2  # ∂z/∂v
+    by_mu1 = -row * (cosine * by_u - sine * by_v)
+    by_mu2 = -column * (sine * by_u + cosine * by_v)
+    by_sigma1 = -moves1 * by_u * u_sigma
+    by_sigma2 = -moves2 * by_v * v_sigma
+    return z1 + z2, by_mu1, by_mu2, by_sigma1, by_sigma2, by_u * v - by_v * u
+
+
+@triton.jit
+def _columns(a, b, c, d, e, f, g):
+    """Seven vectors as the columns of a matrix, (BLOCK_P, 8) with zeros last: reduced together, in one pass."""
+    even = tl.join(tl.join(a, e), tl.join(c, g))
+    odd = tl.join(tl.join(b, f), tl.join(d, tl.zeros_like(a)))
+    return tl.reshape(tl.join(even, odd), (a.shape[0], 8))
+
+
+@triton.jit
+def _statistics(position, frame, H, W, scale, row, column):
+    """max z, Σ exp(z - max z) and Σ exp(z - max z) ∂z/∂β over those positions that lie on the map, (8,)."""
+    z, by_mu1, by_mu2, by_sigma1, by_sigma2, by_alpha = _log_window(position, frame, H, W, scale, row, column)
+    z = tl.where(position < H * W, z, -float("inf"))
+    largest = tl.max(z)
+    f = tl.exp(z - largest)
+    sums = _columns(tl.zeros_like(f), f, f * by_mu1, f * by_mu2, f * by_sigma1, f * by_sigma2, f * by_alpha)
+    return tl.where(tl.arange(0, 8) == 0, largest, tl.sum(sums, 0))
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["H", "W"])
+def _window_chunk_kernel(rectangle, chunks, H, W, scale, row, column):
+    per_image = tl.cdiv(H * W, _CHUNK)
+    n = (tl.program_id(0) // per_image).to(tl.int64)
+    position = tl.program_id(0) % per_image * _CHUNK + tl.arange(0, _CHUNK)
+    row8 = _statistics(position, _frame(rectangle, n), H, W, scale, row, column)
+    tl.store(chunks + tl.program_id(0).to(tl.int64) * 8 + tl.arange(0, 8), row8)
+
+
+@triton.jit(do_not_specialize=["H", "W"])
+def _window_fwd_kernel(
+    x, rectangle, chunks, output, map, stats, C, P, H, W, scale, row, column,
+    RESCALE: tl.constexpr, RESIDUAL: tl.constexpr, FOLD: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, VEC_C: tl.constexpr, VEC_P: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    C, P, HW = C * VEC_C, P * VEC_P, H * W
+    n, group, tile = place(C, P, GROUP, BLOCK_P)
+    first_p = tile * BLOCK_P
+    p = first_p + tl.arange(0, BLOCK_P)
+    frame = _frame(rectangle, n)
+    position = p % HW if FOLD > 1 else p
+    z, _, _, _, _, _ = _log_window(position, frame, H, W, scale, row, column)
+    if RESCALE:
+        s = tl.arange(0, BLOCK_S)
+        if chunks is None:
+            z_s, _, _, _, _, _ = _log_window(s, frame, H, W, scale, row, column)
+            z_s = tl.where(s < HW, z_s, -float("inf"))
+            largest = tl.max(z_s)
+            total = tl.sum(tl.exp(z_s - largest))
+        else:
+            per_image = tl.cdiv(HW, _CHUNK)
+            chunks += n * per_image * 8
+            largest_s = tl.load(chunks + s * 8, s < per_image, other=-float("inf"))
+            largest = tl.max(largest_s)
+            weight = tl.exp(largest_s - largest)
+            total = tl.sum(weight * tl.load(chunks + s * 8 + 1, s < per_image, other=0.0))
+        if (group == 0) & (tile == 0):
+            k = tl.arange(0, 8)
+            if chunks is None:
+                sums = _statistics(s, frame, H, W, scale, row, column)
+            else:
+                mask = (s < per_image)[:, None] & (k > 0)[None, :]
+                sums = tl.sum(weight[:, None] * tl.load(chunks + s[:, None] * 8 + k[None, :], mask, other=0.0), 0)
+            row8 = tl.where(k == 0, largest, tl.where(k == 1, total, sums / total))
+            tl.store(stats + n * 7 + k, row8, k < 7)
+        f = tl.exp(z - largest) * (HW / total)
+    else:
+        f = tl.exp(z)
+    if group == 0:
+        tl.store(map + n * HW + p, f, p < HW)
+    if x is not None:
+        for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
+            at = corner(n, c, first_p, C, P, CHANNELS_LAST)
+            at += offsets(C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            mask = (c + tl.arange(0, BLOCK_C) < C)[:, None] & (p < P)[None, :]
+            value = tl.load(x + at, mask).to(tl.float32)  # (BLOCK_C, BLOCK_P)
+            attended = value * f[None, :]
+            store(output + at, attended + value if RESIDUAL else attended, mask)
+
+
+@triton.jit(do_not_specialize=["H", "W"])
+def _window_bwd_kernel(
+    grad_output, grad_map, x, rectangle, stats, grad_x, grad_rectangle, C, P, H, W, scale, row, column,
+    RESCALE: tl.constexpr, RESIDUAL: tl.constexpr, FOLD: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, VEC_C: tl.constexpr, VEC_P: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    C, P, HW = C * VEC_C, P * VEC_P, H * W
+    n, group, tile = place(C, P, GROUP, BLOCK_P)
+    first_p = tile * BLOCK_P
+    p = first_p + tl.arange(0, BLOCK_P)
+    position = p % HW if FOLD > 1 else p
+    z, by_mu1, by_mu2, by_sigma1, by_sigma2, by_alpha = _log_window(
+        position, _frame(rectangle, n), H, W, scale, row, column
+    )
+    if RESCALE:
+        stats += n * 7
+        f = tl.exp(z - tl.load(stats)) * (HW / tl.load(stats + 1))
+        # Centred slopes, so that a common part of G cancels position by position, not as a difference of sums.
+        by_mu1 -= tl.load(stats + 2)
+        by_mu2 -= tl.load(stats + 3)
+        by_sigma1 -= tl.load(stats + 4)
+        by_sigma2 -= tl.load(stats + 5)
+        by_alpha -= tl.load(stats + 6)
+    else:
+        f = tl.exp(z)
+    reached = tl.zeros((BLOCK_P,), tl.float32)  # G
+    if grad_map is not None:
+        if group == 0:
+            reached += tl.load(grad_map + n * HW + p, p < HW, other=0.0)
+    if x is not None:
+        products = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
+            at = corner(n, c, first_p, C, P, CHANNELS_LAST)
+            at += offsets(C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            mask = (c + tl.arange(0, BLOCK_C) < C)[:, None] & (p < P)[None, :]
+            dy = tl.load(grad_output + at, mask, other=0.0).to(tl.float32)  # (BLOCK_C, BLOCK_P)
+            products += dy * tl.load(x + at, mask, other=0.0).to(tl.float32)
+            if grad_x is not None:
+                dx = dy * f[None, :]
+                store(grad_x + at, dx + dy if RESIDUAL else dx, mask)
+        reached += tl.sum(products, 0)
+    weight = tl.where(p < P, reached * f, 0.0)
+    zero = tl.zeros_like(weight)
+    sums = _columns(
+        weight * by_mu1, weight * by_mu2, weight * by_sigma1, weight * by_sigma2, weight * by_alpha, zero, zero
+    )
+    k = tl.arange(0, 8)
+    store(grad_rectangle + tl.program_id(0).to(tl.int64) * 5 + k, tl.sum(sums, 0), k < 5)
+
+
+# --- launchers -------------------------------------------------------------------------------------------------------
+
+
+def _features(x, height, width):
+    """How the kernels see x; without features, rows of a map alone."""
+    return Features(False, 0, height * width, 1, 1) if x is None else features(x, foldable=True)
+
+
+def _bwd_tile(x: Features) -> tuple[Tile, int]:
+    """Tile and warps, 16 numbers a thread: two streams and a sum are in registers at once.
+
+    A small image is one program's, so that nothing is left to add: up to 32,768 numbers take it about as long as a
+    second launch.
+    """
+    block_p = ceil_power(x.positions)
+    if x.channels * x.positions <= 32768 and block_p <= (128 if x.channels_last else 1024):
+        block_c = min(4096 // block_p, ceil_power(x.channels))
+        return Tile(block_c, block_p, ceil_power(x.channels)), 8
+    if x.channels_last:
+        block_c = min(256, ceil_power(x.channels))
+        block_p = min(2048 // block_c, block_p)
+    else:
+        block_p = min(128, block_p)
+        block_c = min(2048 // block_p, ceil_power(x.channels))
+    return Tile(block_c, block_p, 4 * block_c), 4
+
+
+def _forward(x, rectangle, height, width, scale, rescale, residual, aspect):
+    n = rectangle.shape[0]
+    output = None if x is None else torch.empty_like(x)
+    map = rectangle.new_empty((n, height, width), dtype=torch.float32)
+    stats = rectangle.new_empty((n, 7 if rescale else 0), dtype=torch.float32)
+    seen = _features(x, height, width)
+    tile = fwd_tile(seen)
+    geometry = (height, width, scale, *aspect_factors(height, width, aspect))
+    chunks, block_s = None, ceil_power(height * width)
+    if rescale and height * width > _CHUNK.value:
+        per_image = triton.cdiv(height * width, _CHUNK.value)
+        chunks, block_s = map.new_empty((n, per_image, 8)), ceil_power(per_image)
+        launch(_window_chunk_kernel, n * per_image, rectangle, chunks, *geometry)
+    launch(
+        _window_fwd_kernel, n * tile.programs(seen),
+        x, rectangle, chunks, output, map, stats, *seen.sizes, *geometry,
+        RESCALE=rescale, RESIDUAL=residual, FOLD=seen.fold, BLOCK_S=block_s, **seen.constants, **tile.constants,
+    )  # fmt: skip
+    return output, map, stats
+
+
+def _backward(grad_output, grad_map, x, rectangle, stats, size, scale, rescale, residual, aspect, need_grad_x):
+    seen = _features(x, *size)
+    tile, warps = _bwd_tile(seen)
+    programs = tile.programs(seen)
+    grad_x = torch.empty_like(x) if need_grad_x else None
+    grad_rectangle = torch.empty_like(rectangle)
+    sums = grad_rectangle
+    if programs > 1:
+        sums = rectangle.new_empty((rectangle.shape[0], programs, 5), dtype=torch.float32)
+    launch(
+        _window_bwd_kernel, rectangle.shape[0] * programs,
+        grad_output, grad_map, x, rectangle, stats, grad_x, sums, *seen.sizes,
+        *size, scale, *aspect_factors(*size, aspect),
+        RESCALE=rescale, RESIDUAL=residual, FOLD=seen.fold, **seen.constants, **tile.constants, num_warps=warps,
+    )  # fmt: skip
+    if programs > 1:
+        sum_rows(sums, grad_rectangle)
+    return grad_x, grad_rectangle
+
+
+def window_map_fwd(rectangle, height, width, scale, rescale, aspect):
+    _, map, stats = _forward(None, rectangle, height, width, scale, rescale, False, aspect)
+    return map, stats
+
+
+def window_map_bwd(grad_map, rectangle, stats, scale, rescale, aspect):
+    size = grad_map.shape[1:]
+    return _backward(None, grad_map, None, rectangle, stats, size, scale, rescale, False, aspect, False)[1]
+
+
+def window_fwd(x, rectangle, scale, rescale, residual, aspect):
+    return _forward(x, rectangle, *x.shape[2:], scale, rescale, residual, aspect)
+
+
+def window_bwd(grad_output, grad_map, x, rectangle, stats, scale, rescale, residual, aspect, need_grad_x):
+    grad_x, grad_rectangle = _backward(
+        grad_output, grad_map, x, rectangle, stats, x.shape[2:], scale, rescale, residual, aspect, need_grad_x
+    )
+    return (grad_x if need_grad_x else x.new_empty((0,))), grad_rectangle

@@ -200,8 +200,7 @@ def _window_bwd_kernel(
         f = tl.exp(z)
     reached = tl.zeros((BLOCK_P,), tl.float32)  # G
     if grad_map is not None:
-        if group == 0:
-            reached += tl.load(grad_map + n * HW + p, p < HW, other=0.0)
+        reached += tl.load(grad_map + n * HW + p, (p < HW) & (group == 0), other=0.0)
     if x is not None:
         products = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
         for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):

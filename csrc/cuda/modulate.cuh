@@ -96,27 +96,80 @@ template <typename T> struct SumTile {
   Wide<T> of[kColumns<T>];
 };
 
-// Calls body(offset in the image, whole, valid) for this thread's vectors of one column, rows ascending. `whole` and
-// `valid` are constants in the fast loop, so that it has no branches and loads run ahead.
-template <typename T, typename Body>
-ATTNKERN_DEVICE void for_rows(const Tiling& tiling, const Tile& tile, int group, int column,
-                              const Body& body) {
-  const int64_t last = std::min(tiling.rows, tile.row + tiling.rows_per_tile), step = tiling.groups;
-  const int64_t start = tile.column + column;
-  int64_t row = tile.row + group;
-  if (tiling.aligned) {
-    // Only an image's last row can be cut short.
-    const int64_t fast = start + kVector<T> + (tiling.rows - 1) * tiling.columns <= tiling.shape.image_size()
-                             ? last
-                             : std::min(last, tiling.rows - 1);
-#pragma unroll 4
-    for (; row < fast; row += step)
-      body(row * tiling.columns + start, true, int64_t(kVector<T>));
+// Four vectors of a thread are on their way at a time: what it takes to keep the memory busy.
+template <int kInputs> constexpr int kAhead = 4 / kInputs;
+
+// Calls use(j, column, values, offset, whole, valid) for this thread's vectors of a tile with channels innermost, some
+// columns (the j-th) at a time, and done(j, column) after each; every thread of a warp does that, to the tile's end.
+template <bool kWhole, typename T, int kInputs, typename Use, typename Done>
+ATTNKERN_DEVICE void for_positions(const Tiling& tiling, const Tile& tile, const T* const (&inputs)[kInputs],
+                                   const Use& use, const Done& done) {
+  const int lane = threadIdx.x % tiling.lanes, group = threadIdx.x / tiling.lanes;
+  const int64_t channels = tiling.shape.channels;
+  for (int first = 0; first < tile.width; first += kAhead<kInputs> * tiling.groups) {
+    for (int64_t c = lane * kVector<T>; c < channels; c += tiling.lanes * kVector<T>) {
+      const int64_t valid = kWhole ? int64_t(kVector<T>) : channels - c;
+      int64_t offset[kAhead<kInputs>];
+      Wide<T> values[kAhead<kInputs>][kInputs][kVector<T>];
+#pragma unroll
+      for (int j = 0; j < kAhead<kInputs>; ++j) { // behind the last column it is read again: cheaper than a branch
+        offset[j] = (tile.column + std::min(first + j * tiling.groups + group, tile.width - 1)) * channels + c;
+#pragma unroll
+        for (int k = 0; k < kInputs; ++k)
+          load_vector(inputs[k] + offset[j], kWhole, valid, values[j][k]);
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead<kInputs>; ++j)
+        if (const int column = first + j * tiling.groups + group; column < tile.width)
+          use(j, column, values[j], offset[j], kWhole, valid);
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead<kInputs>; ++j)
+      done(j, first + j * tiling.groups + group);
   }
+}
+
+// Calls use(values, offset, whole, valid) for this thread's vectors of a tile with positions innermost, rows ascending.
+template <typename T, int kInputs, typename Use>
+ATTNKERN_DEVICE void for_rows(const Tiling& tiling, const Tile& tile, const T* const (&inputs)[kInputs],
+                              const Use& use) {
+  const int64_t start = tile.column + threadIdx.x % tiling.lanes * kVector<T>, size = tiling.shape.image_size();
+  const int64_t last = std::min(tiling.rows, tile.row + tiling.rows_per_tile), step = tiling.groups;
+  // Only an image's last row can be cut short.
+  const bool all_whole = start + kVector<T> + (tiling.rows - 1) * tiling.columns <= size;
+  const int64_t whole = !tiling.aligned ? 0 : all_whole ? last : std::min(last, tiling.rows - 1);
+  Wide<T> values[kAhead<kInputs>][kInputs][kVector<T>];
+  int64_t row = tile.row + threadIdx.x / tiling.lanes;
+  for (; row + (kAhead<kInputs> - 1) * step < whole; row += kAhead<kInputs> * step) {
+#pragma unroll
+    for (int j = 0; j < kAhead<kInputs>; ++j)
+#pragma unroll
+      for (int k = 0; k < kInputs; ++k)
+        load_vector(inputs[k] + (row + j * step) * tiling.columns + start, true, kVector<T>, values[j][k]);
+#pragma unroll
+    for (int j = 0; j < kAhead<kInputs>; ++j)
+      use(values[j], (row + j * step) * tiling.columns + start, true, int64_t(kVector<T>));
+  }
+#pragma unroll 1
   for (; row < last; row += step) {
     const int64_t offset = row * tiling.columns + start;
-    body(offset, false, std::min(int64_t(kVector<T>), std::min(tiling.columns - start, tiling.shape.image_size() - offset)));
+    const int64_t valid = std::min<int64_t>(kVector<T>, std::min(tiling.columns - start, size - offset));
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k)
+      load_vector(inputs[k] + offset, row < whole, valid, values[0][k]);
+    use(values[0], offset, row < whole, valid);
   }
+}
+
+// This thread's factors in a tile with positions innermost; false where it has no columns.
+template <typename T>
+ATTNKERN_DEVICE bool row_factors(const Tiling& tiling, const Tile& tile, Wide<T> one, Wide<T> (&factor)[kVector<T>]) {
+  const Wide<T>* map = shared<MapTile<T>>().of;
+  const int column = threadIdx.x % tiling.lanes * kVector<T>;
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i)
+    factor[i] = column + i < tile.width ? map[column + i] + one : Wide<T>(0);
+  return static_cast<int>(threadIdx.x) < tiling.groups * tiling.lanes && column < tile.width;
 }
 
 // y = (map + one)·x.
@@ -124,39 +177,30 @@ template <typename T>
 ATTNKERN_DEVICE void modulate(const Tiling& tiling, const Tile& tile, const T* __restrict__ x, Wide<T> one,
                               T* __restrict__ y) {
   using A = Wide<T>;
-  const A* map = shared<MapTile<T>>().of;
-  x += tile.image * tiling.shape.image_size();
+  const T* const inputs[] = {x + tile.image * tiling.shape.image_size()};
   y += tile.image * tiling.shape.image_size();
-  const int lane = threadIdx.x % tiling.lanes, group = threadIdx.x / tiling.lanes;
-  const auto scale = [&](int64_t offset, const A(&factor)[kVector<T>], bool whole, int64_t valid) {
-    A value[kVector<T>];
-    load_vector(x + offset, whole, valid, value);
-#pragma unroll
-    for (int i = 0; i < kVector<T>; ++i)
-      value[i] *= factor[i];
-    store_vector(value, y + offset, whole, valid);
-  };
-  A factor[kVector<T>];
   if (tiling.shape.channels_inner) {
-    const int64_t channels = tiling.shape.channels;
-    for (int column = group; column < tile.width; column += tiling.groups) {
+    const A* map = shared<MapTile<T>>().of;
+    const auto use = [&](int, int column, A(&values)[1][kVector<T>], int64_t offset, bool whole, int64_t valid) {
+      const A factor = map[column] + one;
 #pragma unroll
       for (int i = 0; i < kVector<T>; ++i)
-        factor[i] = map[column] + one;
-#pragma unroll 4
-      for (int64_t c = lane * kVector<T>; c < channels; c += tiling.lanes * kVector<T>)
-        scale((tile.column + column) * channels + c, factor, tiling.aligned, channels - c);
-    }
+        values[0][i] *= factor;
+      store_vector(values[0], y + offset, whole, valid);
+    };
+    const auto done = [](int, int) {};
+    tiling.aligned ? for_positions<true>(tiling, tile, inputs, use, done)
+                   : for_positions<false>(tiling, tile, inputs, use, done);
     return;
   }
-  const int column = lane * kVector<T>;
-  if (group >= tiling.groups || column >= tile.width)
-    return;
+  A factor[kVector<T>];
+  if (row_factors<T>(tiling, tile, one, factor))
+    for_rows(tiling, tile, inputs, [&](A(&values)[1][kVector<T>], int64_t offset, bool whole, int64_t valid) {
 #pragma unroll
-  for (int i = 0; i < kVector<T>; ++i)
-    factor[i] = column + i < tile.width ? map[column + i] + one : A(0);
-  for_rows<T>(tiling, tile, group, column,
-              [&](int64_t offset, bool whole, int64_t valid) { scale(offset, factor, whole, valid); });
+      for (int i = 0; i < kVector<T>; ++i)
+        values[0][i] *= factor[i];
+      store_vector(values[0], y + offset, whole, valid);
+    });
 }
 
 // dx = (map + one)·dy, unless dx is null, and the sums Σ dy·x of the tile's columns, ready for the block to read.
@@ -164,72 +208,53 @@ template <typename T>
 ATTNKERN_DEVICE void modulate_backward(const Tiling& tiling, const Tile& tile, const T* __restrict__ dy,
                                        const T* __restrict__ x, Wide<T> one, T* __restrict__ dx) {
   using A = Wide<T>;
-  const A* map = shared<MapTile<T>>().of;
   A* sums = shared<SumTile<T>>().of;
   const int64_t image = tile.image * tiling.shape.image_size();
-  dy += image;
-  x += image;
+  const T* const inputs[] = {dy + image, x + image};
   const bool needed = dx != nullptr;
   if (needed)
     dx += image;
-  const int lane = threadIdx.x % tiling.lanes, group = threadIdx.x / tiling.lanes;
-  // sum[i] += dy·x; dx = factor·dy.
-  const auto accumulate = [&](int64_t offset, const A(&factor)[kVector<T>], A(&sum)[kVector<T>], bool whole,
-                              int64_t valid) {
-    A grad[kVector<T>], value[kVector<T>];
-    load_vector(dy + offset, whole, valid, grad);
-    load_vector(x + offset, whole, valid, value);
-#pragma unroll
-    for (int i = 0; i < kVector<T>; ++i)
-      sum[i] += grad[i] * value[i], grad[i] *= factor[i];
-    if (needed)
-      store_vector(grad, dx + offset, whole, valid);
-  };
-  A factor[kVector<T>];
   if (tiling.shape.channels_inner) {
-    const int64_t channels = tiling.shape.channels;
-    for (int first = 0; first < tile.width; first += tiling.groups) { // whole warps, for the shuffles
-      const int column = first + group;
-      A sum[kVector<T>] = {};
-      if (column < tile.width) {
+    const A* map = shared<MapTile<T>>().of;
+    A sum[kAhead<2>] = {};
+    const auto use = [&](int j, int column, A(&values)[2][kVector<T>], int64_t offset, bool whole, int64_t valid) {
+      const A factor = map[column] + one;
 #pragma unroll
-        for (int i = 0; i < kVector<T>; ++i)
-          factor[i] = map[column] + one;
-#pragma unroll 4
-        for (int64_t c = lane * kVector<T>; c < channels; c += tiling.lanes * kVector<T>)
-          accumulate((tile.column + column) * channels + c, factor, sum, tiling.aligned, channels - c);
-      }
-#pragma unroll
-      for (int i = 1; i < kVector<T>; ++i)
-        sum[0] += sum[i];
-      sum[0] = warp_reduce(sum[0], tiling.lanes);
-      if (column < tile.width && lane == 0)
-        sums[column] = sum[0];
-    }
+      for (int i = 0; i < kVector<T>; ++i)
+        sum[j] += values[0][i] * values[1][i], values[0][i] *= factor;
+      if (needed)
+        store_vector(values[0], dx + offset, whole, valid);
+    };
+    const auto done = [&](int j, int column) {
+      const A total = warp_reduce(sum[j], tiling.lanes);
+      sum[j] = 0;
+      if (column < tile.width && threadIdx.x % tiling.lanes == 0)
+        sums[column] = total;
+    };
+    tiling.aligned ? for_positions<true>(tiling, tile, inputs, use, done)
+                   : for_positions<false>(tiling, tile, inputs, use, done);
     __syncthreads();
     return;
   }
-  const int column = lane * kVector<T>;
-  if (group < tiling.groups) {
-    A sum[kVector<T>] = {};
-    if (column < tile.width) {
+  A factor[kVector<T>], sum[kVector<T>] = {};
+  if (row_factors<T>(tiling, tile, one, factor))
+    for_rows(tiling, tile, inputs, [&](A(&values)[2][kVector<T>], int64_t offset, bool whole, int64_t valid) {
 #pragma unroll
       for (int i = 0; i < kVector<T>; ++i)
-        factor[i] = column + i < tile.width ? map[column + i] + one : A(0);
-      for_rows<T>(tiling, tile, group, column, [&](int64_t offset, bool whole, int64_t valid) {
-        accumulate(offset, factor, sum, whole, valid);
-      });
-    }
+        sum[i] += values[0][i] * values[1][i], values[0][i] *= factor[i];
+      if (needed)
+        store_vector(values[0], dx + offset, whole, valid);
+    });
+  if (static_cast<int>(threadIdx.x) < tiling.groups * tiling.lanes)
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i)
       sums[threadIdx.x * kVector<T> + i] = sum[i];
-  }
   __syncthreads();
   for (int i = threadIdx.x; i < tile.width; i += kThreads) { // a column's groups are read and written by one thread
-    A sum = sums[i];
+    A total = sums[i];
     for (int g = 1; g < tiling.groups; ++g)
-      sum += sums[g * tiling.width + i];
-    sums[i] = sum;
+      total += sums[g * tiling.width + i];
+    sums[i] = total;
   }
   __syncthreads();
 }

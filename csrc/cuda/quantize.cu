@@ -82,8 +82,8 @@ ATTNKERN_DEVICE bool any_nan(const Companion& anchors, int count) {
   return __syncthreads_or(found) != 0;
 }
 
-__global__ void __launch_bounds__(kThreads) sort_anchors_kernel(Companion anchors, int count, char* table, int64_t slots,
-                                                                bool wide, bool part) {
+__global__ void __launch_bounds__(kThreads)
+    sort_anchors_kernel(Companion anchors, int count, char* table, int64_t slots, bool wide, bool part) {
   const int first = block_index() * kThreads + threadIdx.x, step = gridDim.x * kThreads;
   const auto run = [&](auto table) { part ? table.part(count, first, step) : table.sort(anchors, count, first, step); };
   wide ? run(Table<double>(table, slots)) : run(Table<float>(table, slots));
@@ -235,7 +235,8 @@ __global__ void __launch_bounds__(kThreads)
   fill_map<T>(tiling, tile, a, anchors, indices, anchor_count);
   modulate_backward(tiling, tile, grad_output, x, Wide<T>(residual), grad_x);
   const Wide<T>* sums = shared<SumTile<T>>().of;
-  Wide<T>* to = grad_map + (tile.image * tiling.row_tiles + divide(tile.in_image, tiling.column_tiles)) * tiling.columns;
+  const int64_t row_tile = divide(tile.in_image, tiling.column_tiles);
+  Wide<T>* to = grad_map + (tile.image * tiling.row_tiles + row_tile) * tiling.columns;
   for (int i = threadIdx.x; i < tile.width; i += kThreads)
     to[tile.column + i] = sums[i];
 }

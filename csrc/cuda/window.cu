@@ -45,8 +45,8 @@ template <typename A>
 ATTNKERN_DEVICE A log_window_at(const Windows& windows, const Frame<A>& frame, int64_t position,
                                 A (&slope)[kParameters]) {
   const int64_t row = divide(position, windows.width);
-  return log_window(frame, coordinate<A>(row, windows.height), coordinate<A>(position - row * windows.width, windows.width),
-                    slope);
+  const int64_t column = position - row * windows.width;
+  return log_window(frame, coordinate<A>(row, windows.height), coordinate<A>(column, windows.width), slope);
 }
 template <typename A> ATTNKERN_DEVICE A log_window_at(const Windows& windows, const Frame<A>& frame, int64_t position) {
   A slope[kParameters];

@@ -78,11 +78,21 @@ def test_opcheck(dtype, layout, backend, device):
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the names of the package's operators that run."""
+    """Notes the names of the package's operators that run, in backward passes too."""
 
     def __init__(self):
         super().__init__()
         self.names = []
+
+    def __enter__(self):
+        # A GPU's backward pass would run in a thread of its own, which no mode reaches.
+        self.one_thread = torch.autograd.set_multithreading_enabled(False)
+        self.one_thread.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.one_thread.__exit__(*error)
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator.namespace.startswith("attnkern"):

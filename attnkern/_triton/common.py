@@ -128,26 +128,6 @@ def place(C, P, GROUP: tl.constexpr, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def corner(n, c, p, C, P, CHANNELS_LAST: tl.constexpr):
-    """Offset of channel c at position p of image n: int64, as n is."""
-    if CHANNELS_LAST:
-        return (n * P + p) * C + c
-    else:
-        return (n * C + c) * P + p
-
-
-@triton.jit
-def offsets(C, P, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Offsets of a tile's elements from its corner, (BLOCK_C, BLOCK_P)."""
-    c = tl.arange(0, BLOCK_C)[:, None]
-    p = tl.arange(0, BLOCK_P)[None, :]
-    if CHANNELS_LAST:
-        return p * C + c
-    else:
-        return c * P + p
-
-
-@triton.jit
 def store(pointers, values, mask):
     """Store float32 values rounded to nearest even in the pointers' type."""
     if _INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:  # the interpreter truncates instead
@@ -157,6 +137,33 @@ def store(pointers, values, mask):
         tl.store(pointers, bits.to(tl.bfloat16, bitcast=True), mask)
     else:
         tl.store(pointers, values.to(pointers.dtype.element_ty), mask)
+
+
+@triton.jit
+def _tile(n, c, p, C, P, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Where the tile of image n (int64) with its corner at channel c and position p begins, its elements' offsets from
+    there and which of them exist, (BLOCK_C, BLOCK_P)."""
+    i = tl.arange(0, BLOCK_C)[:, None]
+    j = tl.arange(0, BLOCK_P)[None, :]
+    mask = (c + i < C) & (p + j < P)
+    if CHANNELS_LAST:
+        return (n * P + p) * C + c, j * C + i, mask
+    else:
+        return (n * C + c) * P + p, i * P + j, mask
+
+
+@triton.jit
+def load_tile(x, n, c, p, C, P, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Features in float32, zero outside, (BLOCK_C, BLOCK_P)."""
+    begin, offsets, mask = _tile(n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    return tl.load(x + begin + offsets, mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(x, values, n, c, p, C, P, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Store float32 values (BLOCK_C, BLOCK_P) rounded where features are."""
+    begin, offsets, mask = _tile(n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    store(x + begin + offsets, values, mask)
 
 
 # --- sums of partial results -----------------------------------------------------------------------------------------

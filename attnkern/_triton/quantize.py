@@ -15,13 +15,13 @@ from attnkern._triton.common import (
     Features,
     Tile,
     ceil_power,
-    corner,
     features,
     fwd_tile,
     launch,
-    offsets,
+    load_tile,
     place,
     store,
+    store_tile,
 )
 
 _NOBODY = tl.constexpr(2**31 - 1)  # an index that no anchor has
@@ -253,12 +253,10 @@ def _anchor_fwd_kernel(
         if ROUNDED:  # the values were rounded to a narrower type than the anchors'
             v = _chosen(anchors, indices, v, 0, at_map, p < P)
     for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
-        at = corner(n, c, first_p, C, P, CHANNELS_LAST)
-        at += offsets(C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        mask = (c + tl.arange(0, BLOCK_C) < C)[:, None] & (p < P)[None, :]
-        value = tl.load(x + at, mask).to(tl.float32)  # (BLOCK_C, BLOCK_P)
+        value = load_tile(x, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)  # (BLOCK_C, BLOCK_P)
         attended = value * v[None, :]
-        store(output + at, attended + value if RESIDUAL else attended, mask)
+        attended = attended + value if RESIDUAL else attended
+        store_tile(output, attended, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
 
 
 @triton.jit(do_not_specialize=["SIZE", "Q"])
@@ -295,14 +293,11 @@ def _anchor_bwd_kernel(
     v = _chosen(anchors, indices, element, _poisoned(anchors, Q, BLOCK_J), n * P + p, p < P)
     products = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
-        at = corner(n, c, first_p, C, P, CHANNELS_LAST)
-        at += offsets(C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        mask = (c + tl.arange(0, BLOCK_C) < C)[:, None] & (p < P)[None, :]
-        dy = tl.load(grad_output + at, mask, other=0.0).to(tl.float32)  # (BLOCK_C, BLOCK_P)
-        products += dy * tl.load(x + at, mask, other=0.0).to(tl.float32)
+        dy = load_tile(grad_output, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        products += dy * load_tile(x, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         if grad_x is not None:
             dx = dy * v[None, :]
-            store(grad_x + at, dx + dy if RESIDUAL else dx, mask)
+            store_tile(grad_x, dx + dy if RESIDUAL else dx, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     grad = tl.sum(products, 0)
     if through is None:
         grad = _grad_element(grad, element, v, grad_values, grad_commitment_loss, n * P + p, p < P, divisor)

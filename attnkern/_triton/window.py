@@ -13,13 +13,13 @@ from attnkern._triton.common import (
     Features,
     Tile,
     ceil_power,
-    corner,
     features,
     fwd_tile,
     launch,
-    offsets,
+    load_tile,
     place,
     store,
+    store_tile,
     sum_rows,
 )
 from attnkern.reference import SIGMA_FLOOR, aspect_factors
@@ -164,12 +164,10 @@ def _window_fwd_kernel(
         tl.store(map + n * HW + p, f, p < HW)
     if x is not None:
         for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
-            at = corner(n, c, first_p, C, P, CHANNELS_LAST)
-            at += offsets(C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            mask = (c + tl.arange(0, BLOCK_C) < C)[:, None] & (p < P)[None, :]
-            value = tl.load(x + at, mask).to(tl.float32)  # (BLOCK_C, BLOCK_P)
+            value = load_tile(x, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)  # (BLOCK_C, BLOCK_P)
             attended = value * f[None, :]
-            store(output + at, attended + value if RESIDUAL else attended, mask)
+            attended = attended + value if RESIDUAL else attended
+            store_tile(output, attended, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
 
 
 @triton.jit(do_not_specialize=["H", "W"])
@@ -204,14 +202,11 @@ def _window_bwd_kernel(
     if x is not None:
         products = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
         for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
-            at = corner(n, c, first_p, C, P, CHANNELS_LAST)
-            at += offsets(C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            mask = (c + tl.arange(0, BLOCK_C) < C)[:, None] & (p < P)[None, :]
-            dy = tl.load(grad_output + at, mask, other=0.0).to(tl.float32)  # (BLOCK_C, BLOCK_P)
-            products += dy * tl.load(x + at, mask, other=0.0).to(tl.float32)
+            dy = load_tile(grad_output, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+            products += dy * load_tile(x, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
             if grad_x is not None:
                 dx = dy * f[None, :]
-                store(grad_x + at, dx + dy if RESIDUAL else dx, mask)
+                store_tile(grad_x, dx + dy if RESIDUAL else dx, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         reached += tl.sum(products, 0)
     weight = tl.where(p < P, reached * f, 0.0)
     zero = tl.zeros_like(weight)

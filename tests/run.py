@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CUDA = ["test_cuda_on_host.py"]
-INTERPRETED = ["test_window.py", "test_quantize.py"]
+INTERPRETED = ["test_window.py", "test_quantize.py", "test_pool.py"]
 EVERYTHING_ELSE = sorted({path.name for path in HERE.glob("test_*.py")} - set(CUDA))
 
 LANES = {

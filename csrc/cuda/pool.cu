@@ -12,7 +12,7 @@ namespace attnkern {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kKept = 16;               // vectors of a tile that a thread keeps
+constexpr int kKept = 16, kKeptInner = 8; // vectors of a tile that a thread keeps: with channels innermost
 constexpr int kTile = 512;              // positions of a tile, at most
 constexpr int64_t kMostSplits = 64;     // blocks of an image
 constexpr int64_t kOneBlock = 32768;    // an image of at most as many elements, or a map of at most
@@ -36,11 +36,11 @@ struct Tiling {
     if (shape.channels_inner) {
       vectors = std::min(kThreads, power_of_two(ceil_div(shape.channels, vector)));
       rows = kThreads / vectors;
-      tile = std::min(kTile, kKept * rows);
+      tile = std::min(kTile, kKeptInner * rows);
     } else {
       // As few along a row as let a block keep all channels; at least 64 bytes, at most a warp.
       const int fewest = kThreads / std::min(kThreads, power_of_two(ceil_div(shape.channels, kKept)));
-      vectors = std::min(std::clamp(fewest, 4, kWarp), power_of_two(ceil_div(shape.positions, vector)));
+      vectors = std::clamp(std::min(fewest, power_of_two(ceil_div(shape.positions, vector))), 4, kWarp);
       rows = kThreads / vectors;
       tile = vectors * vector;
     }
@@ -51,34 +51,63 @@ struct Tiling {
   }
 };
 
-// A vector as it lies in memory, read and written kWidth elements at a time, of which `valid` exist; zeros elsewhere.
-template <typename T, int kWidth> struct alignas(kWidth * sizeof(T)) Part {
-  T lane[kWidth];
-};
-template <int kWidth, typename T> ATTNKERN_DEVICE Vector<T> load_parts(const T* from, int64_t valid) {
-  Vector<T> vector;
-#pragma unroll
-  for (int i = 0; i < kVector<T>; i += kWidth) {
-    Part<T, kWidth> part = {};
-    if (i < valid)
-      part = *reinterpret_cast<const Part<T, kWidth>*>(from + i);
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k)
-      vector.lane[i + k] = part.lane[k];
+// 16 bytes of features as they came from memory: what a thread keeps of a tile.
+template <typename T> struct Packed {
+  uint32_t words[4];
+
+  ATTNKERN_DEVICE Wide<T> operator[](int lane) const {
+    if constexpr (sizeof(T) == 8)
+      return bit_cast<T>(words[2 * lane] | static_cast<uint64_t>(words[2 * lane + 1]) << 32);
+    else if constexpr (sizeof(T) == 4)
+      return bit_cast<T>(words[lane]);
+    else
+      return widen(bit_cast<T>(static_cast<uint16_t>(words[lane / 2] >> lane % 2 * 16)));
   }
-  return vector;
+};
+
+// Makes the compiler forget what it derived from a number: what is kept from one use of a tile to the next (unpacked
+// features, addresses) fills the registers that the tile itself needs, and is cheap to derive again.
+template <typename I> ATTNKERN_DEVICE void forget(I& number) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(number));
+#endif
+}
+template <typename T> ATTNKERN_DEVICE void forget(Packed<T>& packed) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    forget(packed.words[i]);
+}
+
+// Reads and writes kWidth elements at a time, of which `valid` exist; zeros stand for the others.
+template <int kBytes> struct alignas(kBytes) Part {
+  std::conditional_t<kBytes % 4 == 0, uint32_t, uint16_t> pieces[kBytes % 4 == 0 ? kBytes / 4 : 1];
+};
+template <int kWidth, typename T> ATTNKERN_DEVICE Packed<T> load_parts(const T* from, int64_t valid) {
+  using Piece = Part<kWidth * sizeof(T)>;
+  union {
+    Packed<T> packed;
+    Piece parts[kVector<T> / kWidth];
+  } both = {};
+#pragma unroll
+  for (int i = 0; i < kVector<T> / kWidth; ++i)
+    if (i * kWidth < valid)
+      both.parts[i] = reinterpret_cast<const Piece*>(from)[i];
+  return both.packed;
 }
 template <int kWidth, typename T>
 ATTNKERN_DEVICE void store_parts(const Wide<T> (&values)[kVector<T>], T* to, int64_t valid) {
+  using Piece = Part<kWidth * sizeof(T)>;
+  union {
+    T lanes[kVector<T>];
+    Piece parts[kVector<T> / kWidth];
+  } both;
 #pragma unroll
-  for (int i = 0; i < kVector<T>; i += kWidth)
-    if (i < valid) {
-      Part<T, kWidth> part;
+  for (int i = 0; i < kVector<T>; ++i)
+    both.lanes[i] = narrow<T>(values[i]);
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k)
-        part.lane[k] = narrow<T>(values[i + k]);
-      *reinterpret_cast<Part<T, kWidth>*>(to + i) = part;
-    }
+  for (int i = 0; i < kVector<T> / kWidth; ++i)
+    if (i * kWidth < valid)
+      reinterpret_cast<Piece*>(to)[i] = both.parts[i];
 }
 
 template <typename T> struct Memory {
@@ -263,22 +292,24 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
   using A = Wide<T>;
   constexpr int V = kVector<T>;
   const int64_t channels = tiling.shape.channels, positions = tiling.shape.positions;
-  const int x = threadIdx.x % tiling.vectors, y = threadIdx.x / tiling.vectors, rows = tiling.rows;
+  const int x = threadIdx.x % tiling.vectors, rows = tiling.rows;
+  int y = threadIdx.x / tiling.vectors;
   const int count = static_cast<int>(std::min<int64_t>(tiling.tile, positions - position)), valid = count - x * V;
   const int64_t offset = image * tiling.shape.image_size() + position + x * V;
   Memory<T>& memory = shared<Memory<T>>();
 
-  Vector<T> kept[kKept];
+  Packed<T> kept[kKept];
 #pragma unroll
   for (int i = 0; i < kKept; ++i) {
     const int64_t c = y + i * rows;
     kept[i] = load_parts<kWidth>(local + offset + c * positions, c < channels ? valid : 0);
   }
+  forget(y);
   A by_position[V] = {};
-  const auto add_scores = [&](const Vector<T>& vector, A weight) {
+  const auto add_scores = [&](const Packed<T>& vector, A weight) {
 #pragma unroll
     for (int k = 0; k < V; ++k)
-      by_position[k] = std::fma(weight, widen(vector.lane[k]), by_position[k]);
+      by_position[k] = std::fma(weight, vector[k], by_position[k]);
   };
 #pragma unroll
   for (int i = 0; i < kKept; ++i)
@@ -297,6 +328,10 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
   });
   __syncthreads();
 
+  forget(y);
+#pragma unroll
+  for (int i = 0; i < kKept; ++i)
+    forget(kept[i]);
   A weight[V], share[V];
 #pragma unroll
   for (int k = 0; k < V; ++k) {
@@ -304,11 +339,11 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
     share[k] = Pass::kWrites && k < valid ? memory.share[x * V + k] : A(0);
   }
   // Every lane comes here equally often.
-  const auto add_weighted = [&](const Vector<T>& vector, int64_t c, A first, A second) {
+  const auto add_weighted = [&](const Packed<T>& vector, int64_t c, A first, A second) {
     A sum = 0;
 #pragma unroll
     for (int k = 0; k < V; ++k)
-      sum = std::fma(weight[k], widen(vector.lane[k]), sum);
+      sum = std::fma(weight[k], vector[k], sum);
     sum = warp_reduce(sum, tiling.vectors);
     if (c >= channels)
       return;
@@ -340,12 +375,13 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
   using A = Wide<T>;
   constexpr int V = kVector<T>;
   const int64_t channels = tiling.shape.channels, width = tiling.vectors * V;
-  const int x = threadIdx.x % tiling.vectors, y = threadIdx.x / tiling.vectors, rows = tiling.rows;
+  const int x = threadIdx.x % tiling.vectors, rows = tiling.rows;
+  int y = threadIdx.x / tiling.vectors;
   const int count = static_cast<int>(std::min<int64_t>(tiling.tile, tiling.shape.positions - position));
   const int64_t offset = image * tiling.shape.image_size() + position * channels;
   Memory<T>& memory = shared<Memory<T>>();
 
-  Vector<T> kept[kKept];
+  Packed<T> kept[kKeptInner];
   // The vector of this thread's i-th position at channel c, one of those from `begin` on.
   const auto vector_at = [&](int i, int64_t begin, int64_t c) {
     const int row = y + i * rows;
@@ -353,11 +389,13 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
                       : load_parts<kWidth>(local + offset + row * channels + c, row < count ? channels - c : 0);
   };
 #pragma unroll
-  for (int i = 0; i < kKept; ++i) {
+  for (int i = 0; i < kKeptInner; ++i) {
     const int row = y + i * rows;
     kept[i] = load_parts<kWidth>(local + offset + row * channels + x * V, row < count ? channels - x * V : 0);
   }
-  A by_position[kKept] = {};
+  forget(y);
+  A by_position[kKeptInner] = {};
+#pragma unroll 1
   for (int64_t begin = 0; begin < channels; begin += width) {
     const int64_t c = begin + x * V;
     A first[V];
@@ -365,16 +403,17 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
     for (int k = 0; k < V; ++k)
       first[k] = first_of<T>(tiling, pass, image, c + k);
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      const Vector<T> vector = vector_at(i, begin, c);
+    for (int i = 0; i < kKeptInner; ++i) {
+      const Packed<T> vector = vector_at(i, begin, c);
 #pragma unroll
       for (int k = 0; k < V; ++k)
-        by_position[i] = std::fma(first[k], widen(vector.lane[k]), by_position[i]);
+        by_position[i] = std::fma(first[k], vector[k], by_position[i]);
     }
   }
+  forget(y);
   const int lanes = tiling.vectors < kWarp ? tiling.vectors : kWarp, parts = tiling.vectors / lanes;
 #pragma unroll
-  for (int i = 0; i < kKept; ++i) {
+  for (int i = 0; i < kKeptInner; ++i) {
     const A sum = warp_reduce(by_position[i], lanes);
     if (x % lanes == 0 && y + i * rows < count)
       memory.sums[(y + i * rows) * parts + x / lanes] = sum;
@@ -387,6 +426,11 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
     return score;
   });
 
+  forget(y);
+#pragma unroll
+  for (int i = 0; i < kKeptInner; ++i)
+    forget(kept[i]);
+#pragma unroll 1
   for (int64_t begin = 0; begin < channels; begin += width) {
     __syncthreads(); // the sums have been read, the weights are written
     const int64_t c = begin + x * V;
@@ -397,15 +441,15 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
       second[k] = Pass::kWrites ? second_of<T>(tiling, pass, image, c + k) : A(0);
     }
 #pragma unroll
-    for (int i = 0; i < kKept; ++i) {
+    for (int i = 0; i < kKeptInner; ++i) {
       const int row = y + i * rows;
       if (row >= count)
         continue;
-      const Vector<T> vector = vector_at(i, begin, c);
+      const Packed<T> vector = vector_at(i, begin, c);
       const A weight = memory.weight[row];
 #pragma unroll
       for (int k = 0; k < V; ++k)
-        by_channel[k] = std::fma(weight, widen(vector.lane[k]), by_channel[k]);
+        by_channel[k] = std::fma(weight, vector[k], by_channel[k]);
       if constexpr (Pass::kWrites)
         if (pass.grad_local != nullptr) {
           A grad[V];
@@ -428,8 +472,10 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
   }
 }
 
+// Two blocks on a multiprocessor, one loading while the other adds; double's exponentials take too many registers.
 template <typename T, int kWidth, bool kChannelsInner, typename Pass>
-__global__ void __launch_bounds__(kThreads, 2) pool_kernel(Tiling tiling, Pass pass, const T* local) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
+pool_kernel(Tiling tiling, Pass pass, const T* local) {
   const int64_t image = block_index() / tiling.splits, split = block_index() % tiling.splits;
   if (image >= tiling.shape.images)
     return;

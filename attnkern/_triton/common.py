@@ -51,6 +51,7 @@ class Features(NamedTuple):
     """An image of features as a matrix of channels (rows) by positions (columns)."""
 
     channels_last: bool
+    itemsize: int
     channels: int
     positions: int
     fold: int  #: channels in a row: a row of several lets odd maps such as 7x7 have rows of whole vectors
@@ -77,12 +78,12 @@ def features(x: torch.Tensor, foldable: bool = False) -> Features:
     """How the kernels see dense features; ``foldable`` where they need no sum over channels at each position."""
     channels, positions, widest = x.shape[1], math.prod(x.shape[2:]), 16 // x.itemsize
     if channels_last(x):
-        return Features(True, channels, positions, 1, math.gcd(widest, channels))
+        return Features(True, x.itemsize, channels, positions, 1, math.gcd(widest, channels))
     vector = math.gcd(widest, positions)
     fold = widest // vector
     if foldable and channels % fold == 0:
-        return Features(False, channels // fold, positions * fold, fold, widest)
-    return Features(False, channels, positions, 1, vector)
+        return Features(False, x.itemsize, channels // fold, positions * fold, fold, widest)
+    return Features(False, x.itemsize, channels, positions, 1, vector)
 
 
 class Tile(NamedTuple):
@@ -102,13 +103,13 @@ class Tile(NamedTuple):
 
 
 def fwd_tile(x: Features) -> Tile:
-    """Of a pass that multiplies features by a map: four steps over channels share it.
+    """Of a pass that multiplies features by a map: 16 numbers a thread, and four steps over channels share the map.
 
-    16 numbers a thread, 32 where channels lie innermost, so that fewer threads form the map of the same position.
+    Half-precision channels innermost take 32: then a thread forms the map of fewer positions per number.
     """
     if x.channels_last:
         block_c = min(256, ceil_power(x.channels))
-        block_p = min(4096 // block_c, ceil_power(x.positions))
+        block_p = min(8192 // x.itemsize // block_c, ceil_power(x.positions))
     else:
         block_p = min(256, ceil_power(x.positions))
         block_c = min(2048 // block_p, ceil_power(x.channels))

@@ -204,20 +204,22 @@ def _pool_bwd_kernel(
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
-def _tiles(x: Features, itemsize: int) -> tuple[int, dict, int]:
+def _tiles(x: Features) -> tuple[int, dict, int]:
     """Positions of a split, tile constants, and warps.
 
-    A tile has all channels, up to 2048, and 32 numbers a thread; 64 at 2048 channels, where fewer than 8 positions
-    would not fill a vector, and 16 warps would spill. Half-precision positions innermost fill sectors of 32 bytes.
-    A split is 64 positions, fewer where there are few of them, more where there would be very many partial sums;
-    all of a small image, which takes about as long as a second launch.
+    A tile has all channels and at least 8 positions, or 16 where rows of half-precision positions fill a sector of
+    memory only then. 32 numbers a thread, 64 at 2048 channels; 16 where rows are not whole vectors, because addresses
+    of single numbers take registers as well. More channels than that are read in pieces.
+    A split is 64 positions, fewer where there are few of them, more where there would be very many partial sums; all
+    of a small image, which takes about as long as a second launch.
     """
+    numbers, most = (32, 2048) if x.vector >= 4 else (16, 512)
     channels = ceil_power(x.channels)
-    whole = channels <= 2048
-    block_c = channels if whole else 1024
-    wide_rows = 512 if itemsize == 4 or x.channels_last else 256
-    warps = 4 if block_c <= wide_rows else 8
-    block_p = min(128, max(8, 1024 * warps // block_c), ceil_power(x.positions))
+    whole = channels <= most
+    block_c = channels if whole else most // 2
+    rows = 8 if x.itemsize == 4 or x.channels_last else 16
+    warps = 4 if block_c * rows <= 128 * numbers else 8
+    block_p = min(128, max(8, 32 * numbers * warps // block_c), ceil_power(x.positions))
     if whole and x.channels * x.positions <= 32768:
         split = x.positions
     else:
@@ -233,7 +235,7 @@ def _stride_n(query: torch.Tensor) -> int:
 def pool_fwd(local, query):
     n, c, *sizes = local.shape
     seen = features(local)
-    split, tile, warps = _tiles(seen, local.itemsize)
+    split, tile, warps = _tiles(seen)
     splits = triton.cdiv(seen.positions, split)
     pooled = local.new_empty((n, c))
     half = local.dtype != torch.float32
@@ -260,7 +262,7 @@ def pool_fwd(local, query):
 def pool_bwd(grad_pooled, grad_attention, grad_scores, local, query, attention, pooled_wide, need_grad_local):
     n, c = local.shape[:2]
     seen = features(local)
-    split, tile, warps = _tiles(seen, local.itemsize)
+    split, tile, warps = _tiles(seen)
     splits = triton.cdiv(seen.positions, split)
     grad_local = torch.empty_like(local) if need_grad_local else None
     grad_query = torch.empty_like(query)

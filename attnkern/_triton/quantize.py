@@ -344,8 +344,8 @@ def _anchor_block(q: int) -> int:
 
 
 def _add_blocks(q: int) -> dict:
-    """16 numbers a thread."""
-    return {"BLOCK_T": 64, "BLOCK_K": min(32, ceil_power(q))}
+    """8 numbers a thread."""
+    return {"BLOCK_T": 32, "BLOCK_K": min(32, ceil_power(q))}
 
 
 def _results(a, anchors):

@@ -182,18 +182,11 @@ def _window_bwd_kernel(
     first_p = tile * BLOCK_P
     p = first_p + tl.arange(0, BLOCK_P)
     position = p % HW if FOLD > 1 else p
-    z, by_mu1, by_mu2, by_sigma1, by_sigma2, by_alpha = _log_window(
-        position, _frame(rectangle, n), H, W, scale, row, column
-    )
+    frame = _frame(rectangle, n)
+    z, _, _, _, _, _ = _log_window(position, frame, H, W, scale, row, column)
     if RESCALE:
         stats += n * 7
         f = tl.exp(z - tl.load(stats)) * (HW / tl.load(stats + 1))
-        # Centred slopes, so that a common part of G cancels position by position, not as a difference of sums.
-        by_mu1 -= tl.load(stats + 2)
-        by_mu2 -= tl.load(stats + 3)
-        by_sigma1 -= tl.load(stats + 4)
-        by_sigma2 -= tl.load(stats + 5)
-        by_alpha -= tl.load(stats + 6)
     else:
         f = tl.exp(z)
     reached = tl.zeros((BLOCK_P,), tl.float32)  # G
@@ -208,6 +201,15 @@ def _window_bwd_kernel(
                 dx = dy * f[None, :]
                 store_tile(grad_x, dx + dy if RESIDUAL else dx, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         reached += tl.sum(products, 0)
+    # The slopes only now: through the loop they would take registers.
+    _, by_mu1, by_mu2, by_sigma1, by_sigma2, by_alpha = _log_window(position, frame, H, W, scale, row, column)
+    if RESCALE:
+        # Centred, so that a common part of G cancels position by position, not as a difference of sums.
+        by_mu1 -= tl.load(stats + 2)
+        by_mu2 -= tl.load(stats + 3)
+        by_sigma1 -= tl.load(stats + 4)
+        by_sigma2 -= tl.load(stats + 5)
+        by_alpha -= tl.load(stats + 6)
     weight = tl.where(p < P, reached * f, 0.0)
     zero = tl.zeros_like(weight)
     sums = _columns(
@@ -222,7 +224,7 @@ def _window_bwd_kernel(
 
 def _features(x, height, width):
     """How the kernels see x; without features, rows of a map alone."""
-    return Features(False, 0, height * width, 1, 1) if x is None else features(x, foldable=True)
+    return Features(False, 4, 0, height * width, 1, 1) if x is None else features(x, foldable=True)
 
 
 def _bwd_tile(x: Features) -> tuple[Tile, int]:

@@ -31,6 +31,9 @@ BACKENDS = _asked.split(",") if _asked else [name for name in _backend.NAMES if 
 def pytest_configure(config):
     config.addinivalue_line("markers", "kernels: a promise of the kernels that the reference does not make")
     config.addinivalue_line("markers", "large: too slow for interpreted kernels")
+    # NumPy's remarks on the NaN and Inf of tests, and one of PyTorch about itself.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated:FutureWarning")
     for name in BACKENDS:
         if missing(name) is not None:
             raise pytest.UsageError(f"{name} is to be tested, but cannot run: {missing(name)}")
@@ -56,6 +59,12 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param
+
+
+@pytest.fixture
+def interpreted(backend):
+    """Kernels that Triton interprets: right, and a thousand times slower."""
+    return backend == "triton" and _ops.TRITON_INTERPRETS
 
 
 @pytest.fixture

@@ -6,7 +6,10 @@ from cases import CASES, FUNCTIONS, call, case_id, check, doubles, lay, make, ru
 
 every_case = pytest.mark.parametrize("function, options", CASES, ids=case_id)
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
-half_and_float = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
+large = pytest.mark.large
+half_and_float = pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=large)], ids=case_id
+)
 
 SIZE = (5, 6)
 
@@ -14,8 +17,12 @@ SIZE = (5, 6)
 # --- layouts ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=case_id)
-@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced", "expanded", "misaligned"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, pytest.param(torch.bfloat16, marks=large)], ids=case_id
+)
+@pytest.mark.parametrize(
+    "layout", ["channels_last", pytest.param("transposed", marks=large), "sliced", "expanded", "misaligned"]
+)
 @every_case
 def test_inputs_and_gradients_in_any_layout(function, options, layout, dtype, backend, device):
     """All inputs and all gradients sliced, transposed, expanded or misaligned: the numbers of contiguous ones."""
@@ -72,7 +79,7 @@ def test_tokens_are_read_where_they_lie(backend, device):
 
 # --- repeatability ---------------------------------------------------------------------------------------------------
 
-SHAPES = [pytest.param(4, 65, (9, 7)), pytest.param(4, 40, (33, 31), marks=pytest.mark.large)]
+SHAPES = [(3, 65, (9, 7)), pytest.param(3, 40, (33, 31), marks=large)]
 every_shape = pytest.mark.parametrize("n, c, size", SHAPES, ids=case_id)
 every_layout = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 
@@ -104,7 +111,7 @@ def test_bitwise_repeatable(function, options, n, c, size, layout, dtype, backen
     same(run(function, moved, grads=moved_grads, **options), first, "at another storage offset")
     threads = torch.get_num_threads()
     try:
-        for count in (1, 3):
+        for count in (1, 3) if backend == "native" else ():
             torch.set_num_threads(count)
             same(run(function, tensors, grads=grads, **options), first, f"on {count} threads")
     finally:
@@ -123,7 +130,7 @@ def test_an_image_does_not_depend_on_its_batch(function, options, n, c, size, la
     tensors = make(function, n, c, size, dtype=dtype, layout=layout, device=device)
     grads = upstream(call(function, tensors, **options))
     whole = per_image(run(function, tensors, grads=grads, **options))
-    for places in ([1], [3, 3, 1, 0, 2, 2, 1]):
+    for places in ([1], [2, 2, 0, 1]):
 
         def pick(tensor, places=places):
             return tensor if tensor.dim() == 0 or tensor.shape[0] != n else lay(tensor[places], layout)

@@ -66,7 +66,7 @@ def operator_calls(device, backend, dtype, layout):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", ["contiguous", pytest.param("channels_last", marks=pytest.mark.large)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=case_id)
 def test_opcheck(dtype, layout, backend, device):
     """Schema, autograd registration, fake kernel (shapes, dtypes, strides) and AOT dispatch of every operator."""

@@ -79,35 +79,43 @@ template <typename T> ATTNKERN_DEVICE void forget(Packed<T>& packed) {
 }
 
 // Reads and writes kWidth elements at a time, of which `valid` exist; zeros stand for the others.
-template <int kBytes> struct alignas(kBytes) Part {
-  std::conditional_t<kBytes % 4 == 0, uint32_t, uint16_t> pieces[kBytes % 4 == 0 ? kBytes / 4 : 1];
+// They are read as words: lanes of half precision would be moved one by one, each through a register of its own.
+template <typename T, int kWidth> struct alignas(kWidth * sizeof(T)) Part {
+  T lane[kWidth];
+};
+template <int kBytes> struct alignas(kBytes) Words {
+  std::conditional_t<kBytes % 4 == 0, uint32_t, uint16_t> of[kBytes % 4 == 0 ? kBytes / 4 : 1];
 };
 template <int kWidth, typename T> ATTNKERN_DEVICE Packed<T> load_parts(const T* from, int64_t valid) {
-  using Piece = Part<kWidth * sizeof(T)>;
   union {
     Packed<T> packed;
-    Piece parts[kVector<T> / kWidth];
+    Words<kWidth * sizeof(T)> parts[kVector<T> / kWidth];
   } both = {};
 #pragma unroll
   for (int i = 0; i < kVector<T> / kWidth; ++i)
     if (i * kWidth < valid)
-      both.parts[i] = reinterpret_cast<const Piece*>(from)[i];
+      both.parts[i] = reinterpret_cast<const Words<kWidth * sizeof(T)>*>(from)[i];
   return both.packed;
 }
 template <int kWidth, typename T>
 ATTNKERN_DEVICE void store_parts(const Wide<T> (&values)[kVector<T>], T* to, int64_t valid) {
-  using Piece = Part<kWidth * sizeof(T)>;
-  union {
-    T lanes[kVector<T>];
-    Piece parts[kVector<T> / kWidth];
-  } both;
 #pragma unroll
-  for (int i = 0; i < kVector<T>; ++i)
-    both.lanes[i] = narrow<T>(values[i]);
+  for (int i = 0; i < kVector<T>; i += kWidth)
+    if (i < valid) {
+      Part<T, kWidth> part;
 #pragma unroll
-  for (int i = 0; i < kVector<T> / kWidth; ++i)
-    if (i * kWidth < valid)
-      reinterpret_cast<Piece*>(to)[i] = both.parts[i];
+      for (int k = 0; k < kWidth; ++k)
+        part.lane[k] = narrow<T>(values[i + k]);
+      *reinterpret_cast<Part<T, kWidth>*>(to + i) = part;
+    }
+}
+
+// Sums over neighbouring lanes, several on their way at once.
+template <int K, typename A> ATTNKERN_DEVICE void reduce_each(A (&values)[K], int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2)
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+      values[k] += __shfl_xor_sync(kAllLanes, values[k], offset);
 }
 
 template <typename T> struct Memory {
@@ -338,19 +346,21 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
     weight[k] = k < valid ? memory.weight[x * V + k] : A(0);
     share[k] = Pass::kWrites && k < valid ? memory.share[x * V + k] : A(0);
   }
-  // Every lane comes here equally often.
-  const auto add_weighted = [&](const Packed<T>& vector, int64_t c, A first, A second) {
+  const auto weigh = [&](const Packed<T>& vector) {
     A sum = 0;
 #pragma unroll
     for (int k = 0; k < V; ++k)
       sum = std::fma(weight[k], vector[k], sum);
-    sum = warp_reduce(sum, tiling.vectors);
+    return sum;
+  };
+  const auto deliver = [&](int64_t c, A sum) {
     if (c >= channels)
       return;
     if (x == 0)
       pass.add(tiling, c, fresh, sum);
     if constexpr (Pass::kWrites)
       if (pass.grad_local != nullptr) {
+        const A first = first_of<T>(tiling, pass, image, c), second = second_of<T>(tiling, pass, image, c);
         A grad[V];
 #pragma unroll
         for (int k = 0; k < V; ++k)
@@ -358,13 +368,24 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
         store_parts<kWidth>(grad, pass.grad_local + offset + c * positions, valid);
       }
   };
+  constexpr int kGroup = 4;
 #pragma unroll
-  for (int i = 0; i < kKept; ++i)
-    add_weighted(kept[i], y + i * rows, memory.first[y + i * rows], memory.second[y + i * rows]);
-  for (int64_t begin = kKept * rows; begin < channels; begin += rows) {
+  for (int i = 0; i < kKept; i += kGroup) {
+    A sums[kGroup];
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g)
+      sums[g] = weigh(kept[i + g]);
+    reduce_each(sums, tiling.vectors);
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g)
+      deliver(y + (i + g) * rows, sums[g]);
+  }
+  for (int64_t begin = kKept * rows; begin < channels; begin += rows) { // equally often in every lane
     const int64_t c = begin + y;
-    add_weighted(load_parts<kWidth>(local + offset + c * positions, c < channels ? valid : 0), c,
-                 first_of<T>(tiling, pass, image, c), second_of<T>(tiling, pass, image, c));
+    const Packed<T> vector = load_parts<kWidth>(local + offset + c * positions, c < channels ? valid : 0);
+    A sum[1] = {weigh(vector)};
+    reduce_each(sum, tiling.vectors);
+    deliver(c, sum[0]);
   }
 }
 
@@ -382,17 +403,17 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
   Memory<T>& memory = shared<Memory<T>>();
 
   Packed<T> kept[kKeptInner];
+#pragma unroll
+  for (int i = 0; i < kKeptInner; ++i) {
+    const int row = y + i * rows;
+    kept[i] = load_parts<kWidth>(local + offset + row * channels + x * V, row < count ? channels - x * V : 0);
+  }
   // The vector of this thread's i-th position at channel c, one of those from `begin` on.
   const auto vector_at = [&](int i, int64_t begin, int64_t c) {
     const int row = y + i * rows;
     return begin == 0 ? kept[i]
                       : load_parts<kWidth>(local + offset + row * channels + c, row < count ? channels - c : 0);
   };
-#pragma unroll
-  for (int i = 0; i < kKeptInner; ++i) {
-    const int row = y + i * rows;
-    kept[i] = load_parts<kWidth>(local + offset + row * channels + x * V, row < count ? channels - x * V : 0);
-  }
   forget(y);
   A by_position[kKeptInner] = {};
 #pragma unroll 1
@@ -412,12 +433,11 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
   }
   forget(y);
   const int lanes = tiling.vectors < kWarp ? tiling.vectors : kWarp, parts = tiling.vectors / lanes;
+  reduce_each(by_position, lanes);
 #pragma unroll
-  for (int i = 0; i < kKeptInner; ++i) {
-    const A sum = warp_reduce(by_position[i], lanes);
+  for (int i = 0; i < kKeptInner; ++i)
     if (x % lanes == 0 && y + i * rows < count)
-      memory.sums[(y + i * rows) * parts + x / lanes] = sum;
-  }
+      memory.sums[(y + i * rows) * parts + x / lanes] = by_position[i];
   __syncthreads();
   pass.weigh(tiling, image, position, count, [&](int i) {
     A score = 0;
@@ -475,7 +495,7 @@ ATTNKERN_DEVICE void walk_tile(const Tiling& tiling, Pass& pass, const T* local,
 // Two blocks on a multiprocessor, one loading while the other adds; double's exponentials take too many registers.
 template <typename T, int kWidth, bool kChannelsInner, typename Pass>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
-pool_kernel(Tiling tiling, Pass pass, const T* local) {
+pool_kernel(Tiling tiling, Pass pass, const T* __restrict__ local) {
   const int64_t image = block_index() / tiling.splits, split = block_index() % tiling.splits;
   if (image >= tiling.shape.images)
     return;

@@ -99,7 +99,9 @@ def calls(case: Case, which: str, device: torch.device, compiled: bool = True) -
     inputs = _inputs(case, device)
     used = _USED[case.op]
     truth = OPS[case.op].function(**{k: v.double() for k, v in inputs.items()}, backend="reference")._asdict()
-    grads = output_gradients({key: getattr(OPS[case.op].function(**inputs), key) for key in used})
+    outputs = {key: getattr(OPS[case.op].function(**inputs), key) for key in used}
+    # Each in its output's layout, as a network's next layer sends it back.
+    grads = {k: torch.empty_like(outputs[k]).copy_(grad) for k, grad in output_gradients(outputs).items()}
     ready = {}
     for name, function in competitors(case, device, compiled).items():
         result = function(**inputs)

@@ -242,12 +242,14 @@ def test_quantize_nan_and_infinity():
     assert residuals.isnan().tolist() == [True, False, False]
 
 
-@pytest.mark.parametrize("case", FEATURES)
-def test_anchor(case):
+@pytest.mark.parametrize(
+    "case, kind", [*((case, "duplicates") for case in FEATURES), *((FEATURES[i], "many") for i in (1, 5, 10))]
+)
+def test_anchor(case, kind):
     shape, channels_last, dtype, companion, residual = case
     x, grad_output = normal(shape, dtype, 0, channels_last), normal(shape, dtype, 1, channels_last)
     a = normal((shape[0], 1, *shape[2:]), companion, 5)
-    anchors = torch.tensor(ANCHORS["duplicates"], dtype=companion)
+    anchors = torch.tensor(ANCHORS[kind], dtype=companion)
     exact = double(x), double(a), double(anchors)
     want = reference.anchor_attention(*exact, residual=residual, reduction="sum")
     output, *got = ops.anchor_fwd(x, a, anchors, residual)
@@ -326,6 +328,54 @@ def test_pool_tokens():
     assert_near("pooled", pooled, want[0], BF16)
     assert_near("attention", attention, want[1], FLOAT)
     assert_near("scores", scores, want[2], FLOAT)
+
+
+# --- launches ---
+
+
+def passes(shape, channels_last, anchors):
+    """Every operator by name, as a call."""
+    x, a, query = (
+        normal(shape, FLOAT, 0, channels_last),
+        normal((shape[0], 1, *shape[2:]), FLOAT, 1),
+        normal(shape[:2], FLOAT, 2),
+    )
+    rectangle, anchors = rectangles(shape[0], FLOAT), torch.linspace(-1, 1, anchors)
+    map, map_stats = ops.window_map_fwd(rectangle, *shape[2:], 6.0, True, False)
+    _, _, stats = ops.window_fwd(x, rectangle, 6.0, True, True, False)
+    _, _, index, loss, _, residuals = ops.anchor_fwd(x, a, anchors, True)
+    pooled, attention, scores, _ = ops.pool_fwd(x, query)
+    return {
+        "window_map_fwd": lambda: ops.window_map_fwd(rectangle, *shape[2:], 6.0, True, False),
+        "window_map_bwd": lambda: ops.window_map_bwd(map, rectangle, map_stats, 6.0, True, False),
+        "window_fwd": lambda: ops.window_fwd(x, rectangle, 6.0, True, True, False),
+        "window_bwd": lambda: ops.window_bwd(x, map, x, rectangle, stats, 6.0, True, True, False, True),
+        "quantize_fwd": lambda: ops.quantize_fwd(a, anchors),
+        "quantize_bwd": lambda: ops.quantize_bwd(a, loss, loss, a, anchors, index, residuals, 1),
+        "anchor_fwd": lambda: ops.anchor_fwd(x, a, anchors, True),
+        "anchor_bwd": lambda: ops.anchor_bwd(x, a, loss, loss, x, a, anchors, index, residuals, True, 1, True),
+        "pool_fwd": lambda: ops.pool_fwd(x, query),
+        "pool_bwd": lambda: ops.pool_bwd(pooled, attention, scores, x, query, attention, pooled, True),
+    }
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "shape, anchors, most",
+    [
+        ((2, 64, 7, 7), 20, 1),
+        ((2, 64, 7, 7), 700, 2),
+        ((2, 3, 40, 40), 20, 2),
+        ((1, 600, 9, 9), 20, 2),
+        ((0, 3, 5, 5), 5, 1),
+    ],
+)
+def test_at_most_two_launches(shape, channels_last, anchors, most):
+    """One where the map is small enough for one block."""
+    for name, call in passes(shape, channels_last, anchors).items():
+        before = ops.launches(torch.empty(0))
+        call()
+        assert ops.launches(torch.empty(0)) - before <= most, name
 
 
 # --- what no result may depend on ---

@@ -1,6 +1,7 @@
 // Nearest-anchor quantization on CUDA. A block sorts the anchors in shared memory and finds each of its elements by the
 // thresholds between them; every warp keeps bins of its own, each bin written by one lane only, and all are added in
-// order. With features, the same launch that multiplies them by the map adds the blocks' bins.
+// order: by the block itself where it is the only one, else by the next launch, the one that multiplies features by
+// the map if there are any.
 
 #include "cuda/modulate.cuh"
 #include "quantize.h"
@@ -10,7 +11,7 @@ namespace {
 
 constexpr int kWarps = kThreads / kWarp;
 
-// Up to this many anchors are sorted per block and binned in shared memory; more of them once, in global memory.
+// Up to this many anchors are sorted and binned in shared memory; more of them in global memory, a part for each block.
 template <typename A> constexpr int kShared = 2048 / sizeof(A);
 
 // --- anchors in ascending order, equal ones as the first of them; thresholds[i] parts the i-th from the next ---
@@ -24,23 +25,30 @@ template <typename A> struct Table {
       : values(reinterpret_cast<A*>(memory)), thresholds(values + slots),
         indices(reinterpret_cast<int*>(thresholds + slots)) {}
 
-  // Place of each anchor: how many stand before it. NaN has no place, and a table with NaN is not looked at.
-  ATTNKERN_DEVICE void sort(const Companion& anchors, int count, int first, int step) {
-    for (int k = first; k < count; k += step) {
+  // By the whole block. An anchor's place is how many stand before it, and its threshold parts it from the one behind
+  // it. NaN has no place, and a table with NaN is not looked at.
+  ATTNKERN_DEVICE void fill(const Companion& anchors, int count) {
+    for (int k = threadIdx.x; k < count; k += kThreads) {
       const A anchor = anchors.load<A>(k);
-      int rank = 0, lowest = k;
+      A next = INFINITY;
+      int rank = 0, first = k, first_next = -1; // of the equal ones the first
+      bool last_equal = true;
       for (int other = 0; other < count; ++other) {
         const A value = anchors.load<A>(other);
         rank += value < anchor || (value == anchor && other < k);
-        lowest = value == anchor && other < lowest ? other : lowest;
+        first = value == anchor && other < first ? other : first;
+        last_equal &= value != anchor || other <= k;
+        if (value > anchor && (first_next < 0 || value < next))
+          next = value, first_next = other;
       }
-      values[rank] = anchors.load<A>(lowest);
-      indices[rank] = lowest;
+      values[rank] = anchor;
+      indices[rank] = first;
+      // Between equal ones any threshold does: they are the same anchor.
+      thresholds[rank] = !last_equal ? anchor
+                         : first_next < 0 ? A(INFINITY)
+                                          : round_up<A>(threshold(anchor, next, first_next < first));
     }
-  }
-  ATTNKERN_DEVICE void part(int count, int first, int step) {
-    for (int i = first; i < count - 1; i += step)
-      thresholds[i] = round_up<A>(threshold(values[i], values[i + 1], indices[i + 1] < indices[i]));
+    __syncthreads();
   }
   // Number of thresholds that an element reaches; 0 for NaN.
   ATTNKERN_DEVICE int rank(A element, int count) const {
@@ -70,7 +78,6 @@ template <typename A> struct Bins {
 template <typename A> struct Partial {
   A *residuals, *loss;
   int* counts;
-  int64_t blocks;
 };
 
 ATTNKERN_DEVICE bool any_nan(const Companion& anchors, int count) {
@@ -82,61 +89,93 @@ ATTNKERN_DEVICE bool any_nan(const Companion& anchors, int count) {
   return __syncthreads_or(found) != 0;
 }
 
-__global__ void __launch_bounds__(kThreads)
-    sort_anchors_kernel(Companion anchors, int count, char* table, int64_t slots, bool wide, bool part) {
-  const int first = block_index() * kThreads + threadIdx.x, step = gridDim.x * kThreads;
-  const auto run = [&](auto table) { part ? table.part(count, first, step) : table.sort(anchors, count, first, step); };
-  wide ? run(Table<double>(table, slots)) : run(Table<float>(table, slots));
+// Where a block's table and bins lie: in shared memory, or in its part of the launch's scratch.
+template <typename A> struct Scratch {
+  char* memory = nullptr; // null: shared
+  int64_t slots;          // for anchors: even, so that what follows integers stays aligned
+
+  explicit Scratch(int64_t anchors) : slots(ceil_div(anchors, 2) * 2) {}
+  int64_t bytes() const { return Table<A>::bytes(slots) + Bins<A>::bytes(slots); }
+  bool fits_shared() const { return slots <= kShared<A>; }
+  ATTNKERN_DEVICE char* of_block(int64_t block) const {
+    return memory == nullptr ? dynamic_shared<char>()
+                             : memory + block * (Table<A>::bytes(slots) + Bins<A>::bytes(slots));
+  }
+};
+
+// What quantization reads and writes. An element belongs to the `element / chunk`-th of `blocks` blocks.
+template <typename A> struct Quantization {
+  Companion a, anchors;
+  int anchor_count;
+  int64_t count, chunk, blocks;
+  Scratch<A> scratch;
+  MutableCompanion values;
+  int64_t* indices;
+  A* loss;
+  int64_t* counts;
+  A* residuals;
+  Partial<A> partial; // where there are several blocks
+};
+
+// The blocks' sums of one anchor, or after the last anchor of the loss, by a whole block.
+template <typename A> ATTNKERN_DEVICE void add_blocks(const Quantization<A>& q, int64_t anchor) {
+  if (anchor > q.anchor_count)
+    return;
+  const bool is_loss = anchor == q.anchor_count;
+  double sum[1] = {};
+  int64_t number[1] = {};
+  for (int64_t block = threadIdx.x; block < q.blocks; block += kThreads) {
+    sum[0] += is_loss ? q.partial.loss[block] : q.partial.residuals[anchor * q.blocks + block];
+    number[0] += is_loss ? 0 : q.partial.counts[anchor * q.blocks + block];
+  }
+  block_reduce(sum);
+  block_reduce(number);
+  if (threadIdx.x != 0)
+    return;
+  if (is_loss)
+    *q.loss = static_cast<A>(sum[0]);
+  else
+    q.residuals[anchor] = static_cast<A>(sum[0]), q.counts[anchor] = number[0];
 }
 
-// `memory` holds the table and then each block's bins, unless they fit into shared memory: then it is null.
-template <typename A>
-__global__ void __launch_bounds__(kThreads)
-    quantize_kernel(Companion a, Companion anchors, char* memory, MutableCompanion values, int64_t* indices,
-                    Partial<A> partial, int64_t count, int64_t chunk, int anchor_count, int64_t slots) {
+// Quantizes a block's elements. Where it is the only one its sums are the results, else they go to `partial`.
+template <typename A> ATTNKERN_DEVICE void quantize_chunk(const Quantization<A>& q, int64_t block) {
   struct Found { // of a warp's elements, for the owners of the bins
     int index[kThreads];
     A difference[kThreads];
   };
-  const int64_t block = block_index();
-  if (block >= partial.blocks)
-    return;
-  const bool in_shared = memory == nullptr, poisoned = any_nan(anchors, anchor_count);
-  if (in_shared)
-    memory = dynamic_shared<char>();
+  const int64_t slots = q.scratch.slots;
+  const bool poisoned = any_nan(q.anchors, q.anchor_count);
+  char* memory = q.scratch.of_block(block);
   Table<A> table(memory, slots);
-  const Bins<A> bins(memory + Table<A>::bytes(slots) + (in_shared ? 0 : block * Bins<A>::bytes(slots)), slots);
-  if (in_shared) {
-    table.sort(anchors, anchor_count, threadIdx.x, kThreads);
-    __syncthreads();
-    table.part(anchor_count, threadIdx.x, kThreads);
-    __syncthreads();
-  }
+  const Bins<A> bins(memory + Table<A>::bytes(slots), slots);
+  if (!poisoned)
+    table.fill(q.anchors, q.anchor_count);
   const int lane = threadIdx.x % kWarp, first_of_warp = threadIdx.x - lane;
   A* residuals = bins.residuals + threadIdx.x / kWarp * slots;
   int* counts = bins.counts + threadIdx.x / kWarp * slots;
-  for (int k = lane; k < anchor_count; k += kWarp)
+  for (int k = lane; k < q.anchor_count; k += kWarp)
     residuals[k] = 0, counts[k] = 0;
   Found& found = shared<Found>();
   A loss[1] = {};
   bool saw_nan = false;
-  const int64_t last = std::min(count, (block + 1) * chunk);
-  for (int64_t first = block * chunk; first < last; first += kThreads) {
+  const int64_t last = std::min(q.count, (block + 1) * q.chunk);
+  for (int64_t first = block * q.chunk; first < last; first += kThreads) {
     const int64_t i = first + threadIdx.x;
     int index = -1;
     A difference = 0;
     if (i < last) {
-      const A element = a.load<A>(i);
+      const A element = q.a.template load<A>(i);
       A value = NAN;
       if (element == element && !poisoned) {
-        const int rank = table.rank(element, anchor_count);
+        const int rank = table.rank(element, q.anchor_count);
         value = table.values[rank];
         index = table.indices[rank];
       }
       difference = value - element;
       saw_nan |= index < 0;
-      values.store(i, value);
-      indices[i] = index < 0 ? 0 : index;
+      q.values.store(i, value);
+      q.indices[i] = index < 0 ? 0 : index;
       loss[0] += difference * difference;
     }
     found.index[threadIdx.x] = index;
@@ -151,97 +190,106 @@ __global__ void __launch_bounds__(kThreads)
   }
   block_reduce(loss);
   const bool spoilt = __syncthreads_or(saw_nan) != 0; // by an element of no anchor: its index is 0
+  const bool only = q.blocks == 1;
   if (threadIdx.x == 0)
-    partial.loss[block] = loss[0];
-  for (int k = threadIdx.x; k < anchor_count; k += kThreads) {
+    *(only ? q.loss : q.partial.loss + block) = loss[0];
+  for (int k = threadIdx.x; k < q.anchor_count; k += kThreads) {
     A residual = k == 0 && spoilt ? A(NAN) : A(0);
     int number = 0;
     for (int warp = 0; warp < kWarps; ++warp)
       residual += bins.residuals[warp * slots + k], number += bins.counts[warp * slots + k];
-    partial.residuals[k * partial.blocks + block] = residual;
-    partial.counts[k * partial.blocks + block] = number;
+    if (only)
+      q.residuals[k] = residual, q.counts[k] = number;
+    else
+      q.partial.residuals[k * q.blocks + block] = residual, q.partial.counts[k * q.blocks + block] = number;
   }
 }
 
-// The blocks' sums of one anchor, or after the last anchor of the loss, by a whole block.
-template <typename A>
-ATTNKERN_DEVICE void add_blocks(const Partial<A>& partial, int64_t anchor, int anchor_count, A* loss, int64_t* counts,
-                                A* residuals) {
-  double sum[1] = {};
-  int64_t number[1] = {};
-  const A* from = anchor < anchor_count ? partial.residuals + anchor * partial.blocks : partial.loss;
-  for (int64_t block = threadIdx.x; block < partial.blocks; block += kThreads) {
-    sum[0] += from[block];
-    if (anchor < anchor_count)
-      number[0] += partial.counts[anchor * partial.blocks + block];
-  }
-  block_reduce(sum);
-  block_reduce(number);
-  if (threadIdx.x != 0)
-    return;
-  if (anchor < anchor_count)
-    residuals[anchor] = static_cast<A>(sum[0]), counts[anchor] = number[0];
-  else
-    *loss = static_cast<A>(sum[0]);
+template <typename A> __global__ void __launch_bounds__(kThreads) quantize_kernel(Quantization<A> q) {
+  if (block_index() < q.blocks)
+    quantize_chunk(q, block_index());
 }
 
-// The map of a tile: the anchors' values, NaN where the element or any anchor is.
+template <typename A> __global__ void __launch_bounds__(kThreads) add_blocks_kernel(Quantization<A> q) {
+  add_blocks(q, block_index());
+}
+
+// The map of a tile: the anchors' values, NaN where the element or any anchor is. Without `indices` they are looked
+// up here, in shared memory for `slots` anchors.
 template <typename T>
 ATTNKERN_DEVICE void fill_map(const Tiling& tiling, const Tile& tile, const Companion& a, const Companion& anchors,
-                              const int64_t* indices, int anchor_count) {
+                              int anchor_count, const int64_t* indices, int64_t slots) {
   using A = Wide<T>;
   A* map = shared<MapTile<T>>().of;
   const bool poisoned = any_nan(anchors, anchor_count);
+  Table<A> table(indices == nullptr ? dynamic_shared<char>() : nullptr, slots);
+  if (indices == nullptr && !poisoned)
+    table.fill(anchors, anchor_count);
   for (int i = threadIdx.x; i < tile.width; i += kThreads) {
     const int64_t at = tile.image * tiling.shape.positions + tile.position(tiling, i);
     const A element = a.load<A>(at);
-    map[i] = poisoned || element != element ? A(NAN) : anchors.load<A>(indices[at]);
+    if (poisoned || element != element)
+      map[i] = A(NAN);
+    else
+      map[i] = indices == nullptr ? table.values[table.rank(element, anchor_count)] : anchors.load<A>(indices[at]);
   }
   __syncthreads();
 }
 
-// Features times the map; the blocks behind the tiles add the sums of quantize_kernel.
+// Features times the map. The blocks behind the tiles do what is left of quantization: all of it in `one_launch`, else
+// they add the sums of quantize_kernel.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    anchor_forward_kernel(const T* x, Companion a, Companion anchors, const int64_t* indices, bool residual, T* output,
-                          Partial<Wide<T>> partial, Wide<T>* loss, int64_t* counts, Wide<T>* residuals, Tiling tiling,
-                          int anchor_count) {
-  const int64_t tiles = tiling.shape.images * tiling.tiles();
-  if (block_index() >= tiles) {
-    if (block_index() - tiles <= anchor_count)
-      add_blocks(partial, block_index() - tiles, anchor_count, loss, counts, residuals);
+    anchor_forward_kernel(const T* x, Quantization<Wide<T>> q, bool one_launch, bool residual, T* output,
+                          Tiling tiling) {
+  const int64_t tiles = tiling.shape.images * tiling.tiles(), behind = block_index() - tiles;
+  if (behind >= 0) {
+    if (!one_launch)
+      add_blocks(q, behind);
+    else if (behind == 0)
+      quantize_chunk(q, 0);
     return;
   }
   const Tile tile(tiling, block_index());
-  fill_map<T>(tiling, tile, a, anchors, indices, anchor_count);
+  fill_map<T>(tiling, tile, q.a, q.anchors, q.anchor_count, one_launch ? nullptr : q.indices, q.scratch.slots);
   modulate(tiling, tile, x, Wide<T>(residual), output);
 }
 
-template <typename A>
-__global__ void __launch_bounds__(kThreads)
-    add_blocks_kernel(Partial<A> partial, A* loss, int64_t* counts, A* residuals, int anchor_count) {
-  if (block_index() <= anchor_count)
-    add_blocks(partial, block_index(), anchor_count, loss, counts, residuals);
-}
+// The gradients of a and of the anchors.
+template <typename A> struct Gradients {
+  Companion grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors;
+  int anchor_count;
+  int64_t count;
+  const int64_t* indices;
+  const A* residuals;
+  A divisor;
+  MutableCompanion grad_a, grad_anchors;
 
-// The gradient of the features, and Σ dy·x of each tile: (N, row tiles, columns).
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    anchor_backward_kernel(const T* grad_output, const T* x, Companion a, Companion anchors, const int64_t* indices,
-                           bool residual, T* grad_x, Wide<T>* grad_map, Tiling tiling, int anchor_count) {
-  if (block_index() >= tiling.shape.images * tiling.tiles())
-    return;
-  const Tile tile(tiling, block_index());
-  fill_map<T>(tiling, tile, a, anchors, indices, anchor_count);
-  modulate_backward(tiling, tile, grad_output, x, Wide<T>(residual), grad_x);
-  const Wide<T>* sums = shared<SumTile<T>>().of;
-  const int64_t row_tile = divide(tile.in_image, tiling.column_tiles);
-  Wide<T>* to = grad_map + (tile.image * tiling.row_tiles + row_tile) * tiling.columns;
-  for (int i = threadIdx.x; i < tile.width; i += kThreads)
-    to[tile.column + i] = sums[i];
-}
+  ATTNKERN_DEVICE A grad_loss() const {
+    return grad_commitment_loss.pointer == nullptr ? A(0) : grad_commitment_loss.load<A>(0);
+  }
+  // Of an element: what came through the values and the map, and the commitment loss's share.
+  ATTNKERN_DEVICE void write_element(int64_t i, A grad_map, A grad_loss, bool poisoned) const {
+    A grad = grad_map;
+    if (grad_values.pointer != nullptr)
+      grad += grad_values.load<A>(i);
+    if (grad_loss != A(0)) {
+      const A value = poisoned ? A(NAN) : anchors.load<A>(indices[i]);
+      grad += commitment_grad(a.load<A>(i), value, grad_loss, divisor);
+    }
+    grad_a.store(i, grad);
+  }
+  ATTNKERN_DEVICE void write_anchors(int64_t block) const {
+    const int64_t k = block * kThreads + threadIdx.x;
+    if (k < anchor_count)
+      grad_anchors.store(k, grad_anchor_loss.pointer == nullptr
+                                ? A(0)
+                                : A(2) * (grad_anchor_loss.load<A>(0) / divisor) * residuals[k]);
+  }
+  int64_t anchor_blocks() const { return ceil_div(anchor_count, kThreads); }
+};
 
-// What of the gradient of the map lies where; null where there were no features.
+// What of the gradient of the map lies where: (N, row tiles, columns); null where there were no features.
 template <typename A> struct GradMap {
   const A* pointer = nullptr;
   int64_t row_tiles = 0, columns = 0, positions = 1;
@@ -256,36 +304,56 @@ template <typename A> struct GradMap {
   }
 };
 
-// grad_a = what came through the values, and the commitment loss's share; the blocks behind the elements make
-// grad_anchors.
-template <typename A>
+// The gradient of the features, and Σ dy·x: of an image that is one tile it completes the gradients of a, and blocks
+// behind the tiles make those of the anchors; else it goes to `grad_map`.
+template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    quantize_backward_kernel(Companion grad_values, Companion grad_anchor_loss, Companion grad_commitment_loss,
-                             GradMap<A> grad_map, Companion a, Companion anchors, const int64_t* indices,
-                             const A* residuals, A divisor, MutableCompanion grad_a, MutableCompanion grad_anchors,
-                             int64_t count, int64_t chunk, int64_t blocks, int anchor_count) {
-  const int64_t block = block_index();
-  if (block >= blocks) {
-    const int64_t k = (block - blocks) * kThreads + threadIdx.x;
-    if (k < anchor_count)
-      grad_anchors.store(k, grad_anchor_loss.pointer == nullptr
-                                ? A(0)
-                                : A(2) * (grad_anchor_loss.load<A>(0) / divisor) * residuals[k]);
+    anchor_backward_kernel(const T* grad_output, const T* x, Gradients<Wide<T>> gradients, bool residual, T* grad_x,
+                           Wide<T>* grad_map, Tiling tiling) {
+  using A = Wide<T>;
+  const int64_t behind = block_index() - tiling.shape.images * tiling.tiles();
+  if (behind >= 0) {
+    gradients.write_anchors(behind);
     return;
   }
-  const A grad_loss = grad_commitment_loss.pointer == nullptr ? A(0) : grad_commitment_loss.load<A>(0);
-  const bool poisoned = grad_loss != A(0) && any_nan(anchors, anchor_count);
-  const int64_t last = std::min(count, (block + 1) * chunk);
-  for (int64_t i = block * chunk + threadIdx.x; i < last; i += kThreads) {
-    A grad = grad_values.pointer == nullptr ? A(0) : grad_values.load<A>(i);
-    if (grad_map.pointer != nullptr)
-      grad += grad_map.at(i);
-    if (grad_loss != A(0)) {
-      const A value = poisoned ? A(NAN) : anchors.load<A>(indices[i]);
-      grad += commitment_grad(a.load<A>(i), value, grad_loss, divisor);
+  const Tile tile(tiling, block_index());
+  const Companion &a = gradients.a, &anchors = gradients.anchors;
+  fill_map<T>(tiling, tile, a, anchors, gradients.anchor_count, gradients.indices, 0);
+  modulate_backward(tiling, tile, grad_output, x, Wide<T>(residual), grad_x);
+  const A* sums = shared<SumTile<T>>().of;
+  if (tiling.tiles() == 1) {
+    const A grad_loss = gradients.grad_loss();
+    const bool poisoned = grad_loss != A(0) && any_nan(anchors, gradients.anchor_count);
+    for (int64_t p = threadIdx.x; p < tiling.shape.positions; p += kThreads) {
+      A sum = 0;
+      for (int64_t column = p; column < tiling.columns; column += tiling.shape.positions)
+        sum += sums[column];
+      gradients.write_element(tile.image * tiling.shape.positions + p, sum, grad_loss, poisoned);
     }
-    grad_a.store(i, grad);
+    return;
   }
+  const int64_t row_tile = divide(tile.in_image, tiling.column_tiles);
+  A* to = grad_map + (tile.image * tiling.row_tiles + row_tile) * tiling.columns;
+  for (int i = threadIdx.x; i < tile.width; i += kThreads)
+    to[tile.column + i] = sums[i];
+}
+
+constexpr int64_t kGradChunk = 4 * kThreads; // elements of a block
+
+// The gradients of a by chunks; the blocks behind them make those of the anchors.
+template <typename A>
+__global__ void __launch_bounds__(kThreads)
+    quantize_backward_kernel(Gradients<A> gradients, GradMap<A> grad_map, int64_t blocks) {
+  const int64_t block = block_index();
+  if (block >= blocks) {
+    gradients.write_anchors(block - blocks);
+    return;
+  }
+  const A grad_loss = gradients.grad_loss();
+  const bool poisoned = grad_loss != A(0) && any_nan(gradients.anchors, gradients.anchor_count);
+  const int64_t last = std::min(gradients.count, (block + 1) * kGradChunk);
+  for (int64_t i = block * kGradChunk + threadIdx.x; i < last; i += kThreads)
+    gradients.write_element(i, grad_map.pointer == nullptr ? A(0) : grad_map.at(i), grad_loss, poisoned);
 }
 
 // --- launches ---
@@ -295,60 +363,58 @@ int64_t chunk_size(int64_t count, int64_t anchors) {
   return kThreads * std::max({int64_t(4), ceil_div(count, 1024 * kThreads), ceil_div(16 * anchors, kThreads)});
 }
 
-// The outputs of quantization, and the sums of its blocks, which the caller's next launch adds.
+// The outputs of quantization, and what its blocks work with.
 template <typename A> struct Quantized {
   Tensor values, indices, loss, counts, residuals;
-  Tensor wide_scratch, int_scratch;
-  Partial<A> partial;
+  Tensor sums, numbers, tables;
+  Quantization<A> q;
 
-  Quantized(const Queue& queue, const Tensor& a, const Tensor& anchors)
+  Quantized(const Tensor& a, const Tensor& anchors)
       : values(torch::stable::empty_like(a)), indices(empty_like<int64_t>(a)), loss(empty<A>(a, {})),
-        counts(empty_like<int64_t>(anchors)), residuals(empty_like<A>(anchors)) {
-    const int64_t count = a.numel(), anchor_count = anchors.numel();
-    const int64_t chunk = chunk_size(count, anchor_count), blocks = ceil_div(count, chunk);
-    wide_scratch = empty<A>(a, {(anchor_count + 1) * blocks});
-    int_scratch = empty<int32_t>(a, {anchor_count * blocks});
-    A* sums = mutable_data<A>(wide_scratch);
-    partial = {sums, sums + anchor_count * blocks, mutable_data<int32_t>(int_scratch), blocks};
+        counts(empty_like<int64_t>(anchors)), residuals(empty_like<A>(anchors)), q(make(a, anchors)) {}
+  size_t shared_bytes() const { return q.scratch.fits_shared() ? q.scratch.bytes() : 0; }
 
-    const int64_t slots = ceil_div(anchor_count, 2) * 2; // doubles stay aligned behind integers
-    const bool in_shared = anchor_count <= kShared<A>;
-    const Tensor memory =
-        empty<int32_t>(a, {in_shared ? 0 : (Table<A>::bytes(slots) + blocks * Bins<A>::bytes(slots)) / 4});
-    char* bytes = in_shared ? nullptr : reinterpret_cast<char*>(mutable_data<int32_t>(memory));
-    if (!in_shared && blocks > 0)
-      for (const bool part : {false, true})
-        queue.launch(sort_anchors_kernel, std::min<int64_t>(ceil_div(anchor_count, kThreads), 65535), kThreads, 0,
-                     anchors, static_cast<int>(anchor_count), bytes, slots, sizeof(A) == 8, part);
-    queue.launch(quantize_kernel<A>, blocks, kThreads,
-                 in_shared ? Table<A>::bytes(slots) + Bins<A>::bytes(slots) : 0, a, anchors, bytes, values,
-                 mutable_data<int64_t>(indices), partial, count, chunk, static_cast<int>(anchor_count), slots);
+private:
+  Quantization<A> make(const Tensor& a, const Tensor& anchors) {
+    const int64_t count = a.numel(), anchor_count = anchors.numel(), chunk = chunk_size(count, anchor_count);
+    const int64_t blocks = std::max<int64_t>(1, ceil_div(count, chunk)), shared_by = blocks == 1 ? 0 : blocks;
+    sums = empty<A>(a, {(anchor_count + 1) * shared_by});
+    numbers = empty<int32_t>(a, {anchor_count * shared_by});
+    A* residual_sums = mutable_data<A>(sums);
+    const Partial<A> partial{residual_sums, residual_sums + anchor_count * blocks, mutable_data<int32_t>(numbers)};
+    Scratch<A> scratch(anchor_count);
+    if (!scratch.fits_shared()) {
+      tables = empty<int64_t>(a, {blocks * scratch.bytes() / 8});
+      scratch.memory = reinterpret_cast<char*>(mutable_data<int64_t>(tables));
+    }
+    return {a, anchors, static_cast<int>(anchor_count), count, chunk, blocks, scratch, values,
+            mutable_data<int64_t>(indices), mutable_data<A>(loss), mutable_data<int64_t>(counts),
+            mutable_data<A>(residuals), partial};
   }
 };
 
 template <typename A>
-std::tuple<Tensor, Tensor> gradients(const Queue& queue, const std::optional<Tensor>& grad_values,
-                                     const std::optional<Tensor>& grad_anchor_loss,
-                                     const std::optional<Tensor>& grad_commitment_loss, const GradMap<A>& grad_map,
-                                     const Tensor& a, const Tensor& anchors, const Tensor& indices,
-                                     const Tensor& residuals, int64_t divisor) {
-  Tensor grad_a = torch::stable::empty_like(a), grad_anchors = torch::stable::empty_like(anchors);
-  const int64_t count = a.numel(), anchor_count = anchors.numel();
-  const int64_t chunk = chunk_size(count, anchor_count), blocks = ceil_div(count, chunk);
-  queue.launch(quantize_backward_kernel<A>, blocks + ceil_div(anchor_count, kThreads), kThreads, 0, grad_values,
-               grad_anchor_loss, grad_commitment_loss, grad_map, a, anchors, data<int64_t>(indices), data<A>(residuals),
-               static_cast<A>(divisor), grad_a, grad_anchors, count, chunk, blocks, static_cast<int>(anchor_count));
-  return {grad_a, grad_anchors};
+Gradients<A> make_gradients(const std::optional<Tensor>& grad_values, const std::optional<Tensor>& grad_anchor_loss,
+                            const std::optional<Tensor>& grad_commitment_loss, const Tensor& a, const Tensor& anchors,
+                            const Tensor& indices, const Tensor& residuals, int64_t divisor, const Tensor& grad_a,
+                            const Tensor& grad_anchors) {
+  return {grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors, static_cast<int>(anchors.numel()), a.numel(),
+          data<int64_t>(indices), data<A>(residuals), static_cast<A>(divisor), grad_a, grad_anchors};
+}
+
+template <typename A> void launch_backward(const Queue& queue, const Gradients<A>& gradients, const GradMap<A>& map) {
+  const int64_t blocks = ceil_div(gradients.count, kGradChunk);
+  queue.launch(quantize_backward_kernel<A>, blocks + gradients.anchor_blocks(), kThreads, 0, gradients, map, blocks);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_fwd(Tensor a, Tensor anchors) {
   return dispatch_wide(a.scalar_type(), [&](auto wide) {
     using A = decltype(wide);
     const Queue queue(a);
-    const Quantized<A> q(queue, a, anchors);
-    queue.launch(add_blocks_kernel<A>, anchors.numel() + 1, kThreads, 0, q.partial, mutable_data<A>(q.loss),
-                 mutable_data<int64_t>(q.counts), mutable_data<A>(q.residuals), static_cast<int>(anchors.numel()));
-    return std::tuple(q.values, q.indices, q.loss, q.counts, q.residuals);
+    const Quantized<A> out(a, anchors);
+    queue.launch(quantize_kernel<A>, out.q.blocks, kThreads, out.shared_bytes(), out.q);
+    queue.launch(add_blocks_kernel<A>, out.q.blocks == 1 ? 0 : anchors.numel() + 1, kThreads, 0, out.q);
+    return std::tuple(out.values, out.indices, out.loss, out.counts, out.residuals);
   });
 }
 
@@ -356,8 +422,13 @@ std::tuple<Tensor, Tensor> quantize_bwd(std::optional<Tensor> grad_values, std::
                                         std::optional<Tensor> grad_commitment_loss, Tensor a, Tensor anchors,
                                         Tensor indices, Tensor residuals, int64_t divisor) {
   return dispatch_wide(residuals.scalar_type(), [&](auto wide) {
-    return gradients(Queue(a), grad_values, grad_anchor_loss, grad_commitment_loss, GradMap<decltype(wide)>(), a,
-                     anchors, indices, residuals, divisor);
+    using A = decltype(wide);
+    Tensor grad_a = torch::stable::empty_like(a), grad_anchors = torch::stable::empty_like(anchors);
+    launch_backward(Queue(a),
+                    make_gradients<A>(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors, indices,
+                                      residuals, divisor, grad_a, grad_anchors),
+                    GradMap<A>());
+    return std::tuple(grad_a, grad_anchors);
   });
 }
 
@@ -367,14 +438,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, 
     using T = decltype(t);
     using A = Wide<T>;
     const Queue queue(x);
-    const Quantized<A> q(queue, a, anchors);
+    const Quantized<A> out(a, anchors);
     Tensor output = torch::stable::empty_like(x);
     const auto tiling = Tiling::of<T>(Shape(x), data<T>(x), data<T>(output));
-    queue.launch(anchor_forward_kernel<T>, tiling.shape.images * tiling.tiles() + anchors.numel() + 1, kThreads, 0,
-                 data<T>(x), a, anchors, data<int64_t>(q.indices), residual, mutable_data<T>(output), q.partial,
-                 mutable_data<A>(q.loss), mutable_data<int64_t>(q.counts), mutable_data<A>(q.residuals), tiling,
-                 static_cast<int>(anchors.numel()));
-    return std::tuple(output, q.values, q.indices, q.loss, q.counts, q.residuals);
+    // Few elements and anchors: one block quantizes them all while every tile looks up its own.
+    const bool one_launch = out.q.blocks == 1 && 2 * out.q.scratch.slots <= kShared<A>;
+    queue.launch(quantize_kernel<A>, one_launch ? 0 : out.q.blocks, kThreads, out.shared_bytes(), out.q);
+    queue.launch(anchor_forward_kernel<T>,
+                 tiling.shape.images * tiling.tiles() + (out.q.blocks == 1 ? one_launch : anchors.numel() + 1), kThreads,
+                 one_launch ? out.shared_bytes() : 0, data<T>(x), out.q, one_launch, residual, mutable_data<T>(output),
+                 tiling);
+    return std::tuple(output, out.values, out.indices, out.loss, out.counts, out.residuals);
   });
 }
 
@@ -388,15 +462,19 @@ std::tuple<Tensor, Tensor, Tensor> anchor_bwd(Tensor grad_output, std::optional<
     using A = Wide<T>;
     const Queue queue(x);
     Tensor grad_x = features_grad<T>(x, need_grad_x);
+    Tensor grad_a = torch::stable::empty_like(a), grad_anchors = torch::stable::empty_like(anchors);
     T* to = need_grad_x ? mutable_data<T>(grad_x) : nullptr;
     const auto tiling = Tiling::of<T>(Shape(x), data<T>(grad_output), data<T>(x), to);
-    const Tensor sums = empty<A>(x, {tiling.shape.images * tiling.row_tiles * tiling.columns});
-    queue.launch(anchor_backward_kernel<T>, tiling.shape.images * tiling.tiles(), kThreads, 0, data<T>(grad_output),
-                 data<T>(x), a, anchors, data<int64_t>(indices), residual, to, mutable_data<A>(sums), tiling,
-                 static_cast<int>(anchors.numel()));
-    const GradMap<A> grad_map{data<A>(sums), tiling.row_tiles, tiling.columns, tiling.shape.positions};
-    const auto [grad_a, grad_anchors] = gradients(queue, grad_values, grad_anchor_loss, grad_commitment_loss, grad_map,
-                                                  a, anchors, indices, residuals, divisor);
+    const auto gradients = make_gradients<A>(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors, indices,
+                                             residuals, divisor, grad_a, grad_anchors);
+    const bool one_launch = tiling.tiles() == 1;
+    const Tensor sums = empty<A>(x, {one_launch ? 0 : tiling.shape.images * tiling.row_tiles * tiling.columns});
+    queue.launch(anchor_backward_kernel<T>,
+                 tiling.shape.images * tiling.tiles() + (one_launch ? gradients.anchor_blocks() : 0), kThreads, 0,
+                 data<T>(grad_output), data<T>(x), gradients, residual, to, mutable_data<A>(sums), tiling);
+    if (!one_launch)
+      launch_backward(queue, gradients,
+                      GradMap<A>{data<A>(sums), tiling.row_tiles, tiling.columns, tiling.shape.positions});
     return std::tuple(grad_x, grad_a, grad_anchors);
   });
 }

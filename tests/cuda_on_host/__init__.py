@@ -11,27 +11,35 @@ from attnkern._schemas import HASH, SCHEMAS
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 BUILD = ROOT / "build/cuda_on_host"
+TORCH = Path(torch.__file__).parent
 
 
-def build(source: Path) -> Path:
-    """The library of one source, compiled again when it or a header is newer."""
-    torch_root = Path(torch.__file__).parent
-    library = BUILD / f"{source.stem}.so"
-    inputs = [source, *ROOT.glob("csrc/**/*.*h"), *HERE.glob("*.h"), Path(__file__), ROOT / "attnkern/_schemas.py"]
-    if library.exists() and library.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
-        return library
+FLAGS = [
+    "-std=c++20", "-O1", "-fPIC",
+    "-U_FORTIFY_SOURCE",  # its longjmp takes another fiber's stack for a fault
+    "-Wno-unknown-pragmas", "-DATTNKERN_ON_HOST", f'-DATTNKERN_SCHEMA_HASH="{HASH}"',
+    f"-I{ROOT / 'csrc'}", f"-I{HERE}", f"-isystem{TORCH / 'include'}",
+]  # fmt: skip
+
+
+def make(target: Path, inputs: list[Path], *arguments) -> Path:
+    """Run the C++ compiler for a target that is older than one of its inputs."""
+    if not target.exists() or target.stat().st_mtime <= max(path.stat().st_mtime for path in inputs):
+        partial = target.with_suffix(f".{os.getpid()}")
+        subprocess.run([os.environ.get("CXX", "g++"), *map(str, arguments), "-o", str(partial)], check=True)
+        os.replace(partial, target)
+    return target
+
+
+def build(sources: list[Path]) -> Path:
+    """The library of some sources."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    partial = library.with_suffix(f".{os.getpid()}")
-    command = [
-        os.environ.get("CXX", "g++"), "-x", "c++", "-std=c++20", "-O1", "-fPIC", "-shared",
-        "-U_FORTIFY_SOURCE",  # its longjmp takes another fiber's stack for a fault
-        "-Wno-unknown-pragmas", "-DATTNKERN_ON_HOST", f'-DATTNKERN_SCHEMA_HASH="{HASH}"',
-        f"-I{ROOT / 'csrc'}", f"-I{HERE}", f"-isystem{torch_root / 'include'}", str(source), "-o", str(partial),
-        f"-L{torch_root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10",
-    ]  # fmt: skip
-    subprocess.run(command, check=True)
-    os.replace(partial, library)
-    return library
+    headers = [*ROOT.glob("csrc/**/*.*h"), *HERE.glob("*.h"), Path(__file__), ROOT / "attnkern/_schemas.py"]
+    objects = [
+        make(BUILD / f"{source.stem}.o", [source, *headers], "-x", "c++", *FLAGS, "-c", source) for source in sources
+    ]
+    libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    return make(BUILD / "attnkern_host.so", objects, "-shared", *objects, *libraries)
 
 
 _library = torch.library.Library("attnkern_host", "DEF")
@@ -39,10 +47,11 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
 # A sum with planted faults; see faulty.cu.
 _library.define("faulty_sum(Tensor x, int fault) -> Tensor")
+#: How many kernels have been launched; the tensor only names the device.
+_library.define("launches(Tensor x) -> int")
 
 
 def load(*sources: Path):
     """``torch.ops.attnkern_host`` with the kernels of ``sources``."""
-    for source in sources:
-        torch.ops.load_library(build(source))
+    torch.ops.load_library(build(list(sources)))
     return torch.ops.attnkern_host

@@ -195,11 +195,14 @@ inline std::vector<int> ordered(int count, const std::string& order, std::mt1993
   return indices;
 }
 
+inline int64_t launches = 0;
+
 // Every block of the grid, one after the other, in the chosen order as well.
 inline void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(one_kernel);
   if (threads.x % kLanes != 0 || threads.x > block.fibers.size() || shared_bytes > kSharedMemory)
     throw std::runtime_error("a launch of whole warps, at most 1024 threads and 48 KiB of shared memory");
+  ++launches;
   const char* chosen = std::getenv("ATTNKERN_HOST_ORDER");
   const std::string order = chosen == nullptr ? "forward" : chosen;
   std::mt19937 random(0);

@@ -35,8 +35,13 @@ Tensor faulty_sum(Tensor x, int64_t fault) {
   return sum;
 }
 
+int64_t launches(Tensor) { return cuda_on_host::launches; }
+
 } // namespace
 
-ATTNKERN_LIBRARY_IMPL(m) { m.impl("faulty_sum", TORCH_BOX(&faulty_sum)); }
+ATTNKERN_LIBRARY_IMPL(m) {
+  m.impl("faulty_sum", TORCH_BOX(&faulty_sum));
+  m.impl("launches", TORCH_BOX(&launches));
+}
 
 } // namespace attnkern

@@ -142,7 +142,8 @@ def _load(stem: str) -> str | None:
     """Load ``attnkern/<stem>.*.so``. Returns why it cannot be used, or None when it is loaded."""
     found = sorted(Path(__file__).parent.glob(f"{stem}.*so"))
     if not found:
-        return f"attnkern/{stem} is not built: run `pip install --no-build-isolation .` in the source tree"
+        needed = " where nvcc is found (else set CUDA_HOME)" if stem == "_C_cuda" else ""
+        return f"attnkern/{stem} is not built: run `pip install --no-build-isolation .` in the source tree{needed}"
     path = found[0]
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as image:
         if image.find(f"attnkern-schema:{HASH}".encode()) < 0:

@@ -2,7 +2,8 @@
 
 1 native        compiled CPU kernels and references
 2 interpreted   Triton kernels in Triton's interpreter, small shapes
-3 cuda          CUDA C++ kernels, run on the CPU under the host emulation
+3 ahead         Triton kernels compiled ahead of time for three GPUs, resources and spills
+4 cuda          CUDA C++: the built library and its resources; kernels run on the CPU under the host emulation
 """
 
 import os
@@ -14,13 +15,15 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CUDA = ["test_cuda_on_host.py"]
+CUDA = ["test_cuda_build.py", "test_cuda_on_host.py"]
+AHEAD = ["test_triton_aot.py"]
 INTERPRETED = ["test_window.py", "test_quantize.py", "test_pool.py"]
-EVERYTHING_ELSE = sorted({path.name for path in HERE.glob("test_*.py")} - set(CUDA))
+EVERYTHING_ELSE = sorted({path.name for path in HERE.glob("test_*.py")} - set(CUDA + AHEAD))
 
 LANES = {
     "native": (EVERYTHING_ELSE, {"ATTNKERN_TEST_BACKENDS": "native,reference"}),
     "interpreted": (INTERPRETED, {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1"}),
+    "ahead": (AHEAD, {}),
     "cuda": (CUDA, {}),
 }
 

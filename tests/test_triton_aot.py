@@ -108,7 +108,7 @@ RUNS = {
 
 class Cubin(NamedTuple):
     registers: int
-    stack: int  #: bytes, spilled registers among them
+    stack: int  #: bytes that something is stored to, spilled registers among them
     shared: int  #: bytes
     loads: list  #: widths in bits of the loads from global memory
 
@@ -122,7 +122,7 @@ POINTERS = {FLOAT: "*fp32", HALF: "*bf16", torch.float16: "*fp16", torch.int64: 
 
 def source(launch):
     """What Triton's just-in-time compiler would make of the arguments: types, constants, divisibility by 16."""
-    values = dict(zip(launch.kernel.arg_names, launch.arguments)) | launch.options
+    values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.options
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, values[parameter.name]
@@ -156,7 +156,9 @@ def cubin(launch, capability, folder):
         path = folder / f"{launch.name}.cubin"
         path.write_bytes(compiled.asm["cubin"])
         registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage", path)).groups()
-        loads = re.findall(r"\bLDG\.E(?:\.(U?\d+))?[\w.]*", tool("nvdisasm", "-c", path))
+        code = tool("nvdisasm", "-c", path)
+        stack = stack if "STL" in code else 0  # capability 10.0 reserves some for calls that are never made
+        loads = re.findall(r"\bLDG\.E(?:\.(U?\d+))?[\w.]*", code)
         widths = [int(width.strip("U")) if width else 32 for width in loads]
         _compiled[key] = Cubin(int(registers), int(stack), compiled.metadata.shared, widths)
     return _compiled[key]

@@ -364,7 +364,7 @@ def _launch_parts(a, anchors, values, indices):
     parts = _Sums.empty(a, (programs,), q, torch.int32)
     launch(
         _quantize_fwd_kernel, programs, a, anchors, values, indices, *parts, size, q,
-        BLOCK_P=_PART, **_blocks(_PART, q),
+        BLOCK_P=_PART, **_blocks(_PART, q), num_warps=8,
     )  # fmt: skip
     return parts
 

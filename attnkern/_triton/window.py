@@ -133,7 +133,6 @@ def _window_fwd_kernel(
     p = first_p + tl.arange(0, BLOCK_P)
     frame = _frame(rectangle, n)
     position = p % HW if FOLD > 1 else p
-    z, _, _, _, _, _ = _log_window(position, frame, H, W, scale, row, column)
     if RESCALE:
         s = tl.arange(0, BLOCK_S)
         if chunks is None:
@@ -157,6 +156,8 @@ def _window_fwd_kernel(
                 sums = tl.sum(weight[:, None] * tl.load(chunks + s[:, None] * 8 + k[None, :], mask, other=0.0), 0)
             row8 = tl.where(k == 0, largest, tl.where(k == 1, total, sums / total))
             tl.store(stats + n * 7 + k, row8, k < 7)
+    z, _, _, _, _, _ = _log_window(position, frame, H, W, scale, row, column)
+    if RESCALE:
         f = tl.exp(z - largest) * (HW / total)
     else:
         f = tl.exp(z)

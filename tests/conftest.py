@@ -1,7 +1,8 @@
 """Backends and device of a test run, and uninitialised memory that shows.
 
 ATTNKERN_TEST_BACKENDS (comma-separated) names the backends that this run is about: one that is missing fails the run
-instead of vanishing from it. Without it, all that can run here are tested.
+instead of vanishing from it. Without it, all that can run here are tested. With ATTNKERN_TEST_CUDA_ON_HOST=1 the CUDA
+kernels under the host emulation stand in for the native ones.
 """
 
 import os
@@ -23,6 +24,12 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 def missing(name, dtype=torch.float32):
     return _backend.reason(name, DEVICE, dtype)
 
+
+if os.environ.get("ATTNKERN_TEST_CUDA_ON_HOST") == "1":
+    import cuda_on_host
+
+    cuda_on_host.load()
+    _ops.BACKENDS["native"] = _ops._Handles("attnkern_host")
 
 _asked = os.environ.get("ATTNKERN_TEST_BACKENDS")
 BACKENDS = _asked.split(",") if _asked else [name for name in _backend.NAMES if missing(name) is None]

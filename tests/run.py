@@ -17,14 +17,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CUDA = ["test_cuda_build.py", "test_cuda_on_host.py"]
 AHEAD = ["test_triton_aot.py"]
-INTERPRETED = ["test_window.py", "test_quantize.py", "test_pool.py"]
+OPS = ["test_ops.py", "test_window.py", "test_quantize.py", "test_pool.py", "test_promises.py"]
 EVERYTHING_ELSE = sorted({path.name for path in HERE.glob("test_*.py")} - set(CUDA + AHEAD))
 
 LANES = {
     "native": (EVERYTHING_ELSE, {"ATTNKERN_TEST_BACKENDS": "native,reference"}),
-    "interpreted": (INTERPRETED, {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1"}),
+    "interpreted": (OPS, {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1"}),
     "ahead": (AHEAD, {}),
-    "cuda": (CUDA, {}),
+    "cuda": (CUDA + OPS, {"ATTNKERN_TEST_BACKENDS": "native", "ATTNKERN_TEST_CUDA_ON_HOST": "1"}),
 }
 
 

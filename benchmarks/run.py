@@ -201,7 +201,7 @@ def plot(rows: list[dict], path: Path) -> None:
         axes.barh(places, values, height, label=name)
     axes.axvline(1, color=grey, linewidth=1)
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(chosen))], [row["case"] for row in chosen], fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(chosen) - 0.1, -0.3)
     axes.set_xlabel("times faster than eager PyTorch, forward and backward")
     for item in (axes.xaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):
         item.set_color(grey)

@@ -11,6 +11,8 @@ compatibility_pool        softmax compatibility pooling                         
 ========================  ======================================================  ==============================
 """
 
+import importlib
+
 from attnkern._backend import use_backend
 from attnkern._version import __version__
 from attnkern.pool import CompatibilityPooled, compatibility_pool
@@ -31,3 +33,16 @@ __all__ = [
     "window_attention",
     "window_map",
 ]
+
+_SUBMODULES = ("models", "nn", "reference", "testing", "training")
+
+
+def __getattr__(name: str):
+    """Submodules on first use: networks and training bring torchvision and scikit-learn along."""
+    if name in _SUBMODULES:
+        return importlib.import_module(f"attnkern.{name}")
+    raise AttributeError(f"module 'attnkern' has no attribute {name!r}")
+
+
+def __dir__():
+    return [*__all__, *_SUBMODULES]

@@ -12,6 +12,7 @@ from attnkern import _backend, _ops
 
 def info() -> str:
     """Versions, what is available here, and for each backend that is not, why and how to get it."""
+
     def version(package):
         try:
             return metadata.version(package)

@@ -26,7 +26,7 @@ from attnkern import (
 )
 from attnkern._common import check_positions, check_shape, check_tensor
 from attnkern._ops import wide
-from attnkern.reference import _modulate
+from attnkern.reference import modulate
 
 __all__ = [
     "AnchorQuantizer",
@@ -133,7 +133,7 @@ class WindowAttention(nn.Module):
             output, map = window_attention(x, rectangle, scale=self.scale, rescale=self.rescale, residual=self.residual)
         else:
             map = self.map(window_map(rectangle, x.shape[2:], scale=self.scale, rescale=self.rescale))
-            output = _modulate(x, map[:, None], self.residual)
+            output = modulate(x, map[:, None], self.residual)
         return (output, map) if return_map else output
 
 
@@ -170,7 +170,7 @@ class PositionwiseAttention(nn.Module):
         """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W)."""
         _check_features("PositionwiseAttention", x, self.channels)
         map = self.map(_widened(self.head(x)).squeeze(1).sigmoid())
-        output = _modulate(x, map[:, None], residual=True)
+        output = modulate(x, map[:, None], residual=True)
         return (output, map) if return_map else output
 
 
@@ -210,7 +210,7 @@ class AnchorQuantizer(nn.Module):
         if not _untouched(self.map):
             quantized = self(a)
             map = quantized.values
-            return AnchorAttended(_modulate(x, map if map.dim() == 4 else map[:, None], residual), *quantized)
+            return AnchorAttended(modulate(x, map if map.dim() == 4 else map[:, None], residual), *quantized)
         attended = anchor_attention(x, a, _widened(self.anchors), residual=residual, reduction=self.reduction)
         self._count(attended.counts)
         return attended
@@ -282,13 +282,13 @@ class BottleneckAttention(nn.Module):
                 a = mean + std * torch.randn_like(std)
         if self.quantizer is None:
             map = self.map(a)
-            output, losses = _modulate(x, map[:, None], residual=True), (a.new_zeros(()), a.new_zeros(()))
+            output, losses = modulate(x, map[:, None], residual=True), (a.new_zeros(()), a.new_zeros(()))
         elif _untouched(self.map) and _untouched(self.quantizer, AnchorQuantizer):
             output, map, _, *losses, _ = self.quantizer.attend(x, a)
         else:
             values, _, *losses, _ = self.quantizer(a)
             map = self.map(values)
-            output = _modulate(x, map[:, None], residual=True)
+            output = modulate(x, map[:, None], residual=True)
         return BottleneckAttended(output, map, mean, std, *losses)
 
 
@@ -404,5 +404,5 @@ class ProgressiveAttention(nn.Module):
         """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W)."""
         _check_features("ProgressiveAttention", x, self.channels)
         map = self.map(_widened(self.score(x)).squeeze(1).sigmoid())
-        output = _modulate(x, map[:, None], residual=False)
+        output = modulate(x, map[:, None], residual=False)
         return (output, map) if return_map else output

@@ -52,10 +52,10 @@ def window_map(rectangle, size, *, scale=6.0, rescale=True, aspect=False):
 def window_attention(x, rectangle, *, scale=6.0, rescale=True, residual=True, aspect=False):
     dtype = wide(x.dtype)
     map = window_map(rectangle.to(dtype), x.shape[2:], scale=scale, rescale=rescale, aspect=aspect)
-    return _modulate(x, map[:, None], residual), map
+    return modulate(x, map[:, None], residual), map
 
 
-def _modulate(x, map, residual):
+def modulate(x, map, residual):
     """x + map·x, or map·x."""
     wide_x = x.to(map.dtype)
     output = wide_x * map
@@ -121,7 +121,7 @@ def anchor_quantize(a, anchors, *, reduction="mean"):
 def anchor_attention(x, a, anchors, *, residual=True, reduction="mean"):
     values, *rest = _quantize(a, anchors, wide(x.dtype), reduction)
     map = values if values.dim() == 4 else values[:, None]
-    return (_modulate(x, map, residual), values.to(a.dtype), *rest)
+    return (modulate(x, map, residual), values.to(a.dtype), *rest)
 
 
 def compatibility_pool(local, query):

@@ -102,6 +102,21 @@ def test_the_environment_chooses_and_a_wrong_name_is_refused():
         python(code, ATTNKERN_BACKEND="fastest")
 
 
+def test_submodules_come_on_first_use():
+    code = """
+import attnkern, sys
+assert "torchvision" not in sys.modules and "models" in dir(attnkern)
+print(attnkern.models.list_models("vgg_att*"), attnkern.nn.AnchorQuantizer.__name__)
+try:
+    attnkern.unknown
+except AttributeError as error:
+    print(error)
+"""
+    assert python(code).splitlines() == [
+        "['vgg_att2_concat_pc'] AnchorQuantizer", "module 'attnkern' has no attribute 'unknown'"
+    ]  # fmt: skip
+
+
 # --- what import costs and touches -----------------------------------------------------------------------------------
 
 

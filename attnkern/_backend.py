@@ -73,20 +73,22 @@ def reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why backend ``name`` cannot run tensors of ``dtype`` on ``device``; None when it can."""
     if name == "reference":
         return None
+    kind = device.type
     if name == "native":
-        missing = _ops.NATIVE_REASON.get(device.type, f"it has kernels for cpu and cuda, not for {device.type}")
+        known = kind in _ops.NATIVE_REASON
+        missing = _ops.NATIVE_REASON[kind] if known else f"it has kernels for cpu and cuda, not for {kind}"
     elif not _TRITON_FOUND:
         missing = "Triton is not installed: pip install triton"
     elif dtype == torch.float64:
         missing = "its kernels compute in float32 and do not take float64"
-    elif device.type == "cpu" and not _ops.TRITON_INTERPRETS:
+    elif kind == "cpu" and not _ops.TRITON_INTERPRETS:
         missing = "it needs CUDA tensors (on a CPU only TRITON_INTERPRET=1, set before the start, runs it)"
-    elif device.type not in ("cpu", "cuda"):
-        missing = f"it has kernels for cuda, not for {device.type}"
+    elif kind not in ("cpu", "cuda"):
+        missing = f"it has kernels for cuda, not for {kind}"
     else:
         missing = None
     # The device is not asked while compiling: what is traced must not depend on the machine that traces it.
-    if missing is None and device.type == "cuda" and not torch.compiler.is_compiling():
+    if missing is None and kind == "cuda" and not torch.compiler.is_compiling():
         capability = _capability(torch.cuda.current_device() if device.index is None else device.index)
         if capability < _LOWEST_CAPABILITY[name]:
             missing = "it needs compute capability {}.{}, {} has {}.{}".format(

@@ -28,7 +28,7 @@ def check_shape(where: str, name: str, tensor: torch.Tensor, expected: str, ok: 
 
 def check_positions(where: str, name: str, sizes) -> None:
     """Raise ValueError when a map of these sizes has no position."""
-    if any(size == 0 for size in sizes):
+    if 0 in sizes:
         raise ValueError(f"{where}: {name} must have at least one position, got a map of size {tuple(sizes)}")
 
 

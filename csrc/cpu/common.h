@@ -12,16 +12,11 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include "cpu/isa.h"
 #include "elementary.h"
 
 namespace attnkern {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // --- storage types; arithmetic happens in Wide<T> ---
 
@@ -65,6 +60,12 @@ template <typename T> ATTNKERN_INLINE T narrow(Wide<T> x) {
   }
 }
 
+} // namespace attnkern
+
+#include "tensors.h"
+
+namespace attnkern {
+
 // --- features ---
 
 // (N, C, positions), positions or channels innermost.
@@ -100,60 +101,7 @@ template <typename Body> void parallel(int64_t count, int64_t cost, const Body& 
   });
 }
 
-// --- tensors ---
-
-template <typename T> constexpr ScalarType scalar_type() {
-  if constexpr (std::is_same_v<T, double>)
-    return ScalarType::Double;
-  else if constexpr (std::is_same_v<T, float>)
-    return ScalarType::Float;
-  else if constexpr (std::is_same_v<T, BFloat16>)
-    return ScalarType::BFloat16;
-  else if constexpr (std::is_same_v<T, Half>)
-    return ScalarType::Half;
-  else
-    return ScalarType::Long;
-}
-
-template <typename T> const T* data(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
-template <typename T> const T* data(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? data<T>(*tensor) : nullptr;
-}
-template <typename T> T* mutable_data(const Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); }
-
-template <typename T> Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, scalar_type<T>());
-}
-template <typename T> Tensor empty_like(const Tensor& like) {
-  return torch::stable::new_empty(like, like.sizes(), scalar_type<T>());
-}
-
-// The gradient of features: like them, or (0,) when nobody asked for it.
-template <typename T> Tensor features_grad(const Tensor& x, bool needed) {
-  return needed ? torch::stable::empty_like(x) : empty<T>(x, {0});
-}
-
-// Calls body(T{}) with the storage type of a dtype.
-template <typename Body> auto dispatch(ScalarType type, const Body& body) {
-  switch (type) {
-  case ScalarType::Float:
-    return body(float{});
-  case ScalarType::Double:
-    return body(double{});
-  case ScalarType::BFloat16:
-    return body(BFloat16{});
-  case ScalarType::Half:
-    return body(Half{});
-  default:
-    STD_TORCH_CHECK(false, "attnkern: features must be float32, float64, bfloat16 or float16");
-    return body(float{});
-  }
-}
-
-// Calls body(A{}) with the accumulation type of a dtype.
-template <typename Body> auto dispatch_wide(ScalarType type, const Body& body) {
-  return type == ScalarType::Double ? body(double{}) : body(float{});
-}
+// --- companions ---
 
 // A companion of the features (rectangle, anchors, query, a map) widened to A.
 template <typename A> std::vector<A> widened(const Tensor& tensor) {
@@ -170,7 +118,7 @@ template <typename A> std::vector<A> widened(const Tensor& tensor) {
 template <typename A> Tensor narrowed(const Tensor& like, const std::vector<A>& values) {
   return dispatch(like.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    Tensor tensor = torch::stable::empty_like(like);
+    Tensor tensor = empty_same(like);
     T* to = mutable_data<T>(tensor);
     for (size_t i = 0; i < values.size(); ++i)
       to[i] = narrow<T>(static_cast<Wide<T>>(values[i]));

@@ -259,8 +259,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_fwd(Tensor local, Tensor query) 
     for (int64_t i = 2; i < local.dim(); ++i)
       sizes.push_back(local.size(i));
     Tensor pooled = empty<T>(local, {local.size(0), local.size(1)});
-    Tensor attention = torch::stable::new_empty(local, {sizes.data(), sizes.size()}, scalar_type<A>());
-    Tensor scores = torch::stable::empty_like(attention);
+    Tensor attention = empty<A>(local, {sizes.data(), sizes.size()});
+    Tensor scores = empty_same(attention);
     Tensor pooled_wide = rounds ? empty_like<A>(pooled) : empty<A>(local, {0});
     ATTNKERN_BY_ISA(pool_forward<T>, tiles, data<T>(local), widened<A>(query), mutable_data<T>(pooled),
                     mutable_data<A>(attention), mutable_data<A>(scores),

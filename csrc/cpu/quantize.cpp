@@ -167,7 +167,7 @@ template <typename A> struct Quantized {
 };
 
 template <typename A> Quantized<A> quantized(const Tensor& a, const Tensor& anchors, bool keep_wide) {
-  Quantized<A> q{torch::stable::empty_like(a), empty_like<int64_t>(a), empty<A>(a, {}), empty_like<int64_t>(anchors),
+  Quantized<A> q{empty_same(a), empty_like<int64_t>(a), empty<A>(a, {}), empty_like<int64_t>(anchors),
                  empty_like<A>(anchors),       nullptr,               {}};
   const Anchors<A> table(widened<A>(anchors));
   dispatch(a.scalar_type(), [&](auto t) {
@@ -196,7 +196,7 @@ std::tuple<Tensor, Tensor> gradients(const std::optional<Tensor>& grad_values,
                                      const std::optional<Tensor>& grad_commitment_loss, const Tensor& a,
                                      const Tensor& anchors, const Tensor& indices, const Tensor& residuals,
                                      int64_t divisor, const A* through) {
-  Tensor grad_a = torch::stable::empty_like(a);
+  Tensor grad_a = empty_same(a);
   dispatch(a.scalar_type(), [&](auto t) {
     using T = decltype(t);
     ATTNKERN_BY_ISA(quantize_backward, data<T>(a), widened<A>(anchors), data<int64_t>(indices), a.numel(),
@@ -231,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, 
                                                                       bool residual) {
   return dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    Tensor output = torch::stable::empty_like(x);
+    Tensor output = empty_same(x);
     const auto q = quantized<Wide<T>>(a, anchors, true);
     ATTNKERN_BY_ISA(modulate<T>, Shape(x), data<T>(x), q.wide_values, residual, mutable_data<T>(output));
     return std::tuple(output, q.values, q.indices, q.loss, q.counts, q.residuals);

@@ -199,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> window_fwd(Tensor x, Tensor rectangle, double
     using T = decltype(t);
     using A = Wide<T>;
     const Windows<A> windows(rectangle, x.size(2), x.size(3), scale, rescale, aspect);
-    Tensor output = torch::stable::empty_like(x);
+    Tensor output = empty_same(x);
     Tensor map = empty<A>(x, {windows.images(), windows.height, windows.width});
     Tensor stats = empty<A>(x, {windows.images(), rescale ? kStats : 0});
     ATTNKERN_BY_ISA(window_maps<A>, windows, mutable_data<A>(map), mutable_data<A>(stats));

@@ -26,8 +26,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include "elementary.h"
 
@@ -41,9 +39,6 @@
 #endif
 
 namespace attnkern {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
@@ -70,20 +65,11 @@ template <typename T> ATTNKERN_DEVICE T narrow(Wide<T> x) {
     return x;
 }
 
-template <typename T> constexpr ScalarType scalar_type() {
-  if constexpr (std::is_same_v<T, double>)
-    return ScalarType::Double;
-  else if constexpr (std::is_same_v<T, float>)
-    return ScalarType::Float;
-  else if constexpr (std::is_same_v<T, BFloat16>)
-    return ScalarType::BFloat16;
-  else if constexpr (std::is_same_v<T, Half>)
-    return ScalarType::Half;
-  else if constexpr (std::is_same_v<T, int32_t>)
-    return ScalarType::Int;
-  else
-    return ScalarType::Long;
-}
+} // namespace attnkern
+
+#include "tensors.h"
+
+namespace attnkern {
 
 // Small tensors beside the features (rectangle, anchors, query, a, scalars): their dtype is looked at per access, so
 // that it does not multiply the kernels. Absent tensors have no pointer.
@@ -250,48 +236,6 @@ struct Shape {
   }
   ATTNKERN_INLINE int64_t image_size() const { return channels * positions; }
 };
-
-// --- tensors ---
-
-template <typename T> const T* data(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
-template <typename T> const T* data(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? data<T>(*tensor) : nullptr;
-}
-template <typename T> T* mutable_data(const Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); }
-
-template <typename T> Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, scalar_type<T>());
-}
-template <typename T> Tensor empty_like(const Tensor& like) {
-  return torch::stable::new_empty(like, like.sizes(), scalar_type<T>());
-}
-
-// The gradient of features: like them, or (0,) when nobody asked for it.
-template <typename T> Tensor features_grad(const Tensor& x, bool needed) {
-  return needed ? torch::stable::empty_like(x) : empty<T>(x, {0});
-}
-
-// Calls body(T{}) with the storage type of a dtype.
-template <typename Body> auto dispatch(ScalarType type, const Body& body) {
-  switch (type) {
-  case ScalarType::Float:
-    return body(float{});
-  case ScalarType::Double:
-    return body(double{});
-  case ScalarType::BFloat16:
-    return body(BFloat16{});
-  case ScalarType::Half:
-    return body(Half{});
-  default:
-    STD_TORCH_CHECK(false, "attnkern: features must be float32, float64, bfloat16 or float16");
-    return body(float{});
-  }
-}
-
-// Calls body(A{}) with the accumulation type of a dtype.
-template <typename Body> auto dispatch_wide(ScalarType type, const Body& body) {
-  return type == ScalarType::Double ? body(double{}) : body(float{});
-}
 
 // --- launches ---
 

@@ -610,7 +610,7 @@ std::tuple<Tensor, Tensor> pool_bwd(std::optional<Tensor> grad_pooled, std::opti
     const Shape shape(local);
     const Tiling tiling(shape, kVector<T>);
     Tensor grad_local = features_grad<T>(local, need_grad_local);
-    Tensor grad_query = torch::stable::empty_like(query);
+    Tensor grad_query = empty_same(query);
     if (shape.images == 0 || shape.channels == 0)
       return std::tuple(grad_local, torch::stable::zero_(grad_query));
     const bool shared_query = query.dim() == 1, direct = tiling.splits == 1 && (!shared_query || shape.images == 1);

@@ -370,7 +370,7 @@ template <typename A> struct Quantized {
   Quantization<A> q;
 
   Quantized(const Tensor& a, const Tensor& anchors)
-      : values(torch::stable::empty_like(a)), indices(empty_like<int64_t>(a)), loss(empty<A>(a, {})),
+      : values(empty_same(a)), indices(empty_like<int64_t>(a)), loss(empty<A>(a, {})),
         counts(empty_like<int64_t>(anchors)), residuals(empty_like<A>(anchors)), q(make(a, anchors)) {}
   size_t shared_bytes() const { return q.scratch.fits_shared() ? q.scratch.bytes() : 0; }
 
@@ -423,7 +423,7 @@ std::tuple<Tensor, Tensor> quantize_bwd(std::optional<Tensor> grad_values, std::
                                         Tensor indices, Tensor residuals, int64_t divisor) {
   return dispatch_wide(residuals.scalar_type(), [&](auto wide) {
     using A = decltype(wide);
-    Tensor grad_a = torch::stable::empty_like(a), grad_anchors = torch::stable::empty_like(anchors);
+    Tensor grad_a = empty_same(a), grad_anchors = empty_same(anchors);
     launch_backward(Queue(a),
                     make_gradients<A>(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors, indices,
                                       residuals, divisor, grad_a, grad_anchors),
@@ -439,7 +439,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, 
     using A = Wide<T>;
     const Queue queue(x);
     const Quantized<A> out(a, anchors);
-    Tensor output = torch::stable::empty_like(x);
+    Tensor output = empty_same(x);
     const auto tiling = Tiling::of<T>(Shape(x), data<T>(x), data<T>(output));
     // Few elements and anchors: one block quantizes them all while every tile looks up its own.
     const bool one_launch = out.q.blocks == 1 && 2 * out.q.scratch.slots <= kShared<A>;
@@ -462,7 +462,7 @@ std::tuple<Tensor, Tensor, Tensor> anchor_bwd(Tensor grad_output, std::optional<
     using A = Wide<T>;
     const Queue queue(x);
     Tensor grad_x = features_grad<T>(x, need_grad_x);
-    Tensor grad_a = torch::stable::empty_like(a), grad_anchors = torch::stable::empty_like(anchors);
+    Tensor grad_a = empty_same(a), grad_anchors = empty_same(anchors);
     T* to = need_grad_x ? mutable_data<T>(grad_x) : nullptr;
     const auto tiling = Tiling::of<T>(Shape(x), data<T>(grad_output), data<T>(x), to);
     const auto gradients = make_gradients<A>(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors, indices,

@@ -282,7 +282,7 @@ Tensor window_map_bwd(Tensor grad_map, Tensor rectangle, Tensor stats, double sc
   return dispatch_wide(grad_map.scalar_type(), [&](auto a) {
     using A = decltype(a);
     const int64_t height = grad_map.size(1), width = grad_map.size(2);
-    Tensor grad_rectangle = torch::stable::empty_like(rectangle);
+    Tensor grad_rectangle = empty_same(rectangle);
     backward<A>(rectangle, {rectangle, height, width, scale, rescale, aspect},
                 Shape(rectangle.size(0), 0, height * width), nullptr, data<A>(grad_map), nullptr, stats, false, nullptr,
                 grad_rectangle);
@@ -295,7 +295,7 @@ std::tuple<Tensor, Tensor, Tensor> window_fwd(Tensor x, Tensor rectangle, double
   return dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = Wide<T>;
-    Tensor output = torch::stable::empty_like(x);
+    Tensor output = empty_same(x);
     Tensor map = empty<A>(x, {x.size(0), x.size(2), x.size(3)});
     Tensor stats = empty<A>(x, {x.size(0), rescale ? kStats : 0});
     forward<T>(x, {rectangle, x.size(2), x.size(3), scale, rescale, aspect}, Shape(x), data<T>(x), residual,
@@ -309,7 +309,7 @@ std::tuple<Tensor, Tensor> window_bwd(Tensor grad_output, std::optional<Tensor> 
                                       bool need_grad_x) {
   return dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    Tensor grad_x = features_grad<T>(x, need_grad_x), grad_rectangle = torch::stable::empty_like(rectangle);
+    Tensor grad_x = features_grad<T>(x, need_grad_x), grad_rectangle = empty_same(rectangle);
     backward<T>(x, {rectangle, x.size(2), x.size(3), scale, rescale, aspect}, Shape(x), data<T>(grad_output),
                 data<Wide<T>>(grad_map), data<T>(x), stats, residual, need_grad_x ? mutable_data<T>(grad_x) : nullptr,
                 grad_rectangle);

@@ -1,0 +1,102 @@
+// Tensors of the stable ABI, for the host code of both devices: their data, new ones, and dispatch by dtype. Included
+// where Half and BFloat16 are known, the storage types of the device.
+#pragma once
+
+#include <initializer_list>
+#include <optional>
+#include <type_traits>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace attnkern {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename T> constexpr ScalarType scalar_type() {
+  if constexpr (std::is_same_v<T, double>)
+    return ScalarType::Double;
+  else if constexpr (std::is_same_v<T, float>)
+    return ScalarType::Float;
+  else if constexpr (std::is_same_v<T, BFloat16>)
+    return ScalarType::BFloat16;
+  else if constexpr (std::is_same_v<T, Half>)
+    return ScalarType::Half;
+  else if constexpr (std::is_same_v<T, int32_t>)
+    return ScalarType::Int;
+  else
+    return ScalarType::Long;
+}
+
+template <typename T> const T* data(const Tensor& tensor) { return static_cast<const T*>(tensor.const_data_ptr()); }
+template <typename T> const T* data(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? data<T>(*tensor) : nullptr;
+}
+template <typename T> T* mutable_data(const Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); }
+
+// Uninitialised, on the device of `like`. Straight to the allocator: an operator's way through the dispatcher takes
+// longer than a kernel on a small map.
+inline Tensor empty_strided(const Tensor& like, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                            ScalarType type) {
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle made;
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, code, device_type, device_index, &made));
+  return Tensor(made);
+}
+
+// Contiguous.
+template <typename T> Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  constexpr int64_t kMostDimensions = 64;
+  const int64_t dim = sizes.size();
+  STD_TORCH_CHECK(dim <= kMostDimensions, "attnkern: at most 64 dimensions");
+  int64_t strides[kMostDimensions], stride = 1;
+  for (int64_t i = dim - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  return empty_strided(like, dim, sizes.data(), strides, scalar_type<T>());
+}
+template <typename T> Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return empty<T>(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()));
+}
+template <typename T> Tensor empty_like(const Tensor& like) { return empty<T>(like, like.sizes()); }
+
+// As dense as `like`, in its layout and dtype.
+inline Tensor empty_same(const Tensor& like) {
+  return empty_strided(like, like.dim(), like.sizes().data(), like.strides().data(), like.scalar_type());
+}
+
+// The gradient of features: like them, or (0,) when nobody asked for it.
+template <typename T> Tensor features_grad(const Tensor& x, bool needed) {
+  return needed ? empty_same(x) : empty<T>(x, {0});
+}
+
+// Calls body(T{}) with the storage type of a dtype.
+template <typename Body> auto dispatch(ScalarType type, const Body& body) {
+  switch (type) {
+  case ScalarType::Float:
+    return body(float{});
+  case ScalarType::Double:
+    return body(double{});
+  case ScalarType::BFloat16:
+    return body(BFloat16{});
+  case ScalarType::Half:
+    return body(Half{});
+  default:
+    STD_TORCH_CHECK(false, "attnkern: features must be float32, float64, bfloat16 or float16");
+    return body(float{});
+  }
+}
+
+// Calls body(A{}) with the accumulation type of a dtype.
+template <typename Body> auto dispatch_wide(ScalarType type, const Body& body) {
+  return type == ScalarType::Double ? body(double{}) : body(float{});
+}
+
+} // namespace attnkern

@@ -1,5 +1,7 @@
 """What is measured: ops and training steps, and who competes in each. One source for run.py and pytest-benchmark."""
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -10,6 +12,8 @@ import attnkern
 from attnkern.testing import OPS, available_backends, make_inputs, output_gradients
 
 PASSES = ("forward", "forward+backward")
+#: forward+backward with the compiled competitor tuned at length: last, because that takes minutes
+AUTOTUNED = "forward+backward, max-autotune"
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,12 @@ class Case:
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
+    anchors: int = 20
 
     def __str__(self):
         size = "x".join(map(str, self.shape))
-        return f"{self.op} {size} {str(self.dtype).split('.')[-1]} {self.layout}"
+        many = "" if self.anchors == 20 else f" Q={self.anchors}"
+        return f"{self.op} {size} {str(self.dtype).split('.')[-1]} {self.layout}{many}"
 
     def bytes(self, which: str) -> int:
         """Bytes that the pass must move: features read and written once."""
@@ -32,31 +38,51 @@ class Case:
         return features * (forward if which == "forward" else forward + backward)
 
 
-CPU_CASES = [
-    *(
-        Case(op, shape, layout=layout)
-        for shape in ((32, 512, 7, 7), (32, 512, 14, 14), (32, 256, 32, 32))
-        for op in ("window_attention", "compatibility_pool", "anchor_attention")
-        for layout in ("contiguous", "channels_last")
-    ),
-    Case("anchor_quantize", (128, 1, 16, 16)),
-]
+FEATURE_OPS = ("window_attention", "compatibility_pool", "anchor_attention")
+_LAYOUTS = ("contiguous", "channels_last")
 
-#: Most valuable first.
+
+def _grid(shapes, dtypes=(torch.float32,), layouts=_LAYOUTS):
+    return [
+        Case(op, shape, dtype, layout)
+        for dtype, layout, shape, op in itertools.product(dtypes, layouts, shapes, FEATURE_OPS)
+    ]
+
+
+_QUANTIZED = [Case("anchor_quantize", (128, 1, 16, 16))]
+CPU_CASES = _grid([(32, 512, 7, 7), (32, 512, 14, 14), (32, 256, 32, 32)]) + _QUANTIZED
+
 _GPU_SHAPES = [
     (32, 256, 56, 56), (64, 512, 32, 32), (32, 512, 14, 14), (32, 2048, 7, 7), (32, 64, 128, 128),
     (128, 512, 8, 8), (32, 512, 28, 28), (256, 320, 10, 10), (32, 960, 10, 10),
 ]  # fmt: skip
-GPU_CASES = [
-    *(Case("anchor_quantize", shape) for shape in ((128, 1, 16, 16), (32, 1, 56, 56))),
-    *(
-        Case(op, shape, dtype, layout)
-        for shape in _GPU_SHAPES
-        for dtype in (torch.bfloat16, torch.float32)
-        for op in ("window_attention", "compatibility_pool", "anchor_attention")
-        for layout in ("contiguous", "channels_last")
-    ),
+_QUANTIZED += [
+    Case("anchor_quantize", shape, anchors=anchors)
+    for shape, anchors in (((32, 1, 56, 56), 20), ((128, 1, 16, 16), 50), ((32, 1, 56, 56), 50))
 ]
+#: Most valuable first.
+GPU_CASES = [
+    *_QUANTIZED,
+    *_grid(_GPU_SHAPES, (torch.bfloat16,), ("contiguous",)),
+    *_grid(_GPU_SHAPES, (torch.float32,), ("contiguous",)),
+    *_grid(_GPU_SHAPES, (torch.bfloat16, torch.float32), ("channels_last",)),
+]
+GPU_AUTOTUNED = _grid(_GPU_SHAPES[:2], (torch.bfloat16,), ("contiguous",))
+
+#: The GPU's shapes on a CPU, those of at most 64 MiB, and a single image.
+CPU_FULL_CASES = [
+    *_grid([shape for shape in _GPU_SHAPES if math.prod(shape) * 4 <= 2**26]),
+    *_grid([(1, 256, 56, 56)]),
+    *_grid([(32, 512, 14, 14)], (torch.bfloat16,)),
+    *_QUANTIZED,
+]
+
+#: Along each axis the others stay: (N, C, H, W).
+SCALING = {
+    "images": [(n, 256, 14, 14) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)],
+    "positions": [(8, 64, side, side) for side in (7, 14, 28, 56, 112, 224, 256)],
+    "channels": [(8, channels, 14, 14) for channels in (16, 32, 64, 128, 256, 512, 1024, 2048)],
+}
 
 #: The results whose gradients a training step sends back; side outputs get none.
 _USED = {
@@ -70,7 +96,7 @@ _USED = {
 def _inputs(case, device):
     inputs = make_inputs(case.op, case.shape, case.dtype, layout=case.layout, device=device)
     if "anchors" in inputs:
-        inputs["anchors"] = torch.linspace(0, 1, 20, device=device).to(inputs["anchors"].dtype)
+        inputs["anchors"] = torch.linspace(0, 1, case.anchors, device=device).to(inputs["anchors"].dtype)
     return inputs
 
 
@@ -81,12 +107,16 @@ def _sdpa(local, query):
     return attnkern.CompatibilityPooled(pooled, None, None)
 
 
-def competitors(case: Case, device: torch.device, compiled: bool = True) -> dict[str, Callable]:
-    """Functions of the op's inputs by name: literal formula in eager, compiled, other libraries, then our backends."""
+def competitors(case: Case, device: torch.device, compiled: bool | str = True) -> dict[str, Callable]:
+    """Functions of the op's inputs by name: literal formula in eager, compiled, other libraries, then our backends.
+
+    ``compiled`` may name a mode of torch.compile.
+    """
     literal = OPS[case.op].literal
     found = {"eager": literal}
     if compiled:
-        found["compile"] = torch.compile(literal, dynamic=False)
+        mode = compiled if isinstance(compiled, str) else None
+        found["compile"] = torch.compile(literal, dynamic=False, mode=mode)
     if case.op == "compatibility_pool":
         found["sdpa"] = _sdpa
     for backend in reversed(available_backends(device, case.dtype)):
@@ -94,7 +124,7 @@ def competitors(case: Case, device: torch.device, compiled: bool = True) -> dict
     return found
 
 
-def calls(case: Case, which: str, device: torch.device, compiled: bool = True) -> dict[str, Callable[[], None]]:
+def calls(case: Case, which: str, device: torch.device, compiled: bool | str = True) -> dict[str, Callable[[], None]]:
     """Ready calls of every competitor, each checked against the reference in float64 before it is returned."""
     inputs = _inputs(case, device)
     used = _USED[case.op]
@@ -169,3 +199,32 @@ def training_steps(name: str, device: torch.device) -> Iterator[tuple[str, Calla
                 torch.cuda.synchronize(device)
 
         yield backend, step
+
+
+class _Nothing(torch.autograd.Function):
+    """What PyTorch takes for any Function of two tensors."""
+
+    @staticmethod
+    def forward(ctx, x, companion):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def host_calls(device: torch.device) -> dict[str, dict[str, Callable[[], None]]]:
+    """Forward and backward of tiny tensors by op and backend, and of an empty Function: what a call costs the host."""
+    cases = [Case(op, (2, 8, 2, 2)) for op in FEATURE_OPS] + [Case("anchor_quantize", (2, 1, 2, 2))]
+    found = {}
+    for case in cases:
+        ready = calls(case, "forward+backward", device, compiled=False)
+        found[case.op] = {name: ready[name].body for name in ("eager", "native", "triton") if name in ready}
+    x, companion = (torch.zeros(2, 8, 2, 2, device=device, requires_grad=True) for _ in range(2))
+    grad = torch.ones_like(x)
+
+    def empty():
+        torch.autograd.grad(_Nothing.apply(x, companion), [x, companion], grad, allow_unused=True)
+
+    found["an empty autograd.Function"] = {"eager": empty}
+    return found

@@ -17,10 +17,11 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.report import RESULTS, STEP, write
+
 # glibc gives large blocks back to the kernel and takes them again at every call: keep them, for every competitor alike.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
-RESULTS = Path(__file__).parent / "results"
-BUDGET, FLUSHED_BUDGET = 2.0, 0.5  # seconds a case and pass
+BUDGET, FLUSHED_BUDGET = 1.5, 0.5  # seconds a case and pass
 TURN = 0.01  # seconds that a competitor is called in a row
 
 
@@ -111,46 +112,12 @@ def graph_times(ready: dict, device) -> dict[str, float]:
     return found
 
 
-def geometric_mean(values) -> float:
-    values = list(values)
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
-
-
 def shard(cases: list, text: str) -> list:
     """Every n-th case from the i-th: "1/3", "2/3", "3/3" cover all."""
     index, count = map(int, text.split("/"))
     if not 1 <= index <= count:
         raise ValueError(f"GPU_SHARD must be i/n with 1 <= i <= n, got {text!r}")
     return cases[index - 1 :: count]
-
-
-STEP = "training step"
-COLUMNS = ("eager", "compile", "sdpa", "reference", "native", "triton")
-
-
-def table(rows: list[dict]) -> str:
-    """Rows as aligned Markdown: milliseconds, and how many times faster the best of ours is."""
-    columns = [name for name in COLUMNS if any(name in row["ms"] for row in rows)]
-    ratios = [name for name in ("eager", "compile") if name in columns] or ["reference"]
-    head = ["case", "pass", *(f"{name} ms" for name in columns), *(f"× {name}" for name in ratios)]
-    lines = []
-    for row in rows:
-        times = [f"{row['ms'][name]:.3f}" if name in row["ms"] else "–" for name in columns]
-        faster = [f"{row['times'][name]:.2f}" if name in row["times"] else "–" for name in ratios]
-        lines.append([row["case"], row["pass"], *times, *faster])
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    rule = ["-" * width for width in widths]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in [head, rule, *lines]
-    )
-
-
-def tables(rows: list[dict]) -> str:
-    """Operators, then training steps."""
-    steps = [row for row in rows if row["pass"] == STEP]
-    parts = [[row for row in rows if row["pass"] != STEP], steps]
-    return "\n\n".join(table(part) for part in parts if part)
 
 
 def row_of(case: str, which: str, seconds: dict[str, float], **more) -> dict:
@@ -160,60 +127,6 @@ def row_of(case: str, which: str, seconds: dict[str, float], **more) -> dict:
         name: seconds[name] / best for name in ("eager", "compile", "sdpa", "reference") if name in seconds and ours
     }
     return {"case": case, "pass": which, "ms": {k: v * 1e3 for k, v in seconds.items()}, "times": times, **more}
-
-
-def verdict(rows: list[dict]) -> str:
-    """The targets of the CPU run, forward and backward in float32, as met or missed."""
-    chosen = [r for r in rows if r["pass"] == "forward+backward" and "compile" in r["times"]]
-    if not chosen:
-        return ""
-    eager = geometric_mean(r["times"]["eager"] for r in chosen)
-    compiled = geometric_mean(r["times"]["compile"] for r in chosen)
-    slowest = min(chosen, key=lambda r: r["times"]["compile"])
-    targets = [
-        (f"{eager:.2f} × eager by geometric mean", eager >= 3, "at least 3"),
-        (f"{compiled:.2f} × torch.compile by geometric mean", compiled >= 1.3, "at least 1.3"),
-        (
-            f"{slowest['times']['compile']:.2f} × torch.compile at the slowest, {slowest['case']}",
-            slowest["times"]["compile"] >= 1,
-            "at least 1",
-        ),
-    ]
-    lines = [f"- {'met' if ok else 'MISSED'}: {text} (target: {target})" for text, ok, target in targets]
-    return "\n".join(["Forward and backward, float32, both layouts:", *lines])
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """Speed over eager PyTorch, forward and backward, one group of bars a case; readable on light and dark."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    chosen = [row for row in rows if row["pass"] == "forward+backward" and "eager" in row["ms"]]
-    names = [name for name in COLUMNS[1:] if any(name in row["ms"] for row in chosen)]
-    grey = "#808080"
-    figure, axes = plt.subplots(figsize=(9, 0.45 * len(chosen) + 1.5))
-    height = 0.8 / len(names)
-    for k, name in enumerate(names):
-        places = [i + k * height for i, row in enumerate(chosen) if name in row["ms"]]
-        values = [row["ms"]["eager"] / row["ms"][name] for row in chosen if name in row["ms"]]
-        axes.barh(places, values, height, label=name)
-    axes.axvline(1, color=grey, linewidth=1)
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(chosen))], [row["case"] for row in chosen], fontsize=7)
-    axes.set_ylim(len(chosen) - 0.1, -0.3)
-    axes.set_xlabel("times faster than eager PyTorch, forward and backward")
-    for item in (axes.xaxis.label, *axes.get_xticklabels(), *axes.get_yticklabels()):
-        item.set_color(grey)
-    axes.tick_params(colors=grey)
-    for side in axes.spines.values():
-        side.set_color(grey)
-    legend = axes.legend(frameon=False)
-    for text in legend.get_texts():
-        text.set_color(grey)
-    figure.tight_layout()
-    figure.savefig(path, transparent=True)
-    plt.close(figure)
 
 
 class Store:
@@ -227,7 +140,10 @@ class Store:
         return any(row["case"] == case and row["pass"] == which for row in self.content["rows"])
 
     def add(self, row: dict) -> None:
-        self.content["rows"].append(row)
+        self.put("rows", [*self.content["rows"], row])
+
+    def put(self, key: str, value) -> None:
+        self.content[key] = value
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.content, indent=1) + "\n")
         partial.replace(self.path)
@@ -236,7 +152,7 @@ class Store:
 def measure(store: Store, device, cases: list, models: list[str], compiled: bool) -> None:
     import torch
 
-    from benchmarks.cases import PASSES, calls, training_steps
+    from benchmarks.cases import AUTOTUNED, GPU_AUTOTUNED, PASSES, calls, training_steps
 
     flush = None
     if device.type == "cuda":
@@ -247,6 +163,8 @@ def measure(store: Store, device, cases: list, models: list[str], compiled: bool
             torch.cuda.synchronize(device)
 
     work = [(case, which) for case in cases for which in PASSES] + [(name, STEP) for name in models]
+    if compiled:
+        work += [(case, AUTOTUNED) for case in cases if device.type == "cuda" and case in GPU_AUTOTUNED]
     began = time.monotonic()
     for done, (case, which) in enumerate(work):
         text = case if isinstance(case, str) else str(case)
@@ -259,7 +177,7 @@ def measure(store: Store, device, cases: list, models: list[str], compiled: bool
             store.add(row_of(text, which, seconds))
             continue
         torch._dynamo.reset()
-        ready = calls(case, which, device, compiled)
+        ready = calls(case, which, device, "max-autotune-no-cudagraphs" if which == AUTOTUNED else compiled)
         seconds = median_times(ready, BUDGET if flush is None else FLUSHED_BUDGET, flush)
         ours = min((seconds[name] for name in ("native", "triton") if name in seconds), default=math.nan)
         speed = case.bytes(which) / ours / 1e9
@@ -271,41 +189,67 @@ def measure(store: Store, device, cases: list, models: list[str], compiled: bool
     print("\r\033[K", end="", file=sys.stderr)
 
 
+def host_costs(device) -> dict[str, dict[str, float]]:
+    """Microseconds of the host for forward and backward on tiny tensors, by what is called and backend."""
+    from benchmarks.cases import host_calls
+
+    return {
+        what: {name: seconds * 1e6 for name, seconds in median_times(ready, 0.3).items()}
+        for what, ready in host_calls(device).items()
+    }
+
+
+def measure_scaling(store: Store, device) -> None:
+    """Forward and backward along one axis at a time, eager against ours."""
+    from benchmarks.cases import FEATURE_OPS, SCALING, Case, calls
+
+    for axis, shapes in SCALING.items():
+        for op in FEATURE_OPS:
+            for shape in shapes:
+                case = Case(op, shape)
+                print(f"\r\033[K{axis}: {case}", end="", file=sys.stderr, flush=True)
+                ready = calls(case, "forward+backward", device, compiled=False)
+                chosen = {name: ready[name] for name in ("eager", "native", "triton") if name in ready}
+                seconds = median_times(chosen, 0.5)
+                store.add(row_of(str(case), axis, seconds, op=op, bytes=case.bytes("forward+backward")))
+    print("\r\033[K", end="", file=sys.stderr)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", action="store_true", help="the GPU's cases, resumable")
+    parser.add_argument("--full", action="store_true", help="the GPU's shapes that fit, on the CPU, resumable")
+    parser.add_argument("--scaling", action="store_true", help="time against images, positions and channels")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     options = parser.parse_args()
 
     import torch
 
-    from benchmarks.cases import CPU_CASES, GPU_CASES, MODELS
+    from benchmarks.cases import CPU_CASES, CPU_FULL_CASES, GPU_CASES, MODELS
 
     torch.manual_seed(0)
     device = torch.device("cuda" if options.gpu else "cpu")
-    cases = shard(GPU_CASES, os.environ.get("GPU_SHARD", "1/1")) if options.gpu else CPU_CASES
+    piece = os.environ.get("GPU_SHARD", "1/1") if options.gpu else "1/1"
+    cases = shard(GPU_CASES, piece) if options.gpu else CPU_FULL_CASES if options.full else CPU_CASES
     cases = [case for case in cases if options.only in str(case)]
-    models = (
-        [name for name in MODELS if options.only in name] if os.environ.get("GPU_SHARD", "1/").startswith("1/") else []
-    )
+    first = piece.startswith("1/") and not options.full
     about = machine(device)
     about["copy_gb_per_s"] = copy_bandwidth(device)
+    suite = "scaling" if options.scaling else "full" if options.full else ""
     RESULTS.mkdir(exist_ok=True)
-    stem = re.sub(r"[^a-z0-9]+", "-", f"{about['machine']} {about['threads']} threads {about['date']}".lower()).strip(
-        "-"
-    )
-    store = Store(RESULTS / f"{stem}.json", about, resume=options.gpu)
-    measure(store, device, cases, models, not options.no_compile)
-    rows = store.content["rows"]
-    heading = (
-        f"{about['machine']}, {about['threads']} threads, torch {about['torch']}, {about['date']}; "
-        f"a copy moves {store.content['copy_gb_per_s']:.1f} GB/s"
-    )
-    text = "\n\n".join(filter(None, [heading, tables(rows), verdict(rows) if device.type == "cpu" else ""]))
-    print(text)
-    (RESULTS / f"{stem}.md").write_text(text + "\n")
-    plot(rows, RESULTS / f"{stem}.svg")
+    words = f"{about['machine']} {about['threads']} threads {about['date']} {suite}"
+    stem = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+    store = Store(RESULTS / f"{stem}.json", about | {"suite": suite}, resume=options.gpu or options.full)
+    if options.scaling:
+        measure_scaling(store, device)
+    else:
+        measure(
+            store, device, cases, [name for name in MODELS if first and options.only in name], not options.no_compile
+        )
+        if first:
+            store.put("host_us", host_costs(device))
+    print(write(store.path))
     print(f"\nwritten: benchmarks/results/{stem}.json, .md, .svg")
     return 0
 

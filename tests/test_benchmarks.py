@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import run
+from benchmarks import report, run
 from benchmarks.cases import CPU_CASES, GPU_CASES, PASSES, Case, calls
 
 ROWS = [
@@ -24,10 +24,10 @@ def test_shards_cover_every_case_once():
 
 def test_losses_stay_in_the_table():
     assert [row["times"]["compile"] for row in ROWS] == [pytest.approx(3), pytest.approx(0.5)]
-    text = run.table(ROWS)
+    text = report.table(ROWS)
     assert "| 3.00" in text
     assert "| 0.50" in text
-    verdict = run.verdict(ROWS)
+    verdict = report.verdict(ROWS)
     assert "met: 3.46 × eager" in verdict
     assert "MISSED: 1.22 × torch.compile by geometric mean" in verdict
     assert "MISSED: 0.50 × torch.compile at the slowest, pool" in verdict
@@ -44,8 +44,32 @@ def test_store_resumes(tmp_path):
     assert run.Store(path, {"machine": "m"}, resume=False).content["rows"] == []
 
 
+def test_regressions_are_flagged():
+    earlier = {"date": "2026-01-01", "rows": ROWS}
+    slower = run.row_of(ROWS[0]["case"], ROWS[0]["pass"], {"eager": 6e-3, "native": 1.5e-3})
+    (line,) = report.regressions({"rows": [slower, ROWS[1]]}, earlier)
+    assert line == "- window float32 contiguous, forward+backward: 4.00 × eager, was 6.00 (2026-01-01)"
+
+
+def test_scaling_shows_the_exponent(tmp_path):
+    rows = [
+        run.row_of(str(n), "images", {"eager": 3e-3 * n, "native": 1e-3 * n}, op="pool", bytes=n * 1000)
+        for n in (1, 2, 4)
+    ]
+    assert "| images | pool | 1.000 | 4.000 | 3.0 | 1.00 |" in report.scaling_table(rows)
+    report.plot_scaling(rows, tmp_path / "scaling.svg")
+    assert "<svg" in (tmp_path / "scaling.svg").read_text()
+
+
+def test_every_committed_run_is_on_the_page():
+    page = report.page()
+    for path in report.RESULTS.glob("*.json"):
+        assert json.loads(path.read_text())["machine"] in page
+    assert report.PAGE.read_text() == page, "run `python -m benchmarks.report`"
+
+
 def test_plot(tmp_path):
-    run.plot(ROWS, tmp_path / "plot.svg")
+    report.plot(ROWS, tmp_path / "plot.svg")
     drawn = (tmp_path / "plot.svg").read_text()
     assert "<svg" in drawn
     assert "legend" in drawn

@@ -1,0 +1,248 @@
+"""Results as tables and pictures: each run beside its JSON, all of them in docs/performance.md.
+
+``python -m benchmarks.report`` writes everything again from the committed JSON.
+"""
+
+import json
+import math
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
+PAGE = ROOT / "docs/performance.md"
+STEP = "training step"
+
+#: geometric means over eager and over torch.compile in forward and backward, by suite
+TARGETS = {"": (3, 1.3), "full": (4, 1.5)}
+COLUMNS = ("eager", "compile", "sdpa", "reference", "native", "triton")
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as aligned Markdown: milliseconds, and how many times faster the best of ours is."""
+    columns = [name for name in COLUMNS if any(name in row["ms"] for row in rows)]
+    ratios = [name for name in ("eager", "compile") if name in columns] or ["reference"]
+    graphs = [name for name in columns if any(name in row.get("graph_ms", ()) for row in rows)]
+    head = ["case", "pass", *(f"{name} ms" for name in columns), *(f"× {name}" for name in ratios)]
+    head += [*(f"{name} in a graph ms" for name in graphs), *(["share of copy"] if graphs else [])]
+    lines = []
+    for row in rows:
+        times = [f"{row['ms'][name]:.3f}" if name in row["ms"] else "–" for name in columns]
+        faster = [f"{row['times'][name]:.2f}" if name in row["times"] else "–" for name in ratios]
+        inside = [f"{row['graph_ms'][name]:.3f}" if name in row.get("graph_ms", ()) else "–" for name in graphs]
+        share = [f"{row['share_of_copy']:.0%}"] if graphs else []
+        lines.append([row["case"], row["pass"], *times, *faster, *inside, *share])
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in [head, rule, *lines]
+    )
+
+
+def tables(rows: list[dict]) -> str:
+    """Operators, then training steps."""
+    steps = [row for row in rows if row["pass"] == STEP]
+    parts = [[row for row in rows if row["pass"] != STEP], steps]
+    return "\n\n".join(table(part) for part in parts if part)
+
+
+def geometric_mean(values) -> float:
+    values = list(values)
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+
+
+def verdict(rows: list[dict], suite: str = "") -> str:
+    """The targets of a CPU's run, forward and backward in float32, as met or missed."""
+    chosen = [r for r in rows if r["pass"] == "forward+backward" and "float32" in r["case"] and "compile" in r["times"]]
+    over_eager, over_compile = TARGETS[suite]
+    if not chosen:
+        return ""
+    eager = geometric_mean(r["times"]["eager"] for r in chosen)
+    compiled = geometric_mean(r["times"]["compile"] for r in chosen)
+    slowest = min(chosen, key=lambda r: r["times"]["compile"])
+    targets = [
+        (f"{eager:.2f} × eager by geometric mean", eager >= over_eager, f"at least {over_eager}"),
+        (
+            f"{compiled:.2f} × torch.compile by geometric mean",
+            compiled >= over_compile,
+            f"at least {over_compile}",
+        ),
+        (
+            f"{slowest['times']['compile']:.2f} × torch.compile at the slowest, {slowest['case']}",
+            slowest["times"]["compile"] >= 1,
+            "at least 1",
+        ),
+    ]
+    lines = [f"- {'met' if ok else 'MISSED'}: {text} (target: {target})" for text, ok, target in targets]
+    return "\n".join(["Forward and backward, float32, both layouts:", *lines])
+
+
+# --- pictures, readable on a light and on a dark page -----------------------------------------------------------------
+
+GREY = "#808080"
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _finish(figure, path):
+    """Everything drawn that is no data in a grey that both backgrounds carry; the background is the page's."""
+    for axes in figure.axes:
+        axes.tick_params(which="both", colors=GREY)
+        for item in (axes.title, axes.xaxis.label, axes.yaxis.label):
+            item.set_color(GREY)
+        for side in axes.spines.values():
+            side.set_color(GREY)
+        if legend := axes.get_legend():
+            legend.set_frame_on(False)
+            for text in legend.get_texts():
+                text.set_color(GREY)
+    figure.tight_layout()
+    figure.savefig(path, transparent=True)
+    _pyplot().close(figure)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Speed over eager PyTorch, forward and backward, one group of bars a case."""
+    chosen = [row for row in rows if row["pass"] == "forward+backward" and "eager" in row["ms"]]
+    names = [name for name in COLUMNS[1:] if any(name in row["ms"] for row in chosen)]
+    figure, axes = _pyplot().subplots(figsize=(9, 0.45 * len(chosen) + 1.5))
+    height = 0.8 / len(names)
+    for k, name in enumerate(names):
+        places = [i + k * height for i, row in enumerate(chosen) if name in row["ms"]]
+        values = [row["ms"]["eager"] / row["ms"][name] for row in chosen if name in row["ms"]]
+        axes.barh(places, values, height, label=name)
+    axes.axvline(1, color=GREY, linewidth=1)
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(chosen))], [row["case"] for row in chosen], fontsize=7)
+    axes.set_ylim(len(chosen) - 0.1, -0.3)
+    axes.set_xlabel("times faster than eager PyTorch, forward and backward")
+    axes.legend()
+    _finish(figure, path)
+
+
+def plot_scaling(rows: list[dict], path: Path) -> None:
+    """Milliseconds against bytes along each axis: a line of slope 1 is a cost that grows with the bytes."""
+    axes_names = list(dict.fromkeys(row["pass"] for row in rows))
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    figure, panels = _pyplot().subplots(1, len(axes_names), figsize=(4 * len(axes_names), 4), squeeze=False)
+    for panel, axis in zip(panels[0], axes_names, strict=True):
+        for k, op in enumerate(ops):
+            chosen = [row for row in rows if row["pass"] == axis and row["op"] == op]
+            for name, style in (("eager", ":"), ("native", "-"), ("triton", "--")):
+                points = [(row["bytes"] / 1e6, row["ms"][name]) for row in chosen if name in row["ms"]]
+                if points:
+                    panel.loglog(*zip(*points, strict=True), style, color=f"C{k}", label=f"{op}, {name}")
+        panel.set_title(f"more {axis}")
+        panel.set_xlabel("MB moved")
+    panels[0][0].set_ylabel("ms, forward and backward")
+    panels[0][0].legend(fontsize=7)
+    _finish(figure, path)
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def scaling_table(rows: list[dict]) -> str:
+    """By axis and op: times at both ends, and the exponent of time over bytes in the last doubling."""
+    lines = [
+        "| axis | op | smallest: ms | largest: ms | × eager there | time grows as bytes to the |",
+        "|---" * 6 + "|",
+    ]
+    for axis, op in dict.fromkeys((row["pass"], row["op"]) for row in rows):
+        chosen = [row for row in rows if row["pass"] == axis and row["op"] == op]
+        first, before, last = chosen[0], chosen[-2], chosen[-1]
+        best = {id(row): row["ms"]["eager"] / row["times"]["eager"] for row in (first, before, last)}
+        power = math.log(best[id(last)] / best[id(before)]) / math.log(last["bytes"] / before["bytes"])
+        cells = f"{best[id(first)]:.3f} | {best[id(last)]:.3f} | {last['times']['eager']:.1f} | {power:.2f}"
+        lines.append(f"| {axis} | {op} | {cells} |")
+    return "\n".join(lines)
+
+
+def host_table(costs: dict[str, dict[str, float]]) -> str:
+    names = [name for name in COLUMNS if any(name in found for found in costs.values())]
+    lines = [f"| forward and backward of tiny tensors | {' | '.join(f'{name} µs' for name in names)} |"]
+    lines.append("|---" * (1 + len(names)) + "|")
+    for what, found in costs.items():
+        cells = [f"{found[name]:.1f}" if name in found else "–" for name in names]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def regressions(content: dict, earlier: dict) -> list[str]:
+    """Rows that lost more than a tenth of their lead over eager since an earlier run of the same machine."""
+    known = {(row["case"], row["pass"]): row["times"].get("eager") for row in earlier["rows"]}
+    lines = []
+    for row in content["rows"]:
+        before, now = known.get((row["case"], row["pass"])), row["times"].get("eager")
+        if before and now and now < 0.9 * before:
+            lines.append(f"- {row['case']}, {row['pass']}: {now:.2f} × eager, was {before:.2f} ({earlier['date']})")
+    return lines
+
+
+def body(content: dict) -> str:
+    """A run in Markdown."""
+    rows, suite = content["rows"], content.get("suite", "")
+    heading = (
+        f"{content['machine']}, {content['threads']} threads, torch {content['torch']}, {content['date']}; "
+        f"a copy moves {content['copy_gb_per_s']:.1f} GB/s"
+    )
+    if suite == "scaling":
+        return "\n\n".join([heading, scaling_table(rows)])
+    on_gpu = any("graph_ms" in row for row in rows)
+    parts = [heading, tables(rows), "" if on_gpu else verdict(rows, suite)]
+    parts.append(host_table(content["host_us"]) if "host_us" in content else "")
+    return "\n\n".join(filter(None, parts))
+
+
+def write(path: Path) -> str:
+    """A run's Markdown and picture beside its JSON, and the page of all runs; the run's Markdown."""
+    content = json.loads(path.read_text())
+    text = body(content)
+    path.with_suffix(".md").write_text(text + "\n")
+    (plot_scaling if content.get("suite") == "scaling" else plot)(content["rows"], path.with_suffix(".svg"))
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page())
+    return text
+
+
+TITLES = {"": "Operators and training steps", "full": "More shapes", "scaling": "Scaling"}
+INTRODUCTION = """# Performance
+
+Written by `python -m benchmarks.report` from the runs in `benchmarks/results/`. Competitors are the papers' literal
+formulas in eager PyTorch and under `torch.compile`, and scaled_dot_product_attention for pooling; every result is
+checked against the reference in float64 before it is timed. Competitors take turns of ten milliseconds (on a GPU: of
+one call after the L2 cache is flushed), and medians are compared. Where attnkern loses, the row stays.
+"""
+
+
+def page() -> str:
+    """Every machine's newest run of each suite, and what it lost since the one before."""
+    runs = [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    groups = {}
+    for path, content in sorted(runs, key=lambda run: run[1]["date"]):
+        groups.setdefault((content["machine"], content["threads"], content.get("suite", "")), []).append(
+            (path, content)
+        )
+    parts = [INTRODUCTION]
+    for (machine, threads, suite), found in sorted(groups.items()):
+        path, content = found[-1]
+        parts.append(f"## {TITLES[suite]}: {machine}, {threads} threads\n\n{body(content)}\n")
+        parts.append(f"![{TITLES[suite]}](../benchmarks/results/{path.stem}.svg)\n")
+        lost = regressions(content, found[-2][1]) if len(found) > 1 else []
+        if lost:
+            parts.append("Slower than in the run before:\n\n" + "\n".join(lost) + "\n")
+    if not any("graph_ms" in row for _, content in runs for row in content["rows"]):
+        parts.append("## GPU\n\nNothing has been measured on a GPU yet: `make gpu` fills this in.\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    for results in sorted(RESULTS.glob("*.json")):
+        write(results)
+    print(f"written: {PAGE.relative_to(ROOT)}")

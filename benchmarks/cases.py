@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import attnkern
+from attnkern._ops import BACKENDS
 from attnkern.testing import OPS, available_backends, make_inputs, output_gradients
 
 PASSES = ("forward", "forward+backward")
@@ -136,7 +137,9 @@ def calls(case: Case, which: str, device: torch.device, compiled: bool | str = T
     for name, function in competitors(case, device, compiled).items():
         result = function(**inputs)
         error = (getattr(result, used[0]).double() - truth[used[0]]).abs().max()
-        assert error <= 0.02 * truth[used[0]].abs().max().clamp(min=1), f"{name} computes {case} wrong by {error}"
+        # The literal formulas round every step to the features' type.
+        allowed = 0.02 if name in BACKENDS or case.dtype == torch.float32 else 0.2
+        assert error <= allowed * truth[used[0]].abs().max().clamp(min=1), f"{name} computes {case} wrong by {error}"
         ready[name] = _call(function, inputs, used, grads, which, device)
     return ready
 

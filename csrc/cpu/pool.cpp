@@ -36,23 +36,23 @@ template <typename T> void times_vector(const Matrix<T>& m, const Wide<T>* weigh
   int64_t r = 0;
   for (; whole > 0 && r + 4 <= m.rows; r += 4) {
     const T *m0 = m.row(r), *m1 = m.row(r + 1), *m2 = m.row(r + 2), *m3 = m.row(r + 3);
-    A l0[kLanes] = {}, l1[kLanes] = {}, l2[kLanes] = {}, l3[kLanes] = {};
+    A lane[4][kLanes] = {};
     for (int64_t first = 0; first < whole; first += kLanes)
 #pragma omp simd
       for (int i = 0; i < kLanes; ++i) {
         const A w = weight[first + i];
-        l0[i] += w * widen(m0[first + i]), l1[i] += w * widen(m1[first + i]);
-        l2[i] += w * widen(m2[first + i]), l3[i] += w * widen(m3[first + i]);
+        lane[0][i] += w * widen(m0[first + i]), lane[1][i] += w * widen(m1[first + i]);
+        lane[2][i] += w * widen(m2[first + i]), lane[3][i] += w * widen(m3[first + i]);
       }
     if (whole < columns) {
       const int64_t first = columns - kLanes;
 #pragma omp simd
       for (int i = 0; i < kLanes; ++i) {
-        l0[i] += last[i] * widen(m0[first + i]), l1[i] += last[i] * widen(m1[first + i]);
-        l2[i] += last[i] * widen(m2[first + i]), l3[i] += last[i] * widen(m3[first + i]);
+        lane[0][i] += last[i] * widen(m0[first + i]), lane[1][i] += last[i] * widen(m1[first + i]);
+        lane[2][i] += last[i] * widen(m2[first + i]), lane[3][i] += last[i] * widen(m3[first + i]);
       }
     }
-    out[r] = sum_of(l0), out[r + 1] = sum_of(l1), out[r + 2] = sum_of(l2), out[r + 3] = sum_of(l3);
+    sums_of(lane, out + r);
   }
   for (; r < m.rows; ++r) {
     const T* row = m.row(r);

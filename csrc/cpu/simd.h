@@ -51,6 +51,18 @@ template <typename A> ATTNKERN_INLINE A sum_of(const A (&lane)[kLanes]) {
   return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
 }
 
+// The same of four at once: their last steps fill vectors.
+template <typename A> ATTNKERN_INLINE void sums_of(const A (&lane)[4][kLanes], A* out) {
+  A quarter[4][4];
+  for (int k = 0; k < 4; ++k)
+#pragma omp simd
+    for (int i = 0; i < 4; ++i)
+      quarter[k][i] = (lane[k][i] + lane[k][i + 4]) + (lane[k][i + 8] + lane[k][i + 12]);
+#pragma omp simd
+  for (int k = 0; k < 4; ++k)
+    out[k] = (quarter[k][0] + quarter[k][1]) + (quarter[k][2] + quarter[k][3]);
+}
+
 // Σ term(i) for i in [0, count).
 template <typename A, typename Term> ATTNKERN_INLINE A sum_lanes(int64_t count, const Term& term) {
   A lane[kLanes] = {};

@@ -70,6 +70,7 @@ SHAPES = [  # (N, C, size)
     pytest.param(1, 8, (14, 14), marks=large),
     pytest.param(2, 3, (33, 35), marks=large),
     pytest.param(1, 70, (40, 40), marks=large),
+    pytest.param(1, 40, (67, 71), marks=large),  # tiles of positions and blocks of channels
 ]
 
 

@@ -5,45 +5,60 @@
 
 namespace attnkern::ATTNKERN_ISA {
 
-// Channels of one row of work where positions are innermost: several short rows are taken as one long one against a
-// repeated map, so that a 7x7 map fills vectors as well as a large one.
-inline int64_t channels_per_row(const Shape& shape) {
-  return std::clamp<int64_t>((256 + shape.positions - 1) / shape.positions, 1, std::max<int64_t>(1, shape.channels));
-}
+// How features with positions innermost are cut into work: from the shape of an image only, because sums over channels
+// are formed per item and then added in order.
+struct Items {
+  int64_t times;    // channels of one row: short rows are taken as a long one against a repeated map, so that a 7x7 map
+                    // fills vectors as well as a large one
+  int64_t length;   // positions of a row: a large map is cut, so that what an item keeps of it stays in the cache
+  int64_t tiles;    // of an image's positions
+  int64_t channels; // of an item
+  int64_t blocks;   // of an image's channels
 
-// Rows of one work item. From the shape of an image only: sums over channels are formed per item and then in order.
-inline int64_t rows_per_item(const Shape& shape) {
-  return std::max<int64_t>(1, 65536 / (channels_per_row(shape) * shape.positions));
-}
+  explicit Items(const Shape& shape) {
+    constexpr int64_t kElements = 65536, kShortest = 256, kLongest = 4096;
+    const int64_t all = std::max<int64_t>(1, shape.channels);
+    times = std::clamp<int64_t>((kShortest + shape.positions - 1) / shape.positions, 1, all);
+    length = shape.positions <= kLongest ? shape.positions : kLongest / 2;
+    tiles = (shape.positions + length - 1) / length;
+    channels = times * std::max<int64_t>(1, kElements / (times * length));
+    blocks = (shape.channels + channels - 1) / channels;
+  }
+};
 
-inline int64_t items_per_image(const Shape& shape) {
-  const int64_t channels = channels_per_row(shape) * rows_per_item(shape);
-  return shape.channels_inner ? 1 : (shape.channels + channels - 1) / channels;
-}
+// Partial sums over channels that each position has.
+inline int64_t partial_sums(const Shape& shape) { return shape.channels_inner ? 1 : Items(shape).blocks; }
 
-// Runs row(item, offset, length) for each long row of an item; begin(item, image) before, end(item, image) after.
+// An item: some channels of an image at some positions.
+struct Item {
+  int64_t image, block, first, length; // positions
+};
+
+// Runs row(state, offset, length) for each long row of an item; state = begin(item) before, end(state, item) after.
 template <typename Begin, typename Row, typename End>
-void for_rows(const Shape& shape, const Begin& begin, const Row& row, const End& end) {
-  const int64_t items = items_per_image(shape), channels_row = channels_per_row(shape);
-  const int64_t channels_item = channels_row * rows_per_item(shape);
-  parallel(shape.images * items, channels_item * shape.positions, [&](int64_t item) {
-    const int64_t image = item / items, first = item % items * channels_item;
-    const int64_t last = std::min(shape.channels, first + channels_item);
-    auto state = begin(image, channels_row);
-    for (int64_t c = first; c < last; c += channels_row)
-      row(state, (image * shape.channels + c) * shape.positions,
-          std::min(channels_row, last - c) * shape.positions);
-    end(state, item, channels_row);
+void for_rows(const Shape& shape, const Items& items, const Begin& begin, const Row& row, const End& end) {
+  const int64_t per_image = items.blocks * items.tiles;
+  parallel(shape.images * per_image, items.channels * items.length, [&](int64_t i) {
+    const int64_t tile = i % items.tiles, first = tile * items.length;
+    const Item item{i / per_image, i / items.tiles % items.blocks, first,
+                    std::min(items.length, shape.positions - first)};
+    const int64_t last = std::min(shape.channels, (item.block + 1) * items.channels);
+    auto state = begin(item);
+    for (int64_t c = item.block * items.channels; c < last; c += items.times)
+      row(state, (item.image * shape.channels + c) * shape.positions + first,
+          std::min(items.times, last - c) * item.length);
+    end(state, item);
   });
 }
 
-// The map of an image plus the residual's 1, `times` over.
+// An item's part of the map plus the residual's 1, as often as a row has channels.
 template <typename A>
-std::vector<A> repeated_factor(const A* map, int64_t positions, A residual, int64_t times) {
-  std::vector<A> factor(positions * times);
-  for (int64_t k = 0; k < times; ++k)
-    for (int64_t p = 0; p < positions; ++p)
-      factor[k * positions + p] = map[p] + residual;
+std::vector<A> repeated_factor(const Shape& shape, const Items& items, const Item& item, const A* map, A residual) {
+  std::vector<A> factor(item.length * items.times);
+  const A* from = map + item.image * shape.positions + item.first;
+  for (int64_t k = 0; k < items.times; ++k)
+    for (int64_t p = 0; p < item.length; ++p)
+      factor[k * item.length + p] = from[p] + residual;
   return factor;
 }
 
@@ -61,22 +76,20 @@ template <typename T> void modulate(const Shape& shape, const T* x, const Wide<T
     });
     return;
   }
+  const Items items(shape);
   for_rows(
-      shape,
-      [&](int64_t image, int64_t times) {
-        return repeated_factor(map + image * shape.positions, shape.positions, one, times);
-      },
+      shape, items, [&](const Item& item) { return repeated_factor(shape, items, item, map, one); },
       [&](const std::vector<A>& state, int64_t offset, int64_t length) {
         const A* factor = state.data();
         const T* from = x + offset;
         T* to = y + offset;
         write_lanes(length, to, stream, [=](int64_t i) { return narrow<T>(factor[i] * widen(from[i])); });
       },
-      [](const auto&, int64_t, int64_t) {});
+      [](const auto&, const Item&) {});
 }
 
-// dx = (map + residual)·dy, unless dx is null, and G = Σ_c dy·x as one partial sum (positions) per item: (N, items,
-// positions), to be added in order.
+// dx = (map + residual)·dy, unless dx is null, and G = Σ_c dy·x as partial sums, (N, partial_sums, positions), to be
+// added in order.
 template <typename T>
 void modulate_backward(const Shape& shape, const T* dy, const T* x, const Wide<T>* map, bool residual, T* dx,
                        Wide<T>* partial) {
@@ -98,11 +111,11 @@ void modulate_backward(const Shape& shape, const T* dy, const T* x, const Wide<T
   struct State {
     std::vector<A> factor, sum;
   };
+  const Items items(shape);
   for_rows(
-      shape,
-      [&](int64_t image, int64_t times) {
-        return State{repeated_factor(map + image * shape.positions, shape.positions, one, times),
-                     std::vector<A>(shape.positions * times)};
+      shape, items,
+      [&](const Item& item) {
+        return State{repeated_factor(shape, items, item, map, one), std::vector<A>(item.length * items.times)};
       },
       [&](State& state, int64_t offset, int64_t length) {
         const A* factor = state.factor.data();
@@ -114,26 +127,27 @@ void modulate_backward(const Shape& shape, const T* dy, const T* x, const Wide<T
         if (dx != nullptr)
           write_lanes(length, dx + offset, stream, [=](int64_t i) { return narrow<T>(factor[i] * widen(grad[i])); });
       },
-      [&](const State& state, int64_t item, int64_t times) {
-        for (int64_t p = 0; p < shape.positions; ++p) {
+      [&](const State& state, const Item& item) {
+        A* to = partial + (item.image * items.blocks + item.block) * shape.positions + item.first;
+        for (int64_t p = 0; p < item.length; ++p) {
           A sum = state.sum[p];
-          for (int64_t k = 1; k < times; ++k)
-            sum += state.sum[k * shape.positions + p];
-          partial[item * shape.positions + p] = sum;
+          for (int64_t k = 1; k < items.times; ++k)
+            sum += state.sum[k * item.length + p];
+          to[p] = sum;
         }
       });
 }
 
-// G of one image: its items' partial sums in order, plus the gradient that reached the map itself.
+// G of one image: its partial sums in order, plus the gradient that reached the map itself.
 template <typename A>
 std::vector<A> add_partials(const Shape& shape, const A* partial, int64_t image, const A* grad_map) {
-  const int64_t items = items_per_image(shape);
+  const int64_t parts = partial_sums(shape);
   std::vector<A> sum(shape.positions);
   if (grad_map != nullptr)
     std::copy_n(grad_map + image * shape.positions, shape.positions, sum.begin());
-  for (int64_t item = 0; item < items; ++item)
+  for (int64_t part = 0; part < parts; ++part)
     for (int64_t p = 0; p < shape.positions; ++p)
-      sum[p] += partial[(image * items + item) * shape.positions + p];
+      sum[p] += partial[(image * parts + part) * shape.positions + p];
   return sum;
 }
 

@@ -89,9 +89,9 @@ void quantize_backward(const T* a, const std::vector<A>& anchors, const int64_t*
 template <typename T>
 std::vector<Wide<T>> map_gradient(const Shape& shape, const T* dy, const T* x, const Wide<T>* map, bool residual,
                                   T* dx) {
-  std::vector<Wide<T>> partial(shape.images * shape.positions * items_per_image(shape));
+  std::vector<Wide<T>> partial(shape.images * shape.positions * partial_sums(shape));
   modulate_backward(shape, dy, x, map, residual, dx, partial.data());
-  if (items_per_image(shape) == 1)
+  if (partial_sums(shape) == 1)
     return partial;
   std::vector<Wide<T>> sum(shape.images * shape.positions);
   parallel(shape.images, shape.positions, [&](int64_t image) {

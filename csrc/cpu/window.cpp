@@ -117,7 +117,7 @@ template <typename T>
 void window_backward(const Windows<Wide<T>>& windows, const Shape& shape, const T* dy, const Wide<T>* grad_map,
                      const T* x, const Wide<T>* stats, bool residual, T* dx, Wide<T>* gradients) {
   using A = Wide<T>;
-  std::vector<A> map(shape.images * shape.positions), partial(map.size() * items_per_image(shape));
+  std::vector<A> map(shape.images * shape.positions), partial(map.size() * partial_sums(shape));
   window_maps_again(windows, stats, map.data());
   modulate_backward(shape, dy, x, map.data(), residual, dx, partial.data());
   window_gradients(

@@ -46,7 +46,9 @@ def window_map(rectangle, size, *, scale=6.0, rescale=True, aspect=False):
     z = _log_window(rectangle.to(wide(rectangle.dtype)), height, width, scale, aspect)
     if not rescale:
         return z.exp()
-    return z.flatten(1).softmax(1).view(z.shape) * (height * width)
+    # Not softmax(): its sum of a large map in float32 loses digits that sum() keeps.
+    f = (z - z.detach().amax((1, 2), keepdim=True)).exp()
+    return f * (height * width / f.sum((1, 2), keepdim=True))
 
 
 def window_attention(x, rectangle, *, scale=6.0, rescale=True, residual=True, aspect=False):

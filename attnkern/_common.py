@@ -13,7 +13,7 @@ def check_tensor(where: str, name: str, tensor) -> None:
         raise TypeError(
             f"{where}: {name} must be float32, bfloat16, float16 or float64, got {str(tensor.dtype).split('.')[-1]}"
         )
-    if tensor.layout != torch.strided:
+    if tensor.layout != torch.strided or tensor.is_nested:
         raise TypeError(f"{where}: {name} must be a dense (strided) tensor, got layout {tensor.layout}")
 
 
@@ -82,9 +82,11 @@ def transformed(*tensors: torch.Tensor) -> bool:
     return any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-def create_graph() -> bool:
-    """Inside a backward pass: True when its gradients are to be differentiated again."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+def create_graph(*grads: torch.Tensor | None) -> bool:
+    """Inside a backward pass: True when its gradients are to be differentiated again, or ``grads`` carry tangents."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or transformed(*(grad for grad in grads if grad is not None))
 
 
 def differentiable_backward(forward, inputs, grads):
@@ -94,13 +96,15 @@ def differentiable_backward(forward, inputs, grads):
         forward: the reference; returns as many tensors as ``grads`` has entries.
         grads: gradient of each output, or None.
     """
-    # Fresh aliases, so that a rectangle computed from x does not lead the gradient of x through the rectangle as well.
-    aliases = [tensor.view_as(tensor) for tensor in inputs]
-    outputs = forward(*aliases)
+    again = torch.is_grad_enabled()  # else only tangents pass through
+    with torch.enable_grad():
+        # Fresh aliases, so that a rectangle computed from x does not lead the gradient of x through the rectangle, too.
+        aliases = [tensor.view_as(tensor) for tensor in inputs]
+        outputs = forward(*aliases)
     pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None and out.requires_grad]
     wanted = [alias for alias in aliases if alias.requires_grad]
     found = iter(
         torch.autograd.grad([out for out, _ in pairs], wanted, [grad for _, grad in pairs],
-                            create_graph=True, allow_unused=True)
+                            create_graph=again, allow_unused=True)
     )  # fmt: skip
     return tuple(next(found) if alias.requires_grad else None for alias in aliases)

@@ -145,12 +145,12 @@ def _load(stem: str) -> str | None:
         needed = " where nvcc is found (else set CUDA_HOME)" if stem == "_C_cuda" else ""
         return f"attnkern/{stem} is not built: run `pip install --no-build-isolation .` in the source tree{needed}"
     path = found[0]
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as image:
-        if image.find(f"attnkern-schema:{HASH}".encode()) < 0:
-            return f"{path.name} was built for another version of attnkern: rebuild it"
     try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as image:
+            if image.find(f"attnkern-schema:{HASH}".encode()) < 0:
+                return f"{path.name} was built for another version of attnkern: rebuild it"
         torch.ops.load_library(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: an empty file has no map
         return f"{path.name} does not load: {error}"
     return None
 

@@ -24,7 +24,7 @@ from attnkern import (
     window_attention,
     window_map,
 )
-from attnkern._common import check_positions, check_shape, check_tensor
+from attnkern._common import check_positions, check_shape, check_tensor, transformed
 from attnkern._ops import wide
 from attnkern.reference import modulate
 
@@ -216,7 +216,8 @@ class AnchorQuantizer(nn.Module):
         return attended
 
     def _count(self, counts):
-        if self.training:
+        # Per-sample gradients and the like are no training step, and may not write to what they captured.
+        if self.training and not transformed(counts):
             if self.sync_counts:
                 counts = counts.clone()
                 torch.distributed.all_reduce(counts)

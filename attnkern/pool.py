@@ -39,7 +39,7 @@ class _CompatibilityPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         local, query, attention, pooled_wide = ctx.saved_tensors
-        if create_graph():
+        if create_graph(*grads):
             return (*differentiable_backward(reference.compatibility_pool, (local, query), grads), None)
         grad_local, grad_query = BACKENDS[ctx.backend].pool_bwd(
             *map(contiguous, grads), dense(local), query.contiguous(), attention, pooled_wide, ctx.needs_input_grad[0]

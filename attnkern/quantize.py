@@ -48,6 +48,13 @@ def _save(ctx, inputs, indices, residuals, options):
     ctx.set_materialize_grads(False)
 
 
+def _reached(grad_a, grad_anchors, grad_anchor_loss, *through):
+    """None, as PyTorch has it, for what no gradient reached: an optimizer leaves that alone, weight decay included."""
+    if all(grad is None for grad in through):
+        grad_a = None
+    return grad_a, None if grad_anchor_loss is None else grad_anchors
+
+
 class _AnchorQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, anchors, reduction, backend):
@@ -61,7 +68,7 @@ class _AnchorQuantize(torch.autograd.Function):
     def backward(ctx, grad_values, _indices, grad_anchor_loss, grad_commitment_loss, _counts):
         a, anchors, indices, residuals = ctx.saved_tensors
         reduction, backend = ctx.options
-        if create_graph():
+        if create_graph(grad_values, grad_anchor_loss, grad_commitment_loss):
 
             def forward(a, anchors):
                 return reference.anchor_quantize(a, anchors, reduction=reduction)
@@ -73,6 +80,7 @@ class _AnchorQuantize(torch.autograd.Function):
                 contiguous(grad_values), grad_anchor_loss, grad_commitment_loss,
                 a.contiguous(), anchors.contiguous(), indices, residuals, loss_divisor(a, reduction),
             )  # fmt: skip
+            grad_a, grad_anchors = _reached(grad_a, grad_anchors, grad_anchor_loss, grad_values, grad_commitment_loss)
         return grad_a, grad_anchors, None, None
 
 
@@ -91,7 +99,7 @@ class _AnchorAttention(torch.autograd.Function):
     def backward(ctx, grad_output, grad_values, _indices, grad_anchor_loss, grad_commitment_loss, _counts):
         x, a, anchors, indices, residuals = ctx.saved_tensors
         residual, reduction, backend = ctx.options
-        if create_graph():
+        if create_graph(grad_output, grad_values, grad_anchor_loss, grad_commitment_loss):
 
             def forward(x, a, anchors):
                 return reference.anchor_attention(x, a, anchors, residual=residual, reduction=reduction)
@@ -112,7 +120,8 @@ class _AnchorAttention(torch.autograd.Function):
             )  # fmt: skip
             if not ctx.needs_input_grad[0]:
                 grad_x = None
-        return grad_x, grad_a, grad_anchors, None, None, None
+        through = grad_output, grad_values, grad_commitment_loss
+        return grad_x, *_reached(grad_a, grad_anchors, grad_anchor_loss, *through), None, None, None
 
 
 def _check_anchors(where, anchors, reduction, of, features):

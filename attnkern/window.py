@@ -29,8 +29,7 @@ class WindowAttended(NamedTuple):
 class _WindowMap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rectangle, height, width, scale, rescale, aspect, backend):
-        rectangle = rectangle.contiguous()
-        map, stats = BACKENDS[backend].window_map_fwd(rectangle, height, width, scale, rescale, aspect)
+        map, stats = BACKENDS[backend].window_map_fwd(rectangle.contiguous(), height, width, scale, rescale, aspect)
         ctx.save_for_backward(rectangle, stats)
         ctx.options = height, width, scale, rescale, aspect, backend
         return map
@@ -39,7 +38,7 @@ class _WindowMap(torch.autograd.Function):
     def backward(ctx, grad_map):
         rectangle, stats = ctx.saved_tensors
         height, width, scale, rescale, aspect, backend = ctx.options
-        if create_graph():
+        if create_graph(grad_map):
 
             def forward(rectangle):
                 return (reference.window_map(rectangle, (height, width), scale=scale, rescale=rescale, aspect=aspect),)
@@ -47,7 +46,7 @@ class _WindowMap(torch.autograd.Function):
             (grad_rectangle,) = differentiable_backward(forward, (rectangle,), (grad_map,))
         else:
             grad_rectangle = BACKENDS[backend].window_map_bwd(
-                grad_map.contiguous(), rectangle, stats, scale, rescale, aspect
+                grad_map.contiguous(), rectangle.contiguous(), stats, scale, rescale, aspect
             )
         return grad_rectangle, None, None, None, None, None, None
 
@@ -68,7 +67,7 @@ class _WindowAttention(torch.autograd.Function):
         x, rectangle, stats = ctx.saved_tensors
         scale, rescale, residual, aspect, backend = ctx.options
         ops = BACKENDS[backend]
-        if create_graph():
+        if create_graph(grad_output, grad_map):
 
             def forward(x, rectangle):
                 return reference.window_attention(

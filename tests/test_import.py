@@ -89,8 +89,9 @@ def test_a_library_for_other_schemas_is_refused(copy):
     assert native == f"backend: 'native' cannot run torch.float32 on cpu: {reason}"
 
 
-def test_a_library_that_does_not_load_says_why(copy):
-    (copy / "attnkern" / "_C.so").write_bytes(b"no library, but attnkern-schema:" + _schemas.HASH.encode())
+@pytest.mark.parametrize("content", [b"", b"no library, but attnkern-schema:" + _schemas.HASH.encode()])
+def test_a_library_that_does_not_load_says_why(copy, content):
+    (copy / "attnkern" / "_C.so").write_bytes(content)
     native, _ = python(DEGRADED, copy).splitlines()
     assert native.startswith("backend: 'native' cannot run torch.float32 on cpu: _C.so does not load: ")
 

@@ -287,3 +287,10 @@ def test_unknown_weights():
     pytest.importorskip("torchvision")
     with pytest.raises(ValueError, match=r"weights must be None, 'IMAGENET1K_V1', .* or a file, got 'nowhere\.pth'"):
         create_model("efficientnet_b0_window", 5, weights="nowhere.pth")
+
+
+@pytest.mark.parametrize("name", ["vgg_att2_concat_pc", "vgg_aib_qt", "efficientnet_b0_window"])
+def test_loss_of_an_evaluation(name):
+    model = create_model(name, 4, **({"width": 0.125} if name.startswith("vgg") else {})).eval()
+    with torch.no_grad():
+        assert model.loss(model(torch.randn(2, 3, 32, 32)), torch.tensor([0, 3])).isfinite()

@@ -586,3 +586,15 @@ def test_errors(case):
     call, kind, message = ERRORS[case]
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_per_sample_gradients_of_a_quantizer_count_nothing():
+    module = ann.AnchorQuantizer(4).train()
+    anchors = {"anchors": module.anchors.detach()}
+
+    def loss(anchors, a):
+        return torch.func.functional_call(module, anchors, (a[None],)).anchor_loss
+
+    grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(anchors, torch.rand(3, 1, 4, 4))
+    assert grads["anchors"].shape == (3, 4)
+    assert not module.counts.any()

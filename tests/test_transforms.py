@@ -233,6 +233,52 @@ def test_create_graph_is_the_reference(function, options, dtype, backend, device
     check(penalty(backend, dtype), penalty("reference", torch.float64))
 
 
+def test_create_graph_through_a_part_of_a_tensor(backend, device):
+    """The rectangle that is saved is the one that came, not a contiguous copy of it."""
+
+    def second(backend):
+        whole = torch.full((2, 7), 0.5, dtype=torch.float64, device=device, requires_grad=True)
+        map = attnkern.window_map(whole[:, 1:6], (4, 5), backend=backend)
+        (first,) = torch.autograd.grad(map[:, 0].sum(), whole, create_graph=True)
+        return {"grad": torch.autograd.grad(first.square().sum(), whole)[0]}
+
+    check(second(backend), second("reference"))
+
+
+@pytest.mark.kernels
+@every_function
+def test_tangents_of_incoming_gradients_pass_through(function, backend, device):
+    """Forward over reverse, with the direction behind the function only."""
+
+    def tangents(backend):
+        f, values = positional(function, make(function, 2, 3, SIZE, device=device), backend=backend)
+        leaves = [value.requires_grad_() for value in values]
+        results = f(*leaves)
+        with torch.autograd.forward_ad.dual_level():
+            grads = [torch.autograd.forward_ad.make_dual(torch.ones_like(r), r.detach().cos()) for r in results]
+            found = torch.autograd.grad(results, leaves, grads)
+            return dict(enumerate(torch.autograd.forward_ad.unpack_dual(grad).tangent for grad in found))
+
+    found = tangents(backend)
+    assert all(tangent is not None for tangent in found.values())
+    check(found, tangents("reference"))
+
+
+@pytest.mark.parametrize("function", ["anchor_quantize", "anchor_attention"])
+def test_what_no_gradient_reaches_has_none(function, backend, device):
+    """Else an optimizer with weight decay would move anchors that no loss asks about."""
+    _, results = FUNCTIONS[function]
+    for used in results:
+        tensors = {k: v.requires_grad_() for k, v in make(function, 2, 3, SIZE, device=device).items()}
+        found = call(function, tensors, backend=backend)
+        grads = torch.autograd.grad(found[used].sum(), list(tensors.values()), allow_unused=True)
+        missing = {name for name, grad in zip(tensors, grads, strict=True) if grad is None}
+        expected = set() if used == "anchor_loss" else {"anchors"}
+        expected |= {"a"} if used == "anchor_loss" else set()
+        expected |= {"x"} & tensors.keys() if used != "output" else set()
+        assert missing == expected, used
+
+
 # --- functorch and forward mode --------------------------------------------------------------------------------------
 
 

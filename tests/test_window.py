@@ -1,12 +1,14 @@
 """The window where it is hard: vanishing and enormous rectangles, windows off the image, single rows, aspect."""
 
 import math
+import os
 
 import pytest
 import torch
 from cases import case_id, check, run
 
 import attnkern
+from attnkern import _backend
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=case_id)
 
@@ -158,3 +160,26 @@ def test_corners_on_an_axis_without_extent():
     corners = attnkern.rectangle_corners(rectangle(0.5, 0.5, 0.2, 0.3, 0.0), (1, 11), aspect=True)[0]
     expected = torch.tensor([[0, 2], [0, 8], [0, 8], [0, 2]], dtype=torch.float64)
     torch.testing.assert_close(corners, expected)
+
+
+@pytest.mark.skipif(
+    _backend.reason("native", torch.device("cpu"), torch.float32) is not None
+    or os.environ.get("ATTNKERN_TEST_CUDA_ON_HOST") == "1",
+    reason="about the compiled CPU kernels: those of a GPU centre the slopes only",
+)
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+@pytest.mark.parametrize("sigma", [0.3, 0.03, 0.01, 1e-3, 1e-6])
+def test_gradients_of_thin_windows_know_nothing_of_the_mean(sigma, mean):
+    """Neither a large mean of the incoming gradient nor steep slopes may leave rounding noise behind."""
+    g = torch.Generator().manual_seed(0)
+    r = torch.rand(64, 5, generator=g)
+    r[:, 2:4] = sigma * (0.5 + r[:, 2:4])
+    upstream = torch.randn(64, 10, 10, generator=g) + mean
+
+    def gradient(r, backend):
+        r = r.clone().requires_grad_()
+        map = attnkern.window_map(r, (10, 10), backend=backend)
+        return torch.autograd.grad(map, r, upstream.to(map.dtype))[0].double()
+
+    exact = gradient(r.double(), "reference")
+    assert (gradient(r, "native") - exact).abs().max() <= 1e-4 * exact.abs().max() + 1e-6

@@ -139,6 +139,8 @@ class VggAibQt(nn.Module):
             logits += [self._decode(mean + std * torch.randn_like(std)) for _ in range(self.samples[1])]
         return torch.stack(logits).mean(0)
 
-    def loss(self, output: Bottlenecked, labels: torch.Tensor) -> torch.Tensor:
-        """:func:`bottleneck_loss` with the published weights."""
+    def loss(self, output: Bottlenecked | torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """:func:`bottleneck_loss` with the published weights; of an evaluation's logits the cross entropy alone."""
+        if isinstance(output, torch.Tensor):
+            return F.cross_entropy(output, labels)
         return bottleneck_loss(output, labels, variant=self.variant)

@@ -75,7 +75,8 @@ template <typename A> void window_maps_again(const Windows<A>& windows, const A*
   });
 }
 
-// dβ = Σ G·f·∂z, or with rescale HW·Σ G·π·(∂z - Σ π ∂z): centred, so that a large mean of G costs no digits.
+// dβ = Σ G·f·∂z, or with rescale HW·Σ (G - Σ π G)·π·(∂z - Σ π ∂z): both centred, so that neither a large mean of G nor
+// the steep slopes of a thin window cost digits.
 // gather(image) is the image's G.
 template <typename A, typename Gather>
 void window_gradients(const Windows<A>& windows, const A* stats, const Gather& gather, A* gradients) {
@@ -91,6 +92,19 @@ void window_gradients(const Windows<A>& windows, const A* stats, const Gather& g
     const A m4 = windows.rescale ? stat[6] : A(0);
     const auto gathered = gather(image);
     const A* g = &gathered[0];
+    A centre = 0; // Σ π G
+    if (windows.rescale) {
+      double mean = 0;
+      for (int64_t begin = 0; begin < positions; begin += kBlock) {
+        const int64_t end = std::min(begin + kBlock, positions);
+        A sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = begin; i < end; ++i)
+          sum += g[i] * exponential(log_window(frame, rows[i], columns[i]) - max);
+        mean += sum;
+      }
+      centre = static_cast<A>(mean / stat[1]);
+    }
     double total[kParameters] = {};
     for (int64_t begin = 0; begin < positions; begin += kBlock) {
       const int64_t end = std::min(begin + kBlock, positions);
@@ -98,7 +112,7 @@ void window_gradients(const Windows<A>& windows, const A* stats, const Gather& g
 #pragma omp simd reduction(+ : s0, s1, s2, s3, s4)
       for (int64_t i = begin; i < end; ++i) {
         A slope[kParameters];
-        const A weight = g[i] * (factor * exponential(log_window(frame, rows[i], columns[i], slope) - max));
+        const A weight = (g[i] - centre) * (factor * exponential(log_window(frame, rows[i], columns[i], slope) - max));
         s0 += weight * (slope[0] - m0), s1 += weight * (slope[1] - m1), s2 += weight * (slope[2] - m2);
         s3 += weight * (slope[3] - m3), s4 += weight * (slope[4] - m4);
       }

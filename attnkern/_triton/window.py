@@ -1,8 +1,8 @@
 """Triton kernels of the rotated sigmoid window. Formulas: attnkern/window.py; statistics: attnkern/_schemas.py.
 
 Small maps take one launch: every program forms the softmax statistics of its image for itself. Larger ones take a
-launch before it that leaves partial statistics of chunks. Backward takes a second launch to add the partial gradients
-of an image's programs, unless one program has the whole image.
+launch before it that leaves partial statistics of chunks. Backward takes a second launch to add the sums of an image's
+programs, unless one program has the whole image.
 """
 
 import torch
@@ -20,7 +20,6 @@ from attnkern._triton.common import (
     place,
     store,
     store_tile,
-    sum_rows,
 )
 from attnkern.reference import SIGMA_FLOOR, aspect_factors
 
@@ -108,6 +107,18 @@ def _statistics(position, frame, H, W, scale, row, column):
     return tl.where(tl.arange(0, 8) == 0, largest, tl.sum(sums, 0))
 
 
+@triton.jit
+def _gradient(sums, once, HW, RESCALE: tl.constexpr):
+    """dβ (8,) from Σ G f (∂z - mean), with Σ G f in column 5, and Σ f (∂z - mean).
+
+    The last is zero but for rounding, which a large mean of G, Σ G f / HW, would bring into the first: it goes.
+    """
+    if RESCALE:
+        mean = tl.sum(tl.where(tl.arange(0, 8) == 5, sums, 0.0)) / HW
+        sums = sums - mean * once
+    return sums
+
+
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +184,7 @@ def _window_fwd_kernel(
 
 @triton.jit(do_not_specialize=["H", "W"])
 def _window_bwd_kernel(
-    grad_output, grad_map, x, rectangle, stats, grad_x, grad_rectangle, C, P, H, W, scale, row, column,
+    grad_output, grad_map, x, rectangle, stats, grad_x, partials, grad_rectangle, C, P, H, W, scale, row, column,
     RESCALE: tl.constexpr, RESIDUAL: tl.constexpr, FOLD: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, VEC_C: tl.constexpr, VEC_P: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr,
@@ -213,11 +224,39 @@ def _window_bwd_kernel(
         by_alpha -= tl.load(stats + 6)
     weight = tl.where(p < P, reached * f, 0.0)
     zero = tl.zeros_like(weight)
-    sums = _columns(
-        weight * by_mu1, weight * by_mu2, weight * by_sigma1, weight * by_sigma2, weight * by_alpha, zero, zero
+    sums = tl.sum(
+        _columns(
+            weight * by_mu1, weight * by_mu2, weight * by_sigma1, weight * by_sigma2, weight * by_alpha, weight, zero
+        ),
+        0,
     )
+    once = tl.zeros((8,), tl.float32)
+    if RESCALE:
+        own = tl.where((p < HW) & (group == 0), f, 0.0)
+        once = tl.sum(
+            _columns(own * by_mu1, own * by_mu2, own * by_sigma1, own * by_sigma2, own * by_alpha, zero, zero), 0
+        )
     k = tl.arange(0, 8)
-    store(grad_rectangle + tl.program_id(0).to(tl.int64) * 5 + k, tl.sum(sums, 0), k < 5)
+    if partials is None:
+        store(grad_rectangle + n * 5 + k, _gradient(sums, once, HW, RESCALE), k < 5)
+    else:
+        row16 = partials + tl.program_id(0).to(tl.int64) * 16 + k
+        tl.store(row16, sums)
+        tl.store(row16 + 8, once)
+
+
+@triton.jit(do_not_specialize=["R", "HW"])
+def _window_rectangle_kernel(partials, grad_rectangle, R, HW, RESCALE: tl.constexpr, BLOCK_R: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, 8)
+    sums = tl.zeros((BLOCK_R, 8), tl.float32)
+    once = tl.zeros((BLOCK_R, 8), tl.float32)
+    for start in range(0, R, BLOCK_R):
+        r = start + tl.arange(0, BLOCK_R)
+        at = partials + (n * R + r)[:, None] * 16 + k[None, :]
+        sums += tl.load(at, (r < R)[:, None], other=0.0)
+        once += tl.load(at + 8, (r < R)[:, None], other=0.0)
+    store(grad_rectangle + n * 5 + k, _gradient(tl.sum(sums, 0), tl.sum(once, 0), HW, RESCALE), k < 5)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
@@ -274,17 +313,20 @@ def _backward(grad_output, grad_map, x, rectangle, stats, size, scale, rescale, 
     programs = tile.programs(seen)
     grad_x = torch.empty_like(x) if need_grad_x else None
     grad_rectangle = torch.empty_like(rectangle)
-    sums = grad_rectangle
+    partials = None
     if programs > 1:
-        sums = rectangle.new_empty((rectangle.shape[0], programs, 5), dtype=torch.float32)
+        partials = rectangle.new_empty((rectangle.shape[0], programs, 16), dtype=torch.float32)
     launch(
         _window_bwd_kernel, rectangle.shape[0] * programs,
-        grad_output, grad_map, x, rectangle, stats, grad_x, sums, *seen.sizes,
+        grad_output, grad_map, x, rectangle, stats, grad_x, partials, grad_rectangle, *seen.sizes,
         *size, scale, *aspect_factors(*size, aspect),
         RESCALE=rescale, RESIDUAL=residual, FOLD=seen.fold, **seen.constants, **tile.constants, num_warps=warps,
     )  # fmt: skip
     if programs > 1:
-        sum_rows(sums, grad_rectangle)
+        launch(
+            _window_rectangle_kernel, rectangle.shape[0], partials, grad_rectangle, programs, size[0] * size[1],
+            RESCALE=rescale, BLOCK_R=32,
+        )  # fmt: skip
     return grad_x, grad_rectangle
 
 

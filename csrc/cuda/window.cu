@@ -169,8 +169,22 @@ __global__ void __launch_bounds__(kThreads)
   modulate(tiling, tile, x, residual ? A(1) : A(0), output);
 }
 
-// dβ = Σ G·f·∂z, or with rescale HW·Σ G·π·(∂z - Σ π ∂z): centred, so that a large mean of G costs no digits. One tile's
-// share goes to `partial`; where an image is one tile, `grad_rectangle` gets it at once.
+// dβ = Σ G·f·∂z, or with rescale HW·Σ (G - Σ π G)·π·(∂z - Σ π ∂z): centred twice, so that neither a large mean of G nor
+// the steep slopes of a thin window cost digits. What Σ π G multiplies is zero but for rounding; that rounding goes.
+constexpr int kSums = 2 * kParameters + 1; // Σ G·f·(∂z - mean) of the tiles, Σ G·f, and once an image Σ f·(∂z - mean)
+
+template <typename S, typename A>
+ATTNKERN_DEVICE void store_gradients(const S (&sum)[kSums], const Windows& windows, int64_t image,
+                                     MutableCompanion grad_rectangle) {
+  const S mean = windows.rescale ? sum[kParameters] / windows.positions() : S(0);
+#pragma unroll
+  for (int k = 0; k < kParameters; ++k) {
+    const S noise = windows.rescale ? mean * sum[kParameters + 1 + k] : S(0);
+    grad_rectangle.store(image * kParameters + k, static_cast<A>(sum[k] - noise));
+  }
+}
+
+// One tile's sums go to `partial`; where an image is one tile, `grad_rectangle` gets what they come to at once.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     window_backward_kernel(const T* grad_output, const Wide<T>* grad_map, const T* x, Windows windows,
@@ -195,44 +209,51 @@ __global__ void __launch_bounds__(kThreads)
                 exponential(log_window_at(windows, frame, tile.position(tiling, i)) - exponent.max);
   __syncthreads();
   modulate_backward(tiling, tile, grad_output, x, residual ? A(1) : A(0), grad_x);
-  A gradient[kParameters] = {};
+  A sum[kSums] = {};
   for (int i = threadIdx.x; i < tile.width; i += kThreads) {
     const int64_t position = tile.position(tiling, i);
-    A sum = sums[i];
-    if (grad_map != nullptr && tile.owns(tiling, i))
-      sum += grad_map[tile.image * windows.positions() + position];
+    const bool owned = tile.owns(tiling, i);
+    A reached = sums[i]; // G
+    if (grad_map != nullptr && owned)
+      reached += grad_map[tile.image * windows.positions() + position];
     A slope[kParameters];
     log_window_at(windows, frame, position, slope);
-    const A weight = sum * values[i];
+    const A weight = reached * values[i], once = owned ? values[i] : A(0);
+    sum[kParameters] += weight;
 #pragma unroll
-    for (int k = 0; k < kParameters; ++k)
-      gradient[k] += weight * (slope[k] - mean[k]);
+    for (int k = 0; k < kParameters; ++k) {
+      sum[k] += weight * (slope[k] - mean[k]);
+      sum[kParameters + 1 + k] += once * (slope[k] - mean[k]);
+    }
   }
-  block_reduce(gradient);
-  if (threadIdx.x == 0)
-    for (int k = 0; k < kParameters; ++k)
-      if (tiling.tiles() == 1)
-        grad_rectangle.store(tile.image * kParameters + k, gradient[k]);
-      else
-        partial[block_index() * kParameters + k] = gradient[k];
+  block_reduce(sum);
+  if (threadIdx.x != 0)
+    return;
+  if (tiling.tiles() == 1)
+    store_gradients<A, A>(sum, windows, tile.image, grad_rectangle);
+  else
+    for (int k = 0; k < kSums; ++k)
+      partial[block_index() * kSums + k] = sum[k];
 }
 
-// One warp per image adds its tiles' shares.
+// One warp per image adds its tiles' sums.
 template <typename A>
 __global__ void __launch_bounds__(kWarp)
-    window_rectangle_kernel(const A* partial, MutableCompanion grad_rectangle, int64_t images, int64_t tiles) {
+    window_rectangle_kernel(const A* partial, Windows windows, MutableCompanion grad_rectangle, int64_t images,
+                            int64_t tiles) {
   const int64_t image = block_index();
   if (image >= images)
     return;
-  double sum[kParameters] = {};
+  double sum[kSums] = {};
   for (int64_t tile = threadIdx.x; tile < tiles; tile += kWarp)
-    for (int k = 0; k < kParameters; ++k)
-      sum[k] += partial[(image * tiles + tile) * kParameters + k];
-  for (int k = 0; k < kParameters; ++k)
+#pragma unroll
+    for (int k = 0; k < kSums; ++k)
+      sum[k] += partial[(image * tiles + tile) * kSums + k];
+#pragma unroll
+  for (int k = 0; k < kSums; ++k)
     sum[k] = warp_reduce(sum[k]);
   if (threadIdx.x == 0)
-    for (int k = 0; k < kParameters; ++k)
-      grad_rectangle.store(image * kParameters + k, static_cast<A>(sum[k]));
+    store_gradients<double, A>(sum, windows, image, grad_rectangle);
 }
 
 // --- launches; the map alone is the map of features that have no channels ---
@@ -258,10 +279,10 @@ void backward(const Tensor& like, const Windows& windows, const Shape& shape, co
   const Queue queue(like);
   const auto tiling = Tiling::of<T>(shape, grad_output, x, grad_x);
   const int64_t items = shape.images * tiling.tiles(), shares = tiling.tiles() == 1 ? 0 : items;
-  const Tensor partial = empty<A>(like, {shares * kParameters});
+  const Tensor partial = empty<A>(like, {shares * kSums});
   queue.launch(window_backward_kernel<T>, items, kThreads, 0, grad_output, grad_map, x, windows, data<A>(stats),
                residual, grad_x, mutable_data<A>(partial), MutableCompanion(grad_rectangle), tiling);
-  queue.launch(window_rectangle_kernel<A>, shares == 0 ? 0 : shape.images, kWarp, 0, data<A>(partial),
+  queue.launch(window_rectangle_kernel<A>, shares == 0 ? 0 : shape.images, kWarp, 0, data<A>(partial), windows,
                MutableCompanion(grad_rectangle), shape.images, tiling.tiles());
 }
 

@@ -275,7 +275,8 @@ def _bwd_tile(x: Features) -> tuple[Tile, int]:
     """
     block_p = ceil_power(x.positions)
     if x.channels * x.positions <= 32768 and block_p <= (128 if x.channels_last else 1024):
-        block_c = min(4096 // block_p, ceil_power(x.channels))
+        # Sums over channels innermost cost registers: half as many numbers at a time.
+        block_c = min((2048 if x.channels_last else 4096) // block_p, ceil_power(x.channels))
         return Tile(block_c, block_p, ceil_power(x.channels)), 8
     if x.channels_last:
         block_c = min(256, ceil_power(x.channels))

@@ -40,28 +40,31 @@ class use_backend:
 
     ``attnkern.use_backend("reference")`` sets it; ``with attnkern.use_backend("native"): ...`` restores the previous
     choice at the end. ``None`` means automatic. The state is process-wide, not per thread. A backward pass uses the
-    backend that its forward used.
+    backend that its forward used. Two of different names, made before they are entered (a checkpoint's context_fn),
+    leave the later one set in between: there the argument ``backend=`` says it better.
 
     Raises:
         ValueError: ``name`` is not "triton", "native", "reference" or None.
     """
 
     def __init__(self, name: str | None):
-        self._name = _validated(name, "use_backend: name")
-        self._choose()
-
-    def _choose(self):
         global _current
-        self._previous, _current = _current, self._name
+        self._name = _validated(name, "use_backend: name")
+        self._before = [_current]  # what to restore at the end of each block, the innermost last
+        self._made = True
+        _current = name
 
     def __enter__(self):
-        if _current != self._name:  # made earlier than entered, as a checkpoint's context_fn does
-            self._choose()
+        global _current
+        if not self._made or _current != self._name:  # entered again, or later than made
+            self._before.append(_current)
+            _current = self._name
+        self._made = False
         return self
 
     def __exit__(self, *_):
         global _current
-        _current = self._previous
+        _current = self._before.pop()
 
 
 def current() -> str | None:

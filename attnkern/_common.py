@@ -1,4 +1,4 @@
-"""What the three ops share: argument checks, dense layouts, and the way to the reference for transforms."""
+"""What the three ops share: argument checks, and the way to the reference for transforms."""
 
 import torch
 
@@ -32,45 +32,31 @@ def check_positions(where: str, name: str, sizes) -> None:
         raise ValueError(f"{where}: {name} must have at least one position, got a map of size {tuple(sizes)}")
 
 
-def check_companion(where: str, name: str, tensor: torch.Tensor, of: str, features: torch.Tensor) -> None:
-    """Raise unless ``tensor`` lies on the features' device and has their dtype or float32."""
-    if tensor.dtype != features.dtype and tensor.dtype != torch.float32:
-        dtype, allowed = (str(t.dtype).split(".")[-1] for t in (tensor, features))
-        allowed = f"{allowed} (as {of})" + ("" if allowed == "float32" else " or float32")
-        raise TypeError(f"{where}: {name} must be {allowed}, got {dtype}")
+def check_flag(where: str, name: str, value) -> None:
+    """Raise TypeError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{where}: {name} must be True or False, got {value!r}")
+
+
+def check_device(where: str, name: str, tensor: torch.Tensor, of: str, features: torch.Tensor) -> None:
+    """Raise ValueError unless ``tensor`` lies on the features' device."""
     if tensor.device != features.device:
         raise ValueError(f"{where}: {name} must be on {features.device} (as {of}), got {tensor.device}")
 
 
-def channels_last(x: torch.Tensor) -> bool:
-    """True where features (N, C, ...) lie in memory with channels innermost, and not also as contiguous ones do."""
-    if x.is_contiguous():
-        return False
-    if x.dim() == 4:
-        return x.is_contiguous(memory_format=torch.channels_last)
-    return x.transpose(1, 2).is_contiguous()
+def companion(where: str, name: str, tensor: torch.Tensor, of: str, features: torch.Tensor) -> torch.Tensor:
+    """``tensor`` to go with the features: on their device, in their dtype or float32, else this raises.
 
-
-def _channels_innermost(x):
-    if x.dim() == 4:
-        return x.contiguous(memory_format=torch.channels_last)
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-def dense(x: torch.Tensor) -> torch.Tensor:
-    """Features in one of the two layouts that kernels read: ``x`` itself where possible, else a copy."""
-    if x.is_contiguous() or channels_last(x):
-        return x
-    return _channels_innermost(x) if x.stride(1) == 1 else x.contiguous()
-
-
-def dense_like(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """``grad`` in the layout of the dense features ``x``, copied only where it lies otherwise."""
-    return _channels_innermost(grad) if channels_last(x) else grad.contiguous()
-
-
-def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+    Under autocast a half-precision one beside other features is widened: a layer made it so, not the user.
+    """
+    check_device(where, name, tensor, of, features)
+    if tensor.dtype == features.dtype or tensor.dtype == torch.float32:
+        return tensor
+    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(features.device.type):
+        return tensor.float()
+    dtype, allowed = (str(t.dtype).split(".")[-1] for t in (tensor, features))
+    allowed = f"{allowed} (as {of})" + ("" if allowed == "float32" else " or float32")
+    raise TypeError(f"{where}: {name} must be {allowed}, got {dtype}")
 
 
 def transformed(*tensors: torch.Tensor) -> bool:
@@ -79,7 +65,8 @@ def transformed(*tensors: torch.Tensor) -> bool:
         return True
     if torch.autograd.forward_ad._current_level < 0:
         return False
-    return any(torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    unpack = torch.autograd.forward_ad.unpack_dual
+    return any(unpack(tensor).tangent is not None for tensor in tensors)
 
 
 def create_graph(*grads: torch.Tensor | None) -> bool:

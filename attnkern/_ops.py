@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from attnkern._layout import in_layout
 from attnkern._schemas import HASH, SCHEMAS
 
 
@@ -102,7 +103,7 @@ def _triton_kernel(name):
     def kernel(*args):
         nonlocal launch
         if launch is None:
-            launch = getattr(importlib.import_module(module), name)
+            launch = in_layout(name, getattr(importlib.import_module(module), name))
         return launch(*args)
 
     return kernel
@@ -114,9 +115,10 @@ TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "tr
 _native = torch.library.Library("attnkern", "DEF")
 _triton = torch.library.Library("attnkern_triton", "DEF")
 for _name, _schema in SCHEMAS.items():
+    _fake = in_layout(_name, globals()[f"_{_name}"])
     for _library in (_native, _triton):
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{_library.ns}::{_name}", globals()[f"_{_name}"], lib=_library)
+        torch.library.register_fake(f"{_library.ns}::{_name}", _fake, lib=_library)
     _triton.impl(_name, _triton_kernel(_name), "CUDA")
     if TRITON_INTERPRETS:
         _triton.impl(_name, _triton_kernel(_name), "CPU")

@@ -1,7 +1,7 @@
 """The operators' schemas: the one place that Python, C++ and the build read them from.
 
-Features (``x``, ``local``) come dense, either positions innermost (contiguous) or channels innermost
-(channels_last, or a transposed view of tokens); every other tensor comes contiguous. The public functions see to it.
+Tensors come in any strides. Outputs and gradients of features lie as the features do where those are dense, positions
+or channels innermost (see attnkern/_layout.py); all else is contiguous.
 "Wide" means float64 for float64 features and float32 for all others; maps, statistics, losses and residuals are wide.
 
 ``stats``      (N, 7): max z, Σ exp(z - max z), and Σ π ∂z/∂β for the five rectangle parameters; (N, 0) without rescale.

@@ -24,7 +24,7 @@ from attnkern import (
     window_attention,
     window_map,
 )
-from attnkern._common import check_positions, check_shape, check_tensor, transformed
+from attnkern._common import check_device, check_positions, check_shape, check_tensor, transformed
 from attnkern._ops import wide
 from attnkern.reference import modulate
 
@@ -42,7 +42,8 @@ __all__ = [
 def _untouched(module: nn.Module, kind: type = nn.Identity) -> bool:
     """True where skipping ``module`` goes unnoticed: it is still of its own kind and no hook would see the call."""
     return type(module) is kind and not (
-        module._forward_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -207,12 +208,12 @@ class AnchorQuantizer(nn.Module):
 
     def attend(self, x: torch.Tensor, a: torch.Tensor, residual: bool = True) -> AnchorAttended:
         """Features ``x`` under the quantized map, in one pass; see :func:`attnkern.anchor_attention`."""
-        if not _untouched(self.map):
-            quantized = self(a)
-            map = quantized.values
-            return AnchorAttended(modulate(x, map if map.dim() == 4 else map[:, None], residual), *quantized)
         attended = anchor_attention(x, a, _widened(self.anchors), residual=residual, reduction=self.reduction)
         self._count(attended.counts)
+        if not _untouched(self.map):
+            map = self.map(attended.values)
+            output = modulate(x, map if map.dim() == 4 else map[:, None], residual)
+            attended = attended._replace(output=output, values=map)
         return attended
 
     def _count(self, counts):
@@ -362,6 +363,7 @@ class CompatibilityPool(nn.Module):
             n, c = local.shape[0], self.query_channels
             expected = "({0}, {1}) or ({1},) (N as local)"
             check_shape(where, "query", query, expected, query.shape == (n, c) or query.shape == (c,), n, c)
+            check_device(where, "query", query, "local", local)
             if self.project == "query":
                 query = self.projection(query)
 
@@ -377,8 +379,9 @@ class CompatibilityPool(nn.Module):
             pooled = weighted.sum(2).to(local.dtype)
         if self.project == "local":
             pooled = self.projection(pooled)
-        if self.weight is not None and query is not None:
-            pooled = pooled + (query * 0).sum(-1, keepdim=True).to(pooled.dtype)
+        if self.weight is not None and query is not None and query.requires_grad:
+            # Zeros even where the query is not finite: nothing here depends on it.
+            pooled = pooled + (query.nan_to_num(0, 0, 0) * 0).sum(-1, keepdim=True).to(pooled.dtype)
         return (pooled, attention) if return_map else pooled
 
     def extra_repr(self):

@@ -6,13 +6,11 @@ import torch
 
 from attnkern import _backend, reference
 from attnkern._common import (
-    check_companion,
     check_positions,
     check_shape,
     check_tensor,
-    contiguous,
+    companion,
     create_graph,
-    dense,
     differentiable_backward,
     transformed,
 )
@@ -30,7 +28,7 @@ class CompatibilityPooled(NamedTuple):
 class _CompatibilityPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, local, query, backend):
-        pooled, attention, scores, pooled_wide = BACKENDS[backend].pool_fwd(dense(local), query.contiguous())
+        pooled, attention, scores, pooled_wide = BACKENDS[backend].pool_fwd(local, query)
         ctx.save_for_backward(local, query, attention, pooled_wide if pooled_wide.shape == pooled.shape else pooled)
         ctx.backend = backend
         ctx.set_materialize_grads(False)
@@ -42,7 +40,7 @@ class _CompatibilityPool(torch.autograd.Function):
         if create_graph(*grads):
             return (*differentiable_backward(reference.compatibility_pool, (local, query), grads), None)
         grad_local, grad_query = BACKENDS[ctx.backend].pool_bwd(
-            *map(contiguous, grads), dense(local), query.contiguous(), attention, pooled_wide, ctx.needs_input_grad[0]
+            *grads, local, query, attention, pooled_wide, ctx.needs_input_grad[0]
         )
         return grad_local if ctx.needs_input_grad[0] else None, grad_query, None
 
@@ -81,7 +79,7 @@ def compatibility_pool(local: torch.Tensor, query: torch.Tensor, *, backend: str
         where, "query", query, "({0}, {1}) or ({1},) (N and C as local)",
         query.shape == (n, c) or query.shape == (c,), n, c,
     )  # fmt: skip
-    check_companion(where, "query", query, "local", local)
+    query = companion(where, "query", query, "local", local)
     chosen = _backend.choose(backend, local)
     if chosen == "reference" or transformed(local, query):
         return CompatibilityPooled(*reference.compatibility_pool(local, query))

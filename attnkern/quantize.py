@@ -6,14 +6,12 @@ import torch
 
 from attnkern import _backend, reference
 from attnkern._common import (
-    check_companion,
+    check_flag,
     check_positions,
     check_shape,
     check_tensor,
-    contiguous,
+    companion,
     create_graph,
-    dense,
-    dense_like,
     differentiable_backward,
     transformed,
 )
@@ -42,10 +40,16 @@ class AnchorAttended(NamedTuple):
     counts: torch.Tensor  #: (Q,) int64: how many elements chose each anchor
 
 
-def _save(ctx, inputs, indices, residuals, options):
+def _save(ctx, inputs, quantized, residuals, options):
+    values, indices, anchor_loss, commitment_loss, counts = quantized
     ctx.save_for_backward(*inputs, indices, residuals)
     ctx.options = options
     ctx.set_materialize_grads(False)
+    *_, need_a, need_anchors = ctx.needs_input_grad[: len(inputs)]
+    constant = [indices, counts]
+    constant += [] if need_a else [values, commitment_loss]
+    constant += [] if need_anchors else [anchor_loss]
+    ctx.mark_non_differentiable(*constant)
 
 
 def _reached(grad_a, grad_anchors, grad_anchor_loss, *through):
@@ -58,11 +62,11 @@ def _reached(grad_a, grad_anchors, grad_anchor_loss, *through):
 class _AnchorQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, anchors, reduction, backend):
-        values, indices, loss, counts, residuals = BACKENDS[backend].quantize_fwd(a.contiguous(), anchors.contiguous())
-        _save(ctx, (a, anchors), indices, residuals, (reduction, backend))
-        ctx.mark_non_differentiable(indices, counts)
+        values, indices, loss, counts, residuals = BACKENDS[backend].quantize_fwd(a, anchors)
         divisor = loss_divisor(a, reduction)
-        return values, indices, loss / divisor, loss / divisor, counts
+        quantized = values, indices, loss / divisor, loss / divisor, counts
+        _save(ctx, (a, anchors), quantized, residuals, (reduction, backend))
+        return quantized
 
     @staticmethod
     def backward(ctx, grad_values, _indices, grad_anchor_loss, grad_commitment_loss, _counts):
@@ -77,8 +81,8 @@ class _AnchorQuantize(torch.autograd.Function):
             grad_a, grad_anchors = differentiable_backward(forward, (a, anchors), grads)
         else:
             grad_a, grad_anchors = BACKENDS[backend].quantize_bwd(
-                contiguous(grad_values), grad_anchor_loss, grad_commitment_loss,
-                a.contiguous(), anchors.contiguous(), indices, residuals, loss_divisor(a, reduction),
+                grad_values, grad_anchor_loss, grad_commitment_loss,
+                a, anchors, indices, residuals, loss_divisor(a, reduction),
             )  # fmt: skip
             grad_a, grad_anchors = _reached(grad_a, grad_anchors, grad_anchor_loss, grad_values, grad_commitment_loss)
         return grad_a, grad_anchors, None, None
@@ -87,13 +91,11 @@ class _AnchorQuantize(torch.autograd.Function):
 class _AnchorAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, a, anchors, residual, reduction, backend):
-        output, values, indices, loss, counts, residuals = BACKENDS[backend].anchor_fwd(
-            dense(x), a.contiguous(), anchors.contiguous(), residual
-        )
-        _save(ctx, (x, a, anchors), indices, residuals, (residual, reduction, backend))
-        ctx.mark_non_differentiable(indices, counts)
+        output, values, indices, loss, counts, residuals = BACKENDS[backend].anchor_fwd(x, a, anchors, residual)
         divisor = loss_divisor(a, reduction)
-        return output, values, indices, loss / divisor, loss / divisor, counts
+        quantized = values, indices, loss / divisor, loss / divisor, counts
+        _save(ctx, (x, a, anchors), quantized, residuals, (residual, reduction, backend))
+        return output, *quantized
 
     @staticmethod
     def backward(ctx, grad_output, grad_values, _indices, grad_anchor_loss, grad_commitment_loss, _counts):
@@ -107,17 +109,15 @@ class _AnchorAttention(torch.autograd.Function):
             grads = (grad_output, grad_values, None, grad_anchor_loss, grad_commitment_loss, None)
             return (*differentiable_backward(forward, (x, a, anchors), grads), None, None, None)
         losses = grad_anchor_loss, grad_commitment_loss
-        quantized = a.contiguous(), anchors.contiguous(), indices, residuals
+        quantized = a, anchors, indices, residuals
         divisor = loss_divisor(a, reduction)
         if grad_output is None:
             grad_x = None
-            grad_a, grad_anchors = BACKENDS[backend].quantize_bwd(contiguous(grad_values), *losses, *quantized, divisor)
+            grad_a, grad_anchors = BACKENDS[backend].quantize_bwd(grad_values, *losses, *quantized, divisor)
         else:
-            x = dense(x)
             grad_x, grad_a, grad_anchors = BACKENDS[backend].anchor_bwd(
-                dense_like(grad_output, x), contiguous(grad_values), *losses, x, *quantized,
-                residual, divisor, ctx.needs_input_grad[0],
-            )  # fmt: skip
+                grad_output, grad_values, *losses, x, *quantized, residual, divisor, ctx.needs_input_grad[0]
+            )
             if not ctx.needs_input_grad[0]:
                 grad_x = None
         through = grad_output, grad_values, grad_commitment_loss
@@ -127,9 +127,10 @@ class _AnchorAttention(torch.autograd.Function):
 def _check_anchors(where, anchors, reduction, of, features):
     check_tensor(where, "anchors", anchors)
     check_shape(where, "anchors", anchors, "(Q,) with Q of at least 1", anchors.dim() == 1 and anchors.shape[0] >= 1)
-    check_companion(where, "anchors", anchors, of, features)
+    anchors = companion(where, "anchors", anchors, of, features)
     if reduction not in ("mean", "batchmean", "sum"):
         raise ValueError(f"{where}: reduction must be 'mean', 'batchmean' or 'sum', got {reduction!r}")
+    return anchors
 
 
 def anchor_quantize(
@@ -162,7 +163,8 @@ def anchor_quantize(
     where = "anchor_quantize"
     check_tensor(where, "a", a)
     check_shape(where, "a", a, "(N, ...)", a.dim() >= 1)
-    _check_anchors(where, anchors, reduction, "a", a)
+    check_positions(where, "a", a.shape[2 if a.dim() == 4 else 1 :])
+    anchors = _check_anchors(where, anchors, reduction, "a", a)
     chosen = _backend.choose(backend, a)
     if chosen == "reference" or transformed(a, anchors):
         return AnchorQuantized(*reference.anchor_quantize(a, anchors, reduction=reduction))
@@ -207,8 +209,9 @@ def anchor_attention(
         where, "a", a, "({0}, 1, {1}, {2}) or ({0}, {1}, {2}) (as x)",
         a.shape == (n, 1, height, width) or a.shape == (n, height, width), n, height, width,
     )  # fmt: skip
-    check_companion(where, "a", a, "x", x)
-    _check_anchors(where, anchors, reduction, "x", x)
+    a = companion(where, "a", a, "x", x)
+    anchors = _check_anchors(where, anchors, reduction, "x", x)
+    check_flag(where, "residual", residual)
     chosen = _backend.choose(backend, x)
     if chosen == "reference" or transformed(x, a, anchors):
         attended = reference.anchor_attention(x, a, anchors, residual=residual, reduction=reduction)

@@ -58,9 +58,9 @@ def window_attention(x, rectangle, *, scale=6.0, rescale=True, residual=True, as
 
 
 def modulate(x, map, residual):
-    """x + map·x, or map·x."""
-    wide_x = x.to(map.dtype)
-    output = wide_x * map
+    """x + map·x, or map·x, computed in the wide dtype of the features."""
+    wide_x, wide_map = (tensor.to(wide(x.dtype)) for tensor in (x, map))
+    output = wide_x * wide_map
     return (output + wide_x if residual else output).to(x.dtype)
 
 
@@ -97,17 +97,17 @@ def _quantize(a, anchors, dtype, reduction):
     index = nearest_anchor(a, anchors)
     wide_a, wide_anchors = a.to(dtype), anchors.to(dtype)
     poisoned = anchors.detach().isnan().any()
-    chosen = torch.where(poisoned, torch.nan, wide_anchors[index])
-    values = torch.where(a.detach().isnan(), torch.nan, chosen).detach()
-    # Straight-through: the anchor's value exactly, the gradient of a. (a + (v - a) would round, and is NaN at Inf.)
-    finite = torch.where(wide_a.isfinite(), wide_a, 0)
-    values = values + (finite - finite.detach())
+    chosen = wide_anchors[index] + torch.where(poisoned, torch.nan, 0.0)  # a sum, so that the gradient is NaN as well
+    values = torch.where(a.detach().isnan(), torch.nan, chosen.detach())
+    # Straight-through: the anchor's value behind autograd's back. (a + (v - a) would round, and is NaN at Inf.)
+    through = wide_a + torch.zeros_like(values)
+    through.detach().copy_(values)
     divisor = loss_divisor(a, reduction)
     anchor_loss = (wide_a.detach() - chosen).square().sum() / divisor
     commitment_loss = (wide_a - chosen.detach()).square().sum() / divisor
     counted = ~(a.detach().isnan() | poisoned)
     counts = torch.zeros_like(anchors, dtype=torch.int64).index_add(0, index.flatten(), counted.flatten().long())
-    return values, index, anchor_loss, commitment_loss, counts
+    return through, index, anchor_loss, commitment_loss, counts
 
 
 def loss_divisor(a: torch.Tensor, reduction: str) -> int:

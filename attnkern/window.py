@@ -1,22 +1,26 @@
 """The rotated sigmoid window of rectangular attention, alone and applied to features."""
 
+import numbers
 from typing import NamedTuple
 
 import torch
 
 from attnkern import _backend, reference
 from attnkern._common import (
-    check_companion,
+    check_flag,
     check_positions,
     check_shape,
     check_tensor,
+    companion,
     create_graph,
-    dense,
-    dense_like,
     differentiable_backward,
     transformed,
 )
 from attnkern._ops import BACKENDS
+
+#: Python's, a compiler's and NumPy's numbers.
+_INTEGER = (int, torch.SymInt, numbers.Integral)
+_REAL = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
 
 
 class WindowAttended(NamedTuple):
@@ -29,7 +33,7 @@ class WindowAttended(NamedTuple):
 class _WindowMap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rectangle, height, width, scale, rescale, aspect, backend):
-        map, stats = BACKENDS[backend].window_map_fwd(rectangle.contiguous(), height, width, scale, rescale, aspect)
+        map, stats = BACKENDS[backend].window_map_fwd(rectangle, height, width, scale, rescale, aspect)
         ctx.save_for_backward(rectangle, stats)
         ctx.options = height, width, scale, rescale, aspect, backend
         return map
@@ -45,21 +49,19 @@ class _WindowMap(torch.autograd.Function):
 
             (grad_rectangle,) = differentiable_backward(forward, (rectangle,), (grad_map,))
         else:
-            grad_rectangle = BACKENDS[backend].window_map_bwd(
-                grad_map.contiguous(), rectangle.contiguous(), stats, scale, rescale, aspect
-            )
+            grad_rectangle = BACKENDS[backend].window_map_bwd(grad_map, rectangle, stats, scale, rescale, aspect)
         return grad_rectangle, None, None, None, None, None, None
 
 
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rectangle, scale, rescale, residual, aspect, backend):
-        output, map, stats = BACKENDS[backend].window_fwd(
-            dense(x), rectangle.contiguous(), scale, rescale, residual, aspect
-        )
+        output, map, stats = BACKENDS[backend].window_fwd(x, rectangle, scale, rescale, residual, aspect)
         ctx.save_for_backward(x, rectangle, stats)
         ctx.options = scale, rescale, residual, aspect, backend
         ctx.set_materialize_grads(False)
+        if not ctx.needs_input_grad[1]:
+            ctx.mark_non_differentiable(map)
         return output, map
 
     @staticmethod
@@ -76,20 +78,15 @@ class _WindowAttention(torch.autograd.Function):
 
             grad_x, grad_rectangle = differentiable_backward(forward, (x, rectangle), (grad_output, grad_map))
         elif grad_output is not None:
-            x = dense(x)
-            grad_map = None if grad_map is None else grad_map.contiguous()
             grad_x, grad_rectangle = ops.window_bwd(
-                dense_like(grad_output, x), grad_map, x, rectangle.contiguous(), stats,
-                scale, rescale, residual, aspect, ctx.needs_input_grad[0],
-            )  # fmt: skip
+                grad_output, grad_map, x, rectangle, stats, scale, rescale, residual, aspect, ctx.needs_input_grad[0]
+            )
             if not ctx.needs_input_grad[0]:
                 grad_x = None
         else:
             grad_x = grad_rectangle = None
             if grad_map is not None:
-                grad_rectangle = ops.window_map_bwd(
-                    grad_map.contiguous(), rectangle.contiguous(), stats, scale, rescale, aspect
-                )
+                grad_rectangle = ops.window_map_bwd(grad_map, rectangle, stats, scale, rescale, aspect)
         return grad_x, grad_rectangle, None, None, None, None, None
 
 
@@ -101,13 +98,15 @@ def _check_rectangle(where, rectangle):
 def _check_size(where, size):
     if not (isinstance(size, (tuple, list)) and len(size) == 2):
         raise ValueError(f"{where}: size must be (H, W), got {size!r}")
-    if not all(isinstance(length, (int, torch.SymInt)) and length >= 1 for length in size):
+    if not all(isinstance(length, _INTEGER) and length is not True and length >= 1 for length in size):
         raise ValueError(f"{where}: size must be two integers of at least 1, got {tuple(size)}")
 
 
-def _check_number(where, name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{where}: {name} must be a number, got {type(value).__name__}")
+def _check_options(where, scale, **flags):
+    if isinstance(scale, bool) or not isinstance(scale, _REAL):
+        raise TypeError(f"{where}: scale must be a number, got {type(scale).__name__}")
+    for name, value in flags.items():
+        check_flag(where, name, value)
 
 
 def window_map(
@@ -141,13 +140,13 @@ def window_map(
 
     Raises:
         ValueError: wrong shape or size, an unknown backend, or one that cannot run here.
-        TypeError: not a floating tensor.
+        TypeError: not a floating tensor, a scale that is no number, or a flag that is no bool.
 
     Source: Convolutional Rectangular Attention Module, Eqs. 1-5 and 7.
     """
     _check_rectangle("window_map", rectangle)
     _check_size("window_map", size)
-    _check_number("window_map", "scale", scale)
+    _check_options("window_map", scale, rescale=rescale, aspect=aspect)
     chosen = _backend.choose(backend, rectangle)
     if chosen == "reference" or transformed(rectangle):
         return reference.window_map(rectangle, size, scale=scale, rescale=rescale, aspect=aspect)
@@ -179,7 +178,7 @@ def window_attention(
 
     Raises:
         ValueError: wrong shape or device, an unknown backend, or one that cannot run here.
-        TypeError: not a floating tensor, or dtypes that do not go together.
+        TypeError: not a floating tensor, dtypes that do not go together, or options of another kind.
 
     Source: Convolutional Rectangular Attention Module, Eqs. 5-7.
     """
@@ -189,8 +188,8 @@ def window_attention(
     check_positions(where, "x", x.shape[2:])
     _check_rectangle(where, rectangle)
     check_shape(where, "rectangle", rectangle, "({}, 5) (N as x)", rectangle.shape[0] == x.shape[0], x.shape[0])
-    check_companion(where, "rectangle", rectangle, "x", x)
-    _check_number(where, "scale", scale)
+    rectangle = companion(where, "rectangle", rectangle, "x", x)
+    _check_options(where, scale, rescale=rescale, residual=residual, aspect=aspect)
     chosen = _backend.choose(backend, x)
     if chosen == "reference" or transformed(x, rectangle):
         attended = reference.window_attention(
@@ -219,6 +218,7 @@ def rectangle_corners(rectangle: torch.Tensor, size: tuple[int, int], *, aspect:
     """
     _check_rectangle("rectangle_corners", rectangle)
     _check_size("rectangle_corners", size)
+    check_flag("rectangle_corners", "aspect", aspect)
     height, width = size
     mu1, mu2, sigma1, sigma2, alpha = rectangle.to(reference.wide(rectangle.dtype)).unbind(1)
     u = torch.stack((-sigma1, -sigma1, sigma1, sigma1), 1)

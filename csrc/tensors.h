@@ -1,4 +1,4 @@
-// Tensors of the stable ABI, for the host code of both devices: their data, new ones, and dispatch by dtype. Included
+// Tensors of the stable ABI, for the host code of both devices: data, new ones, layouts, and dispatch by dtype. Included
 // where Half and BFloat16 are known, the storage types of the device.
 #pragma once
 
@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -65,16 +66,70 @@ template <typename T> Tensor empty(const Tensor& like, torch::headeronly::IntHea
 template <typename T> Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return empty<T>(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()));
 }
-template <typename T> Tensor empty_like(const Tensor& like) { return empty<T>(like, like.sizes()); }
 
-// As dense as `like`, in its layout and dtype.
-inline Tensor empty_same(const Tensor& like) {
-  return empty_strided(like, like.dim(), like.sizes().data(), like.strides().data(), like.scalar_type());
+// In the shape and the layout of `like`, which is dense.
+inline Tensor empty_like(const Tensor& like, ScalarType type) {
+  return empty_strided(like, like.dim(), like.sizes().data(), like.strides().data(), type);
 }
+inline Tensor empty_same(const Tensor& like) { return empty_like(like, like.scalar_type()); }
+template <typename T> Tensor empty_like(const Tensor& like) { return empty_like(like, scalar_type<T>()); }
 
 // The gradient of features: like them, or (0,) when nobody asked for it.
 template <typename T> Tensor features_grad(const Tensor& x, bool needed) {
   return needed ? empty_same(x) : empty<T>(x, {0});
+}
+
+// --- layouts: kernels read features with positions or with channels innermost, and all else contiguous. What lies
+// otherwise is copied; attnkern/_layout.py says the same for what is written in Python. ---
+
+// Dense (N, C, ...) of three or four dimensions with channels innermost, and not also contiguous.
+inline bool channels_innermost(const Tensor& x) {
+  const int64_t dim = x.dim();
+  if (x.is_contiguous() || (dim != 3 && dim != 4))
+    return false;
+  const auto sizes = x.sizes(), strides = x.strides();
+  int64_t stride = 1;
+  const auto follows = [&](int64_t i) {
+    const bool ok = sizes[i] == 1 || strides[i] == stride;
+    stride *= sizes[i];
+    return ok;
+  };
+  return follows(1) && follows(dim - 1) && (dim == 3 || follows(2)) && follows(0);
+}
+
+inline Tensor with_channels_innermost(const Tensor& x) {
+  using torch::stable::contiguous, torch::stable::transpose;
+  return x.dim() == 4 ? contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast)
+                      : transpose(contiguous(transpose(x, 1, 2)), 1, 2);
+}
+
+inline void make_contiguous(Tensor& tensor) {
+  if (!tensor.is_contiguous())
+    tensor = torch::stable::contiguous(tensor);
+}
+inline void make_contiguous(std::optional<Tensor>& tensor) {
+  if (tensor.has_value())
+    make_contiguous(*tensor);
+}
+template <typename... Tensors> void make_contiguous(Tensors&... tensors) { (make_contiguous(tensors), ...); }
+
+inline void make_dense(Tensor& x) {
+  if (x.is_contiguous() || channels_innermost(x))
+    return;
+  const bool innermost = (x.dim() == 3 || x.dim() == 4) && x.stride(1) == 1;
+  x = innermost ? with_channels_innermost(x) : torch::stable::contiguous(x);
+}
+
+// In the layout of `x`, which is dense.
+inline void make_dense_like(const Tensor& x, Tensor& tensor) {
+  if (!channels_innermost(x))
+    make_contiguous(tensor);
+  else if (!channels_innermost(tensor))
+    tensor = with_channels_innermost(tensor);
+}
+inline void make_dense_like(const Tensor& x, std::optional<Tensor>& tensor) {
+  if (tensor.has_value())
+    make_dense_like(x, *tensor);
 }
 
 // Calls body(T{}) with the storage type of a dtype.

@@ -174,7 +174,7 @@ def test_nan_gradients_stay_with_their_elements(backend, device):
 # --- losses, gradients, shapes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(6,), (2, 3), (2, 3, 4), (2, 1, 3, 4), (2, 3, 2, 2, 2), (2, 0), (0,), (0, 3)])
+@pytest.mark.parametrize("shape", [(6,), (2, 3), (2, 3, 4), (2, 1, 3, 4), (2, 3, 2, 2, 2), (0,), (0, 3)])
 def test_any_shape_with_n_first(shape, backend, device):
     a, anchors = torch.rand(shape, device=device), torch.tensor([0.75, 0.25], device=device)
     found = run("anchor_quantize", {"a": a, "anchors": anchors}, backend=backend, reduction="batchmean")

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from attnkern._common import channels_last
+from attnkern._layout import channels_innermost
 from attnkern._ops import TRITON_INTERPRETS
 
 _INTERPRETED = tl.constexpr(TRITON_INTERPRETS)
@@ -77,7 +77,7 @@ class Features(NamedTuple):
 def features(x: torch.Tensor, foldable: bool = False) -> Features:
     """How the kernels see dense features; ``foldable`` where they need no sum over channels at each position."""
     channels, positions, widest = x.shape[1], math.prod(x.shape[2:]), 16 // x.itemsize
-    if channels_last(x):
+    if channels_innermost(x):
         return Features(True, x.itemsize, channels, positions, 1, math.gcd(widest, channels))
     vector = math.gcd(widest, positions)
     fold = widest // vector

@@ -212,6 +212,8 @@ std::tuple<Tensor, Tensor> gradients(const std::optional<Tensor>& grad_values,
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_fwd(Tensor a, Tensor anchors) {
+  make_dense(a);
+  make_contiguous(anchors);
   return dispatch_wide(a.scalar_type(), [&](auto wide) {
     const auto q = quantized<decltype(wide)>(a, anchors, false);
     return std::tuple(q.values, q.indices, q.loss, q.counts, q.residuals);
@@ -221,6 +223,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_fwd(Tensor a, Tensor
 std::tuple<Tensor, Tensor> quantize_bwd(std::optional<Tensor> grad_values, std::optional<Tensor> grad_anchor_loss,
                                         std::optional<Tensor> grad_commitment_loss, Tensor a, Tensor anchors,
                                         Tensor indices, Tensor residuals, int64_t divisor) {
+  make_dense(a);
+  make_dense_like(a, grad_values);
+  make_dense_like(a, indices);
+  make_contiguous(grad_anchor_loss, grad_commitment_loss, anchors, residuals);
   return dispatch_wide(residuals.scalar_type(), [&](auto wide) {
     return gradients<decltype(wide)>(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors, indices,
                                      residuals, divisor, nullptr);
@@ -229,6 +235,8 @@ std::tuple<Tensor, Tensor> quantize_bwd(std::optional<Tensor> grad_values, std::
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, Tensor a, Tensor anchors,
                                                                       bool residual) {
+  make_dense(x);
+  make_contiguous(a, anchors);
   return dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     Tensor output = empty_same(x);
@@ -243,6 +251,9 @@ std::tuple<Tensor, Tensor, Tensor> anchor_bwd(Tensor grad_output, std::optional<
                                               std::optional<Tensor> grad_commitment_loss, Tensor x, Tensor a,
                                               Tensor anchors, Tensor indices, Tensor residuals, bool residual,
                                               int64_t divisor, bool need_grad_x) {
+  make_dense(x);
+  make_dense_like(x, grad_output);
+  make_contiguous(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors, indices, residuals);
   return dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = Wide<T>;

@@ -187,6 +187,7 @@ namespace {
 
 std::tuple<Tensor, Tensor> window_map_fwd(Tensor rectangle, int64_t height, int64_t width, double scale, bool rescale,
                                           bool aspect) {
+  make_contiguous(rectangle);
   return dispatch_wide(rectangle.scalar_type(), [&](auto a) {
     using A = decltype(a);
     const Windows<A> windows(rectangle, height, width, scale, rescale, aspect);
@@ -198,6 +199,7 @@ std::tuple<Tensor, Tensor> window_map_fwd(Tensor rectangle, int64_t height, int6
 }
 
 Tensor window_map_bwd(Tensor grad_map, Tensor rectangle, Tensor stats, double scale, bool rescale, bool aspect) {
+  make_contiguous(grad_map, rectangle, stats);
   return dispatch_wide(grad_map.scalar_type(), [&](auto a) {
     using A = decltype(a);
     const Windows<A> windows(rectangle, grad_map.size(1), grad_map.size(2), scale, rescale, aspect);
@@ -209,6 +211,8 @@ Tensor window_map_bwd(Tensor grad_map, Tensor rectangle, Tensor stats, double sc
 
 std::tuple<Tensor, Tensor, Tensor> window_fwd(Tensor x, Tensor rectangle, double scale, bool rescale, bool residual,
                                               bool aspect) {
+  make_dense(x);
+  make_contiguous(rectangle);
   return dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = Wide<T>;
@@ -225,6 +229,9 @@ std::tuple<Tensor, Tensor, Tensor> window_fwd(Tensor x, Tensor rectangle, double
 std::tuple<Tensor, Tensor> window_bwd(Tensor grad_output, std::optional<Tensor> grad_map, Tensor x, Tensor rectangle,
                                       Tensor stats, double scale, bool rescale, bool residual, bool aspect,
                                       bool need_grad_x) {
+  make_dense(x);
+  make_dense_like(x, grad_output);
+  make_contiguous(grad_map, rectangle, stats);
   return dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = Wide<T>;

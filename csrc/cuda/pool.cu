@@ -574,6 +574,8 @@ void launch_pool(const Queue& queue, const Tiling& tiling, const Pass& pass, con
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pool_fwd(Tensor local, Tensor query) {
+  make_dense(local);
+  make_contiguous(query);
   const Queue queue(local);
   return dispatch(local.scalar_type(), [&](auto t) {
     using T = decltype(t);
@@ -603,6 +605,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_fwd(Tensor local, Tensor query) 
 std::tuple<Tensor, Tensor> pool_bwd(std::optional<Tensor> grad_pooled, std::optional<Tensor> grad_attention,
                                     std::optional<Tensor> grad_scores, Tensor local, Tensor query, Tensor attention,
                                     Tensor pooled_wide, bool need_grad_local) {
+  make_dense(local);
+  make_contiguous(grad_pooled, grad_attention, grad_scores, query, attention, pooled_wide);
   const Queue queue(local);
   return dispatch(local.scalar_type(), [&](auto t) {
     using T = decltype(t);

@@ -288,6 +288,7 @@ void backward(const Tensor& like, const Windows& windows, const Shape& shape, co
 
 std::tuple<Tensor, Tensor> window_map_fwd(Tensor rectangle, int64_t height, int64_t width, double scale, bool rescale,
                                           bool aspect) {
+  make_contiguous(rectangle);
   return dispatch_wide(rectangle.scalar_type(), [&](auto a) {
     using A = decltype(a);
     const int64_t images = rectangle.size(0);
@@ -300,6 +301,7 @@ std::tuple<Tensor, Tensor> window_map_fwd(Tensor rectangle, int64_t height, int6
 }
 
 Tensor window_map_bwd(Tensor grad_map, Tensor rectangle, Tensor stats, double scale, bool rescale, bool aspect) {
+  make_contiguous(grad_map, rectangle, stats);
   return dispatch_wide(grad_map.scalar_type(), [&](auto a) {
     using A = decltype(a);
     const int64_t height = grad_map.size(1), width = grad_map.size(2);
@@ -313,6 +315,8 @@ Tensor window_map_bwd(Tensor grad_map, Tensor rectangle, Tensor stats, double sc
 
 std::tuple<Tensor, Tensor, Tensor> window_fwd(Tensor x, Tensor rectangle, double scale, bool rescale, bool residual,
                                               bool aspect) {
+  make_dense(x);
+  make_contiguous(rectangle);
   return dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = Wide<T>;
@@ -328,6 +332,9 @@ std::tuple<Tensor, Tensor, Tensor> window_fwd(Tensor x, Tensor rectangle, double
 std::tuple<Tensor, Tensor> window_bwd(Tensor grad_output, std::optional<Tensor> grad_map, Tensor x, Tensor rectangle,
                                       Tensor stats, double scale, bool rescale, bool residual, bool aspect,
                                       bool need_grad_x) {
+  make_dense(x);
+  make_dense_like(x, grad_output);
+  make_contiguous(grad_map, rectangle, stats);
   return dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     Tensor grad_x = features_grad<T>(x, need_grad_x), grad_rectangle = empty_same(rectangle);

@@ -1,5 +1,7 @@
 """What the three ops share: argument checks, and the way to the reference for transforms."""
 
+import numbers
+
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -30,6 +32,15 @@ def check_positions(where: str, name: str, sizes) -> None:
     """Raise ValueError when a map of these sizes has no position."""
     if 0 in sizes:
         raise ValueError(f"{where}: {name} must have at least one position, got a map of size {tuple(sizes)}")
+
+
+def check_count(where: str, **counts) -> None:
+    """Raise unless each of the named numbers is an integer of at least 1."""
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral):
+            raise TypeError(f"{where}: {name} must be an integer, got {count!r}")
+        if count < 1:
+            raise ValueError(f"{where}: {name} must be at least 1, got {count}")
 
 
 def check_flag(where: str, name: str, value) -> None:

@@ -24,8 +24,9 @@ from attnkern import (
     window_attention,
     window_map,
 )
-from attnkern._common import check_device, check_positions, check_shape, check_tensor, transformed
+from attnkern._common import check_count, check_device, check_positions, check_shape, check_tensor, transformed
 from attnkern._ops import wide
+from attnkern.quantize import check_reduction
 from attnkern.reference import modulate
 
 __all__ = [
@@ -82,6 +83,9 @@ class WindowAttention(nn.Module):
         hidden: output channels of the convolutions.
         scale, rescale, residual: as in :func:`attnkern.window_attention`.
 
+    Raises:
+        ValueError, TypeError: an option out of its range, or features of other channels.
+
     Source: Convolutional Rectangular Attention Module, Eqs. 1-7 and Appendix G (which leaves open the ranges of
     μ, σ and α).
     """
@@ -95,8 +99,11 @@ class WindowAttention(nn.Module):
         residual: bool = True,
     ):
         super().__init__()
+        check_count("WindowAttention", channels=channels)
         if not hidden:
             raise ValueError("WindowAttention: hidden must name at least one convolution's channels, got none")
+        for outputs in hidden:
+            check_count("WindowAttention", hidden=outputs)
         self.channels = channels
         self.scale = scale
         self.rescale = rescale
@@ -149,11 +156,15 @@ class PositionwiseAttention(nn.Module):
         hidden: channels of the first three convolutions.
         dilation: of the 3x3 convolutions, and their padding.
 
+    Raises:
+        ValueError, TypeError: a number below 1, or features of other channels.
+
     Source: Convolutional Rectangular Attention Module, Appendix G.
     """
 
     def __init__(self, channels: int, hidden: int = 80, dilation: int = 4):
         super().__init__()
+        check_count("PositionwiseAttention", channels=channels, hidden=hidden, dilation=dilation)
         self.channels = channels
         dilated = {"kernel_size": 3, "padding": dilation, "dilation": dilation}
         self.head = nn.Sequential(
@@ -187,13 +198,17 @@ class AnchorQuantizer(nn.Module):
         sync_counts: add up the counts over all processes of the default group, at each training step: a collective of
             Q integers. (DDP broadcasts buffers from rank 0, so they cannot be added up afterwards.)
 
+    Raises:
+        ValueError, TypeError: no anchor, an unknown reduction, or an argument that :func:`attnkern.anchor_quantize`
+            and :func:`attnkern.anchor_attention` refuse.
+
     Source: Information Bottleneck Approach to Spatial Attention Learning, Eqs. 9-10.
     """
 
     def __init__(self, num_anchors: int, reduction: str = "mean", sync_counts: bool = False):
         super().__init__()
-        if num_anchors < 1:
-            raise ValueError(f"AnchorQuantizer: num_anchors must be at least 1, got {num_anchors}")
+        check_count("AnchorQuantizer", num_anchors=num_anchors)
+        check_reduction("AnchorQuantizer", reduction)
         self.reduction = reduction
         self.sync_counts = sync_counts
         self.anchors = nn.Parameter(torch.linspace(0, 1, num_anchors))
@@ -256,11 +271,15 @@ class BottleneckAttention(nn.Module):
         channels: C of the features.
         num_anchors: Q, or None for no quantization.
 
+    Raises:
+        ValueError, TypeError: a number below 1, or features of other channels.
+
     Source: Information Bottleneck Approach to Spatial Attention Learning, Eqs. 6-10; the heads as in the authors' code.
     """
 
     def __init__(self, channels: int, num_anchors: int | None = None):
         super().__init__()
+        check_count("BottleneckAttention", channels=channels)
         self.channels = channels
         self.mean = nn.Conv2d(channels, 1, 3, padding=1)
         self.std = nn.Conv2d(1, 1, 3, padding=1)
@@ -313,7 +332,7 @@ class CompatibilityPool(nn.Module):
         project: "query", "local" or None (then the channels must be equal).
 
     Raises:
-        ValueError: an unknown option, or channels that do not go together.
+        ValueError, TypeError: an unknown option, channels that do not go together, or tensors of other channels.
 
     Source: Learn to Pay Attention, Eqs. 1-3 and Section 3.2.
     """
@@ -330,6 +349,7 @@ class CompatibilityPool(nn.Module):
             raise ValueError(f"CompatibilityPool: compatibility must be 'parametrised' or 'dot', got {compatibility!r}")
         if project not in ("query", "local", None):
             raise ValueError(f"CompatibilityPool: project must be 'query', 'local' or None, got {project!r}")
+        check_count("CompatibilityPool", local_channels=local_channels, query_channels=query_channels)
         if project is None and local_channels != query_channels:
             raise ValueError(
                 "CompatibilityPool: query_channels must equal local_channels unless project is 'query' or 'local', "
@@ -395,11 +415,15 @@ class ProgressiveAttention(nn.Module):
     Args:
         channels: C of the features.
 
+    Raises:
+        ValueError, TypeError: a number below 1, or features of other channels.
+
     Source: Learn to Pay Attention, Appendix A.2 (the lower level of its PAN baseline, after Seo et al.).
     """
 
     def __init__(self, channels: int):
         super().__init__()
+        check_count("ProgressiveAttention", channels=channels)
         self.channels = channels
         self.score = nn.Conv2d(channels, 1, 1)
         self.map = nn.Identity()

@@ -40,13 +40,14 @@ class AnchorAttended(NamedTuple):
     counts: torch.Tensor  #: (Q,) int64: how many elements chose each anchor
 
 
-def _save(ctx, inputs, quantized, residuals, options):
-    values, indices, anchor_loss, commitment_loss, counts = quantized
+def _save(ctx, inputs, results, residuals, options):
+    *output, values, indices, anchor_loss, commitment_loss, counts = results
     ctx.save_for_backward(*inputs, indices, residuals)
     ctx.options = options
     ctx.set_materialize_grads(False)
-    *_, need_a, need_anchors = ctx.needs_input_grad[: len(inputs)]
+    *need_x, need_a, need_anchors = ctx.needs_input_grad[: len(inputs)]
     constant = [indices, counts]
+    constant += [] if any(need_x) or need_a else output
     constant += [] if need_a else [values, commitment_loss]
     constant += [] if need_anchors else [anchor_loss]
     ctx.mark_non_differentiable(*constant)
@@ -64,9 +65,9 @@ class _AnchorQuantize(torch.autograd.Function):
     def forward(ctx, a, anchors, reduction, backend):
         values, indices, loss, counts, residuals = BACKENDS[backend].quantize_fwd(a, anchors)
         divisor = loss_divisor(a, reduction)
-        quantized = values, indices, loss / divisor, loss / divisor, counts
-        _save(ctx, (a, anchors), quantized, residuals, (reduction, backend))
-        return quantized
+        results = values, indices, loss / divisor, loss / divisor, counts
+        _save(ctx, (a, anchors), results, residuals, (reduction, backend))
+        return results
 
     @staticmethod
     def backward(ctx, grad_values, _indices, grad_anchor_loss, grad_commitment_loss, _counts):
@@ -93,9 +94,9 @@ class _AnchorAttention(torch.autograd.Function):
     def forward(ctx, x, a, anchors, residual, reduction, backend):
         output, values, indices, loss, counts, residuals = BACKENDS[backend].anchor_fwd(x, a, anchors, residual)
         divisor = loss_divisor(a, reduction)
-        quantized = values, indices, loss / divisor, loss / divisor, counts
-        _save(ctx, (x, a, anchors), quantized, residuals, (residual, reduction, backend))
-        return output, *quantized
+        results = output, values, indices, loss / divisor, loss / divisor, counts
+        _save(ctx, (x, a, anchors), results, residuals, (residual, reduction, backend))
+        return results
 
     @staticmethod
     def backward(ctx, grad_output, grad_values, _indices, grad_anchor_loss, grad_commitment_loss, _counts):
@@ -124,13 +125,17 @@ class _AnchorAttention(torch.autograd.Function):
         return grad_x, *_reached(grad_a, grad_anchors, grad_anchor_loss, *through), None, None, None
 
 
+def check_reduction(where: str, reduction) -> None:
+    """Raise ValueError for an unknown reduction of the losses."""
+    if reduction not in ("mean", "batchmean", "sum"):
+        raise ValueError(f"{where}: reduction must be 'mean', 'batchmean' or 'sum', got {reduction!r}")
+
+
 def _check_anchors(where, anchors, reduction, of, features):
     check_tensor(where, "anchors", anchors)
     check_shape(where, "anchors", anchors, "(Q,) with Q of at least 1", anchors.dim() == 1 and anchors.shape[0] >= 1)
-    anchors = companion(where, "anchors", anchors, of, features)
-    if reduction not in ("mean", "batchmean", "sum"):
-        raise ValueError(f"{where}: reduction must be 'mean', 'batchmean' or 'sum', got {reduction!r}")
-    return anchors
+    check_reduction(where, reduction)
+    return companion(where, "anchors", anchors, of, features)
 
 
 def anchor_quantize(

@@ -201,15 +201,17 @@ def window_attention(
 
 
 def rectangle_corners(rectangle: torch.Tensor, size: tuple[int, int], *, aspect: bool = False) -> torch.Tensor:
-    """Corners of rectangles in pixels, for drawing: (N, 4, 2), row before column.
+    """Corners of rectangles in pixels, for drawing: μ + (cos α·u - sin α·v, sin α·u + cos α·v) at (u, v) = (±σ₁, ±σ₂).
 
-    The corners (±σ₁, ±σ₂) are turned by the angle and moved to the centre, in the order that walks round the
-    rectangle from (-, -). Pixel centres are integers: (0, 0) is the centre of the first pixel.
+    In the order that walks round the rectangle from (-, -). Pixel centres are integers, (0, 0) that of the first pixel.
 
     Args:
         rectangle: (N, 5) as in :func:`window_map`.
         size: (H, W) of the image or map to draw on.
         aspect: as in :func:`window_map`.
+
+    Returns:
+        (N, 4, 2), row before column, float32 (float64 for a float64 rectangle).
 
     Raises:
         ValueError, TypeError: as :func:`window_map`.

@@ -113,9 +113,10 @@ def test_forward_backward_and_evaluation(name, size):
 
 
 @every_model
-def test_trains_on_a_batch_of_one(name):
+@pytest.mark.parametrize("size", [32, 64])
+def test_trains_on_a_batch_of_one(name, size):
     model = small(name)
-    loss = model.loss(model(torch.rand(1, 3, 64, 64)), torch.tensor([2]))
+    loss = model.loss(model(torch.rand(1, 3, size, size)), torch.tensor([2]))
     loss.backward()
     assert loss.isfinite()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.requires_grad)
@@ -162,6 +163,29 @@ def test_wrong_images(name, shape):
     expected = r"x must be \(N, 3, H, W\) with H and W of at least 32, got shape"
     with pytest.raises(ValueError, match=expected):
         small(name)(torch.rand(shape))
+
+
+@every_model
+@pytest.mark.parametrize(
+    "options, kind, message",
+    [
+        ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
+        ({"in_chans": 0}, ValueError, "in_chans must be at least 1, got 0"),
+        ({"in_chans": "rgb"}, TypeError, "in_chans must be an integer, got 'rgb'"),
+        ({"width": 0.0}, ValueError, "width must be positive, got 0.0"),
+    ],
+)
+def test_wrong_options(name, options, kind, message):
+    with pytest.raises(kind, match=message):
+        create_model(name, **({"num_classes": 4} | options))
+
+
+def test_wrong_options_of_one_network():
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+        create_model("vgg_aib_qt", 4, samples=(4, 0))
+    pytest.importorskip("torchvision")
+    with pytest.raises(ValueError, match="weights need width=1 and in_chans=3, got width=1"):
+        create_model("efficientnet_b0_window", 4, in_chans=1, weights="DEFAULT")
 
 
 # --- vgg_att2_concat_pc ----------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def test_gradient_at_the_pools_map(name, backend):
 
 @every_module
 @every_backend
-@pytest.mark.parametrize("change", ["hook", "replacement"])
+@pytest.mark.parametrize("change", ["hook", "replacement", "method"])
 def test_changing_the_map_changes_the_output(name, backend, change):
     module, tensors = build(name), inputs(name)
 
@@ -185,6 +185,8 @@ def test_changing_the_map_changes_the_output(name, backend, change):
         before = run(module, tensors)[0]
         if change == "hook":
             handle = module.map.register_forward_hook(lambda _m, _i, map: map * 0)
+        elif change == "method":
+            module.map.forward = lambda map: map * 0
         else:
             module.map = Zero()
         after = run(module, tensors)[0]
@@ -193,6 +195,8 @@ def test_changing_the_map_changes_the_output(name, backend, change):
         assert (before - after).abs().max() > 0.1
         if change == "hook":
             handle.remove()
+        elif change == "method":
+            del module.map.forward
         else:
             module.map = nn.Identity()
         torch.testing.assert_close(run(module, tensors)[0], before, rtol=0, atol=0)
@@ -330,6 +334,34 @@ def test_query_shared_by_the_batch(backend):
     module, (local, query) = build("pool-dot-local"), inputs("pool-dot-local")
     with attnkern.use_backend(backend):
         torch.testing.assert_close(module(local, query[0]), module(local, query[:1].expand(N, -1)))
+
+
+@every_backend
+@pytest.mark.parametrize("hooked", [False, True])
+def test_attend_is_checked_and_wide_with_hooks_and_without(hooked, backend):
+    quantizer, x = ann.AnchorQuantizer(5), torch.randn(2, C, H, W)
+    a = torch.rand(2, 1, H, W)
+    if hooked:
+        quantizer.map.register_forward_hook(lambda *_: None)
+    with attnkern.use_backend(backend):
+        attended = quantizer.attend(x.bfloat16(), a.bfloat16())
+        wide = x.bfloat16().float() * (1 + attended.values.float())
+        assert attended.output.dtype == attended.values.dtype == torch.bfloat16
+        torch.testing.assert_close(attended.output.float(), wide, rtol=2**-7, atol=1e-3)
+        assert quantizer.counts.sum() == a.numel()
+        with pytest.raises(ValueError, match=r"anchor_attention: a must be \(2, 1, "):
+            quantizer.attend(x, a[:1])
+
+
+@every_backend
+def test_parametrised_pool_of_a_query_that_is_not_finite(backend):
+    module, (local, query) = build("pool-parametrised"), inputs("pool-parametrised")
+    wild = torch.full_like(query, math.inf).index_fill_(1, torch.tensor([0]), math.nan).requires_grad_()
+    with attnkern.use_backend(backend):
+        expected, pooled = module(local), module(local, wild)
+        pooled.sum().backward()
+    assert torch.equal(pooled, expected)
+    assert torch.equal(wild.grad, torch.zeros_like(wild))
 
 
 def _map_and_tensors(name, module, tensors):
@@ -562,8 +594,19 @@ ERRORS = {
                 ValueError, "AnchorQuantizer: num_anchors must be at least 1, got 0"),
     "no anchors": (lambda: ann.BottleneckAttention(C, num_anchors=0),
                    ValueError, "AnchorQuantizer: num_anchors must be at least 1, got 0"),
-    "reduction": (lambda: ann.AnchorQuantizer(2, reduction="max")(torch.ones(1, 2)),
-                  ValueError, "reduction must be 'mean', 'batchmean' or 'sum', got 'max'"),
+    "reduction": (lambda: ann.AnchorQuantizer(2, reduction="max"),
+                  ValueError, "AnchorQuantizer: reduction must be 'mean', 'batchmean' or 'sum', got 'max'"),
+    "no channels": (lambda: ann.WindowAttention(0), ValueError, "WindowAttention: channels must be at least 1, got 0"),
+    "half a channel": (lambda: ann.PositionwiseAttention(2.5),
+                       TypeError, "PositionwiseAttention: channels must be an integer, got 2.5"),
+    "hidden channels": (lambda: ann.WindowAttention(C, hidden=(4, 0)),
+                        ValueError, "WindowAttention: hidden must be at least 1, got 0"),
+    "anchors by name": (lambda: ann.BottleneckAttention(C, "20"),
+                        TypeError, "AnchorQuantizer: num_anchors must be an integer, got '20'"),
+    "no query channels": (lambda: ann.CompatibilityPool(C, 0, project="query"),
+                          ValueError, "CompatibilityPool: query_channels must be at least 1, got 0"),
+    "elsewhere": (lambda: ann.CompatibilityPool(C, C)(torch.ones(2, C, 2, 2), torch.ones(2, C, device="meta")),
+                  ValueError, r"CompatibilityPool: query must be on cpu \(as local\), got meta"),
     "compatibility": (lambda: ann.CompatibilityPool(C, C, "cosine"),
                       ValueError, "CompatibilityPool: compatibility must be 'parametrised' or 'dot', got 'cosine'"),
     "project": (lambda: ann.CompatibilityPool(C, C, project="both"),

@@ -69,6 +69,41 @@ def test_results_lie_as_the_features_do(function, layout, backend, device):
             assert result.is_contiguous(), name
 
 
+def test_quantized_maps_lie_as_the_map_does(backend, device):
+    a = lay(torch.rand(2, 3, *SIZE, device=device), "channels_last")
+    found = run("anchor_quantize", {"a": a, "anchors": torch.linspace(0, 1, 5, device=device)}, backend=backend)
+    assert found["values"].stride() == found["indices"].stride() == a.stride()
+    assert backend == "reference" or found["grad_a"].stride() == a.stride()
+
+
+@pytest.mark.kernels
+@every_function
+def test_operators_take_any_strides(function, backend, device):
+    """An exported program hands an operator whatever it is given, not only the strides that it was traced with."""
+    tensors = make(function, 3, 8, SIZE, dtype=torch.float32, device=device)
+
+    class Module(torch.nn.Module):
+        def forward(self, *values):
+            laid = dict(zip(FUNCTIONS[function][0], values, strict=True))
+            return tuple(call(function, laid, size=SIZE, backend=backend).values())
+
+    exported = torch.export.export(Module(), tuple(tensors.values())).module()
+    for layout in ("sliced", "transposed", "channels_last"):
+        laid = [lay(tensor, layout if tensor.dim() == 4 else "sliced") for tensor in tensors.values()]
+        check(dict(enumerate(exported(*laid))), doubles(dict(enumerate(Module()(*tensors.values())))))
+
+
+@every_function
+def test_tensors_that_are_only_said_to_be_zero(function, backend, device):
+    """Forward-mode AD makes zeros without storage."""
+    tensors = make(function, 2, 8, SIZE, dtype=torch.float32, device=device)
+    first = next(iter(tensors))
+    zeros = torch.zeros_like(tensors[first])
+    unstored = torch._efficientzerotensor(zeros.shape, device=device)
+    options = {"size": SIZE, "backend": backend}
+    same(call(function, tensors | {first: unstored}, **options), call(function, tensors | {first: zeros}, **options))
+
+
 @pytest.mark.kernels
 def test_tokens_are_read_where_they_lie(backend, device):
     """The gradient of a transposed view of tokens comes back as one."""

@@ -206,6 +206,15 @@ def test_each_loss_moves_its_own(backend, device):
     check({"grad_anchors": moved["values"]["grad_anchors"]}, {"grad_anchors": None})
 
 
+def test_gradient_through_values_is_one_even_where_nothing_is_finite(backend, device):
+    a = torch.tensor([0.3, math.nan, math.inf, -math.inf], device=device)
+    for last in (1.0, math.nan):
+        anchors = torch.tensor([0.0, last], device=device)
+        grads = {"values": torch.tensor([1.0, 2.0, 3.0, 4.0], device=device)}
+        found = run("anchor_quantize", {"a": a, "anchors": anchors}, through=("values",), grads=grads, backend=backend)
+        assert torch.equal(found["grad_a"], grads["values"])
+
+
 def test_close_elements_cancel_no_digits(backend, device):
     """Σ(v - a) is summed as it is: Q·v - Σa would keep few digits of residuals this small."""
     a = (0.5 + 1e-5 * torch.randn(64, 100, dtype=torch.float64)).float().to(device)

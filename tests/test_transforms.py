@@ -140,6 +140,36 @@ def test_argument_before_use_backend_before_environment(function, backend, devic
     assert ran() == operators(function, backend)
 
 
+def test_use_backend_again_and_later():
+    """An object entered again, or later than it was made, restores what stood before each block."""
+    attnkern.use_backend("reference")
+    again = attnkern.use_backend("native")
+    with again:
+        with attnkern.use_backend("triton"), again:
+            assert _backend.current() == "native"
+        with again:
+            assert _backend.current() == "native"
+        assert _backend.current() == "native"
+    assert _backend.current() == "reference"
+    with again:
+        assert _backend.current() == "native"
+    assert _backend.current() == "reference"
+
+
+@every_function
+def test_only_what_depends_on_an_input_requires_grad(function, backend, device):
+    depends = {
+        "x": {"output"}, "local": {"pooled", "attention", "scores"}, "query": {"pooled", "attention", "scores"},
+        "rectangle": {"output", "map"}, "a": {"output", "values", "commitment_loss"}, "anchors": {"anchor_loss"},
+    }  # fmt: skip
+    tensors = make(function, dtype=torch.float32, device=device)
+    for name in tensors:
+        tensors[name].requires_grad_()
+        results = call(function, tensors, size=SIZE, backend=backend)
+        tensors[name].requires_grad_(False)
+        assert {key for key, result in results.items() if result.requires_grad} == depends[name] & results.keys()
+
+
 @every_function
 def test_backward_uses_the_backend_of_its_forward(function, backend, device):
     f, values = positional(function, make(function, dtype=torch.float32, device=device))
@@ -178,6 +208,31 @@ def test_inference_and_autocast_change_nothing(function, backend, device):
     with torch.autocast(device.type, torch.bfloat16):
         same(call(function, tensors, **options), plain)
         check(run(function, tensors, **options), doubles(run(function, tensors, **options)))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=case_id)
+@every_function
+def test_companions_made_by_autocast(function, half, backend, device):
+    """What a layer under autocast made half-precision goes with float32 features, at its own precision."""
+    tensors = make(function, dtype=torch.float32, device=device)
+    rest = list(tensors)[1:]
+    tensors |= {name: tensors[name].to(half) for name in rest}
+    wide = tensors | {name: tensors[name].float() for name in rest}
+    with torch.autocast(device.type, half):
+        found = run(function, tensors, size=SIZE, backend=backend)
+    expected = run(function, wide, size=SIZE, backend=backend)
+    assert all(found[f"grad_{name}"].dtype == half for name in rest)
+    check(found, expected)
+    if rest:
+        with pytest.raises(TypeError, match=f"{rest[0]} must be float32"):
+            call(function, tensors, size=SIZE, backend=backend)
+
+
+def test_numpy_numbers_are_numbers(backend, device):
+    numpy = pytest.importorskip("numpy")
+    rectangle = make("window_map", device=device, dtype=torch.float32)["rectangle"]
+    found = attnkern.window_map(rectangle, (numpy.int64(3), numpy.int32(4)), scale=numpy.float32(5), backend=backend)
+    assert torch.equal(found, attnkern.window_map(rectangle, (3, 4), scale=5, backend=backend))
 
 
 # --- derivatives -----------------------------------------------------------------------------------------------------

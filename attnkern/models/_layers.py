@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern._common import check_shape, check_tensor
+from attnkern._common import check_count, check_shape, check_tensor
 
 #: Every network here halves its maps five times.
 SMALLEST_IMAGE = 32
@@ -17,6 +17,13 @@ def check_images(where: str, x: torch.Tensor, in_chans: int) -> None:
     check_shape(where, "x", x, expected, x.dim() == 4 and x.shape[1] == in_chans and min(x.shape[2:]) >= SMALLEST_IMAGE)
 
 
+def check_network(where: str, num_classes: int, width: float, in_chans: int) -> None:
+    """Raise unless these describe a network: at least one class and channel, a positive width."""
+    check_count(where, num_classes=num_classes, in_chans=in_chans)
+    if not width > 0:
+        raise ValueError(f"{where}: width must be positive, got {width!r}")
+
+
 def scaled(channels: int, width: float) -> int:
     return max(1, round(channels * width))
 
@@ -24,15 +31,23 @@ def scaled(channels: int, width: float) -> int:
 def conv_bn_relu(inputs: int, outputs: int, eps: float = 1e-5) -> list[nn.Module]:
     return [
         nn.Conv2d(inputs, outputs, 3, padding=1),
-        nn.BatchNorm2d(outputs, eps=eps),
+        MapNorm(outputs, eps=eps),
         nn.ReLU(inplace=True),
     ]
 
 
-class VectorNorm(nn.BatchNorm1d):
-    """BatchNorm1d of (N, C) that also trains on a batch of one, which has no statistics: it takes the running ones."""
+class _TrainsOnOne:
+    """Batch normalisation that also trains on one value a channel, which has no variance: it takes the running ones."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and x.shape[0] == 1:
+        if self.training and x.numel() == x.shape[1]:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
+
+
+class VectorNorm(_TrainsOnOne, nn.BatchNorm1d):
+    """Of (N, C)."""
+
+
+class MapNorm(_TrainsOnOne, nn.BatchNorm2d):
+    """Of (N, C, H, W)."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern.models._layers import check_images
+from attnkern.models._layers import MapNorm, check_images, check_network
 from attnkern.models.registry import register_model
 from attnkern.nn import WindowAttention
 
@@ -31,7 +31,8 @@ def _backbone(width, dropout):
     except ImportError as error:
         raise ImportError("efficientnet_b0_window needs torchvision: pip install torchvision") from error
     stages = [efficientnet.MBConvConfig(*stage, width_mult=width, depth_mult=1.0) for stage in _STAGES]
-    return efficientnet.EfficientNet(stages, dropout=0.0, stochastic_depth_prob=dropout).features
+    network = efficientnet.EfficientNet(stages, dropout=0.0, stochastic_depth_prob=dropout, norm_layer=MapNorm)
+    return network.features
 
 
 def _feature_weights(weights):
@@ -69,7 +70,7 @@ class EfficientNetB0Window(nn.Module):
 
     Raises:
         ImportError: torchvision is not installed.
-        ValueError: weights that are none of these.
+        ValueError, TypeError: weights that are none of these, or another argument out of its range.
 
     Source: Convolutional Rectangular Attention Module, Appendix G.
     """
@@ -84,6 +85,10 @@ class EfficientNetB0Window(nn.Module):
         weights=None,
     ):
         super().__init__()
+        where = type(self).__name__
+        check_network(where, num_classes, width, in_chans)
+        if weights is not None and (width, in_chans) != (1, 3):
+            raise ValueError(f"{where}: weights need width=1 and in_chans=3, got width={width} and in_chans={in_chans}")
         self.in_chans = in_chans
         self.features = _backbone(width, _DROPOUT * dropout)
         if in_chans != 3:

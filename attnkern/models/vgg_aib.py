@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attnkern._common import check_count
 from attnkern._ops import wide
-from attnkern.models._layers import check_images, conv_bn_relu, scaled
+from attnkern.models._layers import check_images, check_network, conv_bn_relu, scaled
 from attnkern.models.registry import register_model
 from attnkern.nn import BottleneckAttention
 
@@ -72,6 +73,9 @@ class VggAibQt(nn.Module):
         variant: of the KL term, "correct" or "reference"; see :func:`bottleneck_loss`.
         samples: None, or in evaluation (samples of a, samples of z for each); published: (4, 4).
 
+    Raises:
+        ValueError, TypeError: an argument out of its range, or images of other channels or below 32x32.
+
     Source: Information Bottleneck Approach to Spatial Attention Learning, Section 4; layers as in the authors' code.
     """
 
@@ -87,6 +91,10 @@ class VggAibQt(nn.Module):
     ):
         super().__init__()
         _check_variant("VggAibQt", variant)
+        check_network("VggAibQt", num_classes, width, in_chans)
+        if samples is not None:
+            for count in samples:
+                check_count("VggAibQt", samples=count)
         self.in_chans = in_chans
         self.variant = variant
         self.samples = samples

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern.models._layers import VectorNorm, check_images, conv_bn_relu, scaled
+from attnkern.models._layers import VectorNorm, check_images, check_network, conv_bn_relu, scaled
 from attnkern.models.registry import register_model
 from attnkern.nn import CompatibilityPool
 
@@ -42,6 +42,9 @@ class VggAtt2ConcatPc(nn.Module):
         dropout: multiplier of the published rates, 0.3 to 0.5; narrow networks learn faster with less.
         global_branch: run the layers up to g, with gradients that are exactly zero.
 
+    Raises:
+        ValueError, TypeError: an argument out of its range, or images of other channels or below 32x32.
+
     Source: Learn to Pay Attention, Section 4; dropout, initialisation and head as in the authors' code.
     """
 
@@ -55,6 +58,7 @@ class VggAtt2ConcatPc(nn.Module):
         global_branch: bool = False,
     ):
         super().__init__()
+        check_network("VggAtt2ConcatPc", num_classes, width, in_chans)
         self.in_chans = in_chans
         self.global_branch = global_branch
         c64, c128, c256, c512 = (scaled(channels, width) for channels in (64, 128, 256, 512))

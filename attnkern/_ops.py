@@ -112,13 +112,18 @@ def _triton_kernel(name):
 #: Triton runs on CPU tensors only when it interprets; the variable is Triton's own, read when a kernel is defined.
 TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
-_native = torch.library.Library("attnkern", "DEF")
-_triton = torch.library.Library("attnkern_triton", "DEF")
-for _name, _schema in SCHEMAS.items():
-    _fake = in_layout(_name, globals()[f"_{_name}"])
-    for _library in (_native, _triton):
-        _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{_library.ns}::{_name}", _fake, lib=_library)
+
+def define(namespace: str) -> torch.library.Library:
+    """The operators in a namespace, with their fake kernels and without any other."""
+    library = torch.library.Library(namespace, "DEF")
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{namespace}::{name}", in_layout(name, globals()[f"_{name}"]), lib=library)
+    return library
+
+
+_native, _triton = define("attnkern"), define("attnkern_triton")
+for _name in SCHEMAS:
     _triton.impl(_name, _triton_kernel(_name), "CUDA")
     if TRITON_INTERPRETS:
         _triton.impl(_name, _triton_kernel(_name), "CPU")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from attnkern._schemas import HASH, SCHEMAS
+from attnkern._ops import define
+from attnkern._schemas import HASH
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -42,9 +43,7 @@ def build(sources: list[Path]) -> Path:
     return make(BUILD / "attnkern_host.so", objects, "-shared", *objects, *libraries)
 
 
-_library = torch.library.Library("attnkern_host", "DEF")
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema)
+_library = define("attnkern_host")
 # A sum with planted faults; see faulty.cu.
 _library.define("faulty_sum(Tensor x, int fault) -> Tensor")
 #: How many kernels have been launched; the tensor only names the device.

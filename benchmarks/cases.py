@@ -1,9 +1,11 @@
 """What is measured: ops and training steps, and who competes in each. One source for run.py and pytest-benchmark."""
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 import attnkern
 from attnkern._ops import BACKENDS
 from attnkern.testing import OPS, available_backends, make_inputs, output_gradients
+from benchmarks.report import TRAINING
 
 PASSES = ("forward", "forward+backward")
 #: forward+backward with the compiled competitor tuned at length: last, because that takes minutes
@@ -180,28 +183,75 @@ MODELS = {
 }
 
 
-def training_steps(name: str, device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
-    """A training step (forward, loss, backward, SGD) of a network on cluttered digits, by backend."""
-    from attnkern.models import create_model
-    from attnkern.training.digits import digits_clutter
+def network_calls(name: str, which: str, device: torch.device, compiled: bool) -> dict[str, Callable[[], None]]:
+    """A pass of a network on cluttered digits by backend, and of the same network compiled.
 
-    options, side, batch = MODELS[name]
-    digits = digits_clutter("train", size=side, count=batch)
-    images, labels = digits.images.to(device), digits.labels.to(device)
-    for backend in reversed(available_backends(device)):
+    ``which`` is TRAINING (forward, loss, backward, SGD) or INFERENCE.
+    """
+    digits = _digits(name, device)
+    found = {}
+    for backend, compiles in itertools.product(reversed(available_backends(device)), (False, True)[: 1 + compiled]):
         torch.manual_seed(0)
-        model = create_model(name, 10, **options).to(device).train()
-        optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), 1e-3)
+        network = _network(name, device).train(which == TRAINING)
+        optimizer = torch.optim.SGD((p for p in network.parameters() if p.requires_grad), 1e-3)
+        forward = torch.compile(network, dynamic=False) if compiles else network
 
-        def step(model=model, optimizer=optimizer, backend=backend):
-            with attnkern.use_backend(backend):
-                optimizer.zero_grad()
-                model.loss(model(images), labels).backward()
-                optimizer.step()
+        def step(network=network, forward=forward, optimizer=optimizer, backend=backend):
+            with attnkern.use_backend(backend), torch.set_grad_enabled(which == TRAINING):
+                output = forward(digits.images)
+                if which == TRAINING:
+                    optimizer.zero_grad()
+                    network.loss(output, digits.labels).backward()
+                    optimizer.step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
-        yield backend, step
+        found[backend + " compiled" * compiles] = step
+    return found
+
+
+def attention_calls(name: str, device: torch.device) -> dict[str, Callable[[], None]]:
+    """Forward and backward of the attention operators that a training step of a network calls, alone, by backend."""
+    recorded = []
+
+    def recorder(function):
+        def record(*args, **kwargs):
+            recorded.append((function, [arg.detach().requires_grad_() for arg in args], kwargs))
+            return function(*args, **kwargs)
+
+        return record
+
+    with contextlib.ExitStack() as patched:
+        for op in FEATURE_OPS:
+            patched.enter_context(mock.patch.object(attnkern.nn, op, recorder(getattr(attnkern, op))))
+        _network(name, device).train()(_digits(name, device).images)
+    found = {}
+    for backend in reversed(available_backends(device)):
+
+        def attend(backend=backend):
+            for function, leaves, options in recorded:
+                result = function(*leaves, **options, backend=backend)
+                outputs = [getattr(result, key) for key in _USED[function.__name__]]
+                torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs])
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        found[backend] = attend
+    return found
+
+
+def _digits(name, device):
+    from attnkern.training.digits import digits_clutter
+
+    _, side, batch = MODELS[name]
+    digits = digits_clutter("train", size=side, count=batch)
+    return digits._replace(images=digits.images.to(device), labels=digits.labels.to(device))
+
+
+def _network(name, device):
+    from attnkern.models import create_model
+
+    return create_model(name, 10, **MODELS[name][0]).to(device)
 
 
 class _Nothing(torch.autograd.Function):

@@ -10,17 +10,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
 PAGE = ROOT / "docs/performance.md"
-STEP = "training step"
+#: Passes of a network, and the attention in the first of them alone.
+TRAINING, INFERENCE, ATTENTION = NETWORK_PASSES = ("training step", "inference", "attention of a training step")
 
 #: geometric means over eager and over torch.compile in forward and backward, by suite
 TARGETS = {"": (3, 1.3), "full": (4, 1.5)}
-COLUMNS = ("eager", "compile", "sdpa", "reference", "native", "triton")
+OURS = ("native", "triton")
+COLUMNS = ("eager", "compile", "sdpa", "reference", "reference compiled", *OURS, *(f"{name} compiled" for name in OURS))
 
 
 def table(rows: list[dict]) -> str:
     """Rows as aligned Markdown: milliseconds, and how many times faster the best of ours is."""
     columns = [name for name in COLUMNS if any(name in row["ms"] for row in rows)]
-    ratios = [name for name in ("eager", "compile") if name in columns] or ["reference"]
+    ratios = [name for name in ("eager", "compile") if name in columns]
+    ratios = ratios or [name for name in ("reference", "reference compiled") if name in columns]
     graphs = [name for name in columns if any(name in row.get("graph_ms", ()) for row in rows)]
     head = ["case", "pass", *(f"{name} ms" for name in columns), *(f"× {name}" for name in ratios)]
     head += [*(f"{name} in a graph ms" for name in graphs), *(["share of copy"] if graphs else [])]
@@ -40,10 +43,22 @@ def table(rows: list[dict]) -> str:
 
 
 def tables(rows: list[dict]) -> str:
-    """Operators, then training steps."""
-    steps = [row for row in rows if row["pass"] == STEP]
-    parts = [[row for row in rows if row["pass"] != STEP], steps]
-    return "\n\n".join(table(part) for part in parts if part)
+    """Operators, then networks."""
+    networks = [row for row in rows if row["pass"] in NETWORK_PASSES]
+    parts = [[row for row in rows if row["pass"] not in NETWORK_PASSES], networks]
+    return "\n\n".join([*(table(part) for part in parts if part), *shares(networks)])
+
+
+def shares(rows: list[dict]) -> list[str]:
+    """The share of a training step that its attention takes, before and after."""
+    ms = {(row["case"], row["pass"]): row["ms"] for row in rows}
+    lines = []
+    for name, which in ms:
+        if which == ATTENTION:
+            part, whole = ms[name, which], ms[name, TRAINING]
+            found = [f"{part[b] / whole[b]:.1%} with {b}" for b in ("reference", *OURS) if b in part]
+            lines.append(f"- {name}: {', '.join(found)}")
+    return ["Share of a training step that the attention operators take:\n" + "\n".join(lines)] if lines else []
 
 
 def geometric_mean(values) -> float:
@@ -54,9 +69,9 @@ def geometric_mean(values) -> float:
 def verdict(rows: list[dict], suite: str = "") -> str:
     """The targets of a CPU's run, forward and backward in float32, as met or missed."""
     chosen = [r for r in rows if r["pass"] == "forward+backward" and "float32" in r["case"] and "compile" in r["times"]]
-    over_eager, over_compile = TARGETS[suite]
     if not chosen:
         return ""
+    over_eager, over_compile = TARGETS[suite]
     eager = geometric_mean(r["times"]["eager"] for r in chosen)
     compiled = geometric_mean(r["times"]["compile"] for r in chosen)
     slowest = min(chosen, key=lambda r: r["times"]["compile"])
@@ -134,7 +149,7 @@ def plot_scaling(rows: list[dict], path: Path) -> None:
     for panel, axis in zip(panels[0], axes_names, strict=True):
         for k, op in enumerate(ops):
             chosen = [row for row in rows if row["pass"] == axis and row["op"] == op]
-            for name, style in (("eager", ":"), ("native", "-"), ("triton", "--")):
+            for name, style in zip(("eager", *OURS), (":", "-", "--"), strict=True):
                 points = [(row["bytes"] / 1e6, row["ms"][name]) for row in chosen if name in row["ms"]]
                 if points:
                     panel.loglog(*zip(*points, strict=True), style, color=f"C{k}", label=f"{op}, {name}")
@@ -205,13 +220,14 @@ def write(path: Path) -> str:
     content = json.loads(path.read_text())
     text = body(content)
     path.with_suffix(".md").write_text(text + "\n")
-    (plot_scaling if content.get("suite") == "scaling" else plot)(content["rows"], path.with_suffix(".svg"))
+    if content.get("suite") != "networks":
+        (plot_scaling if content.get("suite") == "scaling" else plot)(content["rows"], path.with_suffix(".svg"))
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page())
     return text
 
 
-TITLES = {"": "Operators and training steps", "full": "More shapes", "scaling": "Scaling"}
+TITLES = {"": "Operators and training steps", "full": "More shapes", "networks": "Networks", "scaling": "Scaling"}
 INTRODUCTION = """# Performance
 
 Written by `python -m benchmarks.report` from the runs in `benchmarks/results/`. Competitors are the papers' literal
@@ -233,7 +249,8 @@ def page() -> str:
     for (machine, threads, suite), found in sorted(groups.items()):
         path, content = found[-1]
         parts.append(f"## {TITLES[suite]}: {machine}, {threads} threads\n\n{body(content)}\n")
-        parts.append(f"![{TITLES[suite]}](../benchmarks/results/{path.stem}.svg)\n")
+        if suite != "networks":
+            parts.append(f"![{TITLES[suite]}](../benchmarks/results/{path.stem}.svg)\n")
         lost = regressions(content, found[-2][1]) if len(found) > 1 else []
         if lost:
             parts.append("Slower than in the run before:\n\n" + "\n".join(lost) + "\n")

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.report import RESULTS, STEP, write
+from benchmarks.report import ATTENTION, NETWORK_PASSES, OURS, RESULTS, TRAINING, write
 
 # glibc gives large blocks back to the kernel and takes them again at every call: keep them, for every competitor alike.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
@@ -121,11 +121,9 @@ def shard(cases: list, text: str) -> list:
 
 
 def row_of(case: str, which: str, seconds: dict[str, float], **more) -> dict:
-    ours = [name for name in ("native", "triton") if name in seconds]
-    best = min((seconds[name] for name in ours), default=math.nan)
-    times = {
-        name: seconds[name] / best for name in ("eager", "compile", "sdpa", "reference") if name in seconds and ours
-    }
+    ours = {name: value for name, value in seconds.items() if name.startswith(OURS)}
+    best = min(ours.values(), default=math.nan)
+    times = {name: value / best for name, value in seconds.items() if ours and name not in ours}
     return {"case": case, "pass": which, "ms": {k: v * 1e3 for k, v in seconds.items()}, "times": times, **more}
 
 
@@ -149,10 +147,11 @@ class Store:
         partial.replace(self.path)
 
 
-def measure(store: Store, device, cases: list, models: list[str], compiled: bool) -> None:
+def measure(store: Store, device, cases: list, networks: list[tuple[str, str]], compiled: bool) -> None:
+    """Rows of the cases, then of the (network, pass) pairs."""
     import torch
 
-    from benchmarks.cases import AUTOTUNED, GPU_AUTOTUNED, PASSES, calls, training_steps
+    from benchmarks.cases import AUTOTUNED, GPU_AUTOTUNED, PASSES, attention_calls, calls, network_calls
 
     flush = None
     if device.type == "cuda":
@@ -162,7 +161,7 @@ def measure(store: Store, device, cases: list, models: list[str], compiled: bool
             scratch.zero_()
             torch.cuda.synchronize(device)
 
-    work = [(case, which) for case in cases for which in PASSES] + [(name, STEP) for name in models]
+    work = [(case, which) for case in cases for which in PASSES] + networks
     if compiled:
         work += [(case, AUTOTUNED) for case in cases if device.type == "cuda" and case in GPU_AUTOTUNED]
     began = time.monotonic()
@@ -172,14 +171,17 @@ def measure(store: Store, device, cases: list, models: list[str], compiled: bool
         print(f"\r\033[K{place}", end="", file=sys.stderr, flush=True)
         if store.has(text, which):
             continue
-        if isinstance(case, str):
-            seconds = median_times(dict(training_steps(case, device)), budget=4)
-            store.add(row_of(text, which, seconds))
-            continue
         torch._dynamo.reset()
+        if isinstance(case, str):
+            if which == ATTENTION:
+                ready = attention_calls(case, device)
+            else:
+                ready = network_calls(case, which, device, compiled and store.content["suite"] == "networks")
+            store.add(row_of(text, which, median_times(ready, budget=4)))
+            continue
         ready = calls(case, which, device, "max-autotune-no-cudagraphs" if which == AUTOTUNED else compiled)
         seconds = median_times(ready, BUDGET if flush is None else FLUSHED_BUDGET, flush)
-        ours = min((seconds[name] for name in ("native", "triton") if name in seconds), default=math.nan)
+        ours = min((seconds[name] for name in OURS if name in seconds), default=math.nan)
         speed = case.bytes(which) / ours / 1e9
         share = speed / store.content["copy_gb_per_s"]
         more = {"bytes": case.bytes(which), "gb_per_s": speed, "share_of_copy": share}
@@ -209,7 +211,7 @@ def measure_scaling(store: Store, device) -> None:
                 case = Case(op, shape)
                 print(f"\r\033[K{axis}: {case}", end="", file=sys.stderr, flush=True)
                 ready = calls(case, "forward+backward", device, compiled=False)
-                chosen = {name: ready[name] for name in ("eager", "native", "triton") if name in ready}
+                chosen = {name: ready[name] for name in ("eager", *OURS) if name in ready}
                 seconds = median_times(chosen, 0.5)
                 store.add(row_of(str(case), axis, seconds, op=op, bytes=case.bytes("forward+backward")))
     print("\r\033[K", end="", file=sys.stderr)
@@ -219,6 +221,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", action="store_true", help="the GPU's cases, resumable")
     parser.add_argument("--full", action="store_true", help="the GPU's shapes that fit, on the CPU, resumable")
+    parser.add_argument("--networks", action="store_true", help="training steps and inference, compiled as well")
     parser.add_argument("--scaling", action="store_true", help="time against images, positions and channels")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -232,22 +235,24 @@ def main() -> int:
     device = torch.device("cuda" if options.gpu else "cpu")
     piece = os.environ.get("GPU_SHARD", "1/1") if options.gpu else "1/1"
     cases = shard(GPU_CASES, piece) if options.gpu else CPU_FULL_CASES if options.full else CPU_CASES
-    cases = [case for case in cases if options.only in str(case)]
+    cases = [case for case in cases if options.only in str(case) and not options.networks]
     first = piece.startswith("1/") and not options.full
+    networks = [(name, which) for which in NETWORK_PASSES for name in MODELS if first and options.only in name]
+    if not options.networks:
+        networks = [(name, which) for name, which in networks if which == TRAINING]
     about = machine(device)
     about["copy_gb_per_s"] = copy_bandwidth(device)
-    suite = "scaling" if options.scaling else "full" if options.full else ""
+    suite = next((name for name in ("scaling", "networks", "full") if getattr(options, name)), "")
     RESULTS.mkdir(exist_ok=True)
     words = f"{about['machine']} {about['threads']} threads {about['date']} {suite}"
     stem = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
-    store = Store(RESULTS / f"{stem}.json", about | {"suite": suite}, resume=options.gpu or options.full)
+    resume = options.gpu or options.full or options.networks
+    store = Store(RESULTS / f"{stem}.json", about | {"suite": suite}, resume)
     if options.scaling:
         measure_scaling(store, device)
     else:
-        measure(
-            store, device, cases, [name for name in MODELS if first and options.only in name], not options.no_compile
-        )
-        if first:
+        measure(store, device, cases, networks, not options.no_compile)
+        if first and not options.networks:
             store.put("host_us", host_costs(device))
     print(write(store.path))
     print(f"\nwritten: benchmarks/results/{stem}.json, .md, .svg")

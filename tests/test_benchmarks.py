@@ -84,6 +84,29 @@ def test_every_competitor_computes_the_same(op):
             call()
 
 
+@pytest.mark.parametrize("which", report.NETWORK_PASSES)
+def test_passes_of_a_network(which, monkeypatch):
+    from benchmarks import cases
+
+    monkeypatch.setitem(cases.MODELS, "vgg_aib_qt", ({"width": 0.05}, 32, 2))
+    device = torch.device("cpu")
+    if which == report.ATTENTION:
+        ready = cases.attention_calls("vgg_aib_qt", device)
+    else:
+        ready = cases.network_calls("vgg_aib_qt", which, device, compiled=False)
+    assert {"reference", "native"} <= ready.keys()
+    for call in ready.values():
+        call()
+
+
+def test_shares_of_attention():
+    rows = [
+        run.row_of("net", report.TRAINING, {"reference": 0.1, "native": 0.08}),
+        run.row_of("net", report.ATTENTION, {"reference": 0.03, "native": 0.008}),
+    ]
+    assert "- net: 30.0% with reference, 10.0% with native" in report.tables(rows)
+
+
 def test_a_wrong_competitor_is_refused(monkeypatch):
     from benchmarks import cases
 

@@ -75,12 +75,13 @@ def extension(kind: str, make, name: str, flags: dict[str, list[str]]):
     )
 
 
-# Never -ffast-math: it changes the whole process's floating-point mode and folds NaN checks away.
-cxx = ["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-g0"]
+# Never -ffast-math: it changes the whole process's floating-point mode and folds NaN checks away. Symbols are hidden:
+# PyTorch loads all libraries into one namespace, where those of one would take the place of the other's.
+cxx = ["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
 extensions = [extension("cpu", CppExtension, "attnkern._C", {"cxx": cxx})]
 missing = cuda_missing(home)
 if missing is None:
-    nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
+    nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden", "-DUSE_CUDA"]
     host = ["-O3", "-std=c++20", "-DUSE_CUDA", "-g0"]
     extensions.append(extension("cuda", CUDAExtension, "attnkern._C_cuda", {"cxx": host, "nvcc": nvcc}))
 elif os.environ.get("FORCE_CUDA") == "1":

@@ -96,6 +96,16 @@ def test_a_library_that_does_not_load_says_why(copy, content):
     assert native.startswith("backend: 'native' cannot run torch.float32 on cpu: _C.so does not load: ")
 
 
+@pytest.mark.skipif(shutil.which("nm") is None, reason="binutils are not installed")
+@pytest.mark.parametrize("library", sorted(path.name for path in PACKAGE.glob("_C*.so")))
+def test_libraries_keep_their_symbols_to_themselves(library):
+    """PyTorch loads them into one namespace: the first would lend its functions to the second."""
+    listed = subprocess.run(
+        ["nm", "-DC", "--defined-only", PACKAGE / library], capture_output=True, text=True, check=True
+    )
+    assert [line for line in listed.stdout.splitlines() if " attnkern::" in line] == []
+
+
 def test_the_environment_chooses_and_a_wrong_name_is_refused():
     code = "from attnkern import _backend; print(_backend.current())"
     assert python(code, ATTNKERN_BACKEND="reference") == "reference"

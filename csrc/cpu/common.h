@@ -101,29 +101,53 @@ template <typename Body> void parallel(int64_t count, int64_t cost, const Body& 
   });
 }
 
-// --- companions ---
+// --- companions: small tensors beside the features, in any dtype ---
 
-// A companion of the features (rectangle, anchors, query, a map) widened to A.
-template <typename A> std::vector<A> widened(const Tensor& tensor) {
-  return dispatch(tensor.scalar_type(), [&](auto t) {
-    const auto* values = data<decltype(t)>(tensor);
-    std::vector<A> result(tensor.numel());
-    for (size_t i = 0; i < result.size(); ++i)
-      result[i] = static_cast<A>(widen(values[i]));
-    return result;
-  });
-}
+// A tensor's numbers as A: its own where they are A already.
+template <typename A> class Widened {
+  std::vector<A> copy_;
+  const A* data_;
+  int64_t size_;
 
-// Wide numbers as a tensor of the shape and dtype of `like`.
-template <typename A> Tensor narrowed(const Tensor& like, const std::vector<A>& values) {
-  return dispatch(like.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    Tensor tensor = empty_same(like);
-    T* to = mutable_data<T>(tensor);
-    for (size_t i = 0; i < values.size(); ++i)
-      to[i] = narrow<T>(static_cast<Wide<T>>(values[i]));
-    return tensor;
-  });
-}
+public:
+  explicit Widened(const Tensor& tensor) : data_(data<A>(tensor)), size_(tensor.numel()) {
+    if (tensor.scalar_type() == scalar_type<A>())
+      return;
+    copy_.resize(size_);
+    dispatch(tensor.scalar_type(), [&](auto t) {
+      const auto* from = attnkern::data<decltype(t)>(tensor);
+      for (int64_t i = 0; i < size_; ++i)
+        copy_[i] = static_cast<A>(widen(from[i]));
+    });
+    data_ = copy_.data();
+  }
+  Widened(const Widened&) = delete; // it points into itself
+
+  const A* begin() const { return data_; }
+  const A* end() const { return data_ + size_; }
+  int64_t size() const { return size_; }
+  A operator[](int64_t i) const { return data_[i]; }
+};
+
+// Numbers in A to be written, that become a tensor of the shape and dtype of `like`.
+template <typename A> class Narrowed {
+  Tensor tensor_;
+  std::vector<A> wide_;
+
+public:
+  explicit Narrowed(const Tensor& like)
+      : tensor_(empty_same(like)), wide_(like.scalar_type() == scalar_type<A>() ? 0 : like.numel()) {}
+
+  A* data() { return wide_.empty() ? mutable_data<A>(tensor_) : wide_.data(); }
+  Tensor tensor() {
+    if (!wide_.empty())
+      dispatch(tensor_.scalar_type(), [&](auto t) {
+        using T = decltype(t);
+        std::transform(wide_.begin(), wide_.end(), mutable_data<T>(tensor_),
+                       [](A value) { return narrow<T>(static_cast<Wide<T>>(value)); });
+      });
+    return tensor_;
+  }
+};
 
 } // namespace attnkern

@@ -91,10 +91,45 @@ template <typename T> void vector_times(const Wide<T>* weight, const Matrix<T>& 
   }
 }
 
+// Outer products, as below, where a row is kVectors vectors (a map of 7x7, say): the right sides stay in registers from row to row.
+template <int kVectors, typename T>
+void outer_products_few(const Matrix<T>& m, const Wide<T>* left1, const Wide<T>* right1, const Wide<T>* left2,
+                        const Wide<T>* right2, T* out) {
+  using A = Wide<T>;
+  int64_t at[kVectors]; // the last overlaps the one before it
+  A first[kVectors][kLanes], second[kVectors][kLanes];
+  for (int v = 0; v < kVectors; ++v) {
+    at[v] = std::min<int64_t>(v * kLanes, m.columns - kLanes);
+    std::copy_n(right1 + at[v], kLanes, first[v]);
+    std::copy_n(right2 + at[v], kLanes, second[v]);
+  }
+  for (int64_t r = 0; r < m.rows; ++r) {
+    const A a = left1[r], b = left2[r];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      T* to = out + r * m.stride + at[v];
+#pragma omp simd
+      for (int i = 0; i < kLanes; ++i)
+        to[i] = narrow<T>(a * first[v][i] + b * second[v][i]);
+    }
+  }
+}
+
 // out = left1 ⊗ right1 + left2 ⊗ right2, laid out as m.
 template <typename T>
 void outer_products(const Matrix<T>& m, const Wide<T>* left1, const Wide<T>* right1, const Wide<T>* left2,
                     const Wide<T>* right2, bool stream, T* out) {
+  if (!stream && m.columns >= kLanes)
+    switch ((m.columns + kLanes - 1) / kLanes) {
+    case 1:
+      return outer_products_few<1>(m, left1, right1, left2, right2, out);
+    case 2:
+      return outer_products_few<2>(m, left1, right1, left2, right2, out);
+    case 3:
+      return outer_products_few<3>(m, left1, right1, left2, right2, out);
+    case 4:
+      return outer_products_few<4>(m, left1, right1, left2, right2, out);
+    }
   for (int64_t r = 0; r < m.rows; ++r) {
     const Wide<T> a = left1[r], b = left2[r];
     write_lanes(m.columns, out + r * m.stride, stream,
@@ -111,11 +146,12 @@ template <typename T> void sum_positions(const Tiles& tiles, const Matrix<T>& m,
 }
 
 template <typename T>
-void pool_forward(const Tiles& tiles, const T* local, const std::vector<Wide<T>>& query, T* pooled,
+void pool_forward(const Tiles& tiles, const T* local, const Widened<Wide<T>>& query, T* pooled,
                   Wide<T>* attention, Wide<T>* scores, Wide<T>* pooled_wide) {
   using A = Wide<T>;
   const int64_t channels = tiles.shape.channels, positions = tiles.shape.positions;
-  std::vector<A> maxima(tiles.count()), totals(tiles.count()), sums(tiles.count() * channels);
+  std::vector<A> maxima(tiles.count()), totals(tiles.count());
+  const auto sums = std::make_unique_for_overwrite<A[]>(tiles.count() * channels);
   parallel(tiles.count(), tiles.length * channels, [&](int64_t tile) {
     const Matrix<T> m = tile_of(tiles, local, tile);
     const int64_t length = tiles.length_of(tile);
@@ -140,14 +176,15 @@ void pool_forward(const Tiles& tiles, const T* local, const std::vector<Wide<T>>
   parallel(tiles.shape.images, positions + tiles.per_image * channels, [&](int64_t image) {
     const int64_t first = image * tiles.per_image;
     const A max = *std::max_element(&maxima[first], &maxima[first] + tiles.per_image);
-    std::vector<A> sum(channels);
+    A* sum = &sums[first * channels]; // the first tile's, and then of all
     A total = 0;
     for (int64_t tile = first; tile < first + tiles.per_image; ++tile) {
       const A weight = softmax_weight(maxima[tile], max);
+      const A* more = &sums[tile * channels];
       total += weight * totals[tile];
 #pragma omp simd
       for (int64_t c = 0; c < channels; ++c)
-        sum[c] += weight * sums[tile * channels + c];
+        sum[c] = weight * more[c] + (tile == first ? A(0) : sum[c]);
     }
     const A inverse = A(1) / total;
 #pragma omp simd
@@ -162,15 +199,17 @@ void pool_forward(const Tiles& tiles, const T* local, const std::vector<Wide<T>>
   });
 }
 
-// Returns dq per image, (N, C).
+// dq per image, (N, C), and the gradient of the locals unless it is null.
 template <typename T>
-std::vector<Wide<T>> pool_backward(const Tiles& tiles, const std::vector<Wide<T>>& grad_pooled,
-                                   const Wide<T>* grad_attention, const Wide<T>* grad_scores, const T* local,
-                                   const std::vector<Wide<T>>& query, const Wide<T>* attention,
-                                   const Wide<T>* pooled, T* grad_local) {
+void pool_backward(const Tiles& tiles, const Wide<T>* grad_pooled, const Wide<T>* grad_attention,
+                   const Wide<T>* grad_scores, const T* local, const Widened<Wide<T>>& query,
+                   const Wide<T>* attention, const Wide<T>* pooled, T* grad_local, Wide<T>* grad_query) {
   using A = Wide<T>;
   const int64_t channels = tiles.shape.channels, positions = tiles.shape.positions;
-  std::vector<A> deltas(tiles.shape.images), sums(tiles.count() * channels);
+  std::vector<A> deltas(tiles.shape.images);
+  const bool whole = tiles.per_image == 1;
+  const auto buffer = std::make_unique_for_overwrite<A[]>(whole ? 0 : tiles.count() * channels);
+  A* sums = whole ? grad_query : buffer.get();
   parallel(tiles.shape.images, positions + channels, [&](int64_t image) {
     A delta = 0;
 #pragma omp simd reduction(+ : delta)
@@ -206,11 +245,16 @@ std::vector<Wide<T>> pool_backward(const Tiles& tiles, const std::vector<Wide<T>
     else
       outer_products(m, grad, weight, query_image, grad_score.data(), stream, out);
   });
-  std::vector<A> grad_query(tiles.shape.images * channels);
-  for (int64_t tile = 0; tile < tiles.count(); ++tile)
-    for (int64_t c = 0; c < channels; ++c)
-      grad_query[tile / tiles.per_image * channels + c] += sums[tile * channels + c];
-  return grad_query;
+  if (whole)
+    return;
+  parallel(tiles.shape.images, tiles.per_image * channels, [&](int64_t image) {
+    A* sum = grad_query + image * channels;
+    std::fill_n(sum, channels, A(0));
+    for (int64_t tile = image * tiles.per_image; tile < (image + 1) * tiles.per_image; ++tile)
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c)
+        sum[c] += sums[tile * channels + c];
+  });
 }
 
 } // namespace attnkern::ATTNKERN_ISA
@@ -219,6 +263,8 @@ std::vector<Wide<T>> pool_backward(const Tiles& tiles, const std::vector<Wide<T>
 
 #include "cpu/common.h"
 #include "pool.h"
+
+#include <memory>
 
 namespace attnkern {
 
@@ -237,8 +283,8 @@ struct Tiles {
 };
 
 // The query of an image: its own, or the one that the batch shares.
-template <typename A> const A* query_of(const std::vector<A>& query, int64_t image, int64_t channels) {
-  return query.data() + (static_cast<int64_t>(query.size()) > channels ? image * channels : 0);
+template <typename A> const A* query_of(const Widened<A>& query, int64_t image, int64_t channels) {
+  return query.begin() + (query.size() > channels ? image * channels : 0);
 }
 
 } // namespace attnkern
@@ -264,7 +310,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_fwd(Tensor local, Tensor query) 
     Tensor attention = empty<A>(local, {sizes.data(), sizes.size()});
     Tensor scores = empty_same(attention);
     Tensor pooled_wide = rounds ? empty_like<A>(pooled) : empty<A>(local, {0});
-    ATTNKERN_BY_ISA(pool_forward<T>, tiles, data<T>(local), widened<A>(query), mutable_data<T>(pooled),
+    ATTNKERN_BY_ISA(pool_forward<T>, tiles, data<T>(local), Widened<A>(query), mutable_data<T>(pooled),
                     mutable_data<A>(attention), mutable_data<A>(scores),
                     rounds ? mutable_data<A>(pooled_wide) : nullptr);
     return std::tuple(pooled, attention, scores, pooled_wide);
@@ -282,18 +328,23 @@ std::tuple<Tensor, Tensor> pool_bwd(std::optional<Tensor> grad_pooled, std::opti
     const Tiles tiles(local);
     const int64_t channels = local.size(1);
     Tensor grad_local = features_grad<T>(local, need_grad_local);
-    const std::vector<A> grad =
-        grad_pooled.has_value() ? widened<A>(*grad_pooled) : std::vector<A>(local.size(0) * channels);
-    std::vector<A> grad_query = ATTNKERN_BY_ISA(
-        pool_backward<T>, tiles, grad, data<A>(grad_attention), data<A>(grad_scores), data<T>(local),
-        widened<A>(query), data<A>(attention), data<A>(pooled_wide), need_grad_local ? mutable_data<T>(grad_local) : nullptr);
-    if (query.dim() == 1) { // shared: summed over the batch in order
-      std::vector<A> sum(channels);
-      for (size_t i = 0; i < grad_query.size(); ++i)
-        sum[i % channels] += grad_query[i];
-      grad_query = std::move(sum);
+    const std::vector<A> zeros(grad_pooled.has_value() ? 0 : local.size(0) * channels);
+    std::optional<Widened<A>> grad;
+    if (grad_pooled.has_value())
+      grad.emplace(*grad_pooled);
+    Narrowed<A> grad_query(query);
+    const bool shared = query.dim() == 1;
+    std::vector<A> per_image(shared ? local.size(0) * channels : 0);
+    ATTNKERN_BY_ISA(pool_backward<T>, tiles, grad ? grad->begin() : zeros.data(), data<A>(grad_attention),
+                    data<A>(grad_scores), data<T>(local), Widened<A>(query), data<A>(attention), data<A>(pooled_wide),
+                    need_grad_local ? mutable_data<T>(grad_local) : nullptr,
+                    shared ? per_image.data() : grad_query.data());
+    if (shared) { // summed over the batch in order
+      std::fill_n(grad_query.data(), channels, A(0));
+      for (size_t i = 0; i < per_image.size(); ++i)
+        grad_query.data()[i % channels] += per_image[i];
     }
-    return std::tuple(grad_local, narrowed(query, grad_query));
+    return std::tuple(grad_local, grad_query.tensor());
   });
 }
 

@@ -66,7 +66,7 @@ Sums<A> quantize(const Anchors<A>& anchors, const T* a, int64_t count, T* values
 // grad_a = what came through the values, and the commitment loss's share. `through` is the gradient of the map from the
 // features, null without features; `scale` is the gradient of the loss over its divisor.
 template <typename T, typename A>
-void quantize_backward(const T* a, const std::vector<A>& anchors, const int64_t* indices, int64_t count,
+void quantize_backward(const T* a, const Widened<A>& anchors, const int64_t* indices, int64_t count,
                        const T* grad_values, const A* through, A grad_loss, A divisor, T* grad_a) {
   bool poisoned = false;
   for (const A anchor : anchors)
@@ -119,7 +119,7 @@ template <typename A> struct Anchors {
   std::vector<A> value, thresholds;
   std::vector<int64_t> index;
 
-  explicit Anchors(const std::vector<A>& anchors) : count(anchors.size()) {
+  explicit Anchors(const Widened<A>& anchors) : count(anchors.size()) {
     for (const A anchor : anchors)
       poisoned |= anchor != anchor;
     if (poisoned) // no order among NaN, and none is needed
@@ -169,7 +169,7 @@ template <typename A> struct Quantized {
 template <typename A> Quantized<A> quantized(const Tensor& a, const Tensor& anchors, bool keep_wide) {
   Quantized<A> q{empty_same(a), empty_like<int64_t>(a), empty<A>(a, {}), empty_like<int64_t>(anchors),
                  empty_like<A>(anchors),       nullptr,               {}};
-  const Anchors<A> table(widened<A>(anchors));
+  const Anchors<A> table{Widened<A>(anchors)};
   dispatch(a.scalar_type(), [&](auto t) {
     using T = decltype(t);
     if constexpr (std::is_same_v<T, A>)
@@ -186,7 +186,7 @@ template <typename A> Quantized<A> quantized(const Tensor& a, const Tensor& anch
 }
 
 template <typename A> A scalar(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? widened<A>(*tensor)[0] : A(0);
+  return tensor.has_value() ? Widened<A>(*tensor)[0] : A(0);
 }
 
 // The gradients of a and of the anchors; `through` is the gradient of the map from the features, null without.
@@ -199,16 +199,15 @@ std::tuple<Tensor, Tensor> gradients(const std::optional<Tensor>& grad_values,
   Tensor grad_a = empty_same(a);
   dispatch(a.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    ATTNKERN_BY_ISA(quantize_backward, data<T>(a), widened<A>(anchors), data<int64_t>(indices), a.numel(),
+    ATTNKERN_BY_ISA(quantize_backward, data<T>(a), Widened<A>(anchors), data<int64_t>(indices), a.numel(),
                     data<T>(grad_values), through, scalar<A>(grad_commitment_loss), static_cast<A>(divisor),
                     mutable_data<T>(grad_a));
   });
   const A per_residual = A(2) * (scalar<A>(grad_anchor_loss) / static_cast<A>(divisor));
-  std::vector<A> grad_anchors(anchors.numel());
-  if (grad_anchor_loss.has_value())
-    for (size_t k = 0; k < grad_anchors.size(); ++k)
-      grad_anchors[k] = per_residual * data<A>(residuals)[k];
-  return {grad_a, narrowed(anchors, grad_anchors)};
+  Narrowed<A> grad_anchors(anchors);
+  for (int64_t k = 0; k < anchors.numel(); ++k)
+    grad_anchors.data()[k] = grad_anchor_loss.has_value() ? per_residual * data<A>(residuals)[k] : A(0);
+  return {grad_a, grad_anchors.tensor()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_fwd(Tensor a, Tensor anchors) {
@@ -258,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor> anchor_bwd(Tensor grad_output, std::optional<
     using T = decltype(t);
     using A = Wide<T>;
     // The map again: the anchors' values, NaN where the element or any anchor is.
-    const std::vector<A> values = widened<A>(anchors), elements = widened<A>(a);
+    const Widened<A> values(anchors), elements(a);
     const bool poisoned = std::any_of(values.begin(), values.end(), [](A value) { return value != value; });
     std::vector<A> map(elements.size());
     for (size_t i = 0; i < map.size(); ++i)

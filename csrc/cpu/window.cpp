@@ -153,14 +153,14 @@ namespace attnkern {
 
 // A batch of rectangles on one grid.
 template <typename A> struct Windows {
-  std::vector<A> rectangles;    // (N, 5)
+  Widened<A> rectangles; // (N, 5)
   int64_t height, width;
   A scale;
   bool rescale, aspect;
   std::vector<A> rows, columns; // coordinates of each position
 
   Windows(const Tensor& rectangle, int64_t height, int64_t width, double scale, bool rescale, bool aspect)
-      : rectangles(widened<A>(rectangle)), height(height), width(width), scale(static_cast<A>(scale)),
+      : rectangles(rectangle), height(height), width(width), scale(static_cast<A>(scale)),
         rescale(rescale), aspect(aspect), rows(height * width), columns(height * width) {
     for (int64_t i = 0; i < height; ++i)
       for (int64_t j = 0; j < width; ++j) {
@@ -172,7 +172,7 @@ template <typename A> struct Windows {
   int64_t positions() const { return height * width; }
   Frame<A> frame(int64_t image) const {
     A rectangle[kParameters];
-    std::copy_n(&rectangles[image * kParameters], kParameters, rectangle);
+    std::copy_n(rectangles.begin() + image * kParameters, kParameters, rectangle);
     return make_frame(rectangle, height, width, scale, aspect);
   }
 };
@@ -203,9 +203,9 @@ Tensor window_map_bwd(Tensor grad_map, Tensor rectangle, Tensor stats, double sc
   return dispatch_wide(grad_map.scalar_type(), [&](auto a) {
     using A = decltype(a);
     const Windows<A> windows(rectangle, grad_map.size(1), grad_map.size(2), scale, rescale, aspect);
-    std::vector<A> gradients(windows.rectangles.size());
+    Narrowed<A> gradients(rectangle);
     ATTNKERN_BY_ISA(window_map_gradients<A>, windows, data<A>(stats), data<A>(grad_map), gradients.data());
-    return narrowed(rectangle, gradients);
+    return gradients.tensor();
   });
 }
 
@@ -237,10 +237,10 @@ std::tuple<Tensor, Tensor> window_bwd(Tensor grad_output, std::optional<Tensor> 
     using A = Wide<T>;
     const Windows<A> windows(rectangle, x.size(2), x.size(3), scale, rescale, aspect);
     Tensor grad_x = features_grad<T>(x, need_grad_x);
-    std::vector<A> gradients(windows.rectangles.size());
+    Narrowed<A> gradients(rectangle);
     ATTNKERN_BY_ISA(window_backward<T>, windows, Shape(x), data<T>(grad_output), data<A>(grad_map), data<T>(x),
                     data<A>(stats), residual, need_grad_x ? mutable_data<T>(grad_x) : nullptr, gradients.data());
-    return std::tuple(grad_x, narrowed(rectangle, gradients));
+    return std::tuple(grad_x, gradients.tensor());
   });
 }
 

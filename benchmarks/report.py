@@ -92,6 +92,70 @@ def verdict(rows: list[dict], suite: str = "") -> str:
     return "\n".join(["Forward and backward, float32, both layouts:", *lines])
 
 
+LARGE = 2**26  # bytes of a working set that no L2 cache holds
+#: On a GPU, by what is looked at: the least that every row of it should reach. "copy" is the share of the bandwidth of
+#: a copy in the same run, forward and backward apart; the others are times faster. Graphs leave out the launches.
+GPU_TARGETS = {
+    "large maps, window and anchor attention": {
+        "copy, forward": 0.9, "copy, backward": 0.85, "eager": 2.5, "compile": 1.15
+    },
+    "large maps, compatibility_pool": {"copy, forward": 0.9, "copy, backward": 0.85, "eager": 4, "compile": 1.6},
+    "small maps": {"eager": 5, "compile": 1.3, "compile, in graphs": 1.2},
+    "anchor_quantize": {"eager": 8, "compile": 2},
+}  # fmt: skip
+#: microseconds of the host for forward and backward of tiny tensors, at most
+HOST_TARGETS = {"native": 25, "triton": 45}
+
+
+def _gpu_group(case: str, bytes_forward: int) -> str:
+    op = case.split()[0]
+    if op == "anchor_quantize":
+        return op
+    if bytes_forward < LARGE:
+        return "small maps"
+    return f"large maps, {op if op == 'compatibility_pool' else 'window and anchor attention'}"
+
+
+def gpu_figures(rows: list[dict], copy_gb_per_s: float) -> dict[str, dict[str, list[tuple[float, str]]]]:
+    """What GPU_TARGETS look at: (figure, case) by group and name, from rows that have been measured."""
+    by_case = {}
+    for row in rows:
+        by_case.setdefault(row["case"], {})[row["pass"]] = row
+    found = {group: {name: [] for name in targets} for group, targets in GPU_TARGETS.items()}
+    for case, passes in by_case.items():
+        forward, both = passes.get("forward"), passes.get("forward+backward")
+        if forward is None or both is None or "graph_ms" not in both:
+            continue
+        figures = {name: both["times"].get(name) for name in ("eager", "compile")}
+        ours = [name for name in OURS if name in forward["graph_ms"] and name in both["graph_ms"]]
+        if ours:
+            seconds = [min(row["graph_ms"][name] for name in ours) / 1e3 for row in (forward, both)]
+            per_second = copy_gb_per_s * 1e9
+            figures["copy, forward"] = forward["bytes"] / seconds[0] / per_second
+            figures["copy, backward"] = (both["bytes"] - forward["bytes"]) / (seconds[1] - seconds[0]) / per_second
+            if "compile" in both["graph_ms"]:
+                figures["compile, in graphs"] = both["graph_ms"]["compile"] / 1e3 / seconds[1]
+        for name, figure in found[_gpu_group(case, forward["bytes"])].items():
+            if figures.get(name) is not None:
+                figure.append((figures[name], case))
+    return found
+
+
+def gpu_verdict(rows: list[dict], copy_gb_per_s: float) -> str:
+    """The targets of a GPU's run: how many rows reach each, and the farthest from it; what has not been measured."""
+    lines = ["| on a GPU | at least | rows that reach it | lowest |", "|---" * 4 + "|"]
+    for group, names in gpu_figures(rows, copy_gb_per_s).items():
+        for name, figures in names.items():
+            target = GPU_TARGETS[group][name]
+            text = f"{target:.0%} of a {name}" if name.startswith("copy") else f"{target} × {name}"
+            reached = sum(figure >= target for figure, _ in figures)
+            lowest = "{0[0]:.2f}, {0[1]}".format(min(figures)) if figures else "–"
+            lines.append(
+                f"| {group} | {text} | {f'{reached} of {len(figures)}' if figures else 'not measured'} | {lowest} |"
+            )
+    return "\n".join(lines)
+
+
 # --- pictures, readable on a light and on a dark page -----------------------------------------------------------------
 
 GREY = "#808080"
@@ -186,7 +250,13 @@ def host_table(costs: dict[str, dict[str, float]]) -> str:
     for what, found in costs.items():
         cells = [f"{found[name]:.1f}" if name in found else "–" for name in names]
         lines.append(f"| {what} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    missed = [
+        f"- MISSED: {found[name]:.0f} µs of {what} through {name} (target: at most {most})"
+        for what, found in costs.items()
+        for name, most in HOST_TARGETS.items()
+        if found.get(name, 0) > most
+    ]
+    return "\n".join([*lines, *(["", *missed] if missed else [])])
 
 
 def regressions(content: dict, earlier: dict) -> list[str]:
@@ -208,9 +278,11 @@ def body(content: dict) -> str:
         f"a copy moves {content['copy_gb_per_s']:.1f} GB/s"
     )
     if suite == "scaling":
-        return "\n\n".join([heading, scaling_table(rows)])
+        note = "The exponent is that of the last doubling; it is above 1 where the bytes leave the caches."
+        return "\n\n".join([heading, scaling_table(rows), note])
     on_gpu = any("graph_ms" in row for row in rows)
-    parts = [heading, tables(rows), "" if on_gpu else verdict(rows, suite)]
+    judged = gpu_verdict(rows, content["copy_gb_per_s"]) if on_gpu else verdict(rows, suite)
+    parts = [heading, tables(rows), judged]
     parts.append(host_table(content["host_us"]) if "host_us" in content else "")
     return "\n\n".join(filter(None, parts))
 
@@ -255,7 +327,7 @@ def page() -> str:
         if lost:
             parts.append("Slower than in the run before:\n\n" + "\n".join(lost) + "\n")
     if not any("graph_ms" in row for _, content in runs for row in content["rows"]):
-        parts.append("## GPU\n\nNothing has been measured on a GPU yet: `make gpu` fills this in.\n")
+        parts.append(f"## GPU\n\nNothing has been measured on a GPU yet: `make gpu` does.\n\n{gpu_verdict([], 1)}\n")
     return "\n".join(parts)
 
 

@@ -51,6 +51,34 @@ def test_regressions_are_flagged():
     assert line == "- window float32 contiguous, forward+backward: 4.00 × eager, was 6.00 (2026-01-01)"
 
 
+def test_targets_of_a_gpu():
+    """1 GB forward at 0.5 ms and 2.5 GB in all at 1.5 ms, beside a copy of 2,000 GB/s: 100 % and 75 % of it."""
+
+    def row(case, which, size, graph_ms):
+        ms = {"eager": 4e-3, "compile": 2e-3, "native": 1e-3}
+        return run.row_of(case, which, ms, bytes=size, graph_ms=graph_ms)
+
+    rows = [
+        row("window_attention big", "forward", 1e9, {"native": 0.5}),
+        row("window_attention big", "forward+backward", 2.5e9, {"native": 1.5}),
+        row("compatibility_pool small", "forward", 1e6, {"native": 0.01, "compile": 0.01}),
+        row("compatibility_pool small", "forward+backward", 2e6, {"native": 0.02, "compile": 0.03}),
+    ]
+    text = report.gpu_verdict(rows, 2000.0)
+    assert "| large maps, window and anchor attention | 90% of a copy, forward | 1 of 1 | 1.00, window_att" in text
+    assert "| large maps, window and anchor attention | 85% of a copy, backward | 0 of 1 | 0.75, window_att" in text
+    assert "| large maps, window and anchor attention | 2.5 × eager | 1 of 1 | 4.00, window_attention big |" in text
+    assert "| small maps | 5 × eager | 0 of 1 | 4.00, compatibility_pool small |" in text
+    assert "| small maps | 1.2 × compile, in graphs | 1 of 1 | 1.50, compatibility_pool small |" in text
+    assert "| anchor_quantize | 8 × eager | not measured | – |" in text
+
+
+def test_host_costs_above_the_target_are_missed():
+    text = report.host_table({"pool": {"eager": 50.0, "native": 30.0, "triton": 40.0}, "window": {"native": 20.0}})
+    assert "- MISSED: 30 µs of pool through native (target: at most 25)" in text
+    assert text.count("MISSED") == 1
+
+
 def test_scaling_shows_the_exponent(tmp_path):
     rows = [
         run.row_of(str(n), "images", {"eager": 3e-3 * n, "native": 1e-3 * n}, op="pool", bytes=n * 1000)

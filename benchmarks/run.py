@@ -121,9 +121,11 @@ def shard(cases: list, text: str) -> list:
 
 
 def row_of(case: str, which: str, seconds: dict[str, float], **more) -> dict:
-    ours = {name: value for name, value in seconds.items() if name.startswith(OURS)}
-    best = min(ours.values(), default=math.nan)
-    times = {name: value / best for name, value in seconds.items() if ours and name not in ours}
+    times = {}
+    for suffix in ("", " compiled"):  # each network against its like
+        best = min((value for name, value in seconds.items() if name in [o + suffix for o in OURS]), default=None)
+        rivals = [name for name in seconds if name.endswith(" compiled") == bool(suffix) and not name.startswith(OURS)]
+        times |= {name: seconds[name] / best for name in rivals if best is not None}
     return {"case": case, "pass": which, "ms": {k: v * 1e3 for k, v in seconds.items()}, "times": times, **more}
 
 

@@ -14,6 +14,7 @@ compatibility_pool        softmax compatibility pooling                         
 import importlib
 
 from attnkern._backend import use_backend
+from attnkern._decompositions import decompositions
 from attnkern._version import __version__
 from attnkern.pool import CompatibilityPooled, compatibility_pool
 from attnkern.quantize import AnchorAttended, AnchorQuantized, anchor_attention, anchor_quantize
@@ -28,6 +29,7 @@ __all__ = [
     "anchor_attention",
     "anchor_quantize",
     "compatibility_pool",
+    "decompositions",
     "rectangle_corners",
     "use_backend",
     "window_attention",

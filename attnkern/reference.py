@@ -22,8 +22,10 @@ def coordinates(length: int, like: torch.Tensor) -> torch.Tensor:
 
 def aspect_factors(height: int, width: int, aspect: bool) -> tuple[float, float]:
     """Factors of the row and the column offset: 1, or (H-1)/L and (W-1)/L with L = max(H, W) - 1."""
-    longest = max(height, width) - 1
-    return ((height - 1) / longest, (width - 1) / longest) if aspect and longest > 0 else (1.0, 1.0)
+    if not aspect:
+        return 1.0, 1.0
+    longest = torch.sym_max(height, width) - 1  # not max(), which compares: a compiled graph would hold for one order
+    return ((height - 1) / longest, (width - 1) / longest) if longest > 0 else (1.0, 1.0)
 
 
 def _log_window(rectangle, height, width, scale, aspect):

@@ -1,0 +1,129 @@
+"""Attention behind a named layer of any network."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import attnkern.nn as ann
+
+_TAKES_AND_GIVES_FEATURES = (ann.WindowAttention, ann.PositionwiseAttention, ann.ProgressiveAttention)
+
+
+class OnTokens(nn.Module):
+    """A module of maps (N, C, H, W) on the tokens (N, L, C) of a square grid; those before the grid pass unchanged."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    @staticmethod
+    def grid(tokens: int) -> tuple[int, int]:
+        """(tokens before the grid, side of the grid): the largest square, behind at most as many tokens as ViTs have.
+
+        Raises:
+            ValueError: no square grid is left behind up to eight class and register tokens.
+        """
+        side = math.isqrt(tokens)
+        before = tokens - side * side
+        if side == 0 or before > 8:
+            raise ValueError(f"insert: tokens must be a square grid behind at most 8 others, got {tokens} of them")
+        return before, side
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        before, side = self.grid(tokens.shape[1])
+        grid = tokens[:, before:].transpose(1, 2).unflatten(2, (side, side))
+        attended = self.module(grid).flatten(2).transpose(1, 2)
+        return torch.cat((tokens[:, :before], attended), 1) if before else attended
+
+
+def _output_of(model: nn.Module, layer: nn.Module, example: torch.Tensor | None) -> torch.Size:
+    """Shape of what ``layer`` returns, found without computing anything."""
+    if example is None:
+        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        if first is None:
+            raise ValueError("insert: example must be given for a model without a Conv2d, got None")
+        example = torch.empty(1, first.in_channels, 224, 224, device=first.weight.device, dtype=first.weight.dtype)
+    shapes = []
+
+    def note(_module, _inputs, output):
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"insert: the layer must return a Tensor, got {type(output).__name__}")
+        shapes.append(output.shape)
+
+    training = [module for module in model.modules() if module.training]
+    handle = layer.register_forward_hook(note)
+    try:
+        model.eval()
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+            model(fake.from_tensor(example))
+    finally:
+        handle.remove()
+        for module in training:
+            module.training = True
+    if not shapes:
+        raise ValueError("insert: the layer must run when the model does, and it did not")
+    return shapes[0]
+
+
+def insert(
+    model: nn.Module,
+    name: str,
+    module: nn.Module | Callable[..., nn.Module],
+    *,
+    example: torch.Tensor | None = None,
+    **options,
+) -> nn.Module:
+    """Put attention behind the layer ``name`` of ``model``, in place: layer(x) becomes module(layer(x)).
+
+    Behind an ``nn.Sequential`` it is appended as ``name.attention`` and every other key of the state_dict stays; any
+    other layer becomes ``name.layer`` beside it. So load a checkpoint of the plain model before.
+
+    Args:
+        model: any network. A layer that returns maps (N, C, H, W) takes the module as it is; behind one that returns
+            tokens (N, L, C) it works on their square grid (see :class:`OnTokens`).
+        name: of a layer, as in ``model.named_modules()``.
+        module: a module, or a class that is called with the layer's channels and ``options``.
+        example: an input of the model, to find the channels with; default: an image of 224x224. Nothing is computed.
+
+    Returns:
+        The inserted module.
+
+    Raises:
+        ValueError: no such layer, one that the model does not run, tokens that are no square grid, or an output of
+            other dimensions.
+        TypeError: a module that does not give back what it takes, or a layer that returns no Tensor.
+    """
+    layers = dict(model.named_modules())
+    if name not in layers or name == "":
+        raise ValueError(f"insert: name must be a layer of the model, got {name!r}; its parts: "
+                         + ", ".join(key for key, _ in model.named_children()))  # fmt: skip
+    layer = layers[name]
+    shape = _output_of(model, layer, example)
+    if len(shape) == 4:
+        channels = shape[1]
+    elif len(shape) == 3:
+        OnTokens.grid(shape[1])
+        channels = shape[2]
+    else:
+        raise ValueError(f"insert: {name} must return (N, C, H, W) or tokens (N, L, C), got shape {tuple(shape)}")
+    inserted = module if isinstance(module, nn.Module) else module(channels, **options)
+    if isinstance(inserted, (ann.BottleneckAttention, ann.CompatibilityPool, ann.AnchorQuantizer)):
+        fitting = ", ".join(kind.__name__ for kind in _TAKES_AND_GIVES_FEATURES)
+        raise TypeError(f"insert: module must give back the features it takes ({fitting}), got "
+                        f"{type(inserted).__name__}: call it in the model's forward")  # fmt: skip
+    like = next(layer.parameters(), None)
+    if like is None:
+        like = next(model.parameters(), torch.empty(0))
+    inserted.to(like.device, like.dtype).train(layer.training)
+    behind = OnTokens(inserted) if len(shape) == 3 else inserted
+    if type(layer) is nn.Sequential and "attention" not in dict(layer.named_children()):
+        layer.add_module("attention", behind)
+    else:
+        wrapped = nn.Sequential(OrderedDict(layer=layer, attention=behind)).train(layer.training)
+        parent, _, key = name.rpartition(".")
+        setattr(layers[parent], key, wrapped)
+    return inserted

@@ -1,0 +1,137 @@
+"""Exported programs: plain ATen by decomposition, ONNX checked with onnxruntime, an AOTInductor package."""
+
+import pytest
+import torch
+from cases import FUNCTIONS, call, case_id, check, doubles, make, same
+from test_transforms import operator_calls
+from torch import nn
+
+import attnkern
+import attnkern.nn as ann
+from attnkern import _decompositions, _ops
+
+every_function = pytest.mark.parametrize("function", FUNCTIONS)
+
+
+class Function(nn.Module):
+    """A function of its tensors as a module, giving its results."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors):
+        named = dict(zip(FUNCTIONS[self.function][0], tensors, strict=True))
+        size = (5, 6) if self.function == "window_map" else None
+        return tuple(call(self.function, named, size=size).values())
+
+
+class Everything(nn.Module):
+    """All modules with an attnkern operator inside, on features (N, 6, H, W)."""
+
+    def __init__(self):
+        super().__init__()
+        self.window = ann.WindowAttention(6, (4,))
+        self.bottleneck = ann.BottleneckAttention(6, num_anchors=5)
+        self.pool = ann.CompatibilityPool(6, 4, "dot", "local")
+        self.query = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.bottleneck(self.window(x)).output
+        return self.pool(x, self.query(x.mean((2, 3))))
+
+
+def exported(module, example, dynamic):
+    program = torch.export.export(module.eval(), example, dynamic_shapes=dynamic)
+    return program.run_decompositions(attnkern.decompositions())
+
+
+def namespaces(program):
+    return {n.target.namespace for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+
+
+# --- decompositions --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=case_id)
+def test_every_decomposition_computes_what_its_operator_does(dtype, device):
+    checked = set()
+    for name, arguments in operator_calls(device, "native", dtype, "contiguous"):
+        found = getattr(_decompositions, f"_{name}")(*arguments)
+        wanted = getattr(_ops.BACKENDS["native"], name)(*arguments)
+        pairs = [(found, wanted)] if isinstance(wanted, torch.Tensor) else list(zip(found, wanted, strict=True))
+        if "window" in name and name.endswith("fwd"):
+            stats, _ = pairs.pop()
+            assert stats.isnan().all(), "must not pass for the statistics that kernels save"
+        assert [a.dtype for a, _ in pairs] == [b.dtype for _, b in pairs]
+        check(*({str(i): pair[k] for i, pair in enumerate(pairs)} for k in (0, 1)))
+        checked.add(name)
+    assert checked == set(_ops.SCHEMAS)
+
+
+def test_nearest_anchors_at_the_edges(device):
+    a = torch.tensor([[0.25, 0.75, -9.0, 9.0, torch.inf, -torch.inf, torch.nan]], device=device)
+    for anchors in ([0.0, 0.5, 1.0], [1.0, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, torch.nan, 1.0], [0.3]):
+        anchors = torch.tensor(anchors, device=device)
+        found = dict(enumerate(_decompositions._quantize_fwd(a, anchors)[:2]))
+        same(found, dict(enumerate(_ops.BACKENDS["native"].quantize_fwd(a, anchors)[:2])))
+
+
+@every_function
+def test_a_decomposed_program_is_plain_aten(function):
+    """At any batch size, and, features having one, at any size of the map."""
+    sizes = {0: torch.export.Dim("batch", min=2, max=64)}
+    if function != "window_map":
+        sizes |= {2: torch.export.Dim("height", min=2, max=64), 3: torch.export.Dim("width", min=2, max=64)}
+    names = FUNCTIONS[function][0]
+    dynamic = {
+        "x": sizes,
+        "a": sizes,
+        "local": sizes,
+        "anchors": {},
+        "query": {0: sizes[0]},
+        "rectangle": {0: sizes[0]},
+    }
+
+    def inputs(n, size):
+        return tuple(make(function, n, size=size, dtype=torch.float32).values())
+
+    program = exported(Function(function), inputs(3, (4, 6)), (tuple(dynamic[name] for name in names),))
+    assert namespaces(program) == {"aten"}
+    given = inputs(5, (7, 3))
+    check(dict(enumerate(program.module()(*given))), doubles(dict(enumerate(Function(function)(*given)))))
+
+
+# --- other runtimes --------------------------------------------------------------------------------------------------
+
+BATCH_AND_SIZE = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+
+
+def test_onnx(tmp_path):
+    """Modules of all three mechanisms in onnxruntime, at another batch and map size than they were exported with."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    module = Everything()
+    program = exported(module, (torch.randn(2, 6, 8, 9),), ({key: BATCH_AND_SIZE[key] for key in BATCH_AND_SIZE},))
+    torch.onnx.export(program, dynamo=True, verbose=False).save(tmp_path / "module.onnx")
+    session = runtime.InferenceSession(tmp_path / "module.onnx")
+    for shape in ((2, 6, 8, 9), (5, 6, 11, 7)):
+        x = torch.randn(shape)
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), module(x), rtol=1e-5, atol=1e-5)
+
+
+def test_aotinductor(tmp_path):
+    """A package holds the operators themselves and runs from Python."""
+    torch.manual_seed(0)
+    module = Everything().eval()
+    x = torch.randn(2, 6, 8, 9)
+    dynamic = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    program = torch.export.export(module, (x,), dynamic_shapes=dynamic)
+    assert "attnkern" in namespaces(program)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "module.pt2"))
+    packaged = torch._inductor.aoti_load_package(path)
+    for n in (2, 5):
+        x = torch.randn(n, 6, 8, 9)
+        torch.testing.assert_close(packaged(x), module(x), rtol=1e-5, atol=1e-5)

@@ -36,15 +36,19 @@ __all__ = [
     "window_map",
 ]
 
-_SUBMODULES = ("models", "nn", "reference", "testing", "training")
+_SUBMODULES = ("compat", "models", "nn", "reference", "testing", "training")
+#: Functions that need submodules, and where they live.
+_LATE = {"accelerate": "_accelerate", "insert": "_insert"}
 
 
 def __getattr__(name: str):
-    """Submodules on first use: networks and training bring torchvision and scikit-learn along."""
+    """On first use, what brings torchvision, scikit-learn or the modules along."""
     if name in _SUBMODULES:
         return importlib.import_module(f"attnkern.{name}")
+    if name in _LATE:
+        return getattr(importlib.import_module(f"attnkern.{_LATE[name]}"), name)
     raise AttributeError(f"module 'attnkern' has no attribute {name!r}")
 
 
 def __dir__():
-    return [*__all__, *_SUBMODULES]
+    return [*__all__, *_SUBMODULES, *_LATE]

@@ -40,6 +40,14 @@ class OnTokens(nn.Module):
         return torch.cat((tokens[:, :before], attended), 1) if before else attended
 
 
+class _Found(Exception):
+    """Ends a run as soon as the layer has returned."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+
+
 def _output_of(model: nn.Module, layer: nn.Module, example: torch.Tensor | None) -> torch.Size:
     """Shape of what ``layer`` returns, found without computing anything."""
     if example is None:
@@ -47,26 +55,27 @@ def _output_of(model: nn.Module, layer: nn.Module, example: torch.Tensor | None)
         if first is None:
             raise ValueError("insert: example must be given for a model without a Conv2d, got None")
         example = torch.empty(1, first.in_channels, 224, 224, device=first.weight.device, dtype=first.weight.dtype)
-    shapes = []
 
     def note(_module, _inputs, output):
         if not isinstance(output, torch.Tensor):
             raise TypeError(f"insert: the layer must return a Tensor, got {type(output).__name__}")
-        shapes.append(output.shape)
+        raise _Found(output.shape)
 
     training = [module for module in model.modules() if module.training]
     handle = layer.register_forward_hook(note)
     try:
         model.eval()
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
-            model(fake.from_tensor(example))
+        with FakeTensorMode() as fake, torch.no_grad():
+            state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            fakes = {name: fake.from_tensor(tensor) for name, tensor in state.items()}
+            torch.func.functional_call(model, fakes, (fake.from_tensor(example),))
+    except _Found as found:
+        return found.shape
     finally:
         handle.remove()
         for module in training:
             module.training = True
-    if not shapes:
-        raise ValueError("insert: the layer must run when the model does, and it did not")
-    return shapes[0]
+    raise ValueError("insert: the layer must run when the model does, and it did not")
 
 
 def insert(

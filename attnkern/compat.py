@@ -6,16 +6,17 @@ Written from their interfaces as users know them. :func:`attnkern.accelerate` pu
 import torch
 from torch import nn
 
-from attnkern import compatibility_pool
+from attnkern import anchor_quantize, compatibility_pool
 from attnkern._ops import wide
+from attnkern.nn import _untouched
 
 
 class LinearAttentionBlock(nn.Module):
     """Attention of "Learn to Pay Attention" as its best-known PyTorch port has it: (l, g) to (c, pooled).
 
     c = ⟨u, ℓ_i + g⟩ with u = ``op.weight`` (1, C, 1, 1) and no bias; pooled = Σ softmax(c)_i ℓ_i, the part that is
-    fused. With ``normalize_attn=False`` the weights are sigmoids of c and the result is their average over positions,
-    in plain PyTorch.
+    fused. What is not that mathematics stays plain PyTorch: ``normalize_attn=False``, where sigmoids of c weigh an
+    average over positions, a g of several positions, and an ``op`` with hooks.
 
     Args:
         in_features: C.
@@ -29,19 +30,16 @@ class LinearAttentionBlock(nn.Module):
 
     def forward(self, l: torch.Tensor, g: torch.Tensor):  # noqa: E741
         """l (N, C, H, W), g (N, C, 1, 1) to c (N, 1, H, W), before the softmax, and pooled (N, C)."""
-        if not self.normalize_attn or g.shape[2:].numel() != 1 or not plain(self.op):
-            return self._literal(l, g)
-        u = self.op.weight.flatten()
-        pooled, _, scores = compatibility_pool(l, u.to(wide(l.dtype)))
-        c = scores + (g.flatten(1).to(scores.dtype) * u.to(scores.dtype)).sum(1)[:, None, None]
+        if not self.normalize_attn:
+            c = self.op(l + g)
+            return c, (c.sigmoid() * l).mean((2, 3))
+        if g.shape[2:] != (1, 1) or not _untouched(self.op, nn.Conv2d):
+            c = self.op(l + g)
+            return c, (c.flatten(2).softmax(2).view_as(c) * l).sum((2, 3))
+        u = self.op.weight.flatten().to(wide(l.dtype))
+        pooled, _, scores = compatibility_pool(l, u)
+        c = scores + (g.flatten(1).to(u.dtype) * u).sum(1)[:, None, None]
         return c[:, None].to(l.dtype), pooled
-
-    def _literal(self, l, g):  # noqa: E741
-        c = self.op(l + g)
-        if self.normalize_attn:
-            a = c.flatten(2).softmax(2).view_as(c)
-            return c, (a * l).flatten(2).sum(2)
-        return c, (c.sigmoid() * l).mean((2, 3))
 
 
 class ProjectorBlock(nn.Module):
@@ -55,8 +53,18 @@ class ProjectorBlock(nn.Module):
         return self.op(inputs)
 
 
-def plain(module: nn.Module) -> bool:
-    """True where using the weight of ``module`` instead of calling it goes unnoticed."""
-    from attnkern.nn import _untouched
+class StraightThroughQuantizer(nn.Module):
+    """Nearest of the learned scalars ``anchors`` (Q,) for each element, straight-through: a to values.
 
-    return _untouched(module, nn.Conv2d) and not torch.nn.utils.parametrize.is_parametrized(module)
+    As networks write it: ``q = anchors[(a[..., None] - anchors).abs().argmin(-1)]; return a + (q - a).detach()``.
+
+    Args:
+        num_anchors: Q, from linspace(0, 1, Q).
+    """
+
+    def __init__(self, num_anchors: int):
+        super().__init__()
+        self.anchors = nn.Parameter(torch.linspace(0, 1, num_anchors))
+
+    def forward(self, a: torch.Tensor) -> torch.Tensor:
+        return anchor_quantize(a, self.anchors).values

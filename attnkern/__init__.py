@@ -12,6 +12,7 @@ compatibility_pool        softmax compatibility pooling                         
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from attnkern._backend import use_backend
 from attnkern._decompositions import decompositions
@@ -19,6 +20,16 @@ from attnkern._version import __version__
 from attnkern.pool import CompatibilityPooled, compatibility_pool
 from attnkern.quantize import AnchorAttended, AnchorQuantized, anchor_attention, anchor_quantize
 from attnkern.window import WindowAttended, rectangle_corners, window_attention, window_map
+
+if TYPE_CHECKING:  # what __getattr__ gives
+    from attnkern import compat as compat
+    from attnkern import models as models
+    from attnkern import nn as nn
+    from attnkern import reference as reference
+    from attnkern import testing as testing
+    from attnkern import training as training
+    from attnkern._accelerate import accelerate as accelerate
+    from attnkern._insert import insert as insert
 
 __all__ = [
     "AnchorAttended",

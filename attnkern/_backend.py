@@ -7,6 +7,7 @@ Order of choice: the argument ``backend=``, then :func:`use_backend`, then the e
 import functools
 import importlib.util
 import os
+from typing import Self
 
 import torch
 
@@ -54,7 +55,7 @@ class use_backend:
         self._made = True
         _current = name
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         global _current
         if not self._made or _current != self._name:  # entered again, or later than made
             self._before.append(_current)
@@ -62,7 +63,7 @@ class use_backend:
         self._made = False
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         global _current
         _current = self._before.pop()
 

@@ -84,7 +84,7 @@ def insert(
     module: nn.Module | Callable[..., nn.Module],
     *,
     example: torch.Tensor | None = None,
-    **options,
+    **options: object,
 ) -> nn.Module:
     """Put attention behind the layer ``name`` of ``model``, in place: layer(x) becomes module(layer(x)).
 

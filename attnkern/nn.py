@@ -134,7 +134,7 @@ class WindowAttention(nn.Module):
                 sigmas.append(low + (0.75 - low) * raw.sigmoid())
             return torch.stack((row.sigmoid(), column.sigmoid(), *sigmas, math.pi / 2 * angle.tanh()), 1)
 
-    def forward(self, x: torch.Tensor, return_map: bool = False):
+    def forward(self, x: torch.Tensor, return_map: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W)."""
         rectangle = self.rectangle(x)
         if _untouched(self.map):
@@ -178,7 +178,7 @@ class PositionwiseAttention(nn.Module):
         )
         self.map = nn.Identity()
 
-    def forward(self, x: torch.Tensor, return_map: bool = False):
+    def forward(self, x: torch.Tensor, return_map: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W)."""
         _check_features("PositionwiseAttention", x, self.channels)
         map = self.map(_widened(self.head(x)).squeeze(1).sigmoid())
@@ -367,7 +367,9 @@ class CompatibilityPool(nn.Module):
             self.register_parameter("weight", None)
         self.map = nn.Identity()
 
-    def forward(self, local: torch.Tensor, query: torch.Tensor | None = None, return_map: bool = False):
+    def forward(
+        self, local: torch.Tensor, query: torch.Tensor | None = None, return_map: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Pool ``local`` (N, C, H, W) or (N, C, L) by ``query`` (N, C'), or (C',) shared by the batch.
 
         Returns:
@@ -428,7 +430,7 @@ class ProgressiveAttention(nn.Module):
         self.score = nn.Conv2d(channels, 1, 1)
         self.map = nn.Identity()
 
-    def forward(self, x: torch.Tensor, return_map: bool = False):
+    def forward(self, x: torch.Tensor, return_map: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W)."""
         _check_features("ProgressiveAttention", x, self.channels)
         map = self.map(_widened(self.score(x)).squeeze(1).sigmoid())

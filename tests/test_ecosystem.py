@@ -241,7 +241,7 @@ ATTENTIONS = {
     "positionwise": lambda: ann.PositionwiseAttention(6, 4, 1),
     "progressive": lambda: ann.ProgressiveAttention(6),
     "pool": lambda: ann.CompatibilityPool(6, 6),
-    "bottleneck": lambda: ann.BottleneckAttention(6, 5),
+    "bottleneck": lambda: ann.BottleneckAttention(6, 100),
 }
 
 

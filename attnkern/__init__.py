@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # what __getattr__ gives
     from attnkern import training as training
     from attnkern._accelerate import accelerate as accelerate
     from attnkern._insert import insert as insert
+    from attnkern._sharding import register_sharding as register_sharding
 
 __all__ = [
     "AnchorAttended",
@@ -49,7 +50,7 @@ __all__ = [
 
 _SUBMODULES = ("compat", "models", "nn", "reference", "testing", "training")
 #: Functions that need submodules, and where they live.
-_LATE = {"accelerate": "_accelerate", "insert": "_insert"}
+_LATE = {"accelerate": "_accelerate", "insert": "_insert", "register_sharding": "_sharding"}
 
 
 def __getattr__(name: str):

@@ -1,8 +1,11 @@
 """Builds attnkern/_C (always) and attnkern/_C_cuda (where nvcc and a CUDA build of PyTorch are) from csrc/sources.txt.
 
-Environment: FORCE_CUDA=1 fails where CUDA cannot be built, FORCE_CUDA=0 leaves it out; TORCH_CUDA_ARCH_LIST names the
-compute capabilities (default: the visible GPU's, else 8.0, 9.0 and PTX); MAX_JOBS limits parallel compilers; CUDA_HOME
-names the toolkit.
+Environment: FORCE_CUDA=1 fails where CUDA cannot be built, FORCE_CUDA=0 leaves it out, ATTNKERN_NO_NATIVE=1 builds
+neither library (Triton and the reference need no compiler); TORCH_CUDA_ARCH_LIST names the compute capabilities
+(default: the visible GPU's, else 8.0, 9.0 and PTX); MAX_JOBS limits parallel compilers; CUDA_HOME names the toolkit.
+
+Wheels are tagged py3-none: the libraries hold no line of Python's C API, so one file serves every CPython of a
+platform, free-threaded ones too. The build number of one with CUDA kernels names CUDA's major version.
 """
 
 import os
@@ -13,8 +16,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+
+try:
+    import torch
+except ImportError:
+    sys.exit("attnkern: building needs PyTorch 2.11 or later: install torch first, then attnkern --no-build-isolation")
 
 ROOT = Path(__file__).parent
 SCHEMA_HASH = runpy.run_path(str(ROOT / "attnkern/_schemas.py"))["HASH"]
@@ -78,8 +86,9 @@ def extension(kind: str, make, name: str, flags: dict[str, list[str]]):
 # Never -ffast-math: it changes the whole process's floating-point mode and folds NaN checks away. Symbols are hidden:
 # PyTorch loads all libraries into one namespace, where those of one would take the place of the other's.
 cxx = ["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
-extensions = [extension("cpu", CppExtension, "attnkern._C", {"cxx": cxx})]
-missing = cuda_missing(home)
+native = os.environ.get("ATTNKERN_NO_NATIVE") != "1"
+extensions = [extension("cpu", CppExtension, "attnkern._C", {"cxx": cxx})] if native else []
+missing = cuda_missing(home) if native else "ATTNKERN_NO_NATIVE=1"
 if missing is None:
     nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden", "-DUSE_CUDA"]
     host = ["-O3", "-std=c++20", "-DUSE_CUDA", "-g0"]
@@ -87,10 +96,20 @@ if missing is None:
 elif os.environ.get("FORCE_CUDA") == "1":
     sys.exit(f"attnkern: FORCE_CUDA=1, but the CUDA kernels cannot be built: {missing}")
 else:
-    print(f"attnkern: building the CPU library only: {missing}", file=sys.stderr)
+    print(f"attnkern: building {'the CPU library' if native else 'Python'} only: {missing}", file=sys.stderr)
+
+
+class Wheel(bdist_wheel):
+    def finalize_options(self):
+        super().finalize_options()
+        if missing is None and self.build_number is None:
+            self.build_number = f"1cu{torch.version.cuda.split('.')[0]}"
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
 
 setup(
     ext_modules=extensions,
-    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True), "bdist_wheel": Wheel},
 )

@@ -1,4 +1,4 @@
-"""Runs the test lanes, each in processes of its own, and sums them up: `make test`.
+"""Runs the test lanes, each in processes of its own, and sums them up: `make test`. Two at a time, but the first alone.
 
 1 native        compiled CPU kernels and references
 2 interpreted   Triton kernels in Triton's interpreter, small shapes
@@ -6,12 +6,14 @@
 4 cuda          CUDA C++: the built library and its resources; kernels run on the CPU under the host emulation
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -31,17 +33,27 @@ LANES = {
 }
 
 
-def run(lane: str) -> tuple[dict[str, int], float]:
-    """Counts of a lane's outcomes, and its seconds."""
+#: It uses several threads, and some of its tests look at the clock.
+ALONE = "native"
+
+
+def run(lane: str, beside_others: bool = False) -> tuple[dict[str, int], float]:
+    """Counts of a lane's outcomes, and its seconds. Beside others its output is printed in one piece, at the end."""
     files, environment = LANES[lane]
-    print(f"\n=== lane {lane}: {' '.join(files)}", flush=True)
+    heading = f"\n=== lane {lane}: {' '.join(files)}"
+    print(f"lane {lane} begins" if beside_others else heading, flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "--durations=5", f"--junit-xml={report}"]
-        done = subprocess.run(
-            [*command, *(str(HERE / name) for name in files)], env={**os.environ, **environment}, cwd=HERE.parent
-        )
+        log = Path(folder) / "log"
+        with log.open("w") if beside_others else contextlib.nullcontext() as output:
+            done = subprocess.run(
+                [*command, *(str(HERE / name) for name in files)],
+                env={**os.environ, **environment}, cwd=HERE.parent, stdout=output, stderr=output,
+            )  # fmt: skip
+        if beside_others:
+            print(heading, log.read_text(), sep="\n", flush=True)
         counts = {"passed": 0, "failed": 0, "skipped": 0}
         if report.exists():
             suite = ElementTree.parse(report).getroot().find("testsuite")
@@ -57,7 +69,10 @@ def run(lane: str) -> tuple[dict[str, int], float]:
 
 def main() -> int:
     lanes = sys.argv[1:] or list(LANES)
-    results = {lane: run(lane) for lane in lanes}
+    results = {lane: run(lane) for lane in lanes if lane == ALONE}
+    others = [lane for lane in lanes if lane != ALONE]
+    with ThreadPoolExecutor(2) as pool:
+        results |= zip(others, pool.map(lambda lane: run(lane, len(others) > 1), others), strict=True)
     print(f"\n{'lane':12} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}")
     for lane, (counts, seconds) in results.items():
         print(f"{lane:12} {counts['passed']:7} {counts['failed']:7} {counts['skipped']:8} {seconds:8.0f}")

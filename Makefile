@@ -9,7 +9,7 @@ ifeq ($(strip $(TORCH_CUDA_ARCH_LIST)),)
 unexport TORCH_CUDA_ARCH_LIST
 endif
 
-.PHONY: setup bench test gpu wheel clean
+.PHONY: setup bench test compat gpu wheel clean
 
 setup: .venv/ready
 
@@ -30,6 +30,11 @@ bench: setup
 
 test: setup
 	$(PY) tests/run.py
+
+# One wheel under other versions of PyTorch, each in an environment of its own; not part of the tests.
+VERSIONS ?= 2.11.0 2.13.0 2.15.0
+compat: setup
+	bash tests/compat.sh $(VERSIONS)
 
 # For a machine with a GPU and no network: builds in place with the Python at hand and installs nothing.
 gpu:

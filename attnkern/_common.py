@@ -55,6 +55,12 @@ def check_device(where: str, name: str, tensor: torch.Tensor, of: str, features:
         raise ValueError(f"{where}: {name} must be on {features.device} (as {of}), got {tensor.device}")
 
 
+def autocasts(tensor: torch.Tensor) -> bool:
+    """Is autocast on where ``tensor`` lies? (PyTorch refuses the question for the meta device.)"""
+    kind = tensor.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def companion(where: str, name: str, tensor: torch.Tensor, of: str, features: torch.Tensor) -> torch.Tensor:
     """``tensor`` to go with the features: on their device, in their dtype or float32, else this raises.
 
@@ -63,7 +69,7 @@ def companion(where: str, name: str, tensor: torch.Tensor, of: str, features: to
     check_device(where, name, tensor, of, features)
     if tensor.dtype == features.dtype or tensor.dtype == torch.float32:
         return tensor
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(features.device.type):
+    if tensor.dtype != torch.float64 and autocasts(features):
         return tensor.float()
     dtype, allowed = (str(t.dtype).split(".")[-1] for t in (tensor, features))
     allowed = f"{allowed} (as {of})" + ("" if allowed == "float32" else " or float32")

@@ -24,7 +24,15 @@ from attnkern import (
     window_attention,
     window_map,
 )
-from attnkern._common import check_count, check_device, check_positions, check_shape, check_tensor, transformed
+from attnkern._common import (
+    autocasts,
+    check_count,
+    check_device,
+    check_positions,
+    check_shape,
+    check_tensor,
+    transformed,
+)
 from attnkern._ops import wide
 from attnkern.quantize import check_reduction
 from attnkern.reference import modulate
@@ -58,8 +66,7 @@ def _widened(tensor: torch.Tensor) -> torch.Tensor:
 
 def _full_precision(x: torch.Tensor):
     """Autocast off on the device of ``x``: a handful of numbers decides about a whole map."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else contextlib.nullcontext()
 
 
 def _check_features(where, x, channels, name="x", maps_only=True):
@@ -219,7 +226,7 @@ class AnchorQuantizer(nn.Module):
         """Quantize ``a`` (N, ...); see :func:`attnkern.anchor_quantize`."""
         quantized = anchor_quantize(a, _widened(self.anchors), reduction=self.reduction)
         self._count(quantized.counts)
-        return quantized._replace(values=self.map(quantized.values))
+        return AnchorQuantized(self.map(quantized.values), *quantized[1:])
 
     def attend(self, x: torch.Tensor, a: torch.Tensor, residual: bool = True) -> AnchorAttended:
         """Features ``x`` under the quantized map, in one pass; see :func:`attnkern.anchor_attention`."""
@@ -228,7 +235,7 @@ class AnchorQuantizer(nn.Module):
         if not _untouched(self.map):
             map = self.map(attended.values)
             output = modulate(x, map if map.dim() == 4 else map[:, None], residual)
-            attended = attended._replace(output=output, values=map)
+            attended = AnchorAttended(output, map, *attended[2:])
         return attended
 
     def _count(self, counts):

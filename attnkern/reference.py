@@ -24,7 +24,8 @@ def aspect_factors(height: int, width: int, aspect: bool) -> tuple[float, float]
     """Factors of the row and the column offset: 1, or (H-1)/L and (W-1)/L with L = max(H, W) - 1."""
     if not aspect:
         return 1.0, 1.0
-    longest = torch.sym_max(height, width) - 1  # not max(), which compares: a compiled graph would hold for one order
+    # max() compares symbolic sizes, and the exported program would hold for one order only.
+    longest = (max if isinstance(height, int) and isinstance(width, int) else torch.sym_max)(height, width) - 1
     return ((height - 1) / longest, (width - 1) / longest) if longest > 0 else (1.0, 1.0)
 
 

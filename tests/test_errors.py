@@ -54,6 +54,8 @@ WRONG = [
     wrong(TypeError, "anchors must be float32 (as a), got float64", anchor_quantize, a, anchors.double()),
     wrong(TypeError, "a must be float32 (as x), got float16", anchor_attention, x, a.half(), anchors),
     wrong(TypeError, "anchors must be float32 (as x), got float64", anchor_attention, x, a, anchors.double()),
+    wrong(TypeError, "rectangle must be float32 (as x), got float16",
+          window_attention, x.to("meta"), rectangle.half().to("meta")),
     wrong(TypeError, "query must be float32 (as local), got float16", compatibility_pool, x, query.half()),
     # --- shapes ---
     wrong(ValueError, "rectangle must be (N, 5), got shape (5,)", window_map, rectangle[0], (3, 3)),

@@ -102,6 +102,23 @@ def test_a_decomposed_program_is_plain_aten(function):
     check(dict(enumerate(program.module()(*given))), doubles(dict(enumerate(Function(function)(*given)))))
 
 
+def test_rigid_rectangles_at_any_size():
+    """The longer side is found when the program runs, not when it is exported."""
+
+    class Rigid(nn.Module):
+        def forward(self, x, rectangle):
+            return tuple(attnkern.window_attention(x, rectangle, aspect=True))
+
+    def inputs(size):
+        return tuple(make("window_attention", 2, size=size, dtype=torch.float32).values())
+
+    sizes = {2: torch.export.Dim("height", min=2, max=64), 3: torch.export.Dim("width", min=2, max=64)}
+    program = exported(Rigid(), inputs((4, 6)), (sizes, {}))
+    for size in ((4, 6), (7, 3)):
+        given = inputs(size)
+        check(dict(enumerate(program.module()(*given))), doubles(dict(enumerate(Rigid()(*given)))))
+
+
 # --- other runtimes --------------------------------------------------------------------------------------------------
 
 BATCH_AND_SIZE = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}

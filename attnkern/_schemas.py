@@ -41,5 +41,7 @@ SCHEMAS = {
     " -> (Tensor grad_local, Tensor grad_query)",
 }
 
+#: Raised when what the text above promises changes and the schemas do not.
+CONTRACT = 2
 #: Compiled into every library as ``attnkern-schema:<HASH>``; a library that lacks it is refused.
-HASH = hashlib.sha256(repr(sorted(SCHEMAS.items())).encode()).hexdigest()[:16]
+HASH = hashlib.sha256(repr((CONTRACT, sorted(SCHEMAS.items()))).encode()).hexdigest()[:16]

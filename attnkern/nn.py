@@ -141,9 +141,16 @@ class WindowAttention(nn.Module):
                 sigmas.append(low + (0.75 - low) * raw.sigmoid())
             return torch.stack((row.sigmoid(), column.sigmoid(), *sigmas, math.pi / 2 * angle.tanh()), 1)
 
-    def forward(self, x: torch.Tensor, return_map: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W)."""
-        rectangle = self.rectangle(x)
+    def forward(
+        self, x: torch.Tensor, return_map: bool = False, rectangle: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W).
+
+        Args:
+            rectangle: (N, 5) to attend to, where :meth:`rectangle` has been called or another one is wanted.
+        """
+        if rectangle is None:
+            rectangle = self.rectangle(x)
         if _untouched(self.map):
             output, map = window_attention(x, rectangle, scale=self.scale, rescale=self.rescale, residual=self.residual)
         else:
@@ -277,6 +284,7 @@ class BottleneckAttention(nn.Module):
     Args:
         channels: C of the features.
         num_anchors: Q, or None for no quantization.
+        mean: a module from features to raw maps (N, 1, H, W), instead of the 3x3 convolution before Λ.
 
     Raises:
         ValueError, TypeError: a number below 1, or features of other channels.
@@ -284,11 +292,11 @@ class BottleneckAttention(nn.Module):
     Source: Information Bottleneck Approach to Spatial Attention Learning, Eqs. 6-10; the heads as in the authors' code.
     """
 
-    def __init__(self, channels: int, num_anchors: int | None = None):
+    def __init__(self, channels: int, num_anchors: int | None = None, mean: nn.Module | None = None):
         super().__init__()
         check_count("BottleneckAttention", channels=channels)
         self.channels = channels
-        self.mean = nn.Conv2d(channels, 1, 3, padding=1)
+        self.mean = nn.Conv2d(channels, 1, 3, padding=1) if mean is None else mean
         self.std = nn.Conv2d(1, 1, 3, padding=1)
         self.quantizer = None if num_anchors is None else AnchorQuantizer(num_anchors)
         self.map = nn.Identity()

@@ -1,17 +1,44 @@
 """The papers' networks by name: :func:`create_model`, :func:`list_models`."""
 
-from attnkern.models.efficientnet_window import EfficientNetB0Window
-from attnkern.models.registry import create_model, list_models, register_model
-from attnkern.models.vgg_aib import Bottlenecked, VggAibQt, bottleneck_loss
-from attnkern.models.vgg_att import VggAtt2ConcatPc
+from attnkern.models.information_bottleneck import (
+    AttentionBranched,
+    Bottlenecked,
+    BottleneckNetwork,
+    ImageNetBottleneck,
+    VggBottleneck,
+    WideResNet,
+    WideResNetBottleneck,
+    bottleneck_loss,
+)
+from attnkern.models.learn_to_pay_attention import ResNetAttention, Vgg, VggAttention, VggGap
+from attnkern.models.rectangular import RectangularNetwork
+from attnkern.models.registry import (
+    FeatureMaps,
+    attention_maps,
+    create_model,
+    list_models,
+    map_names,
+    register_model,
+)
 
 __all__ = [
+    "AttentionBranched",
+    "BottleneckNetwork",
     "Bottlenecked",
-    "EfficientNetB0Window",
-    "VggAibQt",
-    "VggAtt2ConcatPc",
+    "FeatureMaps",
+    "ImageNetBottleneck",
+    "RectangularNetwork",
+    "ResNetAttention",
+    "Vgg",
+    "VggAttention",
+    "VggBottleneck",
+    "VggGap",
+    "WideResNet",
+    "WideResNetBottleneck",
+    "attention_maps",
     "bottleneck_loss",
     "create_model",
     "list_models",
+    "map_names",
     "register_model",
 ]

@@ -1,31 +1,75 @@
 """What the networks share."""
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from attnkern._common import check_count, check_shape, check_tensor
 
-#: Every network here halves its maps five times.
-SMALLEST_IMAGE = 32
 
+class Network(nn.Module):
+    """A network of the papers. In training it returns what ``loss(output, labels)`` takes, in evaluation logits (N, K).
 
-def check_images(where: str, x: torch.Tensor, in_chans: int) -> None:
-    """Raise unless ``x`` is a batch of images with at least one position left at the deepest map."""
-    check_tensor(where, "x", x)
-    expected = f"(N, {in_chans}, H, W) with H and W of at least {SMALLEST_IMAGE}"
-    check_shape(where, "x", x, expected, x.dim() == 4 and x.shape[1] == in_chans and min(x.shape[2:]) >= SMALLEST_IMAGE)
+    Its last layers are ``classifier``: a Linear, or a ModuleList of one Linear a level.
 
+    Args:
+        num_classes: number of logits.
+        in_chans: channels of the images.
+        width: multiplier of the channels.
 
-def check_network(where: str, num_classes: int, width: float, in_chans: int) -> None:
-    """Raise unless these describe a network: at least one class and channel, a positive width."""
-    check_count(where, num_classes=num_classes, in_chans=in_chans)
-    if not width > 0:
-        raise ValueError(f"{where}: width must be positive, got {width!r}")
+    Raises:
+        ValueError, TypeError: an argument out of its range.
+    """
+
+    #: Names of the modules whose outputs ``features_only`` returns, fine to coarse.
+    feature_modules: tuple[str, ...] = ()
+    #: Beginnings of the names of the weights whose shapes follow the number of classes.
+    class_layers: tuple[str, ...] = ("classifier.",)
+
+    def __init__(self, num_classes: int, in_chans: int, width: float):
+        super().__init__()
+        where = type(self).__name__
+        check_count(where, num_classes=num_classes, in_chans=in_chans)
+        if not width > 0:
+            raise ValueError(f"{where}: width must be positive, got {width!r}")
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+
+    def get_classifier(self) -> nn.Module:
+        """The layers that make logits, as in timm."""
+        return self.classifier
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """New last layers, freshly initialised, for ``num_classes`` classes."""
+        check_count(type(self).__name__, num_classes=num_classes)
+
+        def renewed(layer):
+            return nn.Linear(layer.in_features, num_classes).to(layer.weight)
+
+        self.num_classes = num_classes
+        old = self.classifier
+        self.classifier = nn.ModuleList(map(renewed, old)) if isinstance(old, nn.ModuleList) else renewed(old)
+
+    def loss(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross entropy."""
+        return F.cross_entropy(output, labels)
+
+    def _check_images(self, x: torch.Tensor) -> None:
+        where = type(self).__name__
+        check_tensor(where, "x", x)
+        ok = x.dim() == 4 and x.shape[1] == self.in_chans and min(x.shape[2:]) > 0
+        check_shape(where, "x", x, f"(N, {self.in_chans}, H, W) with H and W of at least 1", ok)
 
 
 def scaled(channels: int, width: float) -> int:
     return max(1, round(channels * width))
+
+
+def halved() -> nn.Module:
+    """2x2 maximum that keeps what is left of odd maps, so that images of any size reach the end."""
+    return nn.MaxPool2d(2, ceil_mode=True)
 
 
 def conv_bn_relu(inputs: int, outputs: int, eps: float = 1e-5) -> list[nn.Module]:
@@ -51,3 +95,42 @@ class VectorNorm(_TrainsOnOne, nn.BatchNorm1d):
 
 class MapNorm(_TrainsOnOne, nn.BatchNorm2d):
     """Of (N, C, H, W)."""
+
+
+def check_backbone(where: str, backbone: str, choices: tuple[str, ...], weights, width: float, in_chans: int) -> None:
+    """Raise unless torchvision is there, has this backbone, and its weights would fit."""
+    if backbone not in choices:
+        raise ValueError(f"{where}: backbone must be one of {', '.join(map(repr, choices))}, got {backbone!r}")
+    if weights is not None and (width, in_chans) != (1, 3):
+        raise ValueError(f"{where}: weights need width=1 and in_chans=3, got width={width} and in_chans={in_chans}")
+    try:
+        import torchvision  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{where} needs torchvision: pip install torchvision") from error
+
+
+def backbone_weights(where: str, known, weights, prefix: str) -> dict[str, torch.Tensor]:
+    """The part under ``prefix`` of torchvision's weights: a member of the enum ``known``, its name, or a file."""
+    if isinstance(weights, str) and weights in known.__members__:
+        weights = known[weights]
+    if isinstance(weights, known):
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    elif isinstance(weights, (str, os.PathLike)) and os.path.exists(weights):
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    else:
+        names = ", ".join(map(repr, known.__members__))
+        raise ValueError(f"{where}: weights must be None, {names} or a file, got {weights!r}")
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def replace_stem(features: nn.Module, in_chans: int) -> None:
+    """A first convolution for images of ``in_chans`` channels where torchvision's is for three."""
+    if in_chans == 3:
+        return
+    name, stem = next((n, m) for n, m in features.named_modules() if isinstance(m, nn.Conv2d))
+    new = nn.Conv2d(
+        in_chans, stem.out_channels, stem.kernel_size, stem.stride, stem.padding, bias=stem.bias is not None
+    )
+    nn.init.kaiming_normal_(new.weight, mode="fan_out")
+    parent, _, last = name.rpartition(".")
+    setattr(features.get_submodule(parent), last, new)

@@ -1,17 +1,26 @@
-"""Networks by name."""
+"""Networks by name, their weights from files, their feature and attention maps."""
 
+import copy
 import fnmatch
+import functools
+import os
+from collections.abc import Callable, Iterable
 
+import torch
 from torch import nn
 
-_MODELS: dict[str, type[nn.Module]] = {}
+_MODELS: dict[str, Callable[..., nn.Module]] = {}
 
 
-def register_model(name: str):
-    """Decorator of a network class, or of a function that builds one: ``create_model(name, ...)`` calls it."""
+def register_model(name: str, **options):
+    """Decorator of a network class, or of a function that builds one: ``create_model(name, ...)`` calls it.
+
+    Args:
+        options: bound to it under this name; the caller's own options win.
+    """
 
     def register(build):
-        _MODELS[name] = build
+        _MODELS[name] = functools.partial(build, **options) if options else build
         return build
 
     return register
@@ -22,18 +31,150 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 
-def create_model(name: str, num_classes: int, **options) -> nn.Module:
-    """The network ``name`` for ``num_classes`` classes.
+def create_model(
+    name: str,
+    num_classes: int = 1000,
+    *,
+    pretrained: str | os.PathLike | None = None,
+    features_only: bool = False,
+    out_indices: tuple[int, ...] | None = None,
+    **options,
+) -> nn.Module:
+    """The network ``name`` for ``num_classes`` classes; the arguments are timm's.
 
     In training a network returns what its method ``loss(output, labels)`` takes; in evaluation it returns logits
-    (N, num_classes).
+    (N, num_classes). Images may have any size, batches may hold one.
 
     Args:
+        pretrained: a file of weights of this network: a state_dict (PyTorch's format or safetensors), or a checkpoint
+            of ``attnkern train``. Layers for another number of classes stay as initialised.
+        features_only: return :class:`FeatureMaps` of the network, which gives its feature maps instead of logits.
+        out_indices: which of them, by default all.
         options: go to the network's constructor; all take ``width`` (a multiplier of the channels) and ``in_chans``.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name; weights of another network; out_indices that are no feature map's.
+        FileNotFoundError: no file of weights.
     """
     if name not in _MODELS:
         raise ValueError(f"create_model: name must be one of {', '.join(map(repr, list_models()))}, got {name!r}")
-    return _MODELS[name](num_classes, **options)
+    network = _MODELS[name](num_classes, **options)
+    if pretrained is not None:
+        load_weights(network, pretrained)
+    if out_indices is not None and not features_only:
+        raise ValueError("create_model: out_indices needs features_only=True")
+    return FeatureMaps(network, out_indices) if features_only else network
+
+
+def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The state_dict in a file: PyTorch's own format (no code in it is run), safetensors, or Lightning's checkpoint."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"create_model: pretrained must be None or a file of weights, got {path!r}")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"create_model: pretrained: there is no file {os.fspath(path)!r}")
+    if os.fspath(path).endswith(".safetensors"):
+        try:
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise ImportError("reading .safetensors needs safetensors: pip install safetensors") from error
+        return load_file(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        prefix = "network."
+        state = {k.removeprefix(prefix): v for k, v in state["state_dict"].items() if k.startswith(prefix)}
+    return state
+
+
+def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
+    """Load a file into ``network``; layers for another number of classes stay as they are."""
+    state, own = read_weights(path), network.state_dict()
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"create_model: pretrained: {os.fspath(path)!r} holds no state_dict")
+    for key in own:
+        if key.startswith(network.class_layers) and key in state and state[key].shape != own[key].shape:
+            state[key] = own[key]
+    wrong = sorted(own.keys() ^ state.keys()) + [k for k in own if k in state and state[k].shape != own[k].shape]
+    if wrong:
+        raise ValueError(
+            f"create_model: pretrained: {os.fspath(path)!r} holds weights of another network than "
+            f"{type(network).__name__}: {len(wrong)} entries differ, {wrong[0]!r} among them"
+        )
+    network.load_state_dict(state)
+
+
+class FeatureMaps(nn.Module):
+    """A network's feature maps [(N, C, H, W), ...], fine to coarse, instead of its logits.
+
+    ``feature_info`` says of each, as in timm: ``module``, ``num_chs`` and ``reduction``.
+
+    Raises:
+        ValueError: a network without feature maps, or out_indices that are none of theirs.
+    """
+
+    def __init__(self, network: nn.Module, out_indices: tuple[int, ...] | None = None):
+        super().__init__()
+        names = getattr(network, "feature_modules", ())
+        if not names:
+            raise ValueError(f"create_model: features_only: {type(network).__name__} names no feature maps")
+        chosen = range(len(names)) if out_indices is None else out_indices
+        if any(not isinstance(index, int) or not -len(names) <= index < len(names) for index in chosen):
+            raise ValueError(f"create_model: out_indices must lie in 0 to {len(names) - 1}, got {tuple(out_indices)}")
+        self.network = network
+        self.modules_kept = tuple(names[index] for index in chosen)
+        # Shapes alone tell channels and reduction: no image is computed.
+        side = 320  # divides by 32 and by the first pooling of CUB's networks
+        probe = torch.empty(1, network.in_chans, side, side, device="meta")
+        maps = _observed(copy.deepcopy(network).to("meta").eval(), self.modules_kept, probe)[1]
+        self.feature_info = [
+            {"module": name, "num_chs": map.shape[1], "reduction": side // map.shape[2]} for name, map in maps.items()
+        ]
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return list(_observed(self.network, self.modules_kept, x)[1].values())
+
+
+def _observed(network, names, images):
+    """The network's output, and by name what the named modules returned."""
+    seen, handles = {}, []
+    for name in names:
+
+        def keep(_module, _inputs, output, name=name):
+            seen[name] = output
+
+        handles.append(network.get_submodule(name).register_forward_hook(keep))
+    try:
+        output = network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return output, {name: seen[name] for name in names}
+
+
+def map_names(model: nn.Module) -> list[str]:
+    """Names of the attention maps of any model that holds attnkern's modules: ``["attention.map"]``.
+
+    Each is an ``nn.Identity`` that the map passes through, so that hooks see it and may change it.
+    """
+    owners = [name.rpartition("map")[0] for name, _ in model.named_modules() if name.split(".")[-1] == "map"]
+    # A module within a module with a map (the quantizer of an attention) shows the same map again.
+    return [f"{o}map" for o in owners if not any(o != other and o.startswith(other) and other for other in owners)]
+
+
+def attention_maps(
+    model: nn.Module, images: torch.Tensor, names: Iterable[str] | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The model's output for ``images`` (N, C, H, W), and its attention maps {name: (N, h, w)}.
+
+    Args:
+        names: which maps, by default all of :func:`map_names`.
+
+    Raises:
+        ValueError: a name that is no map of the model.
+    """
+    known = map_names(model)
+    names = known if names is None else list(names)
+    for name in names:
+        if name not in known:
+            choice = ", ".join(map(repr, known)) or "none, it has no attention map"
+            raise ValueError(f"attention_maps: names must be of {choice}, got {name!r}")
+    return _observed(model, names, images)

@@ -1,0 +1,135 @@
+"""The networks of Convolutional Rectangular Attention Module: MobileNetV3-Large and EfficientNet-b0, in three forms."""
+
+import functools
+
+import torch
+from torch import nn
+
+from attnkern.models._layers import MapNorm, Network, backbone_weights, check_backbone, replace_stem
+from attnkern.models.registry import register_model
+from attnkern.nn import PositionwiseAttention, WindowAttention
+
+#: Of EfficientNet-b0: expansion, kernel, stride, input channels, output channels, blocks.
+_STAGES = (
+    (1, 3, 1, 32, 16, 1),
+    (6, 3, 2, 16, 24, 2),
+    (6, 5, 2, 24, 40, 2),
+    (6, 3, 2, 40, 80, 3),
+    (6, 5, 1, 80, 112, 3),
+    (6, 5, 2, 112, 192, 4),
+    (6, 3, 1, 192, 320, 1),
+)
+#: Rate of dropout before the classifier and of stochastic depth at EfficientNet's last block.
+_DROPOUT = 0.2
+
+
+def _efficientnet_b0(where, width, dropout, weights):
+    """torchvision's stem and 16 blocks in seven stages, and behind the attention the last 1x1 convolution."""
+    from torchvision.models import EfficientNet_B0_Weights, efficientnet
+
+    stages = [efficientnet.MBConvConfig(*stage, width_mult=width, depth_mult=1.0) for stage in _STAGES]
+    features = efficientnet.EfficientNet(stages, 0.0, stochastic_depth_prob=dropout, norm_layer=MapNorm).features
+    if weights is not None:
+        features.load_state_dict(backbone_weights(where, EfficientNet_B0_Weights, weights, "features."))
+    return features, 1
+
+
+def _mobilenet_v3_large(where, width, dropout, weights):
+    """torchvision's features whole; nothing behind the attention."""
+    from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
+
+    norm = functools.partial(MapNorm, eps=1e-3, momentum=0.01)
+    features = mobilenet_v3_large(width_mult=width, norm_layer=norm).features
+    if weights is not None:
+        features.load_state_dict(backbone_weights(where, MobileNet_V3_Large_Weights, weights, "features."))
+    return features, 0
+
+
+_BACKBONES = {"efficientnet_b0": _efficientnet_b0, "mobilenet_v3_large": _mobilenet_v3_large}
+_ATTENTIONS = {"none": None, "positionwise": PositionwiseAttention, "window": WindowAttention}
+
+
+class RectangularNetwork(Network):
+    """torchvision's EfficientNet-b0 or MobileNetV3-Large with attention on its last maps: a rectangle, or none.
+
+    EfficientNet has it behind block 15, the last of 16, and before the last 1x1 convolution; MobileNet behind all its
+    features. Then come the global average, a hidden layer of 512 with ReLU and the classifier. ``features`` has
+    torchvision's keys. Attention map: ``attention.map``, at 1/32 of the image's resolution.
+
+    Args:
+        num_classes: number of logits.
+        backbone: "efficientnet_b0" or "mobilenet_v3_large".
+        attention: "window" (:class:`attnkern.nn.WindowAttention`), "positionwise"
+            (:class:`attnkern.nn.PositionwiseAttention`) or "none".
+        width: multiplier of the backbone's channels.
+        in_chans: channels of the images.
+        dropout: multiplier of torchvision's rates of dropout and EfficientNet's stochastic depth, 0.2 each.
+        weights: of the backbone: None for random ones, a member of torchvision's weights for it or its name
+            (torchvision downloads it where it is not cached), or a file that holds such a state_dict. They need
+            ``width=1`` and ``in_chans=3``.
+
+    Raises:
+        ImportError: torchvision is not installed.
+        ValueError, TypeError: weights that are none of these, or another argument out of its range.
+
+    Source: Convolutional Rectangular Attention Module, Section 6 and Appendix G.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        backbone: str = "efficientnet_b0",
+        attention: str = "window",
+        width: float = 1.0,
+        in_chans: int = 3,
+        dropout: float = 1.0,
+        weights=None,
+    ):
+        super().__init__(num_classes, in_chans, width)
+        where = type(self).__name__
+        if attention not in _ATTENTIONS:
+            raise ValueError(
+                f"{where}: attention must be one of {', '.join(map(repr, _ATTENTIONS))}, got {attention!r}"
+            )
+        check_backbone(where, backbone, tuple(_BACKBONES), weights, width, in_chans)
+        self.features, behind = _BACKBONES[backbone](where, width, _DROPOUT * dropout, weights)
+        replace_stem(self.features, in_chans)
+        last = self.features[-1][0]
+        self.split = len(self.features) - behind
+        channels = last.in_channels if behind else last.out_channels
+        kind = _ATTENTIONS[attention]
+        self.attention = nn.Identity() if kind is None else kind(channels)
+        self.head = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(_DROPOUT * dropout), nn.Linear(last.out_channels, 512),
+            nn.ReLU(inplace=True),
+        )  # fmt: skip
+        self.classifier = nn.Linear(512, num_classes)
+
+    @property
+    def feature_modules(self) -> tuple[str, ...]:
+        """The deepest module at each resolution."""
+        halving = [
+            any(isinstance(m, nn.Conv2d) and m.stride == (2, 2) for m in stage.modules()) for stage in self.features
+        ]
+        ends = [index - 1 for index in range(1, len(halving)) if halving[index]]
+        return tuple(f"features.{index}" for index in [*ends, len(halving) - 1])
+
+    def local_features(self, x: torch.Tensor) -> torch.Tensor:
+        """The maps (N, C, h, w) that attention sees, of images (N, in_chans, H, W)."""
+        self._check_images(x)
+        return self.features[: self.split](x)
+
+    def classify(self, features: torch.Tensor, rectangle: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (N, num_classes) of :meth:`local_features`; under a given rectangle (N, 5) where attention is one."""
+        attended = self.attention(features) if rectangle is None else self.attention(features, rectangle=rectangle)
+        return self.classifier(self.head(self.features[self.split :](attended)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (N, num_classes) of images (N, in_chans, H, W)."""
+        return self.classify(self.local_features(x))
+
+
+for _backbone in _BACKBONES:
+    for _attention in _ATTENTIONS:
+        register_model(f"{_backbone}_{_attention}", backbone=_backbone, attention=_attention)(RectangularNetwork)

@@ -17,7 +17,8 @@ setup: .venv/ready
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) \
 	    torch torchvision triton numpy scipy scikit-learn matplotlib setuptools wheel ninja pybind11 \
-	    pytest pytest-benchmark hypothesis ruff onnx onnxscript onnxruntime timm captum grad-cam mypy
+	    pytest pytest-benchmark hypothesis ruff onnx onnxscript onnxruntime timm captum grad-cam mypy \
+	    lightning "jsonargparse[signatures]" torchmetrics tensorboard scikit-image
 	touch $@
 
 .venv/ready: .venv/packages $(SOURCES)

@@ -16,6 +16,7 @@ class Digits(NamedTuple):
     images: torch.Tensor  #: (N, 3, S, S) float32 in [0, 1]
     labels: torch.Tensor  #: (N,) int64, 0 to 9
     boxes: torch.Tensor  #: (N, 4) float32: first row, first column, last row, last column of the digit, in pixels
+    masks: torch.Tensor  #: (N, S, S) bool: the digit's ink
 
 
 def _sources(split):
@@ -50,10 +51,10 @@ def _draw(patches, size, extent, degrees, generator):
     return F.grid_sample(patches, grid, align_corners=False)
 
 
-def _inked(ink):
-    """First row, first column, last row, last column with ink."""
+def extents(masks: torch.Tensor) -> torch.Tensor:
+    """(N, 4) float32: first row, first column, last row, last column of masks (N, H, W) bool; an empty one's is all."""
     ends = []
-    for covered in ((ink > 0.3).any(3).squeeze(1), (ink > 0.3).any(2).squeeze(1)):
+    for covered in (masks.any(2), masks.any(1)):
         first = covered.int().argmax(1)
         ends.append((first, covered.shape[1] - 1 - covered.flip(1).int().argmax(1)))
     (row0, row1), (col0, col1) = ends
@@ -76,7 +77,8 @@ def digits_clutter(split: str, size: int = 32, seed: int = 0, count: int | None 
 
     Returns:
         images (N, 3, S, S) float32 in [0, 1]; labels (N,) int64; boxes (N, 4) float32 around the digit's ink: first
-        row, first column, last row, last column, where (0, 0) is the centre of the first pixel.
+        row, first column, last row, last column, where (0, 0) is the centre of the first pixel; masks (N, S, S) bool
+        of the ink itself.
 
     Raises:
         ValueError: an unknown split, or a size or count that is too small.
@@ -110,4 +112,5 @@ def digits_clutter(split: str, size: int = 32, seed: int = 0, count: int | None 
     ink = _draw(sources[chosen], size, (0.4, 0.65), 20, generator)
     images = torch.lerp(images, colours(0.7, 1.0), (1.6 * ink).clamp(max=1))
     images = (images + 0.05 * torch.randn(images.shape, generator=generator)).clamp_(0, 1)
-    return Digits(images, labels[chosen], _inked(ink))
+    masks = ink[:, 0] > 0.3
+    return Digits(images, labels[chosen], extents(masks), masks)

@@ -1,0 +1,238 @@
+"""One LightningModule a family: what a training step is, what is logged, which parameters decay."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+try:
+    import lightning.pytorch as pl
+    from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+    from torchmetrics.classification import MulticlassAccuracy
+except ImportError as error:
+    raise ImportError("attnkern.training needs lightning and torchmetrics: pip install attnkern[train]") from error
+
+import attnkern
+from attnkern.evaluation.rectangles import equivariance_distance, transform_images, transform_rectangle
+from attnkern.models import create_model
+from attnkern.models.registry import load_weights
+from attnkern.nn import AnchorQuantizer, WindowAttention
+
+
+class Classification(pl.LightningModule):
+    """Trains one network of :mod:`attnkern.models` by its own loss.
+
+    Args:
+        name: of the network, as :func:`attnkern.models.create_model` takes it.
+        num_classes: of its logits; None: those of the data.
+        options: go to the network's constructor: ``{"width": 0.25}``.
+        optimizer: from groups of parameters to an optimizer.
+        lr_scheduler: from an optimizer to a schedule, which is stepped once an epoch; None: the rate stays.
+        warmup: before it, in turn, (epochs, learning rate).
+        pretrained: a file of weights to begin with.
+        backend: "native", "triton" or "reference"; None: chosen automatically.
+        compiled: run the network through ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_classes: int | None = None,
+        options: dict[str, Any] | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        warmup: list[tuple[int, float]] | None = None,
+        pretrained: str | None = None,
+        backend: str | None = None,
+        compiled: bool = False,
+    ):
+        super().__init__()
+        self.save_hyperparameters("name", "num_classes", "options")
+        self.make_optimizer = optimizer
+        self.make_schedule = lr_scheduler
+        self.warmup = warmup or []
+        self.pretrained = pretrained
+        self.backend = backend
+        self.compiled = compiled
+        self.network: nn.Module | None = None
+
+    def configure_model(self) -> None:
+        """Lightning's hook: the network is built once the number of classes is known."""
+        if self.network is not None:
+            return
+        if self.hparams.num_classes is None:
+            self.hparams.num_classes = self.trainer.datamodule.num_classes
+        self.network = create_model(self.hparams.name, self.hparams.num_classes, **(self.hparams.options or {}))
+        if self.pretrained is not None:
+            load_weights(self.network, self.pretrained)
+        if self.compiled:
+            self.network.compile()
+        if self.backend is not None:
+            attnkern.use_backend(self.backend)
+        for stage in ("train", "val", "test"):
+            setattr(self, f"{stage}_accuracy", MulticlassAccuracy(self.hparams.num_classes, average="micro"))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(images)
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a batch and its logits."""
+        output = self.network(images)
+        loss = self.network.loss(output, labels)
+        return loss, output if isinstance(output, torch.Tensor) else output.logits
+
+    def on_train_epoch_start(self):
+        # Dropout, noise and augmentation of an epoch follow from seed and epoch alone: a run that was killed goes on
+        # with what it would have drawn.
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        torch.manual_seed(hash((seed, self.current_epoch, self.global_rank)) % 2**63)
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        loss, logits = self.step(images, labels)
+        self.log("train_loss", loss, prog_bar=True)
+        self.train_accuracy(logits.detach(), labels)
+        self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True, prog_bar=True)
+        return loss
+
+    def _evaluate(self, stage, batch):
+        images, labels = batch
+        logits = self.network(images)
+        self.log(f"{stage}_loss", nn.functional.cross_entropy(logits, labels))
+        metric = getattr(self, f"{stage}_accuracy")
+        metric(logits, labels)
+        self.log(f"{stage}_accuracy", metric, prog_bar=True)
+
+    def validation_step(self, batch, batch_idx):
+        self._evaluate("val", batch)
+
+    def test_step(self, batch, batch_idx):
+        self._evaluate("test", batch)
+
+    def parameter_groups(self) -> Iterable[dict[str, Any]]:
+        """What the optimizer moves: all that takes gradients, in groups with options of their own."""
+        return [{"params": [p for p in self.network.parameters() if p.requires_grad]}]
+
+    def configure_optimizers(self):
+        optimizer = self.make_optimizer(self.parameter_groups())
+        schedules, milestones = [], []
+        if self.warmup:
+            rates = [rate / optimizer.defaults["lr"] for epochs, rate in self.warmup for _ in range(epochs)] + [1.0]
+            begin = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: rates[min(epoch, len(rates) - 1)])
+            schedules.append(begin)
+            milestones.append(len(rates) - 1)
+        if self.make_schedule is not None:
+            schedules.append(self.make_schedule(optimizer))
+        if len(schedules) == 2:
+            schedules = [torch.optim.lr_scheduler.SequentialLR(optimizer, schedules, milestones)]
+        return [optimizer], schedules
+
+
+class LearnToPayAttention(Classification):
+    """Learn to Pay Attention: VGG and ResNet-164 with compatibility pooling. Args: as :class:`Classification`."""
+
+
+class InformationBottleneck(Classification):
+    """Information Bottleneck Approach to Spatial Attention Learning.
+
+    Anchors have a parameter group of their own, without weight decay. Logged each epoch: how many of them no element
+    chose (``dead_anchors``), the perplexity of their usage, and the anchors' share of it each.
+
+    Args:
+        anchor_lr: learning rate of the anchors, by default the optimizer's.
+        others: as :class:`Classification`.
+    """
+
+    def __init__(self, *args, anchor_lr: float | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.anchor_lr = anchor_lr
+
+    def _quantizers(self):
+        return [module for module in self.network.modules() if isinstance(module, AnchorQuantizer)]
+
+    def parameter_groups(self):
+        anchors = [quantizer.anchors for quantizer in self._quantizers()]
+        (group,) = super().parameter_groups()
+        group["params"] = [p for p in group["params"] if not any(p is anchor for anchor in anchors)]
+        if not anchors:
+            return [group]
+        own = {"params": anchors, "weight_decay": 0.0}
+        return [group, own if self.anchor_lr is None else own | {"lr": self.anchor_lr}]
+
+    def on_train_epoch_end(self):
+        for quantizer in self._quantizers():
+            counts = self.all_gather(quantizer.counts).reshape(-1, quantizer.counts.numel()).sum(0)
+            usage = counts / counts.sum().clamp(min=1)
+            self.log("dead_anchors", (counts == 0).sum().float(), rank_zero_only=True)
+            self.log("anchor_perplexity", torch.special.entr(usage).sum().exp(), rank_zero_only=True)
+            for index, (anchor, share) in enumerate(zip(quantizer.anchors, usage, strict=True)):
+                self.log(f"anchors/value_{index:03}", anchor.detach(), rank_zero_only=True)
+                self.log(f"anchors/usage_{index:03}", share, rank_zero_only=True)
+            quantizer.reset_counts()
+
+
+class Rectangular(Classification):
+    """Convolutional Rectangular Attention Module, with the equivariance loss as an option.
+
+    loss = CE + λ·mean ‖T(r(x)) - r(T(x))‖² over the five numbers of the rectangle r, T one transformation a batch: a
+    rotation about the centre, a scaling and a shift. Gradients go through both branches. The angle is compared by
+    1 - cos 2Δα, since it has the period π; ``literal`` compares it as it is, as printed.
+
+    Args:
+        equivariance: λ; published: 0.1. 0 leaves the term out.
+        degrees, scales, shift: the transformations: ±degrees, a factor between the two scales, ±shift of each side.
+        literal: the plain squared difference of the angles.
+        others: as :class:`Classification`.
+
+    Source: Convolutional Rectangular Attention Module, Section 4.4 (which leaves the ranges open).
+    """
+
+    def __init__(
+        self,
+        *args,
+        equivariance: float = 0.0,
+        degrees: float = 30.0,
+        scales: tuple[float, float] = (0.8, 1.2),
+        shift: float = 0.1,
+        literal: bool = False,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.equivariance = equivariance
+        self.degrees = degrees
+        self.scales = scales
+        self.shift = shift
+        self.literal = literal
+
+    def configure_model(self):
+        super().configure_model()
+        if self.equivariance and not isinstance(self.network.attention, WindowAttention):
+            raise ValueError(
+                f"Rectangular: equivariance needs a network with rectangles (..._window), got {self.hparams.name!r}"
+            )
+
+    def step(self, images, labels):
+        if not self.equivariance:
+            return super().step(images, labels)
+        network = self.network
+        features = network.local_features(images)
+        rectangle = network.attention.rectangle(features)
+        logits = network.classify(features, rectangle)
+        draw = torch.rand(4)
+        angle = (2 * draw[0] - 1) * self.degrees * torch.pi / 180
+        scale = self.scales[0] + (self.scales[1] - self.scales[0]) * draw[1]
+        shift = (2 * draw[2:] - 1) * self.shift
+        moved = network.local_features(transform_images(images, angle, scale, shift))
+        expected = transform_rectangle(rectangle, angle, scale, shift)
+        distance = equivariance_distance(network.attention.rectangle(moved), expected, literal=self.literal).mean()
+        self.log("equivariance_loss", distance)
+        return network.loss(logits, labels) + self.equivariance * distance, logits
+
+
+FAMILIES = {
+    "learn_to_pay_attention": LearnToPayAttention,
+    "information_bottleneck": InformationBottleneck,
+    "rectangular": Rectangular,
+}

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, TensorDataset
 
 from attnkern._common import check_count, check_flag
+from attnkern.evaluation.crossdomain import inverse_root
 from attnkern.training.digits import digits_clutter, extents
 
 try:
@@ -137,10 +138,8 @@ class ZCA(nn.Module):
 
     def __init__(self, mean: torch.Tensor, covariance: torch.Tensor):
         super().__init__()
-        values, vectors = torch.linalg.eigh(covariance)
-        scales = (values.clamp(min=0) + 1e-3 * values.mean()).rsqrt()
         self.register_buffer("mean", mean.float())
-        self.register_buffer("matrix", ((vectors * scales) @ vectors.T).float())
+        self.register_buffer("matrix", inverse_root(covariance).float())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images (..., C, H, W), on whatever device they are."""

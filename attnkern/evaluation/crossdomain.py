@@ -1,0 +1,217 @@
+"""Networks on data sets that they were not trained on: features under a linear SVM, or the predictions as they are."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attnkern._common import check_shape, check_tensor
+from attnkern.evaluation._inputs import Data, Normalise, batches, check_evaluating, check_size, identity
+
+
+class Whitening(NamedTuple):
+    """Result of :func:`zca`: call it on samples like those that it comes from."""
+
+    mean: torch.Tensor  #: (D,) float32
+    matrix: torch.Tensor  #: (D, D) float32, symmetric
+
+    def __call__(self, samples: torch.Tensor) -> torch.Tensor:
+        check_tensor("Whitening", "samples", samples)
+        ok = samples.dim() > 1 and samples[:1].numel() == len(self.mean)
+        check_shape("Whitening", "samples", samples, "(N, ...) of {} values each", ok, len(self.mean))
+        flat = (samples.flatten(1) - self.mean.to(samples)) @ self.matrix.to(samples)
+        return flat.view(samples.shape)
+
+
+class LinearSvm(NamedTuple):
+    """Result of :func:`linear_svm`."""
+
+    accuracy: float  #: mean over the folds
+    deviation: float  #: standard deviation over the folds
+    folds: list[float]  #: accuracy on each fold
+
+
+class DirectTransfer(NamedTuple):
+    """Result of :func:`direct_transfer`."""
+
+    accuracy: float  #: images of classes that the network does not know count as wrong
+    accuracy_shared: float  #: without those images; NaN where no image is left
+    images: int
+    shared: int  #: images of classes that the network knows
+
+
+@torch.no_grad()
+def features_at(
+    model: nn.Module,
+    module_name: str,
+    images: Data,
+    *,
+    normalise: Normalise = identity,
+    batch_size: int = 128,
+    device=None,
+) -> torch.Tensor:
+    """What a module of the network takes, (N, D) on the CPU: features, where the module is the classifier.
+
+    Args:
+        model: in evaluation mode.
+        module_name: of the submodule, such as "classifier"; of its inputs the first counts, flattened.
+        images: raw, (N, C, H, W), or an iterable of batches (of tuples, the first of each).
+        normalise: applied to the images first.
+        batch_size: images at a time, where ``images`` is a tensor.
+        device: where batches are moved, or None.
+
+    Raises:
+        ValueError, TypeError: no such module, one that is not called just once a batch, a model in training mode, or
+            no image.
+
+    Source: Learn to Pay Attention, Section 5.3 and Appendix A.4.
+    """
+    where = "features_at"
+    check_evaluating(where, model)
+    modules = dict(model.named_modules())
+    if module_name not in modules:
+        raise ValueError(f"{where}: module_name must name a submodule of the model, got {module_name!r}")
+    found, seen = [], []
+    handle = modules[module_name].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    try:
+        for raw, *_ in batches(where, images, batch_size, device):
+            seen.clear()
+            model(normalise(raw))
+            if len(seen) != 1:
+                raise ValueError(f"{where}: {module_name!r} must be called once in a forward, got {len(seen)} calls")
+            found.append(seen[0].flatten(1).cpu())
+    finally:
+        handle.remove()
+    return torch.cat(found)
+
+
+def zca(samples: torch.Tensor, floor: float = 1e-3) -> Whitening:
+    """The whitening closest to the samples: C^(-1/2)·(x - mean), C their covariance.
+
+    To every variance along an eigenvector of C ``floor`` times their mean is added, so that what is mostly noise is
+    not blown up.
+
+    Args:
+        samples: (N, ...) features or images, N at least 2.
+        floor: share of the mean variance; positive where there are fewer samples than values.
+
+    Raises:
+        ValueError, TypeError: samples of another shape or kind, or a negative floor.
+
+    Source: Bell and Sejnowski, The "independent components" of natural scenes are edge filters, 1997.
+    """
+    check_tensor("zca", "samples", samples)
+    check_shape("zca", "samples", samples, "(N, ...) with N of at least 2", samples.dim() > 1 and len(samples) > 1)
+    if not floor >= 0:
+        raise ValueError(f"zca: floor must be at least 0, got {floor!r}")
+    flat = samples.detach().flatten(1).double()
+    mean = flat.mean(0)
+    return Whitening(mean.float(), inverse_root((flat - mean).T @ (flat - mean) / len(flat), floor).float())
+
+
+def inverse_root(covariance: torch.Tensor, floor: float = 1e-3) -> torch.Tensor:
+    """C^(-1/2) of a covariance (D, D), to whose eigenvalues ``floor`` times their mean is added."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * (values.clamp(min=0) + floor * values.mean()).rsqrt()) @ vectors.T
+
+
+def linear_svm(features: torch.Tensor, labels: torch.Tensor, folds: int = 5, seed: int = 0) -> LinearSvm:
+    """Accuracy of a linear support vector machine, C = 1, in stratified cross validation.
+
+    Args:
+        features: (N, D).
+        labels: (N,).
+        folds: at most the images of the smallest class.
+        seed: of the folds and of the solver.
+
+    Raises:
+        ValueError, TypeError: features or labels of another shape or kind; too few images for the folds.
+        ImportError: scikit-learn is not installed.
+
+    Source: Learn to Pay Attention, Section 5.3 and Appendix A.4.
+    """
+    try:
+        from sklearn.model_selection import StratifiedKFold, cross_val_score
+        from sklearn.svm import LinearSVC
+    except ImportError as error:
+        raise ImportError("linear_svm needs scikit-learn: pip install scikit-learn") from error
+    check_tensor("linear_svm", "features", features)
+    check_shape("linear_svm", "features", features, "(N, D)", features.dim() == 2)
+    check_shape("linear_svm", "labels", labels, "({},)", labels.shape == features.shape[:1], len(features))
+    splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    machine = LinearSVC(C=1.0, random_state=seed)
+    found = cross_val_score(
+        machine, features.detach().double().cpu().numpy(), labels.cpu().numpy(), cv=splits, error_score="raise"
+    )
+    return LinearSvm(float(found.mean()), float(found.std()), found.tolist())
+
+
+@torch.no_grad()
+def direct_transfer(
+    model: Callable[[torch.Tensor], torch.Tensor],
+    data: Data,
+    classes: Sequence[str],
+    target_classes: Sequence[str],
+    *,
+    synonyms: Mapping[str, str] | None = None,
+    size: tuple[int, int] | None = (32, 32),
+    normalise: Normalise = identity,
+    batch_size: int = 128,
+    device=None,
+) -> DirectTransfer:
+    """Accuracy on another data set that shares classes, without any training there: CIFAR-10's network on STL-10.
+
+    The network chooses among all its own classes; one that the other set lacks (frog) is wrong.
+
+    Args:
+        model: from normalised images to logits (N, K); a module in evaluation mode.
+        data: (images, labels), raw images (N, C, H, W) and (N,) indices into ``target_classes``; or an iterable of such
+            batches.
+        classes: names of the network's K classes.
+        target_classes: names of the data set's classes.
+        synonyms: from target names to the network's; by default car is automobile.
+        size: that images are resized to first, or None.
+        normalise: applied to the resized images.
+        batch_size: images at a time, where ``data`` is a tuple.
+        device: where batches are moved, or None.
+
+    Raises:
+        ValueError, TypeError: no shared class, labels or logits of another number of classes, data without labels or
+            images.
+
+    Source: Learn to Pay Attention, Section 5.3 and Table 3 (STL).
+    """
+    where = "direct_transfer"
+    check_evaluating(where, model)
+    if size is not None:
+        check_size(where, size)
+    synonyms = {"car": "automobile"} if synonyms is None else synonyms
+    index = {name: number for number, name in enumerate(classes)}
+    known = [index.get(name, index.get(synonyms.get(name), -1)) for name in target_classes]
+    if max(known, default=-1) < 0:
+        raise ValueError(f"{where}: target_classes must share a class with classes, got {list(target_classes)}")
+    known = torch.tensor(known)
+    total, shared, correct = 0, 0, 0
+    for batch in batches(where, data, batch_size, device):
+        if len(batch) < 2:
+            raise ValueError(f"{where}: data must hold images and labels, got images alone")
+        raw, labels = batch[:2]
+        labels = labels.cpu()
+        check_shape(where, "labels", labels, "({},) (N as images)", labels.shape == raw.shape[:1], len(raw))
+        if labels.min() < 0 or labels.max() >= len(known):
+            raise ValueError(
+                f"{where}: labels must lie in 0 to {len(known) - 1} (target_classes), got {labels.min()} to "
+                f"{labels.max()}"
+            )
+        if size is not None and tuple(raw.shape[2:]) != tuple(size):
+            raw = F.interpolate(raw, tuple(size), mode="bilinear", antialias=True)
+        logits = model(normalise(raw))
+        ok = logits.dim() == 2 and logits.shape[1] == len(classes)
+        check_shape(where, "logits", logits, "(N, {}) (classes)", ok, len(classes))
+        wanted = known[labels]
+        total += len(wanted)
+        shared += (wanted >= 0).sum().item()
+        correct += (logits.argmax(1).cpu() == wanted).sum().item()
+    return DirectTransfer(correct / total, correct / shared if shared else float("nan"), total, shared)

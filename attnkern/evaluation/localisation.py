@@ -1,0 +1,195 @@
+"""Where maps look, against boxes and masks: pointing game, Otsu's threshold, Jaccard index."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from attnkern._common import check_count, check_shape, check_tensor
+from attnkern._ops import wide
+from attnkern.evaluation._inputs import check_maps, check_masks, check_size
+
+
+class Localisation(NamedTuple):
+    """Result of :func:`localisation`. Means over the images, NaN over none."""
+
+    pointing: float  #: share of images whose map has its maximum inside the box
+    iou_box: float  #: Jaccard index of the binarised map and the filled box
+    iou_mask: float | None  #: Jaccard index of the binarised map and the mask; None without masks
+    iou_present: float | None  #: the same over images whose mask is not empty
+    images: int
+    present: int | None  #: images whose mask is not empty
+
+
+def upsample(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Maps (N, h, w) at the images' size, bilinear.
+
+    Positions count as feature cells: the centre of cell i of h lies at (i + 0.5)/h of the image's height
+    (``align_corners=False``), also of maps that :func:`attnkern.window_map` drew from corner to corner.
+
+    Args:
+        maps: (N, h, w).
+        size: (H, W).
+
+    Returns:
+        (N, H, W), float32 (float64 for float64 maps).
+
+    Raises:
+        ValueError, TypeError: maps of another shape or kind, or a size that is none.
+    """
+    check_maps("upsample", "maps", maps)
+    check_size("upsample", size)
+    maps = maps.to(wide(maps.dtype))
+    return F.interpolate(maps[:, None], tuple(size), mode="bilinear", align_corners=False)[:, 0]
+
+
+def _check_boxes(where, boxes, maps=None):
+    check_tensor(where, "boxes", boxes)
+    check_shape(where, "boxes", boxes, "(N, 4)", boxes.dim() == 2 and boxes.shape[1] == 4)
+    if maps is not None:
+        check_shape(where, "boxes", boxes, "({}, 4) (N as maps)", len(boxes) == len(maps), len(maps))
+
+
+def box_masks(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Filled boxes, (N, H, W) bool: pixels whose centres lie in the box or on its edge.
+
+    Args:
+        boxes: (N, 4): first row, first column, last row, last column in pixels, inclusive, where (0, 0) is the centre
+            of the first pixel.
+        size: (H, W).
+
+    Raises:
+        ValueError, TypeError: boxes of another shape or kind, or a size that is none.
+    """
+    _check_boxes("box_masks", boxes)
+    check_size("box_masks", size)
+    inside = []
+    for length, first, last in zip(size, boxes.unbind(1)[:2], boxes.unbind(1)[2:], strict=True):
+        positions = torch.arange(length, device=boxes.device)
+        inside.append((positions >= first[:, None]) & (positions <= last[:, None]))
+    rows, columns = inside
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def _varies(maps):
+    return maps.amax((1, 2)) > maps.amin((1, 2))
+
+
+def _hits(maps, boxes, size):
+    """(N,) bool: the maximum lies in the box."""
+    flat = upsample(maps, size).flatten(1)
+    inside = box_masks(boxes.to(maps.device), size).flatten(1)
+    return inside.gather(1, flat.argmax(1, keepdim=True))[:, 0] & _varies(maps)
+
+
+def pointing_game(maps: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> float:
+    """Share of maps whose maximum, after upsampling to the images' size, lies inside the box.
+
+    Of several equal maxima the first counts, row by row; a constant map points nowhere, a miss.
+
+    Args:
+        maps: (N, h, w).
+        boxes: (N, 4) as in :func:`box_masks`.
+        size: (H, W) of the images.
+
+    Raises:
+        ValueError, TypeError: maps or boxes of another shape or kind.
+
+    Source: Zhang et al., Top-down Neural Attention by Excitation Backprop, Section 4.1.
+    """
+    check_maps("pointing_game", "maps", maps)
+    _check_boxes("pointing_game", boxes, maps)
+    return _hits(maps, boxes, size).double().mean().item()
+
+
+def binarise(maps: torch.Tensor) -> torch.Tensor:
+    """Maps (N, H, W) above Otsu's threshold, (N, H, W) bool: each is rescaled to [0, 1] and split in 256 bins.
+
+    A constant map gives an empty mask.
+
+    Raises:
+        ValueError, TypeError: maps of another shape or kind.
+        ImportError: scikit-image is not installed.
+
+    Source: Learn to Pay Attention, Appendix A.4.
+    """
+    try:
+        from skimage.filters import threshold_otsu
+    except ImportError as error:
+        raise ImportError("binarise needs scikit-image: pip install scikit-image") from error
+    check_maps("binarise", "maps", maps)
+    rescaled = rescale(maps.detach())
+    thresholds = [threshold_otsu(image) if image.any() else 1.0 for image in rescaled.cpu().numpy()]
+    return rescaled > torch.tensor(thresholds, dtype=rescaled.dtype, device=rescaled.device)[:, None, None]
+
+
+def rescale(maps: torch.Tensor) -> torch.Tensor:
+    """Maps (N, H, W) with each one's minimum at 0 and maximum at 1; a constant map becomes 0."""
+    check_maps("rescale", "maps", maps)
+    maps = maps.to(wide(maps.dtype))
+    maps = maps - maps.amin((1, 2), keepdim=True)
+    high = maps.amax((1, 2), keepdim=True)
+    return maps / torch.where(high > 0, high, 1)
+
+
+def jaccard(predicted: torch.Tensor, target: torch.Tensor, empty: float = 1.0) -> torch.Tensor:
+    """Intersection over union of each pair of masks, (N,) float64.
+
+    Args:
+        predicted, target: (N, H, W) bool.
+        empty: the value where both are empty; NaN marks such images for ``nanmean``.
+
+    Raises:
+        ValueError, TypeError: masks of another shape or kind.
+    """
+    check_masks("jaccard", "predicted", predicted)
+    check_masks("jaccard", "target", target, "predicted", predicted)
+    intersection = (predicted & target).sum((1, 2)).double()
+    union = (predicted | target).sum((1, 2))
+    return torch.where(union > 0, intersection / union, empty)
+
+
+def localisation(
+    maps: torch.Tensor,
+    boxes: torch.Tensor,
+    size: tuple[int, int],
+    masks: torch.Tensor | None = None,
+    batch_size: int = 256,
+) -> Localisation:
+    """Pointing game, and Jaccard index of the upsampled, binarised maps with boxes and masks.
+
+    Args:
+        maps: (N, h, w).
+        boxes: (N, 4) as in :func:`box_masks`.
+        size: (H, W) of the images.
+        masks: (N, H, W) bool. Where one is empty an empty prediction counts 1, any other 0.
+        batch_size: maps upsampled at a time.
+
+    Raises:
+        ValueError, TypeError: maps, boxes or masks of another shape or kind.
+        ImportError: scikit-image is not installed.
+    """
+    where = "localisation"
+    check_maps(where, "maps", maps)
+    _check_boxes(where, boxes, maps)
+    check_size(where, size)
+    check_count(where, batch_size=batch_size)
+    if masks is not None:
+        check_masks(where, "masks", masks)
+        expected = (len(maps), *size)
+        check_shape(where, "masks", masks, f"{expected} (N as maps, size)", tuple(masks.shape) == expected)
+    hits, with_boxes, with_masks = [], [], []
+    for start in range(0, len(maps), batch_size):
+        chosen = slice(start, start + batch_size)
+        hits.append(_hits(maps[chosen], boxes[chosen], size).cpu())
+        found = binarise(upsample(maps[chosen], size)).cpu()
+        with_boxes.append(jaccard(found, box_masks(boxes[chosen], size).cpu()))
+        if masks is not None:
+            with_masks.append(jaccard(found, masks[chosen].cpu()))
+    pointing, iou_box = (torch.cat(parts).double().mean().item() for parts in (hits, with_boxes))
+    if masks is None:
+        return Localisation(pointing, iou_box, None, None, len(maps), None)
+    ious, present = torch.cat(with_masks), masks.any(2).any(1).cpu()
+    return Localisation(
+        pointing, iou_box, ious.mean().item(), ious[present].mean().item(), len(maps), present.sum().item()
+    )

@@ -1,0 +1,65 @@
+"""One map an image from a network: its attention, or Grad-CAM where it has none."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from attnkern.evaluation._inputs import Predict
+from attnkern.evaluation.segmentation import combine
+from attnkern.models.registry import attention_maps, map_names
+from attnkern.nn import ProgressiveAttention
+
+
+def attention_of(network: nn.Module, names: Iterable[str] | None = None) -> Predict:
+    """A function from normalised images to logits and one attention map, for every protocol here.
+
+    Args:
+        network: with attnkern's modules in it.
+        names: of the maps, fine to coarse, by default all. Of several the last two are combined, see
+            :func:`attnkern.evaluation.combine`, without the root where the finer one filters what the coarser sees.
+
+    Raises:
+        ValueError: a network without attention maps, or a name that is none of them.
+    """
+    known = map_names(network)
+    names = known if names is None else list(names)
+    if not names or not set(names) <= set(known):
+        choice = ", ".join(map(repr, known)) or "none, it has no attention map"
+        raise ValueError(f"attention_of: names must be of {choice}, got {names}")
+    progressive = any(isinstance(module, ProgressiveAttention) for module in network.modules())
+
+    def predict(images):
+        logits, maps = attention_maps(network, images, names)
+        levels = [maps[name] for name in names]
+        return logits, levels[0] if len(levels) == 1 else combine(levels, root=not progressive)
+
+    return predict
+
+
+def gradcam_of(network: nn.Module, name: str) -> Predict:
+    """As :func:`attention_of`, with Grad-CAM of the predicted class at the output of the module ``name`` as the map.
+
+    map = ReLU(Σ_k w_k f_k), w_k the average over positions of the logit's derivative by f_k.
+
+    Raises:
+        AttributeError: no module of that name.
+        ImportError: captum is not installed.
+
+    Source: Selvaraju et al., Grad-CAM, Eqs. 1-2; the implementation is Captum's.
+    """
+    try:
+        from captum.attr import LayerGradCam
+    except ImportError as error:
+        raise ImportError("gradcam_of needs captum: pip install captum") from error
+    explain = LayerGradCam(network, network.get_submodule(name))
+
+    def predict(images):
+        with torch.no_grad():
+            logits = network(images)
+        with torch.enable_grad():
+            inputs = images.detach().clone().requires_grad_()
+            map = explain.attribute(inputs, logits.argmax(1), relu_attributions=True)
+        return logits, map[:, 0].detach()
+
+    return predict

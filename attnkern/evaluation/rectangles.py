@@ -1,0 +1,333 @@
+"""Rectangles as measurements: order, masks, rates against masks, and equivariance under rotation, scale and shift.
+
+Coordinates are those of :func:`attnkern.window_map`: pixel i of H lies at i/(H - 1), row before column, and the centre
+at (0.5, 0.5). The two transformations and the distance are differentiable and serve as a loss, too.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from attnkern._common import check_flag, check_shape, check_tensor
+from attnkern._ops import wide
+from attnkern.evaluation._inputs import Data, Normalise, batches, check_masks, check_size, identity
+from attnkern.evaluation.localisation import jaccard
+from attnkern.reference import SIGMA_FLOOR, aspect_factors, coordinates
+
+_ORDERS = ("column", "row", "both", "height", "width", "angle")
+
+
+def _check_rectangle(where, rectangle, name="rectangle", like=None):
+    check_tensor(where, name, rectangle)
+    ok = rectangle.dim() == 2 and rectangle.shape[1] == 5
+    check_shape(where, name, rectangle, "(N, 5)", ok)
+    if like is not None:
+        check_shape(where, name, rectangle, "({}, 5)", len(rectangle) == len(like), len(like))
+
+
+def descriptive_order(rectangles: torch.Tensor, by: str, descending: bool = False) -> torch.Tensor:
+    """Indices (N,) that sort images by their rectangles: leftmost, topmost, smallest first. Ties keep their order.
+
+    Args:
+        rectangles: (N, 5) as in :func:`attnkern.window_map`.
+        by: "column" (μ₂), "row" (μ₁), "both" (μ₁ + μ₂: upper left before lower right), "height" (|σ₁|), "width" (|σ₂|)
+            or "angle" (α, as the half turn that it stands for: from -π/2 up to π/2).
+        descending: largest first.
+
+    Raises:
+        ValueError, TypeError: rectangles of another shape or kind, or an unknown ``by``.
+
+    Source: Convolutional Rectangular Attention Module, Section 6.5.
+    """
+    _check_rectangle("descriptive_order", rectangles, "rectangles")
+    if by not in _ORDERS:
+        raise ValueError(f"descriptive_order: by must be one of {', '.join(map(repr, _ORDERS))}, got {by!r}")
+    row, column, height, width, angle = rectangles.detach().unbind(1)
+    keys = {
+        "column": column,
+        "row": row,
+        "both": row + column,
+        "height": height.abs(),
+        "width": width.abs(),
+        "angle": (angle + math.pi / 2).remainder(math.pi),
+    }
+    return keys[by].argsort(stable=True, descending=descending)
+
+
+def rectangle_mask(rectangle: torch.Tensor, size: tuple[int, int], aspect: bool = False) -> torch.Tensor:
+    """Pixels inside each rectangle or on its edge, (N, H, W) bool: |u| ≤ σ₁ and |v| ≤ σ₂.
+
+    Args:
+        rectangle: (N, 5) as in :func:`attnkern.window_map`, whose u and v these are.
+        size: (H, W).
+        aspect: as in :func:`attnkern.window_map`.
+
+    Raises:
+        ValueError, TypeError: a rectangle of another shape or kind, or a size that is none.
+
+    Source: Convolutional Rectangular Attention Module, Eqs. 3-5 and Section 5.
+    """
+    _check_rectangle("rectangle_mask", rectangle)
+    check_size("rectangle_mask", size)
+    check_flag("rectangle_mask", "aspect", aspect)
+    # In float64, for the same mask on every device.
+    mu1, mu2, sigma1, sigma2, alpha = rectangle.detach().double()[..., None, None].unbind(1)
+    row, column = aspect_factors(*size, aspect)
+    d1 = (coordinates(size[0], mu1)[:, None] - mu1) * row
+    d2 = (coordinates(size[1], mu2) - mu2) * column
+    u = torch.cos(alpha) * d1 + torch.sin(alpha) * d2
+    v = torch.cos(alpha) * d2 - torch.sin(alpha) * d1
+    return (u.abs() <= sigma1.abs().clamp(min=SIGMA_FLOOR)) & (v.abs() <= sigma2.abs().clamp(min=SIGMA_FLOOR))
+
+
+def catching_rate(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Ψ = mean of a·ã over the pixels of two masks on ±1, (N,) float64 from -1 to 1.
+
+    Args:
+        predicted, target: (N, H, W) bool; True is +1.
+
+    Raises:
+        ValueError, TypeError: masks of another shape or kind.
+
+    Source: Convolutional Rectangular Attention Module, Definition 5.1 and Eq. 11.
+    """
+    check_masks("catching_rate", "predicted", predicted)
+    check_masks("catching_rate", "target", target, "predicted", predicted)
+    return 2 * (predicted == target).double().mean((1, 2)) - 1
+
+
+def missing_rate(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Φ = (1 - Ψ)/2, (N,) float64: the share of pixels where two masks differ.
+
+    Args and Raises: as :func:`catching_rate`.
+
+    Source: Convolutional Rectangular Attention Module, Eq. 12.
+    """
+    check_masks("missing_rate", "predicted", predicted)
+    check_masks("missing_rate", "target", target, "predicted", predicted)
+    return (1 - catching_rate(predicted, target)) / 2
+
+
+def fitting_rate(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of two masks, (N,) float64; 1 where both are empty.
+
+    Args and Raises: as :func:`catching_rate`.
+
+    Source: Convolutional Rectangular Attention Module, Definition 5.3 and Proposition 1.
+    """
+    check_masks("fitting_rate", "predicted", predicted)
+    check_masks("fitting_rate", "target", target, "predicted", predicted)
+    return jaccard(predicted, target)
+
+
+def _transformation(where, like, angle, scale, shift):
+    """The three as tensors (N,), (N,) and (N, 2)."""
+    if isinstance(scale, (int, float)) and not 0 < scale < math.inf:
+        raise ValueError(f"{where}: scale must be positive and finite, got {scale!r}")
+    n, dtype, found = len(like), wide(like.dtype), []
+    for name, value, shape in (("angle", angle, (n,)), ("scale", scale, (n,)), ("shift", shift, (n, 2))):
+        value = torch.as_tensor(value, dtype=dtype, device=like.device)
+        ok = value.shape in (shape, shape[1:])
+        check_shape(where, name, value, f"{shape[1:]} or {shape}", ok)
+        found.append(value.expand(shape))
+    return found
+
+
+def transform_rectangle(
+    rectangle: torch.Tensor,
+    angle: float | torch.Tensor = 0.0,
+    scale: float | torch.Tensor = 1.0,
+    shift: Sequence[float] | torch.Tensor = (0.0, 0.0),
+    *,
+    size: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """Rectangles turned about the image's centre c, then scaled about it, then shifted.
+
+    μ̂ = c + δσ·R(μ - c) + δμ, σ̂ = δσ·σ, α̂ = α + δα, with R = (cos δα, -sin δα; sin δα, cos δα) on (row, column): a
+    positive angle turns counter-clockwise on the screen. As printed, the scaling is about the corner of the image
+    instead (δσ·c for c), which no transformation of the image about its centre gives.
+
+    Args:
+        rectangle: (N, 5) as in :func:`attnkern.window_map`.
+        angle: δα in radians, one or (N,).
+        scale: δσ, one or (N,); above 1 enlarges.
+        shift: δμ, (row, column) as fractions of the distance between the corner pixels, (2,) or (N, 2).
+        size: None turns rigidly in the unit square; (H, W) in the pixels of a map of this size, and goes with
+            rectangles that are drawn with ``aspect=True``. For H = W they are the same.
+
+    Returns:
+        (N, 5), differentiable; the angle is not wrapped.
+
+    Raises:
+        ValueError, TypeError: an argument of another shape or kind, or a scale that is not positive.
+
+    Source: Convolutional Rectangular Attention Module, Section 4.4.
+    """
+    where = "transform_rectangle"
+    _check_rectangle(where, rectangle)
+    if size is not None:
+        check_size(where, size)
+    angle, scale, shift = _transformation(where, rectangle, angle, scale, shift)
+    ratio = _ratios(size)
+    mu1, mu2, sigma1, sigma2, alpha = rectangle.to(angle.dtype).unbind(1)
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    row, column = mu1 - 0.5, mu2 - 0.5
+    return torch.stack(
+        (
+            0.5 + scale * (cos * row - sin * column * ratio[0]) + shift[:, 0],
+            0.5 + scale * (sin * row * ratio[1] + cos * column) + shift[:, 1],
+            scale * sigma1,
+            scale * sigma2,
+            alpha + angle,
+        ),
+        1,
+    )
+
+
+def _ratios(size):
+    """What a column offset counts as a row offset, and a row offset as a column offset."""
+    if size is None:
+        return 1.0, 1.0
+    row, column = aspect_factors(*size, True)
+    # On an axis of length 1 nothing moves.
+    return (column / row if row else 0.0), (row / column if column else 0.0)
+
+
+def transform_images(
+    images: torch.Tensor,
+    angle: float | torch.Tensor = 0.0,
+    scale: float | torch.Tensor = 1.0,
+    shift: Sequence[float] | torch.Tensor = (0.0, 0.0),
+    *,
+    aspect: bool = False,
+    padding: str = "zeros",
+) -> torch.Tensor:
+    """Images turned about their centre, then scaled about it, then shifted: what :func:`transform_rectangle` follows.
+
+    Args:
+        images: (N, C, H, W).
+        angle, scale, shift: as in :func:`transform_rectangle`.
+        aspect: turn rigidly in pixels, as ``size=images.shape[2:]`` there; otherwise in the unit square.
+        padding: of ``grid_sample``: "zeros", "border" or "reflection" beyond the edge.
+
+    Returns:
+        (N, C, H, W), bilinear.
+
+    Raises:
+        ValueError, TypeError: an argument of another shape or kind, or a scale that is not positive.
+
+    Source: Convolutional Rectangular Attention Module, Section 4.4.
+    """
+    where = "transform_images"
+    check_tensor(where, "images", images)
+    ok = images.dim() == 4 and 0 not in images.shape[2:]
+    check_shape(where, "images", images, "(N, C, H, W) with H and W of at least 1", ok)
+    check_flag(where, "aspect", aspect)
+    if padding not in ("zeros", "border", "reflection"):
+        raise ValueError(f"{where}: padding must be 'zeros', 'border' or 'reflection', got {padding!r}")
+    angle, scale, shift = _transformation(where, images, angle, scale, shift)
+    ratio = _ratios(images.shape[2:] if aspect else None)
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    # The inverse, from where a pixel is to where it was; grid_sample has columns first and runs from -1 to 1.
+    to_row = torch.stack((sin * ratio[0], cos), 1) / scale[:, None]
+    to_column = torch.stack((cos, -sin * ratio[1]), 1) / scale[:, None]
+    matrix = torch.stack((to_column, to_row), 1)
+    offset = -2 * matrix @ shift.flip(1)[:, :, None]
+    # As affine_grid does, which warns of an axis of length 1.
+    rows, columns = (2 * coordinates(length, angle) - 1 for length in images.shape[2:])
+    points = torch.stack((columns.expand(len(rows), -1), rows[:, None].expand(-1, len(columns))), 2)
+    grid = points @ matrix.mT[:, None] + offset.mT[:, None]
+    return F.grid_sample(images.to(grid.dtype), grid, padding_mode=padding, align_corners=True).to(images.dtype)
+
+
+def equivariance_distance(first: torch.Tensor, second: torch.Tensor, literal: bool = False) -> torch.Tensor:
+    """‖(μ, σ) - (μ', σ')‖² + 1 - cos 2(α - α'), (N,): the angle has the period π.
+
+    (α + π/2, σ₂, σ₁) is the same rectangle as (α, σ₁, σ₂), but at a distance from it here.
+
+    Args:
+        first, second: (N, 5) as in :func:`attnkern.window_map`.
+        literal: ‖(μ, σ, α) - (μ', σ', α')‖² as printed, without a period.
+
+    Raises:
+        ValueError, TypeError: rectangles of another shape or kind, or a flag that is no bool.
+
+    Source: Convolutional Rectangular Attention Module, Section 4.4.
+    """
+    _check_rectangle("equivariance_distance", first, "first")
+    _check_rectangle("equivariance_distance", second, "second", first)
+    check_flag("equivariance_distance", "literal", literal)
+    difference = first.to(wide(first.dtype)) - second.to(wide(second.dtype))
+    turned = difference[:, 4]
+    # 2 sin² is 1 - cos without its cancellation.
+    return difference[:, :4].square().sum(1) + (turned.square() if literal else 2 * turned.sin().square())
+
+
+class EquivarianceError(NamedTuple):
+    """One transformation's entry in the result of :func:`equivariance_errors`; means over images and settings."""
+
+    distance: float  #: :func:`equivariance_distance`
+    centre: float  #: ‖μ - μ'‖
+    extent: float  #: ‖σ - σ'‖
+    angle: float  #: |α - α'| in radians, the nearest of its period π: 0 to π/2
+
+
+@torch.no_grad()
+def equivariance_errors(
+    rectangles_of: Callable[[torch.Tensor], torch.Tensor],
+    images: Data,
+    *,
+    angles: Sequence[float] = (-math.pi / 6, -math.pi / 12, math.pi / 12, math.pi / 6),
+    scales: Sequence[float] = (0.8, 0.9, 1.1, 1.2),
+    shifts: Sequence[tuple[float, float]] = ((-0.1, 0.0), (0.1, 0.0), (0.0, -0.1), (0.0, 0.1)),
+    aspect: bool = False,
+    padding: str = "zeros",
+    normalise: Normalise = identity,
+    batch_size: int = 128,
+    device=None,
+) -> dict[str, EquivarianceError]:
+    """How far the rectangle of a transformed image is from the transformed rectangle of the image.
+
+    Each transformation alone, at fixed settings: nothing is drawn.
+
+    Args:
+        rectangles_of: from normalised images to rectangles (N, 5).
+        images: raw, (N, C, H, W), or an iterable of batches (of tuples, the first of each).
+        angles, scales, shifts: as in :func:`transform_rectangle`, the settings of "rotation", "scale", "translation".
+        aspect: turn rigidly in the images' pixels, for rectangles that are drawn with ``aspect=True``.
+        padding: as in :func:`transform_images`.
+        normalise: applied to the images, transformed or not, before ``rectangles_of``.
+        batch_size: images at a time, where ``images`` is a tensor.
+        device: where batches are moved, or None.
+
+    Returns:
+        By transformation, of those that have settings.
+
+    Raises:
+        ValueError, TypeError: no image, images or rectangles of another shape or kind.
+
+    Source: Convolutional Rectangular Attention Module, Sections 4.4 and 6.4.
+    """
+    where = "equivariance_errors"
+    plan = {
+        "rotation": [{"angle": angle} for angle in angles],
+        "scale": [{"scale": scale} for scale in scales],
+        "translation": [{"shift": shift} for shift in shifts],
+    }
+    found = {kind: [] for kind, settings in plan.items() if settings}
+    for raw, *_ in batches(where, images, batch_size, device):
+        before = rectangles_of(normalise(raw))
+        _check_rectangle(where, before, "rectangles_of's result", raw)
+        size = raw.shape[2:] if aspect else None
+        for kind in found:
+            for setting in plan[kind]:
+                after = rectangles_of(normalise(transform_images(raw, **setting, aspect=aspect, padding=padding)))
+                wanted = transform_rectangle(before, **setting, size=size)
+                difference = after - wanted
+                turned = torch.asin(difference[:, 4].sin().abs().clamp(max=1))
+                norms = difference[:, :2].norm(dim=1), difference[:, 2:4].norm(dim=1), turned
+                found[kind].append(torch.stack((equivariance_distance(after, wanted), *norms)).double().cpu())
+    return {kind: EquivarianceError(*torch.cat(parts, 1).mean(1).tolist()) for kind, parts in found.items()}

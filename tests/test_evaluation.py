@@ -1,0 +1,624 @@
+"""The papers' protocols on cases that are worked out by hand."""
+
+import functools
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from attnkern import evaluation
+from attnkern.evaluation import (
+    attention_of,
+    binarise,
+    box_masks,
+    collect,
+    combine,
+    direct_transfer,
+    features_at,
+    fgsm,
+    fooling_rate,
+    frequency,
+    gradcam_of,
+    interpretability_score,
+    jaccard,
+    linear_svm,
+    localisation,
+    occlude,
+    perplexity,
+    pointing_game,
+    pool_attention,
+    query_driven,
+    rescale,
+    top1,
+    upsample,
+    usage,
+    weak_segmentation,
+    zca,
+)
+from attnkern.models import attention_maps, create_model
+from attnkern.nn import CompatibilityPool
+
+GAP = float("nan")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def uniform(*shape, seed=0):
+    return torch.rand(shape, generator=seeded(seed))
+
+
+class Linear(nn.Module):
+    """Logits from a fixed matrix on the flattened image."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.classifier = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        self.classifier.weight.data = weight
+        self.eval()
+
+    def forward(self, images):
+        return self.classifier(images.flatten(1))
+
+
+# --- localisation ---
+
+
+def test_upsampling_takes_positions_for_cells():
+    ramp = torch.tensor([[[0.0, 4.0]]])
+    # Cell centres lie at pixels 0.5 and 2.5 of four: clamped outside, a quarter and three quarters between.
+    assert upsample(ramp, (1, 4)).tolist() == [[[0.0, 1.0, 3.0, 4.0]]]
+    assert upsample(ramp.half(), (3, 2)).shape == (1, 3, 2)
+    assert upsample(ramp.half(), (3, 2)).dtype == torch.float32
+
+
+def test_box_masks_contain_their_edges():
+    masks = box_masks(torch.tensor([[0.0, 1.0, 1.0, 2.0], [1.5, 0.0, 2.4, 0.4]]), (3, 4))
+    assert masks.int().tolist() == [
+        [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]],
+        [[0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]],
+    ]
+
+
+def test_the_pointing_game_looks_at_the_maximum():
+    maps = torch.zeros(4, 2, 2)
+    maps[0, 1, 0] = maps[1, 1, 0] = maps[2, 0, 1] = 1
+    # On 4 x 6 pixels that is the lower left corner, twice, the upper right one, and nowhere.
+    boxes = torch.tensor([[3.0, 0.0, 3.0, 0.0], [0.0, 1.0, 3.0, 5.0], [0.0, 4.0, 1.0, 5.0], [0.0, 0.0, 3.0, 5.0]])
+    hits = [pointing_game(maps[i : i + 1], boxes[i : i + 1], (4, 6)) for i in range(4)]
+    assert hits == [1.0, 0.0, 1.0, 0.0]
+    assert pointing_game(maps, boxes, (4, 6)) == 0.5
+
+
+def test_binarised_maps_are_split_where_the_classes_part():
+    maps = torch.tensor([[[1.0, 2.0, 1.0], [8.0, 9.0, 2.0]], [[3.0] * 3] * 2, [[-5.0, -5.0, -5.0], [-5.0, -5.0, -1.0]]])
+    assert binarise(maps).int().tolist() == [[[0, 0, 0], [1, 1, 0]], [[0] * 3] * 2, [[0, 0, 0], [0, 0, 1]]]
+    assert binarise(maps[1:2]).dtype == torch.bool
+
+
+def test_rescaled_maps_run_from_zero_to_one():
+    maps = torch.tensor([[[2.0, 4.0], [6.0, 3.0]], [[7.0, 7.0], [7.0, 7.0]]])
+    assert rescale(maps).tolist() == [[[0.0, 0.5], [1.0, 0.25]], [[0.0, 0.0], [0.0, 0.0]]]
+
+
+def test_jaccard_counts_pixels():
+    predicted = torch.tensor([[[1, 1], [0, 0]], [[0, 0], [0, 0]], [[1, 0], [0, 0]], [[1, 1], [1, 1]]]).bool()
+    target = torch.tensor([[[0, 1], [1, 0]], [[0, 0], [0, 0]], [[0, 0], [0, 0]], [[1, 1], [1, 1]]]).bool()
+    assert jaccard(predicted, target).tolist() == [1 / 3, 1, 0, 1]
+    assert jaccard(predicted, target, empty=GAP).nanmean().item() == pytest.approx((1 / 3 + 0 + 1) / 3)
+
+
+def test_localisation_with_boxes_and_masks():
+    maps = torch.zeros(3, 4, 4)
+    maps[0, 1:3, 1:3] = 5  # the box, and half of the mask
+    maps[1, 0, :] = 2  # a row that meets the box in two of 4 + 6 - 2 pixels; nothing is there
+    boxes = torch.tensor([[1.0, 1.0, 2.0, 2.0], [0.0, 1.0, 2.0, 2.0], [0.0, 0.0, 3.0, 3.0]])
+    masks = torch.zeros(3, 4, 4, dtype=torch.bool)
+    masks[0, 1:3, :] = True
+    for batch_size in (256, 1):
+        found = localisation(maps, boxes, (4, 4), masks, batch_size=batch_size)
+        # The first maximum of the second map is at column 0, outside; the third map is constant.
+        assert found.pointing == pytest.approx(1 / 3)
+        assert found.iou_box == pytest.approx((1 + 2 / 8 + 0) / 3)
+        assert found.iou_mask == pytest.approx((4 / 8 + 0 + 1) / 3)
+        assert (found.iou_present, found.images, found.present) == (0.5, 3, 1)
+    assert localisation(maps, boxes, (4, 4))[2:] == (None, None, 3, None)
+    json.dumps(found._asdict())
+
+
+# --- interpretability ---
+
+
+def test_occlusion_covers_one_square_with_one_colour():
+    images = torch.full((40, 3, 6, 9), 2.0)
+    covered = occlude(images, 4, seeded())
+    corners = set()
+    for image in covered:
+        inside = image[0] != 2
+        rows, columns = inside.nonzero().unbind(1)
+        corners.add((rows.min().item(), columns.min().item()))
+        assert inside.sum() == 16
+        assert (rows.max() - rows.min(), columns.max() - columns.min()) == (3, 3)
+        assert (image[:, inside] == image[:, inside][:, :1]).all()
+        assert ((image != 2) == inside).all()
+    assert {row for row, _ in corners} == set(range(3))
+    assert {column for _, column in corners} == set(range(6))
+    assert covered[covered != 2].min() >= 0
+    assert covered[covered != 2].max() <= 1
+    assert (images == 2).all()
+
+
+def test_occlusion_with_images_of_another_set():
+    images = torch.full((30, 3, 8, 8), 2.0)
+    fill = torch.stack([torch.arange(12.0).view(3, 2, 2) / 12, torch.full((3, 2, 2), 1.5)])
+    covered = occlude(images, 2, seeded(), fill)
+    patches = []
+    for image in covered:
+        rows, columns = (image[0] != 2).nonzero().unbind(1)
+        patches.append(image[:, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1])
+    kinds = [next(i for i in range(2) if torch.allclose(patch, fill[i])) for patch in patches]
+    assert set(kinds) == {0, 1}
+    # The places do not depend on what fills them.
+    assert torch.equal(covered != 2, occlude(images, 2, seeded()) != 2)
+    # A filling is resized: one value stays that value.
+    assert (occlude(images[:1], 5, seeded(), fill[1:]) == 1.5).sum() == 3 * 25
+
+
+def test_occlusion_repeats_and_does_not_depend_on_batches():
+    images = uniform(5, 3, 8, 8)
+    whole = occlude(images, 3, seeded(1))
+    torch.manual_seed(7)
+    assert torch.equal(whole, occlude(images, 3, seeded(1)))
+    generator = seeded(1)
+    assert torch.equal(whole, torch.cat([occlude(part, 3, generator) for part in images.split(2)]))
+    assert not torch.equal(whole, occlude(images, 3, seeded(2)))
+    assert (occlude(images[:1], 8, seeded()) != images[:1]).all()
+
+
+def wave(cycles, length=32, other=16):
+    angles = 2 * math.pi * cycles * torch.arange(length, dtype=torch.float64) / length
+    return torch.cos(angles)[:, None].expand(length, other)
+
+
+@pytest.mark.parametrize("length", [32, 33])
+def test_frequencies_part_at_the_radius(length):
+    slow, limit, fast = (wave(cycles, length) for cycles in (3, 4, 9))
+    image = (slow + fast)[None, None].repeat(1, 3, 1, 1)
+
+    def pictured(channel):
+        low, high = channel.min(), channel.max()
+        return ((channel - low) / (high - low) * 255).round() / 255
+
+    step = 1.001 / 255  # at a tie of the rounding
+    for radius, keep, rest in ((4, "low", slow), (4, "high", fast), (3, "high", slow + fast), (12, "low", slow + fast)):
+        found = frequency(image, radius, keep)
+        assert (found - pictured(rest)).abs().max() <= step, (radius, keep)
+    # "Less than": what lies at the radius is high.
+    assert (frequency(limit[None, None], 4, "low") == 0).all()
+    assert (frequency(limit[None, None], 4, "high") - pictured(limit)).abs().max() <= step
+    # Distance over both axes: (3, 3) lies beyond 4.
+    product = wave(3, length) * wave(3, 16, length).T
+    assert (frequency(product[None, None], 4, "low") == 0).all()
+    assert frequency(product[None, None], 4.3, "low").max() == 1
+
+
+def test_a_flat_channel_has_no_frequency():
+    flat = torch.full((1, 3, 8, 6), 0.3)
+    assert (frequency(flat, 4, "high") == 0).all()
+    assert (frequency(flat, 12, "low") == 0).all()
+    # All frequencies give the image back, rescaled.
+    image = torch.arange(48.0).view(1, 1, 6, 8)
+    assert (frequency(image, 100, "low") - image / 47).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_interpretability_counts_cosines_of_unchanged_predictions():
+    # An image's four pixels: two logits, then two of the map's values.
+    def predict(images):
+        values = images[:, 0, 0]
+        return values[:, :2], values[:, None, 2:]
+
+    before = [[1, 0, 1, 0], [1, 0, 1, 0], [1, 0, 1, 0], [0, 1, 3, 4], [0, 1, 1, 1]]
+    # Another prediction; the same map; cosine 0.6; cosine 24/25; constant as before.
+    after = [[0, 1, 1, 0], [1, 0, 2, 0], [1, 0, 3, 4], [0, 1, 4, 3], [0, 1, 5, 5]]
+    images = torch.tensor(before).float()[:, None, None] - 1
+    changed = torch.tensor(after).float()[:, None, None] - 1
+    position = iter(changed)
+
+    def modify(batch):
+        return torch.stack([next(position) for _ in batch])
+
+    found = interpretability_score(predict, images, modify, batch_size=2, normalise=lambda raw: raw + 1)
+    assert (found.images, found.consistent, found.share) == (5, 4, 0.8)
+    assert found.counts == {0.85: 3, 0.9: 3, 0.95: 3}
+    assert found.scores == {0.85: 0.75, 0.9: 0.75, 0.95: 0.75}
+    assert found.cosine == pytest.approx((1 + 0.6 + 0.96 + 1) / 4)
+    # Less their means: the same; (1, -1) and (-1, 1); (-1, 1) and (1, -1); nothing.
+    assert found.centred_counts == {0.85: 1, 0.9: 1, 0.95: 1}
+    assert found.centred_scores[0.9] == 0.25
+    assert found.centred_cosine == pytest.approx((1 - 1 - 1 + 0) / 4)
+    json.dumps(found._asdict())
+
+
+def test_interpretability_by_threshold_and_of_no_consistent_image():
+    def predict(images):
+        values = images[:, 0, 0]
+        return values[:, :2], values[:, None, 2:]
+
+    image = torch.tensor([1.0, 0, 1, 0]).view(1, 1, 1, 4)
+    slanted = torch.tensor([1.0, 0, 0.92, math.sqrt(1 - 0.92**2)]).view(1, 1, 1, 4)
+    found = interpretability_score(predict, [image, (image, torch.tensor([3]))], lambda raw: slanted)
+    assert found.counts == {0.85: 2, 0.9: 2, 0.95: 0}
+    rounding = torch.tensor([1.0, 0, 1, 1 + 2**-23]).view(1, 1, 1, 4)
+    assert interpretability_score(predict, rounding, lambda raw: raw).centred_cosine == 0
+    none = interpretability_score(predict, image, lambda raw: raw.flip(3), thresholds=[0.5])
+    assert (none.images, none.consistent, none.counts) == (1, 0, {0.5: 0})
+    assert math.isnan(none.scores[0.5])
+
+
+# --- robustness ---
+
+
+def test_fgsm_steps_up_the_loss_of_the_own_prediction():
+    model = Linear(torch.tensor([[1.0, -1, 0], [0, 0, 1]]))
+    images = torch.tensor([[0.5, 0.1, 0.2], [0.25, 0.995, 0.9]]).view(2, 3, 1, 1)
+    # Predictions 0 and 1. ∇(logit of the other - own) is ∓(1, -1, -1), and zero nowhere.
+    found = fgsm(model, images, 0.01)
+    expected = [[0.49, 0.11, 0.21], [0.26, 0.985, 0.89]]
+    torch.testing.assert_close(found.flatten(1), torch.tensor(expected))
+    assert model.classifier.weight.grad is None
+    with torch.no_grad():
+        assert torch.equal(fgsm(model, images, 0.01), found)
+    assert fgsm(model, images, 0.9)[0].flatten().tolist() == [0, 1, 1]
+    # A softmax that is exactly 1 has a gradient that is exactly 0.
+    sure = fgsm(Linear(1000 * model.classifier.weight.data), images, 0.01)
+    torch.testing.assert_close(sure, found)
+    # The gradient goes through the normalisation.
+    torch.testing.assert_close(fgsm(model, images, 0.01, lambda x: 0.5 - x)[0].flatten()[0], torch.tensor(0.49))
+
+
+def test_the_fooling_rate_counts_changed_predictions():
+    model = Linear(torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]))
+    margins = torch.tensor([0.01, 0.03, 0.1, 0.3])
+    images = torch.full((4, 3, 1, 1), 0.4)
+    images[:, 0, 0, 0] += margins
+    # A step of ε takes 2ε from the margin.
+    for data in (images, [images[:3], (images[3:], torch.zeros(1))]):
+        found = fooling_rate(model, data, [0.01, 0.02, 0.1, 0.2, 0], batch_size=3)
+        assert found.rates == [0.25, 0.5, 0.75, 1.0, 0.0]
+        assert (found.images, found.eps[2]) == (4, 0.1)
+    # Past 1.005 the prediction would change, but no pixel is lighter than 1.
+    bright = fooling_rate(lambda x: torch.cat((0 * x[:, 0, 0] + 1.005, x[:, 1, 0]), 1), images, [0.7])
+    assert bright.rates == [0]
+    assert fooling_rate(model, images).eps == [1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255]
+
+
+# --- cross-domain ---
+
+
+def test_features_are_what_the_module_takes():
+    body = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
+    images = uniform(5, 3, 2, 2)
+    expected = body[2](body[1](2 * images.flatten(1)))
+    for data in (images, [images[:4], (images[4:], torch.zeros(1))]):
+        found = features_at(body, "3", data, normalise=lambda x: 2 * x, batch_size=2)
+        torch.testing.assert_close(found, expected)
+        assert not found.requires_grad
+    assert not body[3]._forward_pre_hooks
+
+
+def test_whitened_samples_have_no_covariance_left():
+    mixing = torch.tensor([[2.0, 0.5, 0], [0.5, 1, 0.2], [0, 0.2, 0.5]])
+    samples = torch.randn(400, 3, generator=seeded()) @ mixing + 4
+    whiten = zca(samples, floor=0)
+    found = whiten(samples)
+    torch.testing.assert_close(found.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.T @ found / 400, torch.eye(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(whiten.matrix, whiten.matrix.T)
+    # Variances 4 and 1 along the axes, and a floor of 0.4 times their mean 2.5: 1/√5 and 1/√2.
+    cross = torch.tensor([[2.0, 0], [-2, 0], [0, 1], [0, -1]]) * math.sqrt(2)
+    torch.testing.assert_close(zca(cross, floor=0.4).matrix, torch.diag(torch.tensor([5.0, 2]).rsqrt()))
+    images = uniform(2, 3, 2, 2)
+    assert zca(images)(images[:1]).shape == (1, 3, 2, 2)
+
+
+def test_the_linear_machine_in_folds():
+    noise = torch.randn(60, 2, generator=seeded())
+    labels = torch.arange(60) % 3
+    centres = torch.tensor([[0.0, 9], [9, 0], [-9, -9]])
+    parted = linear_svm(noise + centres[labels], labels)
+    assert (parted.accuracy, parted.deviation, parted.folds) == (1, 0, [1.0] * 5)
+    mixed = linear_svm(noise + centres[labels] / 9, labels, folds=4, seed=1)
+    assert len(mixed.folds) == 4
+    assert 0.4 < mixed.accuracy < 1
+    assert mixed.accuracy == pytest.approx(sum(mixed.folds) / 4)
+    assert mixed == linear_svm(noise + centres[labels] / 9, labels, folds=4, seed=1)
+    assert mixed != linear_svm(noise + centres[labels] / 9, labels, folds=4, seed=2)
+
+
+def test_direct_transfer_by_the_names_of_the_classes():
+    model = Linear(torch.eye(3))
+    images = torch.eye(3)[[0, 0, 1, 2, 1]].view(5, 3, 1, 1)  # airplane, airplane, automobile, frog, automobile
+    classes, target = ["airplane", "automobile", "frog"], ["car", "monkey", "airplane"]
+    labels = torch.tensor([2, 0, 0, 1, 1])  # right, wrong, right, monkeys
+    run = functools.partial(direct_transfer, model, classes=classes, target_classes=target)
+    for data in ((images, labels), [(images[:2], labels[:2]), [images[2:], labels[2:]]]):
+        assert run(data, size=None, batch_size=2) == (2 / 5, 2 / 3, 5, 3)
+    assert run((images, labels), size=None, synonyms={}) == (1 / 5, 1.0, 5, 1)
+    # Images are resized to what the network takes: here the mean of each channel.
+    assert run((images.repeat(1, 1, 4, 6), labels), size=(1, 1)).accuracy == 2 / 5
+    monkeys = run((images[3:], labels[3:]), size=None)
+    assert monkeys.accuracy == 0
+    assert math.isnan(monkeys.accuracy_shared)
+
+
+# --- segmentation ---
+
+
+def test_combined_maps_are_a_rescaled_geometric_mean():
+    unused, fine = torch.full((1, 5, 5), -1.0), torch.tensor([[[1.0, 4.0], [9.0, 16.0]]])
+    coarse = torch.tensor([[[4.0]]])
+    # Products 4, 16, 36, 64; roots 2, 4, 6, 8.
+    torch.testing.assert_close(combine([unused, fine, coarse]), torch.tensor([[[0.0, 2], [4, 6]]]) / 6)
+    torch.testing.assert_close(combine([coarse, fine]), torch.tensor([[[0.0, 2], [4, 6]]]) / 6)
+    torch.testing.assert_close(combine([fine, coarse], root=False), torch.tensor([[[0.0, 12], [32, 60]]]) / 60)
+    torch.testing.assert_close(combine([-fine]), torch.tensor([[[15.0, 12], [7, 0]]]) / 15)
+
+
+def test_segmentation_by_class_with_and_without_empty_ground_truth():
+    maps, masks = torch.zeros(4, 2, 4), torch.zeros(4, 2, 4, dtype=torch.bool)
+    maps[0, 0, :2] = maps[1, 0, :] = maps[3, 1, 1] = 1
+    masks[0, 0, 1:3] = masks[3, 1, 1] = True
+    # 1/3; empty ground truth missed, 0; empty and found so, 1; all right.
+    labels = torch.tensor([2, 2, 2, 0])
+    expected = {0: (1, 1, 1, 1), 2: (pytest.approx(4 / 9), pytest.approx(1 / 3), 3, 1)}
+    assert weak_segmentation(maps, masks, labels) == expected
+    named = weak_segmentation(maps, masks, labels, ["car", "dog", "horse"], batch_size=1)
+    assert named == {"car": expected[0], "horse": expected[2]}
+    assert math.isnan(weak_segmentation(maps[1:2], masks[1:2], labels[1:2])[2].jaccard_present)
+    json.dumps(named)
+
+
+# --- query ---
+
+
+def test_the_change_of_attention_is_relative():
+    def attend(images, queries):
+        return images[:, 0] * queries[:, 1]
+
+    targets = torch.tensor([[[[0.5, 0.25, 0.0]], [[1.0, 2.0, 1.0]]], [[[0.2, 0.8, 0.0]], [[4.0, 1.0, 1.0]]]])
+    query = torch.tensor([[[7.0, 7.0, 7.0]], [[1.0, 1.0, 5.0]]])
+    found = query_driven(attend, targets, query)
+    torch.testing.assert_close(found.own, torch.tensor([[[0.5, 0.5, 0]], [[0.8, 0.8, 0]]]))
+    torch.testing.assert_close(found.queried, torch.tensor([[[0.5, 0.25, 0]], [[0.2, 0.8, 0]]]))
+    torch.testing.assert_close(found.change, torch.tensor([[[0, -0.5, 0]], [[-0.75, 0, 0]]]))
+    assert torch.equal(query_driven(attend, [targets], query[None]).change, found.change)
+
+
+class Pooled(nn.Module):
+    """Locals are the image, the query its mean."""
+
+    def __init__(self, compatibility):
+        super().__init__()
+        self.attention = CompatibilityPool(3, 3, compatibility)
+        self.keyword = False
+        self.eval()
+
+    def forward(self, images):
+        query = images.mean((2, 3))
+        return self.attention(images, query=query) if self.keyword else self.attention(images, query)
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_pools_under_the_query_of_another_image(keyword):
+    model = Pooled("dot")
+    model.keyword = keyword
+    targets, query = uniform(3, 3, 2, 5), uniform(3, 4, 4, seed=1)
+    attend = pool_attention(model, "attention", lambda x: 2 * x)
+
+    def softmax(vectors):
+        return torch.einsum("nchw,nc->nhw", 2 * targets, 2 * vectors).flatten(1).softmax(1).view(3, 2, 5)
+
+    for batch_size in (1, 128):
+        found = query_driven(attend, targets, query, batch_size=batch_size)
+        own, queried = softmax(targets.mean((2, 3))), softmax(query.mean((1, 2)).expand(3, 3))
+        torch.testing.assert_close(found.own, own)
+        torch.testing.assert_close(found.queried, queried)
+        torch.testing.assert_close(found.change, (queried - own) / own)
+    assert not model.attention._forward_pre_hooks
+    assert not model.attention.map._forward_hooks
+
+
+def test_the_parametrised_compatibility_does_not_hear_the_query():
+    found = query_driven(pool_attention(Pooled("parametrised"), "attention"), uniform(2, 3, 4, 4), uniform(3, 4, 4))
+    assert found.own.std() > 0
+    assert (found.change == 0).all()
+
+
+# --- anchors, accuracy, batches ---
+
+
+def test_usage_of_anchors():
+    found = usage(torch.tensor([4, 0, 4, 0]))
+    assert found == (4, 2, 0.5, pytest.approx(2), [0.5, 0, 0.5, 0])
+    assert perplexity(torch.tensor([3, 1])) == pytest.approx(4 / 3**0.75)
+    assert perplexity(torch.tensor([0, 9])) == 1
+    assert math.isnan(perplexity(torch.tensor([0, 0])))
+
+
+def test_top1_counts_right_predictions():
+    model = Linear(torch.eye(3))
+    images, labels = torch.eye(3)[[0, 1, 2, 0]].view(4, 3, 1, 1), torch.tensor([0, 1, 0, 0])
+    for data in ((images, labels), iter([[images[:1], labels[:1]], (images[1:], labels[1:])])):
+        assert top1(model, data, batch_size=3) == (0.75, 3, 4)
+    assert top1(model, (images, labels), normalise=lambda x: x.roll(1, 1)).accuracy == 0.25  # the third is taken for 0
+
+
+def test_collected_maps_are_those_of_all_batches():
+    images = uniform(5, 3, 2, 4)
+    weight = torch.ones((), requires_grad=True)
+
+    def predict(batch):
+        assert len(batch) <= 3
+        return weight * batch.mean((2, 3)), weight * batch.mean(1)
+
+    for data in (images, (images, torch.arange(5)), list(images.split(3)), [(images[:3], 0), (images[3:], 0)]):
+        logits, maps = collect(predict, data, normalise=lambda x: x - 1, batch_size=2)
+        torch.testing.assert_close(logits, images.mean((2, 3)) - 1)
+        torch.testing.assert_close(maps, images.mean(1) - 1)
+        assert not maps.requires_grad
+
+
+def test_all_public_names_exist_and_say_what_they_are():
+    for name in evaluation.__all__:
+        assert getattr(evaluation, name).__doc__, name
+
+
+# --- what wrong calls say ---
+
+maps, images = torch.ones(2, 3, 4), torch.ones(2, 3, 4, 5)
+boxes, masks = torch.ones(2, 4), torch.ones(2, 3, 4, dtype=torch.bool)
+linear = Linear(torch.eye(3))
+predict = functools.partial(collect, lambda x: (x.mean((2, 3)), x.mean(1)))
+
+
+def wrong(error, message, function, *args, **kwargs):
+    message = f"{function.__name__}: {message}"
+    return pytest.param(lambda: function(*args, **kwargs), error, message, id=message)
+
+
+WRONG = [
+    wrong(TypeError, "maps must be a Tensor, got list", upsample, [[1.0]], (2, 2)),
+    wrong(ValueError, "maps must be (N, H, W) with H and W of at least 1, got shape (2, 3, 4, 5)",
+          upsample, images, (2, 2)),
+    wrong(ValueError, "size must be (H, W), got 4", upsample, maps, 4),
+    wrong(ValueError, "width must be at least 1, got 0", upsample, maps, (2, 0)),
+    wrong(ValueError, "boxes must be (N, 4), got shape (2, 5)", box_masks, torch.ones(2, 5), (3, 4)),
+    wrong(ValueError, "boxes must be (2, 4) (N as maps), got shape (1, 4)", pointing_game, maps, boxes[:1], (3, 4)),
+    wrong(TypeError, "predicted must be a Tensor of bool, got float32", jaccard, maps, masks),
+    wrong(TypeError, "target must be a Tensor of bool, got ndarray", jaccard, masks, masks.numpy()),
+    wrong(ValueError, "target must be (2, 3, 4) (as predicted), got shape (1, 3, 4)", jaccard, masks, masks[:1]),
+    wrong(ValueError, "masks must be (2, 3, 3) (N as maps, size), got shape (2, 3, 4)",
+          localisation, maps, boxes, (3, 3), masks),
+    wrong(ValueError, "batch_size must be at least 1, got 0", localisation, maps, boxes, (3, 4), batch_size=0),
+    wrong(ValueError, "size must be at most 4 (the images' shorter side), got 5", occlude, images, 5, seeded()),
+    wrong(ValueError, "fill must be 'colour' or a Tensor of images, got 'black'",
+          occlude, images, 2, seeded(), "black"),
+    wrong(ValueError, "fill must be (M, 3, h, w) (C as images), none of them 0, got shape (2, 3, 4)",
+          occlude, images, 2, seeded(), maps),
+    wrong(ValueError, "keep must be 'low' or 'high', got 'middle'", frequency, images, 4, "middle"),
+    wrong(ValueError, "radius must be positive, got 0", frequency, images, 0, "low"),
+    wrong(ValueError, "images must be (N, C, H, W) with H and W of at least 1, got shape (2, 3, 4)",
+          frequency, maps, 4, "low"),
+    wrong(ValueError, "the map must be (N, H, W) with H and W of at least 1, got shape (2, 3, 4, 5)",
+          interpretability_score, lambda x: (x.mean((2, 3)), x), images, lambda x: x),
+    wrong(ValueError, "data must hold at least one image, got none",
+          interpretability_score, lambda x: (x, x), [], lambda x: x),
+    wrong(ValueError, "eps must be a finite number of at least 0, got -1", fgsm, linear, images, -1),
+    wrong(ValueError, "images must be (N, C, H, W), got shape (2, 3, 4)", fgsm, linear, maps, 0.1),
+    wrong(ValueError, "model must be in evaluation mode, got one in training mode",
+          fooling_rate, nn.Linear(3, 3), images),
+    wrong(ValueError, "eps must be a finite number of at least 0, got inf",
+          fooling_rate, linear, images, [0.1, math.inf]),
+    wrong(ValueError, "logits must be (N, K) with K of at least 2, got shape (2, 1)",
+          fgsm, lambda x: x.flatten(1).sum(1, keepdim=True), images, 0.1),
+    wrong(ValueError, "module_name must name a submodule of the model, got 'head'",
+          features_at, linear, "head", images),
+    wrong(ValueError, "samples must be (N, ...) with N of at least 2, got shape (1, 3, 4)", zca, maps[:1]),
+    wrong(ValueError, "floor must be at least 0, got -1", zca, maps, -1),
+    wrong(ValueError, "labels must be (2,), got shape (3,)", linear_svm, torch.ones(2, 3), torch.arange(3)),
+    wrong(ValueError, "target_classes must share a class with classes, got ['a']",
+          direct_transfer, linear, images, ["b"], ["a"]),
+    wrong(ValueError, "data must hold images and labels, got images alone",
+          direct_transfer, linear, images, ["a"], ["a"]),
+    wrong(ValueError, "labels must lie in 0 to 0 (target_classes), got 0 to 1",
+          direct_transfer, linear, (images, torch.arange(2)), ["a"], ["a"]),
+    wrong(ValueError, "logits must be (N, 1) (classes), got shape (2, 3)",
+          direct_transfer, linear, (images[:, :, :1, :1], torch.zeros(2).long()), ["a"], ["a"], size=None),
+    wrong(ValueError, "maps must hold at least one level, got none", combine, []),
+    wrong(ValueError, "maps must be (2, h, w) (N as the level before), got shape (1, 3, 4)", combine, [maps, maps[:1]]),
+    wrong(ValueError, "maps must not be negative under the root, got a product of -1", combine, [maps, -maps]),
+    wrong(ValueError, "masks must be (2, H, W) (N as maps), got shape (1, 3, 4)",
+          weak_segmentation, maps, masks[:1], torch.zeros(2).long()),
+    wrong(ValueError, "labels must lie in 0 to 0 (classes), got 0 to 1",
+          weak_segmentation, maps, masks, torch.arange(2), ["a"]),
+    wrong(ValueError, "name must be that of a CompatibilityPool, got 'classifier'",
+          pool_attention, linear, "classifier"),
+    wrong(ValueError, "query must be (C, H, W) or (1, C, H, W), got shape (2, 3, 4, 5)",
+          query_driven, lambda a, b: a, images, images),
+    wrong(ValueError, "counts must be (Q,) with Q of at least 1, got shape (2, 4)", usage, boxes),
+    wrong(ValueError, "counts must not be negative, got -1", perplexity, torch.tensor([1, -1])),
+    wrong(ValueError, "labels must be (2,) (N as images), got shape (2, 1)", top1, linear, (images, torch.ones(2, 1))),
+    wrong(TypeError, "images must be a Tensor, got str", collect, predict, ["image"]),
+    wrong(TypeError, "data must be a tuple of Tensors, got one with a list", collect, predict, (images, [0, 1])),
+    wrong(TypeError, "batch_size must be an integer, got 1.5", collect, predict, images, batch_size=1.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call, error, message", WRONG)
+def test_wrong_calls_say_what_came_and_what_was_expected(call, error, message):
+    with pytest.raises(error) as raised:
+        call()
+    assert str(raised.value) == message
+
+
+def test_a_module_that_is_called_twice_has_no_one_input():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Flatten(), shared, shared).eval()
+    with pytest.raises(ValueError, match="features_at: '1' must be called once in a forward, got 2 calls"):
+        features_at(model, "1", torch.ones(2, 1, 2, 2))
+
+
+def test_a_fold_that_lacks_a_class_is_an_error():
+    with pytest.raises(ValueError, match="n_splits=5"):
+        linear_svm(uniform(4, 2), torch.tensor([0, 0, 1, 1]))
+
+
+# Maps of networks
+
+
+def test_attention_of_networks():
+    images = torch.rand(2, 3, 32, 32)
+    torch.manual_seed(0)
+    network = create_model("vgg_att2_concat_pc", 4, width=0.0625).eval()
+    with torch.no_grad():
+        logits, maps = attention_maps(network, images)
+        found, map = attention_of(network)(images)
+        _, single = attention_of(network, ["attention13.map"])(images)
+        torch.testing.assert_close(found, logits)
+        torch.testing.assert_close(map, combine([maps["attention10.map"], maps["attention13.map"]]))
+        torch.testing.assert_close(single, maps["attention13.map"])
+        progressive = create_model("vgg_pan", 4, width=0.0625).eval()
+        _, levels = attention_maps(progressive, images)
+        _, map = attention_of(progressive)(images)
+        torch.testing.assert_close(map, combine(levels.values(), root=False))
+    with pytest.raises(ValueError, match=r"attention_of: names must be of none, it has no attention map, got \[\]"):
+        attention_of(create_model("vgg", 4, width=0.0625))
+    with pytest.raises(ValueError, match=r"names must be of 'attention10\.map', 'attention13\.map', got \['map'\]"):
+        attention_of(network, ["map"])
+
+
+def test_gradcam_by_hand():
+    pytest.importorskip("captum")
+    torch.manual_seed(0)
+    features, classifier = torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.Linear(5, 4)
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = features
+            self.classifier = classifier
+
+        def forward(self, x):
+            return self.classifier(self.features(x).mean((2, 3)))
+
+    images = torch.rand(2, 3, 6, 4)
+    logits, map = gradcam_of(Network(), "features")(images)
+    assert not images.requires_grad
+    # The logit is linear in the average of the features: the weights are the classifier's, over the positions.
+    weights = classifier.weight[logits.argmax(1)] / 24
+    expected = torch.einsum("nk,nkhw->nhw", weights, features(images)).relu()
+    torch.testing.assert_close(map, expected.detach())
+    assert map.max() > 0

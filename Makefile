@@ -9,7 +9,7 @@ ifeq ($(strip $(TORCH_CUDA_ARCH_LIST)),)
 unexport TORCH_CUDA_ARCH_LIST
 endif
 
-.PHONY: setup bench test compat gpu wheel clean
+.PHONY: setup bench test reproduce compat gpu wheel clean
 
 setup: .venv/ready
 
@@ -31,6 +31,10 @@ bench: setup
 
 test: setup
 	$(PY) tests/run.py
+
+# Every family and its baselines on digits-clutter, a few minutes each: docs/reproduction.md.
+reproduce: setup
+	$(PY) -m attnkern.training.reproduce
 
 # One wheel under other versions of PyTorch, each in an environment of its own; not part of the tests.
 VERSIONS ?= 2.11.0 2.13.0 2.15.0

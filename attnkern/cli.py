@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="attnkern", description="Fused kernels for spatial attention.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, available backends, and why the others are not")
+    commands.add_parser("models", help="the papers' networks, their parameters and attention maps")
     train = commands.add_parser(
         "train",
         help="train a network of the papers",
@@ -78,6 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(info())
         return 0
     try:
+        if options.command == "models":
+            from attnkern.models.table import table
+
+            print(table(), end="")
+            return 0
         return _train(options, others)
     except (ImportError, OSError, ValueError) as error:
         print(f"attnkern: {error}", file=sys.stderr)

@@ -181,6 +181,17 @@ MODELS = {
     "vgg_aib_qt": ({"width": 0.25}, 32, 32),
     "efficientnet_b0_window": ({"width": 1.0}, 96, 16),
 }
+#: What ``--networks`` measures beside them.
+MORE_MODELS = {
+    "vgg_pan": ({"width": 0.25}, 32, 32),
+    "vgg_att2_concat_dp": ({"width": 0.25}, 32, 32),
+    "vgg_att3_concat_pc": ({"width": 0.25}, 32, 32),
+    "rn164_att2": ({"blocks": 4}, 32, 32),
+    "vgg_aib": ({"width": 0.25}, 32, 32),
+    "wrn28_10_aib_qt": ({"width": 0.2, "blocks": 2}, 32, 32),
+    "mobilenet_v3_large_window": ({"width": 1.0}, 96, 16),
+}
+NETWORKS = MODELS | MORE_MODELS
 
 
 def network_calls(name: str, which: str, device: torch.device, compiled: bool) -> dict[str, Callable[[], None]]:
@@ -243,7 +254,7 @@ def attention_calls(name: str, device: torch.device) -> dict[str, Callable[[], N
 def _digits(name, device):
     from attnkern.training.digits import digits_clutter
 
-    _, side, batch = MODELS[name]
+    _, side, batch = NETWORKS[name]
     digits = digits_clutter("train", size=side, count=batch)
     return digits._replace(images=digits.images.to(device), labels=digits.labels.to(device))
 
@@ -251,7 +262,7 @@ def _digits(name, device):
 def _network(name, device):
     from attnkern.models import create_model
 
-    return create_model(name, 10, **MODELS[name][0]).to(device)
+    return create_model(name, 10, **NETWORKS[name][0]).to(device)
 
 
 class _Nothing(torch.autograd.Function):

@@ -46,7 +46,17 @@ def tables(rows: list[dict]) -> str:
     """Operators, then networks."""
     networks = [row for row in rows if row["pass"] in NETWORK_PASSES]
     parts = [[row for row in rows if row["pass"] not in NETWORK_PASSES], networks]
-    return "\n\n".join([*(table(part) for part in parts if part), *shares(networks)])
+    return "\n\n".join([*(table(part) for part in parts if part), *speeds(networks), *shares(networks)])
+
+
+def speeds(rows: list[dict]) -> list[str]:
+    """Images a second of training, by backend."""
+    lines = []
+    for row in rows:
+        if row["pass"] == TRAINING and "images" in row:
+            found = [f"{row['images'] / ms * 1e3:.0f} with {name}" for name, ms in row["ms"].items()]
+            lines.append(f"- {row['case']}: {', '.join(found)}")
+    return ["Images a second of a training step:\n" + "\n".join(lines)] if lines else []
 
 
 def shares(rows: list[dict]) -> list[str]:

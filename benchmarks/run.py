@@ -153,7 +153,7 @@ def measure(store: Store, device, cases: list, networks: list[tuple[str, str]], 
     """Rows of the cases, then of the (network, pass) pairs."""
     import torch
 
-    from benchmarks.cases import AUTOTUNED, GPU_AUTOTUNED, PASSES, attention_calls, calls, network_calls
+    from benchmarks.cases import AUTOTUNED, GPU_AUTOTUNED, NETWORKS, PASSES, attention_calls, calls, network_calls
 
     flush = None
     if device.type == "cuda":
@@ -179,7 +179,7 @@ def measure(store: Store, device, cases: list, networks: list[tuple[str, str]], 
                 ready = attention_calls(case, device)
             else:
                 ready = network_calls(case, which, device, compiled and store.content["suite"] == "networks")
-            store.add(row_of(text, which, median_times(ready, budget=4)))
+            store.add(row_of(text, which, median_times(ready, budget=4), images=NETWORKS[case][2]))
             continue
         ready = calls(case, which, device, "max-autotune-no-cudagraphs" if which == AUTOTUNED else compiled)
         seconds = median_times(ready, BUDGET if flush is None else FLUSHED_BUDGET, flush)
@@ -231,7 +231,7 @@ def main() -> int:
 
     import torch
 
-    from benchmarks.cases import CPU_CASES, CPU_FULL_CASES, GPU_CASES, MODELS
+    from benchmarks.cases import CPU_CASES, CPU_FULL_CASES, GPU_CASES, MODELS, NETWORKS
 
     torch.manual_seed(0)
     device = torch.device("cuda" if options.gpu else "cpu")
@@ -239,7 +239,8 @@ def main() -> int:
     cases = shard(GPU_CASES, piece) if options.gpu else CPU_FULL_CASES if options.full else CPU_CASES
     cases = [case for case in cases if options.only in str(case) and not options.networks]
     first = piece.startswith("1/") and not options.full
-    networks = [(name, which) for which in NETWORK_PASSES for name in MODELS if first and options.only in name]
+    names = NETWORKS if options.networks else MODELS
+    networks = [(name, which) for which in NETWORK_PASSES for name in names if first and options.only in name]
     if not options.networks:
         networks = [(name, which) for name, which in networks if which == TRAINING]
     about = machine(device)

@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 CUDA = ["test_cuda_build.py", "test_cuda_on_host.py"]
 AHEAD = ["test_triton_aot.py"]
 OPS = ["test_ops.py", "test_window.py", "test_quantize.py", "test_pool.py", "test_promises.py"]
+NETWORKS = ["test_model_backends.py"]
 EVERYTHING_ELSE = sorted({path.name for path in HERE.glob("test_*.py")} - set(CUDA + AHEAD))
 
 #: The kernels' new tensors come straight from the allocator, past PyTorch's filling: glibc fills them, every byte 0x7f.
@@ -27,7 +28,7 @@ POISON = {"MALLOC_PERTURB_": "128"}
 
 LANES = {
     "native": (EVERYTHING_ELSE, {"ATTNKERN_TEST_BACKENDS": "native,reference", **POISON}),
-    "interpreted": (OPS, {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1"}),
+    "interpreted": (OPS + NETWORKS, {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1"}),
     "ahead": (AHEAD, {}),
     "cuda": (CUDA + OPS, {"ATTNKERN_TEST_BACKENDS": "native", "ATTNKERN_TEST_CUDA_ON_HOST": "1", **POISON}),
 }

@@ -31,6 +31,7 @@ from attnkern.evaluation import (
     pool_attention,
     query_driven,
     rescale,
+    tight_boxes,
     top1,
     upsample,
     usage,
@@ -125,7 +126,7 @@ def test_localisation_with_boxes_and_masks():
         assert found.iou_box == pytest.approx((1 + 2 / 8 + 0) / 3)
         assert found.iou_mask == pytest.approx((4 / 8 + 0 + 1) / 3)
         assert (found.iou_present, found.images, found.present) == (0.5, 3, 1)
-    assert localisation(maps, boxes, (4, 4))[2:] == (None, None, 3, None)
+    assert localisation(maps, boxes, (4, 4))[3:] == (None, None, 3, None)
     json.dumps(found._asdict())
 
 
@@ -574,6 +575,24 @@ def test_a_module_that_is_called_twice_has_no_one_input():
 def test_a_fold_that_lacks_a_class_is_an_error():
     with pytest.raises(ValueError, match="n_splits=5"):
         linear_svm(uniform(4, 2), torch.tensor([0, 0, 1, 1]))
+
+
+def test_tight_boxes_by_hand():
+    maps = torch.zeros(4, 5, 6)
+    maps[0, 1, 2], maps[0, 2, 3], maps[0, 4, 5] = 1.0, 0.5, 0.9  # two that touch at a corner, and one apart
+    maps[1, 3, 1:4] = 0.3
+    maps[1, 0, 0] = 1.0
+    maps[2] = 7.0
+    maps[3, :, 0] = -torch.arange(5.0)  # the least value is the zero of the scale: above 0.2 from the second row up
+    expected = [[1, 2, 2, 3], [3, 1, 3, 3], [0, 0, -1, -1], [0, 0, 4, 5]]
+    assert tight_boxes(maps).tolist() == expected
+    assert tight_boxes(maps, 0.6)[:2].tolist() == [[1, 2, 1, 2], [0, 0, 0, 0]]
+    assert tight_boxes(maps[:0]).shape == (0, 4)
+    boxes = torch.tensor([[1.0, 2, 2, 4], [3, 1, 3, 3], [0, 0, 4, 5], [0, 0, 4, 5]])
+    found = localisation(maps, boxes, (5, 6))
+    assert found.iou_tight == pytest.approx((4 / 6 + 1 + 0 + 1) / 4)
+    with pytest.raises(ValueError, match="share must be at least 0 and below 1, got 1"):
+        tight_boxes(maps, 1)
 
 
 # Maps of networks

@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import attnkern
-from attnkern import models
+from attnkern import cli, models
 from attnkern.models import (
     Bottlenecked,
     attention_maps,
@@ -573,3 +574,11 @@ def test_loss_of_an_evaluation(name):
     with torch.no_grad():
         logits, labels = model(torch.randn(2, 3, 32, 32)), torch.tensor([0, 3])
         torch.testing.assert_close(model.loss(logits, labels), F.cross_entropy(logits, labels))
+
+
+def test_the_documented_table_is_the_networks(capsys):
+    pytest.importorskip("torchvision")
+    assert cli.main(["models"]) == 0
+    found = capsys.readouterr().out
+    assert Path(__file__).parents[1].joinpath("docs/models.md").read_text().endswith(found)
+    assert [line.split("`")[1] for line in found.splitlines()[2:]] == list_models()

@@ -217,7 +217,7 @@ def test_a_run_leaves_settings_logs_weights_and_result(name, folder):
     assert json.loads((out / "result.json").read_text()) == result
     assert result["epochs"] == 2
     assert result["localisation"]["images"] == 359
-    assert 0 <= result["localisation"]["iou_box"] <= 1
+    assert 0 <= result["localisation"]["iou_tight"] <= 1
     assert "seed_everything: 0" in (out / "config.yaml").read_text()
     assert list((out / "tensorboard").glob("events*"))
     assert len(logged(out, "val_accuracy")) == 2
@@ -351,3 +351,19 @@ def test_unknown_options_are_named(folder, capsys):
     with pytest.raises(SystemExit):
         cli.main(["info", "--widht"])
     assert "unrecognized arguments: --widht" in capsys.readouterr().err
+
+
+def test_the_documented_errors_are_the_recipes():
+    from pathlib import Path
+
+    documented = {}
+    for line in (Path(__file__).parents[1] / "docs/training.md").read_text().splitlines():
+        if line.startswith("| `") and line.split("`")[1] in list_recipes():
+            cells = [cell.strip() for cell in line.strip("|").split("|")[1:]]
+            documented[line.split("`")[1]] = [float(cell) for cell in cells if cell != "–"]
+    for name in list_recipes():
+        published = read_recipe(name)[2]
+        if published and "cub" not in published and name not in ("vgg_dvib",):
+            found = documented[name]
+            missing = [error for error in published.values() if not any(error == pytest.approx(f) for f in found)]
+            assert missing == [], name

@@ -26,6 +26,7 @@ from attnkern.evaluation.localisation import (
     localisation,
     pointing_game,
     rescale,
+    tight_boxes,
     upsample,
 )
 from attnkern.evaluation.maps import attention_of, gradcam_of
@@ -85,6 +86,7 @@ __all__ = [
     "query_driven",
     "rectangle_mask",
     "rescale",
+    "tight_boxes",
     "top1",
     "transform_images",
     "transform_rectangle",

@@ -157,7 +157,7 @@ def localise(network: torch.nn.Module, located: Dataset, batch_size: int = 128) 
     here by the sum of both measures: the strongest baseline it can be.
 
     Returns:
-        ``map``, its name; ``pointing`` and ``iou_box`` of :func:`attnkern.evaluation.localisation`; ``images``.
+        ``map``, its name; ``pointing`` and ``iou_tight`` of :func:`attnkern.evaluation.localisation`; ``images``.
     """
     network.eval()
     images, _, boxes, _ = next(iter(DataLoader(located, batch_size=len(located))))
@@ -171,8 +171,8 @@ def localise(network: torch.nn.Module, located: Dataset, batch_size: int = 128) 
     for name, predict in candidates.items():
         _, maps = collect(predict, images, batch_size=batch_size)
         measured = localisation(maps, boxes, images.shape[2:])
-        found.append({"map": name, "pointing": round(measured.pointing, 4), "iou_box": round(measured.iou_box, 4)})
-    return max(found, key=lambda entry: entry["pointing"] + entry["iou_box"]) | {"images": len(images)}
+        found.append({"map": name, "pointing": round(measured.pointing, 4), "iou_tight": round(measured.iou_tight, 4)})
+    return max(found, key=lambda entry: entry["pointing"] + entry["iou_tight"]) | {"images": len(images)}
 
 
 def load_network(checkpoint: str | os.PathLike) -> torch.nn.Module:

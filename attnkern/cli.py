@@ -57,6 +57,99 @@ def _train(options: argparse.Namespace, others: list[str]) -> int:
     return 0
 
 
+def _models(options: argparse.Namespace) -> int:
+    from attnkern.models.table import table
+
+    print(table(), end="")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from attnkern.evaluation.protocols import PROTOCOLS, choices, evaluate, plain, write_json
+
+    subject, name = _subject(options)
+    protocols = PROTOCOLS if "all" in options.protocol else options.protocol
+    results = {"network": name, "checkpoint": options.checkpoint, **choices(subject)}
+    results["protocols"] = evaluate(subject, protocols, _progress)
+    out = Path(options.out or Path(options.checkpoint).with_name("evaluation.json"))
+    write_json(out, results)
+    _print_entries(plain(results["protocols"]))
+    print(f"written: {out}")
+    return 0
+
+
+def _subject(options):
+    """What a checkpoint, a data set and the other options of ``evaluate`` describe, and the network's name."""
+    from attnkern.evaluation.protocols import Subject
+    from attnkern.training.data import ImageData
+    from attnkern.training.train import load_run
+
+    run = load_run(options.checkpoint)
+    settings = run.data if options.data is None else {"name": options.data, "size": run.data["size"]}
+    images = ImageData(**settings | ({} if options.root is None else {"root": options.root}))
+    images.setup()
+    if images.num_classes != len(run.class_names):
+        raise ValueError(
+            f"evaluate: the network knows {len(run.class_names)} classes, {images.name} has {images.num_classes}"
+        )
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    shared = {"map": options.map, "limit": options.limit, "seed": options.seed, "device": device}
+    return Subject(run.network, images, run.normalise.to(device), **shared), run.name
+
+
+def _progress(names):
+    from tqdm import tqdm
+
+    bar = tqdm(names, disable=None)
+    for name in bar:
+        bar.set_description(name)
+        yield name
+
+
+def _print_entries(entry, indent=0):
+    """Numbers by name, one a line; long lists are left to the file."""
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            print(f"{'  ' * indent}{key}")
+            _print_entries(value, indent + 1)
+        elif not isinstance(value, list):
+            print(
+                f"{'  ' * indent}{key:24} {value:.4f}"
+                if isinstance(value, float)
+                else f"{'  ' * indent}{key:24} {value}"
+            )
+
+
+def _show(options: argparse.Namespace) -> int:
+    from attnkern import viz
+    from attnkern.training.show import explain
+
+    shown = explain(options.checkpoint, options.image, options.map)
+    rectangle = {} if shown.rectangle is None else {"rectangle": shown.rectangle}
+    title = f"{shown.label} ({shown.probability:.0%})"
+    figure = viz.overlay(shown.image, shown.attention, nearest=shown.quantized, title=title, **rectangle)
+    print(f"{options.image}: {title}, {shown.map}")
+    if options.out is None:
+        return _on_screen(figure)
+    viz.save(figure, options.out)
+    print(f"written: {options.out}")
+    return 0
+
+
+def _on_screen(figure) -> int:
+    import matplotlib.pyplot as plt
+
+    if plt.get_backend().lower() == "agg":
+        raise ValueError("show: there is no screen here; name a file with --out")
+    manager = plt.figure().canvas.manager
+    manager.canvas.figure = figure
+    figure.set_canvas(manager.canvas)
+    plt.show()
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="attnkern", description="Fused kernels for spatial attention.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -72,19 +165,31 @@ def main(arguments: list[str] | None = None) -> int:
     )
     train.add_argument("recipe", nargs="?", help="name of a recipe; without one, they are listed")
     train.add_argument("--data", help="data set, by default the recipe's: digits-clutter needs no download")
+    evaluate = commands.add_parser("evaluate", help="the papers' protocols on a trained network")
+    evaluate.add_argument("checkpoint", help="last.ckpt of attnkern train")
+    evaluate.add_argument("--protocol", nargs="+", default=["all"], metavar="NAME", help="which of them; all")
+    evaluate.add_argument("--out", help="JSON file, by default evaluation.json beside the checkpoint")
+    for command in (evaluate,):
+        command.add_argument("--data", help="data set, by default the one that the network was trained on")
+        command.add_argument("--root", help="where the data lies, by default where it lay in training")
+        command.add_argument("--map", help="name of the attention map, or of a module for Grad-CAM")
+        command.add_argument("--limit", type=int, help="test images, by default all")
+        command.add_argument("--seed", type=int, default=0, help="of what is drawn")
+        command.add_argument("--device", help="cpu or cuda, by default cuda where there is one")
+    show = commands.add_parser("show", help="the attention of an image of one's own")
+    show.add_argument("image", help="an image file")
+    show.add_argument("--checkpoint", required=True, help="last.ckpt of attnkern train")
+    show.add_argument("--map", help="name of the attention map, or of a module for Grad-CAM")
+    show.add_argument("--out", help=".png or .svg; without it, the picture comes to the screen")
     options, others = parser.parse_known_args(arguments)
     if others and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if options.command == "info":
         print(info())
         return 0
+    run = {"models": _models, "train": _train, "evaluate": _evaluate, "show": _show}[options.command]
     try:
-        if options.command == "models":
-            from attnkern.models.table import table
-
-            print(table(), end="")
-            return 0
-        return _train(options, others)
+        return run(options, others) if options.command == "train" else run(options)
     except (ImportError, OSError, ValueError) as error:
         print(f"attnkern: {error}", file=sys.stderr)
         return 1

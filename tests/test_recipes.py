@@ -17,9 +17,10 @@ from lightning.pytorch.callbacks import Callback
 
 from attnkern import cli, models
 from attnkern.evaluation.rectangles import equivariance_distance, transform_images, transform_rectangle
+from attnkern.training.data import ImageData
 from attnkern.training.modules import FAMILIES, Classification, InformationBottleneck, Rectangular
 from attnkern.training.recipes import list_recipes, read_recipe
-from attnkern.training.train import ImageData, _Command, load_network, train
+from attnkern.training.train import _Command, load_network, load_run, train
 
 #: Few and small: what is left of a recipe on the digits still takes every step.
 TINY = [
@@ -221,6 +222,12 @@ def test_a_run_leaves_settings_logs_weights_and_result(name, folder):
     assert "seed_everything: 0" in (out / "config.yaml").read_text()
     assert list((out / "tensorboard").glob("events*"))
     assert len(logged(out, "val_accuracy")) == 2
+    run = load_run(out / "last.ckpt")
+    assert run.data["name"] == "digits-clutter"
+    assert run.class_names == [str(digit) for digit in range(10)]
+    images = ImageData(**run.data)
+    images.setup()
+    torch.testing.assert_close(run.normalise(images.raw()[3][0]), images.test[3][0])
     network = load_network(out / "last.ckpt")
     assert not network.training
     state = torch.load(out / "last.ckpt", map_location="cpu", weights_only=True)["state_dict"]

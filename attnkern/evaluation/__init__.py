@@ -29,7 +29,7 @@ from attnkern.evaluation.localisation import (
     tight_boxes,
     upsample,
 )
-from attnkern.evaluation.maps import attention_of, gradcam_of
+from attnkern.evaluation.maps import attention_of, gradcam_of, map_of
 from attnkern.evaluation.query import QueryDriven, pool_attention, query_driven
 from attnkern.evaluation.rectangles import (
     EquivarianceError,
@@ -78,6 +78,7 @@ __all__ = [
     "jaccard",
     "linear_svm",
     "localisation",
+    "map_of",
     "missing_rate",
     "occlude",
     "perplexity",

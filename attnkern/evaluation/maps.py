@@ -63,3 +63,23 @@ def gradcam_of(network: nn.Module, name: str) -> Predict:
         return logits, map[:, 0].detach()
 
     return predict
+
+
+def map_of(network: nn.Module, name: str | None = None) -> tuple[str, Predict]:
+    """The map that a network is looked at by, its title and a function as :func:`attention_of` gives.
+
+    Args:
+        name: of an attention map, or of a module for Grad-CAM; by default all attention maps combined, or Grad-CAM at
+            the deepest but one of the feature maps of a network without attention.
+
+    Raises:
+        ValueError: a name that is neither.
+    """
+    names = map_names(network)
+    if names and (name is None or name in names):
+        return name or " x ".join(names[-2:]), attention_of(network, None if name is None else [name])
+    chosen = network.feature_modules[-2] if name is None else name
+    if chosen not in dict(network.named_modules()):
+        choice = ", ".join(map(repr, names)) or "none here"
+        raise ValueError(f"map must be an attention map ({choice}) or a module of the network, got {name!r}")
+    return f"Grad-CAM {chosen}", gradcam_of(network, chosen)

@@ -80,6 +80,15 @@ def conv_bn_relu(inputs: int, outputs: int, eps: float = 1e-5) -> list[nn.Module
     ]
 
 
+def initialise(network: nn.Module) -> None:
+    """He et al.'s normal weights for every convolution, by its outputs; zero biases."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 class _TrainsOnOne:
     """Batch normalisation that also trains on one value a channel, which has no variance: it takes the running ones."""
 

@@ -20,6 +20,7 @@ from attnkern.models._layers import (
     check_backbone,
     conv_bn_relu,
     halved,
+    initialise,
     replace_stem,
     scaled,
 )
@@ -227,14 +228,6 @@ def _wide_features(in_chans, width, blocks, dropout):
     return nn.Sequential(stem, *stages), c320, c640
 
 
-def _initialise_wide(network):
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
 def _map_head(stage, channels, num_classes):
     """Raw map (N, 1, H, W) of features: a stage at stride 1, a map for each class, and one map of these."""
     return nn.Sequential(
@@ -294,7 +287,7 @@ class WideResNetBottleneck(BottleneckNetwork):
         )  # fmt: skip
         self.decoder = nn.ReLU()
         self.classifier = nn.Linear(k, num_classes)
-        _initialise_wide(self)
+        initialise(self)
 
 
 class AttentionBranched(NamedTuple):
@@ -361,7 +354,7 @@ class WideResNet(Network):
         self.stage = _wide_stage(c320, c640, 2, blocks, rate)
         self.norm = MapNorm(c640)
         self.classifier = nn.Linear(c640, num_classes)
-        _initialise_wide(self)
+        initialise(self)
 
     def forward(self, x: torch.Tensor) -> AttentionBranched | torch.Tensor:
         """Logits (N, num_classes) of images (N, in_chans, H, W); with the branch, in training, both kinds."""

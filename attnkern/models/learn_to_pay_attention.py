@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attnkern._common import check_count
-from attnkern.models._layers import MapNorm, Network, VectorNorm, conv_bn_relu, halved, scaled
+from attnkern.models._layers import MapNorm, Network, VectorNorm, conv_bn_relu, halved, initialise, scaled
 from attnkern.models.registry import register_model
 from attnkern.nn import CompatibilityPool, ProgressiveAttention, _untouched
 
@@ -31,14 +31,6 @@ def _block(inputs, outputs, convs, rate, first_rate=None):
 
 def _pool(size):
     return nn.MaxPool2d(size, ceil_mode=True)
-
-
-def _initialise(network):
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
 
 def _add_vgg_maps(network, in_chans, width, dropout, first_pool):
@@ -99,7 +91,7 @@ class Vgg(Network):
             VectorNorm(c), nn.ReLU(inplace=True), nn.Dropout(0.5 * dropout),
         )  # fmt: skip
         self.classifier = nn.Linear(c, num_classes)
-        _initialise(self)
+        initialise(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, num_classes) of images (N, in_chans, H, W)."""
@@ -138,7 +130,7 @@ class VggGap(Network):
         channels = _add_vgg_maps(self, in_chans, width, dropout, first_pool)
         self.map = nn.Identity()
         self.classifier = nn.Linear(channels[13], num_classes)
-        _initialise(self)
+        initialise(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, num_classes) of images (N, in_chans, H, W)."""
@@ -286,7 +278,7 @@ class VggAttention(_Levels):
         chosen = {level: channels[level] for level in levels}
         self._add_levels(chosen, c, drop5, compatibility, head, combine, global_branch)
         self.progressive = progressive
-        _initialise(self)
+        initialise(self)
         self._freeze_global()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -392,7 +384,7 @@ class ResNetAttention(_Levels):
         else:
             self.norm = MapNorm(c)
             self.classifier = nn.Linear(c, num_classes)
-        _initialise(self)
+        initialise(self)
         if levels:
             self._freeze_global()
 

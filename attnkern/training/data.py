@@ -147,6 +147,22 @@ class ZCA(nn.Module):
         return (flat @ self.matrix.to(images)).view(images.shape)
 
 
+def normalisation_state(normalisation: nn.Module) -> dict[str, torch.Tensor]:
+    """The numbers of a normalisation, to be kept with a network that was trained under it."""
+    if isinstance(normalisation, ZCA):
+        return dict(normalisation.state_dict())
+    return {"mean": torch.tensor(normalisation.mean), "std": torch.tensor(normalisation.std)}
+
+
+def normalisation_from(state: dict[str, torch.Tensor]) -> nn.Module:
+    """The inverse of :func:`normalisation_state`."""
+    if "std" in state:
+        return v2.Normalize(state["mean"].tolist(), state["std"].tolist())
+    whitening = ZCA(state["mean"], torch.eye(len(state["mean"])))
+    whitening.load_state_dict(state)
+    return whitening
+
+
 class _Part(Dataset):
     """The training or the test images: items (picture as RGB tensor, label).
 
@@ -474,6 +490,11 @@ class ImageData(LightningDataModule):
         self.download = download
         self.workers = workers
         self._parts: tuple[_Part, _Part] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that say which images these are: ``ImageData(**settings)`` gives them again."""
+        names = ("name", "size", "whiten", "ratio", "split", "count", "box_crop", "seed")
+        return {"root": str(self.root)} | {name: getattr(self, name) for name in names}
 
     def prepare_data(self) -> None:
         """Download, where ``download`` says so; nothing else does."""

@@ -19,6 +19,7 @@ from attnkern.evaluation.rectangles import equivariance_distance, transform_imag
 from attnkern.models import create_model
 from attnkern.models.registry import load_weights
 from attnkern.nn import AnchorQuantizer, WindowAttention
+from attnkern.training.data import normalisation_state
 
 
 class Classification(pl.LightningModule):
@@ -73,6 +74,13 @@ class Classification(pl.LightningModule):
             attnkern.use_backend(self.backend)
         for stage in ("train", "val", "test"):
             setattr(self, f"{stage}_accuracy", MulticlassAccuracy(self.hparams.num_classes, average="micro"))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """With the weights goes what evaluation needs to know of the data."""
+        data = self.trainer.datamodule
+        if data is not None:
+            checkpoint["data"] = {"settings": data.settings(), "class_names": data.class_names}
+            checkpoint["normalisation"] = normalisation_state(data.normalisation)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network(images)

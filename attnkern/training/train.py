@@ -7,7 +7,7 @@ import platform
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -26,7 +26,7 @@ from attnkern.evaluation._inputs import collect
 from attnkern.evaluation.localisation import localisation
 from attnkern.evaluation.maps import attention_of, gradcam_of
 from attnkern.models import create_model, map_names
-from attnkern.training.data import ImageData
+from attnkern.training.data import ImageData, normalisation_from
 from attnkern.training.modules import FAMILIES
 from attnkern.training.recipes import read_recipe
 
@@ -175,18 +175,37 @@ def localise(network: torch.nn.Module, located: Dataset, batch_size: int = 128) 
     return max(found, key=lambda entry: entry["pointing"] + entry["iou_tight"]) | {"images": len(images)}
 
 
-def load_network(checkpoint: str | os.PathLike) -> torch.nn.Module:
-    """The trained network in a checkpoint of ``attnkern train``, for evaluation.
+class Run(NamedTuple):
+    """Result of :func:`load_run`."""
+
+    network: torch.nn.Module  #: in evaluation mode
+    name: str  #: as :func:`attnkern.models.create_model` takes it
+    normalise: torch.nn.Module  #: images (N, 3, H, W) in [0, 1] to what the network takes
+    class_names: list[str]
+    data: dict[str, Any]  #: arguments of :class:`attnkern.training.data.ImageData`
+
+
+def load_run(checkpoint: str | os.PathLike) -> Run:
+    """What a checkpoint of ``attnkern train`` holds for evaluation. No code in the file is run.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file that is no such checkpoint.
     """
     if not os.path.isfile(checkpoint):
-        raise FileNotFoundError(f"load_network: there is no file {os.fspath(checkpoint)!r}")
+        raise FileNotFoundError(f"checkpoint: there is no file {os.fspath(checkpoint)!r}")
     try:
-        parameters = torch.load(checkpoint, map_location="cpu", weights_only=True)["hyper_parameters"]
-        name, num_classes, options = (parameters[key] for key in ("name", "num_classes", "options"))
+        held = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        name, num_classes, options = (held["hyper_parameters"][key] for key in ("name", "num_classes", "options"))
+        normalise, data = normalisation_from(held["normalisation"]), held["data"]
     except Exception as error:
-        raise ValueError(f"load_network: {os.fspath(checkpoint)!r} is no checkpoint of attnkern train") from error
-    return create_model(name, num_classes, pretrained=checkpoint, **(options or {})).eval()
+        raise ValueError(f"checkpoint: {os.fspath(checkpoint)!r} is no checkpoint of attnkern train") from error
+    # Trained weights take the place of those that training began with.
+    options = {key: value for key, value in (options or {}).items() if key != "weights"}
+    network = create_model(name, num_classes, pretrained=checkpoint, **options).eval()
+    return Run(network, name, normalise, list(data["class_names"]), dict(data["settings"]))
+
+
+def load_network(checkpoint: str | os.PathLike) -> torch.nn.Module:
+    """The trained network in a checkpoint of ``attnkern train``, in evaluation mode; raises as :func:`load_run`."""
+    return load_run(checkpoint).network

@@ -1,0 +1,312 @@
+"""Every protocol by name on a trained network: ``attnkern evaluate CHECKPOINT --protocol all``."""
+
+import functools
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+
+import attnkern
+from attnkern.evaluation._inputs import collect
+from attnkern.evaluation.anchors import usage
+from attnkern.evaluation.classification import top1
+from attnkern.evaluation.crossdomain import features_at, linear_svm, zca
+from attnkern.evaluation.interpretability import frequency, interpretability_score, occlude
+from attnkern.evaluation.localisation import box_masks, localisation, upsample
+from attnkern.evaluation.maps import map_of
+from attnkern.evaluation.query import pool_attention, query_driven
+from attnkern.evaluation.rectangles import (
+    catching_rate,
+    descriptive_order,
+    equivariance_errors,
+    fitting_rate,
+    missing_rate,
+    rectangle_mask,
+)
+from attnkern.evaluation.robustness import fooling_rate
+from attnkern.evaluation.segmentation import weak_segmentation
+from attnkern.nn import AnchorQuantizer, CompatibilityPool, WindowAttention
+
+
+class NotApplicableError(ValueError):
+    """A protocol asks for what this network or data set does not have."""
+
+
+@dataclass
+class Subject:
+    """What is evaluated: a network, its images, and the choices that every protocol shares.
+
+    Args:
+        network: in evaluation mode.
+        images: an :class:`attnkern.training.data.ImageData` after ``setup()``.
+        normalise: images in [0, 1] to what the network takes.
+        map: name of the attention map, or of a module for Grad-CAM where the network has none; None: all levels
+            combined, or the deepest but one of the feature maps.
+        limit: number of test images, the first ones; None: all.
+        batch_size, device: of every forward.
+        seed: of everything that is drawn.
+        other: raw images (M, 3, h, w) that occlude, instead of the test images themselves in another order.
+    """
+
+    network: torch.nn.Module
+    images: Any
+    normalise: Callable[[torch.Tensor], torch.Tensor]
+    map: str | None = None
+    limit: int | None = None
+    batch_size: int = 128
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    seed: int = 0
+    other: torch.Tensor | None = None
+
+    def __post_init__(self):
+        self.network.to(self.device)
+        self.map_name, self.predict = map_of(self.network, self.map)
+        self.common = {"normalise": self.normalise, "batch_size": self.batch_size, "device": self.device}
+
+    def _loaded(self, data):
+        chosen = data if self.limit is None else Subset(data, range(min(self.limit, len(data))))
+        return [torch.cat(parts) for parts in zip(*DataLoader(chosen, self.batch_size), strict=True)]
+
+    @functools.cached_property
+    def raw(self) -> torch.Tensor:
+        """(N, 3, H, W) test images in [0, 1]."""
+        return self._loaded(self.images.raw())[0]
+
+    @functools.cached_property
+    def labels(self) -> torch.Tensor:
+        return self._loaded(self.images.raw())[1]
+
+    @functools.cached_property
+    def maps(self) -> torch.Tensor:
+        """(N, h, w) of the test images."""
+        return collect(self.predict, self.raw, **self.common)[1]
+
+    @functools.cached_property
+    def located(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Boxes (N, 4) and masks (N, H, W)."""
+        data = self.images.located()
+        if data is None:
+            raise NotApplicableError(f"{self.images.name} says not where things are")
+        return tuple(self._loaded(data)[2:])
+
+    def rectangles_of(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, 5) rectangles of normalised images."""
+        attention = getattr(self.network, "attention", None)
+        if not isinstance(attention, WindowAttention):
+            raise NotApplicableError("the network has no rectangles")
+        return attention.rectangle(self.network.local_features(images))
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+
+def _top1(subject):
+    return top1(subject.network, (subject.raw, subject.labels), **subject.common)._asdict()
+
+
+def _interpretability(subject):
+    """Spatial: squares of one colour or of another image. Frequency: low, r = 12, and high, r = 4."""
+    other = subject.other
+    if other is None:
+        other = subject.raw[torch.randperm(len(subject.raw), generator=subject.generator())]
+    scores = {}
+    for size in (4, 8, 12, 16):
+        for kind, fill in (("colour", "colour"), ("image", other)):
+            modify = functools.partial(occlude, size=size, generator=subject.generator(), fill=fill)
+            scores[f"{kind} p={size}"] = modify
+    scores["low r=12"] = functools.partial(frequency, radius=12, keep="low")
+    scores["high r=4"] = functools.partial(frequency, radius=4, keep="high")
+    return {
+        "occluding images": "the test images in another order" if subject.other is None else "given",
+        **{
+            name: interpretability_score(subject.predict, subject.raw, modify, **subject.common)._asdict()
+            for name, modify in scores.items()
+        },
+    }
+
+
+def _fooling(subject):
+    return fooling_rate(subject.network, subject.raw, **subject.common)._asdict()
+
+
+def _crossdomain(subject):
+    """Whitened features at the classifier's input under a linear SVM, on these images."""
+    if not isinstance(subject.network.get_classifier(), torch.nn.Linear):
+        raise NotApplicableError("the network has a classifier for each level")
+    features = features_at(subject.network, "classifier", subject.raw, **subject.common)
+    fewest = torch.bincount(subject.labels).min().item()
+    if fewest < 5:
+        raise NotApplicableError(f"five folds need five images of each class, and one has {fewest}")
+    return {"features": features.shape[1], **linear_svm(zca(features)(features), subject.labels)._asdict()}
+
+
+def _localisation(subject):
+    boxes, masks = subject.located
+    return localisation(subject.maps, boxes, subject.raw.shape[2:], masks)._asdict()
+
+
+def _segmentation(subject):
+    _, masks = subject.located
+    found = weak_segmentation(subject.maps, masks, subject.labels, subject.images.class_names)
+    return {name: entry._asdict() for name, entry in found.items()}
+
+
+def _query(subject):
+    """The pools under the first test image's global vector: the mean relative change of the attention."""
+    names = [name for name, module in subject.network.named_modules() if isinstance(module, CompatibilityPool)]
+    if not names:
+        raise NotApplicableError("the network pools by no query")
+    result = {}
+    for name in names:
+        attend = pool_attention(subject.network, name, subject.normalise)
+        found = query_driven(
+            attend, subject.raw[1:], subject.raw[0], batch_size=subject.batch_size, device=subject.device
+        )
+        result[name] = {
+            "mean change": found.change.abs().mean().item(),
+            "largest change": found.change.abs().max().item(),
+            "images": len(found.change),
+        }
+    return result
+
+
+@torch.no_grad()
+def _rectangles(subject):
+    found = torch.cat(
+        [
+            subject.rectangles_of(subject.normalise(piece.to(subject.device))).cpu()
+            for piece in subject.raw.split(subject.batch_size)
+        ]
+    )
+    names = ("row", "column", "half height", "half width", "angle")
+    result = {
+        name: {"mean": values.mean().item(), "std": values.std().item()}
+        for name, values in zip(names, found.unbind(1), strict=True)
+    }
+    for by in ("column", "row", "both", "height", "width", "angle"):
+        order = descriptive_order(found, by)
+        result[f"sorted by {by}"] = {"first": order[:5].tolist(), "last": order[-5:].tolist()}
+    return result
+
+
+@torch.no_grad()
+def _rates(subject):
+    """Catching, missing and fitting rate of the rectangles against the filled boxes."""
+    boxes, _ = subject.located
+    size = subject.raw.shape[2:]
+    rates = {"catching": [], "missing": [], "fitting": []}
+    pieces = zip(subject.raw.split(subject.batch_size), boxes.split(subject.batch_size), strict=True)
+    for images, box in pieces:
+        normalised = subject.normalise(images.to(subject.device))
+        found = subject.rectangles_of(normalised).cpu()
+        mask = rectangle_mask(found, subject.network.local_features(normalised).shape[2:])
+        mask, truth = upsample(mask.float(), size) > 0.5, box_masks(box, size)
+        for name, rate in (("catching", catching_rate), ("missing", missing_rate), ("fitting", fitting_rate)):
+            rates[name].append(rate(mask, truth))
+    return {name: torch.cat(found).mean().item() for name, found in rates.items()}
+
+
+def _equivariance(subject):
+    found = equivariance_errors(subject.rectangles_of, subject.raw, **subject.common)
+    return {name: error._asdict() for name, error in found.items()}
+
+
+@torch.no_grad()
+def _anchors(subject):
+    quantizers = {n: m for n, m in subject.network.named_modules() if isinstance(m, AnchorQuantizer)}
+    if not quantizers:
+        raise NotApplicableError("the network has no anchors")
+    counts = {name: 0 for name in quantizers}
+    _, maps = collect(subject.predict, subject.raw, **subject.common)
+    for name, quantizer in quantizers.items():
+        anchors = quantizer.anchors.detach().cpu().float()
+        counts[name] = (maps.flatten()[:, None] - anchors).abs().argmin(1).bincount(minlength=len(anchors))
+    return {
+        name: {"values": quantizer.anchors.tolist(), **usage(counts[name])._asdict()}
+        for name, quantizer in quantizers.items()
+    }
+
+
+#: By name, as ``--protocol`` takes them.
+PROTOCOLS: dict[str, Callable[[Subject], dict[str, Any]]] = {
+    "top1": _top1,
+    "interpretability": _interpretability,
+    "fooling": _fooling,
+    "crossdomain": _crossdomain,
+    "localisation": _localisation,
+    "segmentation": _segmentation,
+    "query": _query,
+    "rectangles": _rectangles,
+    "rates": _rates,
+    "equivariance": _equivariance,
+    "anchors": _anchors,
+}
+
+
+def evaluate(
+    subject: Subject,
+    protocols: Iterable[str] = tuple(PROTOCOLS),
+    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> dict[str, Any]:
+    """The results of protocols by name; where one does not apply, ``{"not applicable": why}``.
+
+    Args:
+        progress: wraps the names, such as ``tqdm``.
+
+    Raises:
+        ValueError: an unknown protocol.
+    """
+    protocols = list(protocols)
+    for name in protocols:
+        if name not in PROTOCOLS:
+            raise ValueError(f"evaluate: protocol must be one of all, {', '.join(PROTOCOLS)}; got {name!r}")
+    results = {}
+    for name in progress(protocols):
+        try:
+            results[name] = PROTOCOLS[name](subject)
+        except NotApplicableError as reason:
+            results[name] = {"not applicable": str(reason)}
+    return results
+
+
+def choices(subject: Subject) -> dict[str, Any]:
+    """What a result depends on beside the network: images, map, seed, versions."""
+    return {
+        "data": subject.images.settings(),
+        "images": len(subject.raw),
+        "map": subject.map_name,
+        "seed": subject.seed,
+        "device": str(subject.device),
+        "noise": "off",
+        "versions": {
+            "attnkern": attnkern.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def plain(value):
+    """For JSON: numbers that it cannot write become None, tensors lists, keys strings."""
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, torch.Tensor):
+        return plain(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
+    """Write whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(plain(content), indent=1) + "\n")
+    partial.replace(path)

@@ -1,0 +1,45 @@
+"""What the documentation site needs beyond its settings in mkdocs.yml."""
+
+import inspect
+import re
+from pathlib import Path
+
+import griffe
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+RESULTS = "benchmarks/results/"
+
+
+def on_files(files, config):
+    """The plots of the benchmarks, which lie outside the folder of the pages."""
+    for plot in sorted((ROOT / RESULTS).glob("*.svg")):
+        files.append(File.generated(config, RESULTS + plot.name, abs_src_path=str(plot)))
+    return files
+
+
+def on_page_markdown(markdown, **_):
+    return markdown.replace(f"](../{RESULTS}", f"]({RESULTS}")
+
+
+def on_page_content(html, **_):
+    """The docstrings' Sphinx roles as links, where the API page has the name."""
+
+    def link(match):
+        name = match[2].removeprefix("~")
+        short = name if name.startswith("attnkern.") else f"attnkern.{name}"
+        return f'<autoref optional identifier="{short}"><code>{name}</code></autoref>'
+
+    return re.sub(r":(func|class|meth|mod):<code>([^<]+)</code>", link, html)
+
+
+class FieldComments(griffe.Extension):
+    """The ``#:`` comment behind a field of a NamedTuple is its docstring."""
+
+    def on_attribute_instance(self, *, node, attr, **_):
+        if attr.docstring is not None or attr.lineno is None or not isinstance(attr.filepath, Path):
+            return
+        line = attr.lines_collection[attr.filepath][attr.lineno - 1]
+        _, mark, comment = line.partition("#: ")
+        if mark:
+            attr.docstring = griffe.Docstring(inspect.cleandoc(comment), parent=attr)

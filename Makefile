@@ -9,7 +9,7 @@ ifeq ($(strip $(TORCH_CUDA_ARCH_LIST)),)
 unexport TORCH_CUDA_ARCH_LIST
 endif
 
-.PHONY: setup bench test reproduce compat gpu wheel clean
+.PHONY: setup bench test docs reproduce gallery compat gpu wheel clean
 
 setup: .venv/ready
 
@@ -18,7 +18,8 @@ setup: .venv/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) \
 	    torch torchvision triton numpy scipy scikit-learn matplotlib setuptools wheel ninja pybind11 \
 	    pytest pytest-benchmark hypothesis ruff onnx onnxscript onnxruntime timm captum grad-cam mypy \
-	    lightning "jsonargparse[signatures]" torchmetrics tensorboard scikit-image
+	    lightning "jsonargparse[signatures]" torchmetrics tensorboard scikit-image \
+	    mkdocs-material "mkdocstrings[python]"
 	touch $@
 
 .venv/ready: .venv/packages $(SOURCES)
@@ -32,9 +33,17 @@ bench: setup
 test: setup
 	$(PY) tests/run.py
 
+# The documentation site, in build/site.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 # Every family and its baselines on digits-clutter, a few minutes each: docs/reproduction.md.
 reproduce: setup
 	$(PY) -m attnkern.training.reproduce
+
+# Pictures of those runs: docs/gallery.md.
+gallery: setup
+	$(PY) docs/make_gallery.py
 
 # One wheel under other versions of PyTorch, each in an environment of its own; not part of the tests.
 VERSIONS ?= 2.11.0 2.13.0 2.15.0

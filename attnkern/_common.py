@@ -112,3 +112,9 @@ def differentiable_backward(forward, inputs, grads):
                             create_graph=again, allow_unused=True)
     )  # fmt: skip
     return tuple(next(found) if alias.requires_grad else None for alias in aliases)
+
+
+def is_shape(tensor: torch.Tensor, *shape: int) -> bool:
+    """``tensor.shape == shape``, the number of axes first: comparing it element by element with a longer shape would
+    tie sizes to each other in an exported program."""
+    return tensor.dim() == len(shape) and tensor.shape == shape

@@ -99,6 +99,29 @@ def _subject(options):
     return Subject(run.network, images, run.normalise.to(device), **shared), run.name
 
 
+def _report(options: argparse.Namespace) -> int:
+    import json
+    from pathlib import Path
+
+    from attnkern.evaluation.protocols import PROTOCOLS, evaluate
+    from attnkern.report import report
+
+    run = Path(options.run)
+    options.checkpoint = run / "last.ckpt"
+    subject, _ = _subject(options)
+    held = run / "evaluation.json"
+    if held.exists() and options.data is None:
+        results = json.loads(held.read_text())["protocols"]
+    else:
+        results = evaluate(subject, PROTOCOLS, _progress)
+    out = Path(options.out or run / "report.html")
+    partial = out.with_name(out.name + ".partial")
+    partial.write_text(report(subject, run, results, options.examples))
+    partial.replace(out)
+    print(f"written: {out}")
+    return 0
+
+
 def _progress(names):
     from tqdm import tqdm
 
@@ -169,7 +192,11 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument("checkpoint", help="last.ckpt of attnkern train")
     evaluate.add_argument("--protocol", nargs="+", default=["all"], metavar="NAME", help="which of them; all")
     evaluate.add_argument("--out", help="JSON file, by default evaluation.json beside the checkpoint")
-    for command in (evaluate,):
+    page = commands.add_parser("report", help="one self-contained HTML page for a run")
+    page.add_argument("run", help="folder of a run of attnkern train")
+    page.add_argument("--out", help="HTML file, by default report.html in the run's folder")
+    page.add_argument("--examples", type=int, default=24, help="test images to look at")
+    for command in (evaluate, page):
         command.add_argument("--data", help="data set, by default the one that the network was trained on")
         command.add_argument("--root", help="where the data lies, by default where it lay in training")
         command.add_argument("--map", help="name of the attention map, or of a module for Grad-CAM")
@@ -187,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "info":
         print(info())
         return 0
-    run = {"models": _models, "train": _train, "evaluate": _evaluate, "show": _show}[options.command]
+    run = {"models": _models, "train": _train, "evaluate": _evaluate, "report": _report, "show": _show}[options.command]
     try:
         return run(options, others) if options.command == "train" else run(options)
     except (ImportError, OSError, ValueError) as error:

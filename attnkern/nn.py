@@ -31,6 +31,7 @@ from attnkern._common import (
     check_positions,
     check_shape,
     check_tensor,
+    is_shape,
     transformed,
 )
 from attnkern._ops import wide
@@ -399,7 +400,7 @@ class CompatibilityPool(nn.Module):
             check_tensor(where, "query", query)
             n, c = local.shape[0], self.query_channels
             expected = "({0}, {1}) or ({1},) (N as local)"
-            check_shape(where, "query", query, expected, query.shape == (n, c) or query.shape == (c,), n, c)
+            check_shape(where, "query", query, expected, is_shape(query, n, c) or is_shape(query, c), n, c)
             check_device(where, "query", query, "local", local)
             if self.project == "query":
                 query = self.projection(query)

@@ -12,6 +12,7 @@ from attnkern._common import (
     companion,
     create_graph,
     differentiable_backward,
+    is_shape,
     transformed,
 )
 from attnkern._ops import BACKENDS
@@ -77,7 +78,7 @@ def compatibility_pool(local: torch.Tensor, query: torch.Tensor, *, backend: str
     n, c = local.shape[:2]
     check_shape(
         where, "query", query, "({0}, {1}) or ({1},) (N and C as local)",
-        query.shape == (n, c) or query.shape == (c,), n, c,
+        is_shape(query, n, c) or is_shape(query, c), n, c,
     )  # fmt: skip
     query = companion(where, "query", query, "local", local)
     chosen = _backend.choose(backend, local)

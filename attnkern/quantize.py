@@ -13,6 +13,7 @@ from attnkern._common import (
     companion,
     create_graph,
     differentiable_backward,
+    is_shape,
     transformed,
 )
 from attnkern._ops import BACKENDS
@@ -212,7 +213,7 @@ def anchor_attention(
     n, _, height, width = x.shape
     check_shape(
         where, "a", a, "({0}, 1, {1}, {2}) or ({0}, {1}, {2}) (as x)",
-        a.shape == (n, 1, height, width) or a.shape == (n, height, width), n, height, width,
+        is_shape(a, n, 1, height, width) or is_shape(a, n, height, width), n, height, width,
     )  # fmt: skip
     a = companion(where, "a", a, "x", x)
     anchors = _check_anchors(where, anchors, reduction, "x", x)

@@ -1,6 +1,5 @@
 """What the documentation site needs beyond its settings in mkdocs.yml."""
 
-import inspect
 import re
 from pathlib import Path
 
@@ -42,4 +41,4 @@ class FieldComments(griffe.Extension):
         line = attr.lines_collection[attr.filepath][attr.lineno - 1]
         _, mark, comment = line.partition("#: ")
         if mark:
-            attr.docstring = griffe.Docstring(inspect.cleandoc(comment), parent=attr)
+            attr.docstring = griffe.Docstring(comment.strip(), parent=attr)

@@ -102,6 +102,23 @@ def test_a_decomposed_program_is_plain_aten(function):
     check(dict(enumerate(program.module()(*given))), doubles(dict(enumerate(Function(function)(*given)))))
 
 
+def test_a_shared_query_ties_the_batch_to_nothing():
+    """Also at N = C: whether the query is shared is asked of its number of axes."""
+
+    class Shared(nn.Module):
+        def forward(self, local, query):
+            return tuple(attnkern.compatibility_pool(local, query))
+
+    def inputs(n):
+        return torch.randn(n, 5, 3, 4), torch.randn(5)
+
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    program = torch.export.export(Shared(), inputs(3), dynamic_shapes=(batch, {}))
+    for n in (1, 5, 7):
+        given = inputs(n)
+        check(dict(enumerate(program.module()(*given))), doubles(dict(enumerate(Shared()(*given)))))
+
+
 def test_rigid_rectangles_at_any_size():
     """The longer side is found when the program runs, not when it is exported."""
 

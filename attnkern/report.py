@@ -1,0 +1,193 @@
+"""One HTML page for a run: numbers, figures, examples. It opens from disk and fetches nothing."""
+
+import base64
+import html
+import io
+import json
+import os
+import string
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.benchmark import Timer
+
+import attnkern
+from attnkern import viz
+from attnkern.evaluation.protocols import PROTOCOLS, NotApplicableError, Subject, choices, evaluate, plain
+from attnkern.nn import AnchorQuantizer
+
+
+def _png(figure) -> str:
+    """A figure as the address of a picture in the page itself."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _figure(title, note, draw) -> str:
+    """A drawing on a light and on a dark page."""
+    light, dark = (_png(draw(theme)) for theme in ("light", "dark"))
+    return (
+        f"<h2>{html.escape(title)}</h2><figure><picture>"
+        f'<source media="(prefers-color-scheme: dark)" srcset="{dark}"><img src="{light}" alt="{html.escape(title)}">'
+        f"</picture><figcaption>{html.escape(note)}</figcaption></figure>"
+    )
+
+
+def _table(entries: dict[str, Any]) -> str:
+    """Nested entries as rows, the names joined; long lists are left out."""
+    rows = []
+
+    def walk(prefix, value):
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                walk([*prefix, str(key)], entry)
+        elif not isinstance(value, list) or len(value) <= 5:
+            values = value if isinstance(value, list) else [value]
+            text = " ".join(f"{each:.4g}" if isinstance(each, float) else str(each) for each in values)
+            rows.append(f"<tr><td>{html.escape(' · '.join(prefix))}</td><td>{html.escape(text)}</td></tr>")
+
+    walk([], entries)
+    return f"<table>{''.join(rows)}</table>"
+
+
+def latency(network: torch.nn.Module, images: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Milliseconds of the inference of a batch, and of its attention modules alone, by backend: medians."""
+    called, handles = [], []
+    for name, module in network.named_modules():
+        # A module within another one's attention belongs to that.
+        if type(module).__module__ == "attnkern.nn" and not any(name.startswith(f"{outer}.") for outer, _ in called):
+            called.append((name, module))
+    inputs = {}
+    for name, module in called:
+
+        def keep(module, args, kwargs, name=name):
+            inputs[name] = (module, args, kwargs)
+
+        handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+    with torch.no_grad():
+        network(images)
+    for handle in handles:
+        handle.remove()
+
+    def attend():
+        for module, args, kwargs in inputs.values():
+            module(*args, **kwargs)
+
+    found = {}
+    for backend in ("reference", "native"):
+        with attnkern.use_backend(backend), torch.no_grad():
+            try:
+                network(images)
+            except RuntimeError:
+                continue  # the backend is not available here, or not on this device
+            times = {"inference": lambda: network(images)} | ({"attention": attend} if inputs else {})
+            for what, call in times.items():
+                timer = Timer("call()", globals={"call": call})
+                found.setdefault(what, {})[backend] = timer.blocked_autorange(min_run_time=0.3).median * 1e3
+    return found
+
+
+def _examples(subject, count):
+    """Pictures and captions of the first test images."""
+    raw, labels = subject.raw[:count], subject.labels[:count]
+    inputs = subject.normalise(raw.to(subject.device))
+    with torch.no_grad():
+        logits, maps = subject.predict(inputs)
+        try:
+            rectangles = subject.rectangles_of(inputs).cpu()
+        except NotApplicableError:
+            rectangles = [None] * len(raw)
+    nearest = any(isinstance(module, AnchorQuantizer) for module in subject.network.modules())
+    names, examples = subject.images.class_names, []
+    for index, (image, map) in enumerate(zip(raw, maps.cpu(), strict=True)):
+        best = logits[index].argmax().item()
+        probability = logits[index].softmax(0)[best].item()
+        verdict = "right" if best == labels[index] else f"wrong, it is {names[labels[index]]}"
+        examples.append(
+            {
+                "image": _png(viz.overlay(image)),
+                "overlay": _png(viz.overlay(image, map, nearest=nearest, rectangle=rectangles[index])),
+                "caption": f"{index + 1} of {len(raw)}: {names[best]} ({probability:.0%}), {verdict}",
+            }
+        )
+    return examples
+
+
+def report(subject: Subject, run: str | os.PathLike, results: dict[str, Any] | None = None, examples: int = 24) -> str:
+    """The page of a run, as text.
+
+    Args:
+        subject: what is shown.
+        run: the run's folder, whose ``csv/`` and ``result.json`` are shown where they are there.
+        results: of :func:`attnkern.evaluation.protocols.evaluate`; None: all protocols are run now.
+        examples: number of test images in the slider.
+    """
+    run = Path(run)
+    results = plain(evaluate(subject, PROTOCOLS) if results is None else results)
+    trained = json.loads((run / "result.json").read_text()) if (run / "result.json").is_file() else {}
+    speed = latency(subject.network, subject.normalise(subject.raw[:32].to(subject.device)))
+
+    numbers = {"top-1 accuracy": results.get("top1", {}).get("accuracy")}
+    where = results.get("localisation", {})
+    numbers |= {"pointing game": where.get("pointing"), "IoU with the box": where.get("iou_tight")}
+    shown = [(f"{value:.3f}", name) for name, value in numbers.items() if value is not None]
+    shown.append((f"{sum(p.numel() for p in subject.network.parameters()):,}", "parameters"))
+    shown += [
+        (f"{ms:.2f} ms", f"{what} of {len(subject.raw[:32])} images, {backend}")
+        for what, times in speed.items()
+        for backend, ms in times.items()
+    ]
+
+    figures = []
+    curves = sorted(run.glob("csv/version_*/metrics.csv"))
+    if curves:
+        note = "Accuracy and loss by epoch. The test curve is for watching; the last epoch counts."
+        figures.append(_figure("Training", note, lambda theme: viz.training_curves({run.name: curves}, theme=theme)))
+    for name, entry in results.get("anchors", {}).items():
+        if isinstance(entry, dict):
+            values = torch.tensor(entry["values"])
+            counts = (torch.tensor(entry["frequencies"]) * len(subject.raw) * subject.maps[0].numel()).round().long()
+            note = f"{entry['used']} of {len(values)} anchors in use, perplexity {entry['perplexity']:.1f}."
+            figures.append(
+                _figure(
+                    f"Anchors: {name}",
+                    note,
+                    lambda theme, values=values, counts=counts: viz.anchor_histogram(values, counts, theme=theme),
+                )
+            )
+    try:
+        with torch.no_grad():
+            rectangles = subject.rectangles_of(subject.normalise(subject.raw.to(subject.device))).cpu()
+        figures.append(
+            _figure(
+                "Rectangles",
+                "Centres and half extents in units where the map runs from 0 to 1.",
+                lambda theme: viz.rectangle_histograms(rectangles, theme=theme),
+            )
+        )
+    except NotApplicableError:
+        pass
+
+    about = choices(subject)
+    template = string.Template(resources.files("attnkern").joinpath("report.html").read_text())
+    title = trained.get("recipe", run.name)
+    subtitle = f"{about['data']['name']}, {about['images']} test images"
+    if trained:
+        subtitle += f"; {trained['epochs']} epochs, {trained['seconds']:.0f} s, seed {trained['seed']}"
+    return template.substitute(
+        title=html.escape(title),
+        subtitle=html.escape(subtitle),
+        numbers="".join(f"<div><b>{html.escape(v)}</b><span>{html.escape(n)}</span></div>" for v, n in shown),
+        map=html.escape(f"Map: {about['map']}. Each is rescaled from its least to its largest value."),
+        figures="".join(figures),
+        protocols="".join(
+            f"<details><summary>{html.escape(name)}</summary>{_table(entry)}</details>"
+            for name, entry in results.items()
+        ),
+        settings=_table(plain(about | ({"options": trained["options"]} if trained else {}))),
+        # In a script element "</" would end it.
+        examples=json.dumps(_examples(subject, examples)).replace("</", "<\\/"),
+    )

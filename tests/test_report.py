@@ -1,0 +1,132 @@
+"""``attnkern report``: one page, whole, without a network; looked at by a real browser where there is one."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+pytest.importorskip("captum")
+pytest.importorskip("matplotlib")
+
+import io
+
+from PIL import Image
+
+from attnkern import cli
+from attnkern.models import create_model
+from attnkern.report import latency
+from attnkern.training.train import train
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--virtual-time-budget=3000",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    folder, pages = tmp_path_factory.mktemp("runs"), {}
+    small = ["--data.count", "64", "--data.batch_size", "16", "--trainer.max_epochs", "2"]
+    small += [
+        "--trainer.limit_val_batches",
+        "1",
+        "--trainer.enable_progress_bar",
+        "false",
+        "--trainer.accelerator",
+        "cpu",
+    ]
+    for name in ("vgg_att2_concat_pc", "vgg_aib_qt", "mobilenet_v3_large_window"):
+        size = ["--data.size", "64"] if "mobilenet" in name else []
+        train(name, "digits-clutter", [*small, *size, "--out", str(folder / name)])
+        arguments = ["report", str(folder / name), "--limit", "40", "--examples", "5", "--device", "cpu"]
+        assert cli.main(arguments) == 0
+        pages[name] = folder / name / "report.html"
+    return pages
+
+
+def examples_of(text):
+    return json.loads(re.search(r'<script id="examples"[^>]*>(.*?)</script>', text, re.S)[1])
+
+
+def test_a_page_is_whole_and_fetches_nothing(pages):
+    for name, path in pages.items():
+        text = path.read_text()
+        assert name in text
+        assert "$" not in re.sub(r"<script.*?</script>|base64,[^\"]*", "", text, flags=re.S)
+        for address in re.findall(r"(?:src|href|srcset)=\"([^\"]*)\"|url\(([^)]*)\)", text):
+            assert "".join(address).startswith("data:image/png;base64,")
+        assert not re.search(r"https?://", text)
+        examples = examples_of(text)
+        assert len(examples) == 5
+        for example in examples:
+            for key in ("image", "overlay"):
+                picture = base64.b64decode(example[key].removeprefix("data:image/png;base64,"))
+                with Image.open(io.BytesIO(picture)) as image:
+                    assert min(image.size) > 100
+            assert example["image"] != example["overlay"]
+        assert examples[0]["caption"].startswith("1 of 5: ")
+        assert "attention of 32 images, native" in text
+        assert "pointing game" in text
+    assert "Anchors: attention.quantizer" in pages["vgg_aib_qt"].read_text()
+    assert "<h2>Rectangles</h2>" in pages["mobilenet_v3_large_window"].read_text()
+    assert "<h2>Rectangles</h2>" not in pages["vgg_aib_qt"].read_text()
+
+
+def test_latency_of_attention_alone():
+    network, images = create_model("vgg_att2_concat_pc", 4, width=0.0625).eval(), torch.rand(4, 3, 32, 32)
+    found = latency(network, images)
+    assert set(found) == {"inference", "attention"}
+    assert 0 < found["attention"]["reference"] < found["inference"]["reference"]
+    assert not any(module._forward_pre_hooks for module in network.modules())
+    assert set(latency(create_model("vgg", 4, width=0.0625).eval(), images)) == {"inference"}
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_the_slider_moves_in_a_browser(pages, tmp_path, width):
+    """What the page says after the slider has moved, and what the console said, are written into the page itself."""
+    probe = """<script>
+    const failures = [];
+    window.addEventListener("error", (event) => failures.push(event.message));
+    console.error = (...all) => failures.push(all.join(" "));
+    window.addEventListener("load", () => {
+      const before = document.getElementById("overlay").src;
+      const slider = document.getElementById("slider");
+      slider.value = slider.max;
+      slider.dispatchEvent(new Event("input"));
+      document.body.dataset.probe = JSON.stringify({
+        failures, max: slider.max, caption: document.getElementById("caption").textContent,
+        changed: document.getElementById("overlay").src !== before,
+        drawn: document.getElementById("image").naturalWidth,
+        overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+      });
+    });
+    </script>"""
+    for name, path in pages.items():
+        page = tmp_path / f"{name}.html"
+        page.write_text(path.read_text().replace("<head>", f"<head>{probe}", 1))
+        command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / name}", f"--window-size={width},900", "--dump-dom"]
+        done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
+        found = re.search(r'data-probe="([^"]*)"', done.stdout)
+        assert found, done.stderr[-2000:]
+        seen = json.loads(found[1].replace("&quot;", '"'))
+        assert seen["failures"] == []
+        assert (seen["max"], seen["changed"]) == ("4", True)
+        assert seen["caption"].startswith("5 of 5: ")
+        assert seen["drawn"] > 100
+        assert seen["overflow"] <= 0
+
+
+def test_a_folder_without_a_run(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 1
+    assert "there is no file" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -90,13 +90,9 @@ def _subject(options):
     settings = run.data if options.data is None else {"name": options.data, "size": run.data["size"]}
     images = ImageData(**settings | ({} if options.root is None else {"root": options.root}))
     images.setup()
-    if images.num_classes != len(run.class_names):
-        raise ValueError(
-            f"evaluate: the network knows {len(run.class_names)} classes, {images.name} has {images.num_classes}"
-        )
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     shared = {"map": options.map, "limit": options.limit, "seed": options.seed, "device": device}
-    return Subject(run.network, images, run.normalise.to(device), **shared), run.name
+    return Subject(run.network, images, run.normalise.to(device), run.class_names, **shared), run.name
 
 
 def _report(options: argparse.Namespace) -> int:

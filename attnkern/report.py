@@ -101,11 +101,12 @@ def _examples(subject, count):
         except NotApplicableError:
             rectangles = [None] * len(raw)
     nearest = any(isinstance(module, AnchorQuantizer) for module in subject.network.modules())
-    names, examples = subject.images.class_names, []
+    names, examples = subject.class_names, []
     for index, (image, map) in enumerate(zip(raw, maps.cpu(), strict=True)):
         best = logits[index].argmax().item()
         probability = logits[index].softmax(0)[best].item()
-        verdict = "right" if best == labels[index] else f"wrong, it is {names[labels[index]]}"
+        truth = subject.images.class_names[labels[index]]
+        verdict = "right" if names[best] == truth else f"wrong, it is {truth}"
         examples.append(
             {
                 "image": _png(viz.overlay(image)),

@@ -61,7 +61,7 @@ def test_every_protocol_says_numbers_or_why_not(name, checkpoints, tmp_path, cap
     result = json.loads(out.read_text())
     assert set(result["protocols"]) == set(protocols.PROTOCOLS)
     missing = {key for key, value in result["protocols"].items() if "not applicable" in value}
-    assert missing == ONLY_SOME - RUNS[name] | ({"crossdomain"} & missing)
+    assert missing == ONLY_SOME - RUNS[name] | {"transfer"} | ({"crossdomain"} & missing)
     assert (result["network"], result["images"], result["seed"]) == (name, 60, 0)
     assert result["data"]["name"] == "digits-clutter"
     assert {"top1", "fooling", "localisation"} <= {line.strip().split()[0] for line in printed.splitlines() if line}
@@ -88,6 +88,22 @@ def test_numbers_of_the_protocols_are_those_of_the_functions(checkpoints):
     assert len(tight_boxes(maps)) == 359
     # Under the dot product the query matters.
     assert results["query"]["attention13"]["mean change"] > 0
+
+
+def test_transfer_to_other_classes(checkpoints):
+    """As CIFAR-10's networks on STL-10: shared names count, and what the network cannot know is wrong."""
+    whole = subject(checkpoints["vgg"], class_names=["car", *map(str, range(1, 8)), "frog", "9"])
+    results = protocols.evaluate(whole, ["top1", "transfer", "localisation"])
+    assert "not those of digits-clutter" in results["top1"]["not applicable"]
+    with torch.no_grad():
+        chosen = whole.network(whole.normalise(whole.raw)).argmax(1)
+    known = (whole.labels != 0) & (whole.labels != 8)
+    right = ((chosen == whole.labels) & known).sum().item()
+    assert results["transfer"]["accuracy"] == pytest.approx(right / 359)
+    assert results["transfer"]["accuracy_shared"] == pytest.approx(right / known.sum().item())
+    assert results["localisation"]["images"] == 359
+    strangers = subject(checkpoints["vgg"], class_names=[f"c{i}" for i in range(10)])
+    assert "share a class" in protocols.evaluate(strangers, ["transfer"])["transfer"]["not applicable"]
 
 
 def test_anchors_are_counted(checkpoints):

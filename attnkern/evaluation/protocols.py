@@ -17,7 +17,7 @@ import attnkern
 from attnkern.evaluation._inputs import collect
 from attnkern.evaluation.anchors import usage
 from attnkern.evaluation.classification import top1
-from attnkern.evaluation.crossdomain import features_at, linear_svm, zca
+from attnkern.evaluation.crossdomain import direct_transfer, features_at, linear_svm, zca
 from attnkern.evaluation.interpretability import frequency, interpretability_score, occlude
 from attnkern.evaluation.localisation import box_masks, localisation, upsample
 from attnkern.evaluation.maps import map_of
@@ -47,6 +47,7 @@ class Subject:
         network: in evaluation mode.
         images: an :class:`attnkern.training.data.ImageData` after ``setup()``.
         normalise: images in [0, 1] to what the network takes.
+        class_names: of the network's logits; None: those of the images.
         map: name of the attention map, or of a module for Grad-CAM where the network has none; None: all levels
             combined, or the deepest but one of the feature maps.
         limit: number of test images, the first ones; None: all.
@@ -58,6 +59,7 @@ class Subject:
     network: torch.nn.Module
     images: Any
     normalise: Callable[[torch.Tensor], torch.Tensor]
+    class_names: list[str] | None = None
     map: str | None = None
     limit: int | None = None
     batch_size: int = 128
@@ -67,6 +69,7 @@ class Subject:
 
     def __post_init__(self):
         self.network.to(self.device)
+        self.class_names = self.class_names or self.images.class_names
         self.map_name, self.predict = map_of(self.network, self.map)
         self.common = {"normalise": self.normalise, "batch_size": self.batch_size, "device": self.device}
 
@@ -108,7 +111,20 @@ class Subject:
 
 
 def _top1(subject):
+    if subject.class_names != subject.images.class_names:
+        raise NotApplicableError(f"the network's classes are not those of {subject.images.name}")
     return top1(subject.network, (subject.raw, subject.labels), **subject.common)._asdict()
+
+
+def _transfer(subject):
+    """The network's own predictions on another data set's images, without training there."""
+    if subject.class_names == subject.images.class_names:
+        raise NotApplicableError("the network was trained on these classes")
+    names, data = (subject.class_names, subject.images.class_names), (subject.raw, subject.labels)
+    try:
+        return direct_transfer(subject.network, data, *names, size=None, **subject.common)._asdict()
+    except ValueError as error:
+        raise NotApplicableError(str(error)) from error
 
 
 def _interpretability(subject):
@@ -237,6 +253,7 @@ def _anchors(subject):
 #: By name, as ``--protocol`` takes them.
 PROTOCOLS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "top1": _top1,
+    "transfer": _transfer,
     "interpretability": _interpretability,
     "fooling": _fooling,
     "crossdomain": _crossdomain,

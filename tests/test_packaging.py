@@ -57,7 +57,12 @@ def test_the_source_archive_builds_a_wheel_of_any_python(source, tmp_path):
     assert "any" not in found.name
     names = zipfile.ZipFile(found).namelist()
     assert "attnkern/_C.so" in names
-    assert "attnkern/py.typed" in names
+    # Every module and every file that a module reads, but for what compiling makes.
+    package = {
+        f"attnkern/{p.relative_to(source / 'attnkern')}" for p in (source / "attnkern").rglob("*") if p.is_file()
+    }
+    assert package <= set(names)
+    assert {"attnkern/py.typed", "attnkern/report.html", "attnkern/training/recipes/rectangular/family.yaml"} <= package
 
 
 def test_a_wheel_without_a_compiler_runs_on_the_reference(source, tmp_path):

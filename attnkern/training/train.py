@@ -120,7 +120,7 @@ def train(name: str, data: str | None = None, arguments: list[str] | None = None
     data = cli.config.data.name
 
     began = time.perf_counter()
-    trainer.fit(module, images, ckpt_path=cli.last if cli.config.resume else None)
+    trainer.fit(module, images, ckpt_path=cli.last if cli.config.resume else None, weights_only=True)
     seconds = time.perf_counter() - began
     if trainer.interrupted:
         raise KeyboardInterrupt

@@ -19,10 +19,10 @@ from attnkern.evaluation.protocols import PROTOCOLS, NotApplicableError, Subject
 from attnkern.nn import AnchorQuantizer
 
 
-def _png(figure) -> str:
+def _png(figure, **options) -> str:
     """A figure as the address of a picture in the page itself."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=110, **options)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -90,6 +90,11 @@ def latency(network: torch.nn.Module, images: torch.Tensor) -> dict[str, dict[st
     return found
 
 
+def _picture(*given, **options) -> str:
+    """An overlay without the page's colour around it."""
+    return _png(viz.overlay(*given, **options), bbox_inches="tight", pad_inches=0)
+
+
 def _examples(subject, count):
     """Pictures and captions of the first test images."""
     raw, labels = subject.raw[:count], subject.labels[:count]
@@ -109,8 +114,8 @@ def _examples(subject, count):
         verdict = "right" if names[best] == truth else f"wrong, it is {truth}"
         examples.append(
             {
-                "image": _png(viz.overlay(image)),
-                "overlay": _png(viz.overlay(image, map, nearest=nearest, rectangle=rectangles[index])),
+                "image": _picture(image),
+                "overlay": _picture(image, map, nearest=nearest, rectangle=rectangles[index]),
                 "caption": f"{index + 1} of {len(raw)}: {names[best]} ({probability:.0%}), {verdict}",
             }
         )

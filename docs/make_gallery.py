@@ -1,6 +1,5 @@
 """The gallery: pictures of the runs that ``make reproduce`` left, and of a photograph. ``make gallery`` writes them."""
 
-import functools
 import sys
 from pathlib import Path
 
@@ -91,12 +90,14 @@ def equivariance(runs):
 
 def rectangle(_runs):
     """One rectangle on a photograph that is not square: as the formula has it, and rigid (``aspect=True``)."""
-    photograph = torch.from_numpy(load_sample_image("china.jpg")).permute(2, 0, 1) / 255
+    photograph = torch.tensor(load_sample_image("china.jpg")).permute(2, 0, 1) / 255
     found = torch.tensor([[0.45, 0.4, 0.18, 0.35, 0.5]])
     size = (27, 41)
-    cells = [(photograph, attnkern.window_map(found, size, aspect=aspect)[0], found[0]) for aspect in (False, True)]
-    draw = functools.partial(viz.overlay, alpha=0.45)
-    return [draw(image, map, rectangle=given, aspect=aspect) for aspect, (image, map, given) in enumerate(cells)]
+    pictures = []
+    for aspect in (False, True):
+        map = attnkern.window_map(found, size, aspect=aspect)[0]
+        pictures.append(viz.overlay(photograph, map, alpha=0.45, rectangle=found[0], aspect=aspect))
+    return pictures
 
 
 PICTURES = (levels, networks, query, bottleneck, anchors, equivariance, rectangle)
@@ -118,7 +119,7 @@ def main() -> int:
         lines += ["", f"## {title.rstrip('.')}", ""] + ([rest, ""] if rest else [])
         for index, figure in enumerate(figures if isinstance(figures, list) else [figures]):
             name = f"{draw.__name__}{index or ''}.png"
-            viz.save(figure, folder / name)
+            viz.save(figure, folder / name, dpi=80)
             lines.append(f"![{title.rstrip('.')}](gallery/{name})")
     (DOCS / "gallery.md").write_text("\n".join(lines) + "\n")
     return 0

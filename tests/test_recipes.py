@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 
 from attnkern import cli, models
 from attnkern.evaluation.rectangles import equivariance_distance, transform_images, transform_rectangle
+from attnkern.training import reproduce
 from attnkern.training.data import ImageData
 from attnkern.training.modules import FAMILIES, Classification, InformationBottleneck, Rectangular
 from attnkern.training.recipes import list_recipes, read_recipe
@@ -361,8 +363,6 @@ def test_unknown_options_are_named(folder, capsys):
 
 
 def test_the_documented_errors_are_the_recipes():
-    from pathlib import Path
-
     documented = {}
     for line in (Path(__file__).parents[1] / "docs/training.md").read_text().splitlines():
         if line.startswith("| `") and line.split("`")[1] in list_recipes():
@@ -374,3 +374,14 @@ def test_the_documented_errors_are_the_recipes():
             found = documented[name]
             missing = [error for error in published.values() if not any(error == pytest.approx(f) for f in found)]
             assert missing == [], name
+
+
+def test_the_documented_reproduction_is_what_was_measured():
+    docs = Path(__file__).parents[1] / "docs"
+    results = json.loads((docs / "reproduction.json").read_text())
+    assert (docs / "reproduction.md").read_text() == reproduce.table(results)
+    ours, baselines = results["vgg_att2_concat_pc"], [results["vgg"], results["vgg_gap"]]
+    for measure in ("pointing", "iou_tight"):
+        assert all(ours["localisation"][measure] > other["localisation"][measure] for other in baselines)
+    assert ours["seconds"] < 300
+    assert "| `vgg` | not run |" in reproduce.table({"vgg_gap": results["vgg_gap"]})

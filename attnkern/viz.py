@@ -691,7 +691,7 @@ def rectangle_histograms(
     axes = figure.subplots(1, 5, sharey=True)
     for ax, (name, unit, values) in zip(axes, panels, strict=True):
         low, high = (-90, 90) if unit == "degrees" else (min(0, values.min().item()), max(1, values.max().item()))
-        ax.hist(values.numpy(), bins, (low, high), color=theme.colours[0])
+        ax.hist(values.numpy(), bins, range=(low, high), color=theme.colours[0])
         ax.set(xlim=(low, high))
         if unit == "degrees":
             ax.set_xticks([-90, -45, 0, 45, 90])

@@ -81,17 +81,24 @@ def nearest_anchor(a: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     begins = torch.cat([torch.ones_like(order[:1], dtype=torch.bool), lo != hi])
     first = torch.cummax(torch.where(begins, position, 0), 0).values
     index = order[first]
-    # midpoint + error = (lo + hi) / 2 exactly (Knuth's two-sum on the halves).
-    half_lo, half_hi = lo / 2, hi / 2
-    midpoint = half_lo + half_hi
-    tail = midpoint - half_lo
-    error = (half_lo - (midpoint - tail)) + (half_hi - tail)
-    at_midpoint = (error < 0) | ((error == 0) & (index[1:] < index[:-1]))
+    # Both of a sum that overflows are so large that halving them is exact; of others the sum is halved instead, because
+    # half of a denormal may round.
+    overflows = lo.isfinite() & hi.isfinite() & (lo + hi).isinf()
+    lo, hi = (torch.where(overflows, end / 2, end) for end in (lo, hi))
+    total = lo + hi
+    tail = total - lo
+    error = (lo - (total - tail)) + (hi - tail)  # total + error is exact (Knuth)
+    midpoint = torch.where(overflows, total, total / 2)
+    # Where half the sum is no float64, what it was rounded to is above or below it, and no tie.
+    doubled = torch.where(overflows, total, midpoint + midpoint)
+    hi_first = index[1:] < index[:-1]
+    tie_or_above = (error < 0) | ((error == 0) & hi_first)
+    at_midpoint = torch.where(doubled == total, tie_or_above, doubled > total)
     infinity = torch.full_like(midpoint, torch.inf)
     threshold = torch.where(at_midpoint, midpoint, torch.nextafter(midpoint, infinity))
     # Opposite infinities have no midpoint: every finite number is as far from one as from the other.
     finite = torch.nextafter(-infinity, infinity)
-    threshold = torch.where(midpoint.isnan(), torch.where(index[1:] < index[:-1], finite, infinity), threshold)
+    threshold = torch.where(midpoint.isnan(), torch.where(hi_first, finite, infinity), threshold)
     chosen = index[torch.searchsorted(threshold, a.contiguous(), right=True)]
     return torch.where(a.isnan() | anchors.isnan().any(), 0, chosen)
 

@@ -100,6 +100,9 @@ def _check_size(where, size):
         raise ValueError(f"{where}: size must be (H, W), got {size!r}")
     if not all(isinstance(length, _INTEGER) and length is not True and length >= 1 for length in size):
         raise ValueError(f"{where}: size must be two integers of at least 1, got {tuple(size)}")
+    # Lengths that a compiler knows by name only come from tensors.
+    if all(isinstance(length, int) for length in size) and size[0] * size[1] >= 2**63:
+        raise ValueError(f"{where}: size must have fewer than 2**63 positions, got {tuple(size)}")
 
 
 def _check_options(where, scale, **flags):

@@ -183,11 +183,7 @@ MODELS = {
 }
 #: What ``--networks`` measures beside them.
 MORE_MODELS = {
-    "vgg_pan": ({"width": 0.25}, 32, 32),
     "vgg_att2_concat_dp": ({"width": 0.25}, 32, 32),
-    "vgg_att3_concat_pc": ({"width": 0.25}, 32, 32),
-    "rn164_att2": ({"blocks": 4}, 32, 32),
-    "vgg_aib": ({"width": 0.25}, 32, 32),
     "wrn28_10_aib_qt": ({"width": 0.2, "blocks": 2}, 32, 32),
     "mobilenet_v3_large_window": ({"width": 1.0}, 96, 16),
 }

@@ -10,13 +10,21 @@ namespace attnkern {
 
 // The smallest double that prefers hi to lo, lo < hi; hi_first says that hi has the lower original index.
 ATTNKERN_INLINE double threshold(double lo, double hi, bool hi_first) {
-  const double half_lo = 0.5 * lo, half_hi = 0.5 * hi;
-  const double midpoint = half_lo + half_hi;
-  if (midpoint != midpoint) // opposite infinities: every finite number is as far from one as from the other
-    return hi_first ? std::nextafter(-double(INFINITY), double(INFINITY)) : double(INFINITY);
-  const double tail = midpoint - half_lo;
-  const double error = (half_lo - (midpoint - tail)) + (half_hi - tail); // midpoint + error is exact (Knuth)
-  return error < 0 || (error == 0 && hi_first) ? midpoint : std::nextafter(midpoint, double(INFINITY));
+  const double infinity = double(INFINITY);
+  // Both of a sum that overflows are so large that halving them is exact; of others the sum is halved instead, because
+  // half of a denormal may round.
+  const bool overflows = std::fabs(lo) < infinity && std::fabs(hi) < infinity && std::fabs(lo + hi) == infinity;
+  if (overflows) lo *= 0.5, hi *= 0.5;
+  const double sum = lo + hi;
+  if (sum != sum) // opposite infinities: every finite number is as far from one as from the other
+    return hi_first ? std::nextafter(-infinity, infinity) : infinity;
+  const double tail = sum - lo;
+  const double error = (lo - (sum - tail)) + (hi - tail); // sum + error is exact (Knuth)
+  const double midpoint = overflows ? sum : 0.5 * sum;
+  const double doubled = overflows ? sum : midpoint + midpoint;
+  // Where half the sum is no double, what it was rounded to is above or below it, and no tie.
+  const bool prefers_hi = doubled != sum ? doubled > sum : error < 0 || (error == 0 && hi_first);
+  return prefers_hi ? midpoint : std::nextafter(midpoint, infinity);
 }
 
 // The smallest T that is not below the threshold: a number of type T prefers hi exactly when it is not below this.

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from random import Random
 
 import pytest
 import torch
@@ -225,3 +226,19 @@ def test_close_elements_cancel_no_digits(backend, device):
     want = run("anchor_quantize", doubles(tensors), grads=doubles(grads), backend="reference", **options)
     error = (found["grad_anchors"].double() - want["grad_anchors"]).abs().max().item()
     assert error <= 4 * torch.finfo(torch.float32).eps * (2 * (a.double() - 0.5).abs().sum().item())
+
+
+def test_every_midpoint_in_exact_arithmetic(backend, device):
+    """Anchors from denormals to the largest numbers; elements at and beside their midpoints."""
+    if backend == "triton":
+        pytest.skip("has no float64")
+    random = Random(0)
+    pool = [0.0, 5e-324, 1e-323, 1.5e-323, 2.2250738585072009e-308, 2.2250738585072014e-308, 4.4501477170144023e-308]
+    pool += [1.0, 1.0000000000000002, 1e308, 1.7e308, 1.7976931348623157e308]
+    for _ in range(400):
+        anchors = [random.choice(pool) * random.choice((1, -1)) for _ in range(random.choice((2, 3, 4)))]
+        middles = [float((Fraction(lo) + Fraction(hi)) / 2) for lo in anchors for hi in anchors]
+        a = [each for m in middles for each in (m, math.nextafter(m, math.inf), math.nextafter(m, -math.inf))]
+        tensors = (torch.tensor(values, dtype=torch.float64, device=device) for values in ([a], anchors))
+        found = attnkern.anchor_quantize(*tensors, backend=backend).indices[0].tolist()
+        assert found == [nearest(each, anchors) for each in a], anchors

@@ -161,7 +161,9 @@ template <typename A> struct Windows {
 
   Windows(const Tensor& rectangle, int64_t height, int64_t width, double scale, bool rescale, bool aspect)
       : rectangles(rectangle), height(height), width(width), scale(static_cast<A>(scale)),
-        rescale(rescale), aspect(aspect), rows(height * width), columns(height * width) {
+        rescale(rescale), aspect(aspect) {
+    if (images() == 0) return;
+    rows.resize(height * width), columns.resize(height * width);
     for (int64_t i = 0; i < height; ++i)
       for (int64_t j = 0; j < width; ++j) {
         rows[i * width + j] = coordinate<A>(i, height);

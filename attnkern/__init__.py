@@ -23,11 +23,13 @@ from attnkern.window import WindowAttended, rectangle_corners, window_attention,
 
 if TYPE_CHECKING:  # what __getattr__ gives
     from attnkern import compat as compat
+    from attnkern import evaluation as evaluation
     from attnkern import models as models
     from attnkern import nn as nn
     from attnkern import reference as reference
     from attnkern import testing as testing
     from attnkern import training as training
+    from attnkern import viz as viz
     from attnkern._accelerate import accelerate as accelerate
     from attnkern._insert import insert as insert
     from attnkern._sharding import register_sharding as register_sharding
@@ -48,7 +50,7 @@ __all__ = [
     "window_map",
 ]
 
-_SUBMODULES = ("compat", "models", "nn", "reference", "testing", "training")
+_SUBMODULES = ("compat", "evaluation", "models", "nn", "reference", "testing", "training", "viz")
 #: Functions that need submodules, and where they live.
 _LATE = {"accelerate": "_accelerate", "insert": "_insert", "register_sharding": "_sharding"}
 

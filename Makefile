@@ -9,7 +9,7 @@ ifeq ($(strip $(TORCH_CUDA_ARCH_LIST)),)
 unexport TORCH_CUDA_ARCH_LIST
 endif
 
-.PHONY: setup bench test docs reproduce gallery compat gpu wheel clean
+.PHONY: setup bench test docs reproduce gallery fuzz soak sanitize compat gpu wheel clean
 
 setup: .venv/ready
 
@@ -44,6 +44,19 @@ reproduce: setup
 # Pictures of those runs: docs/gallery.md.
 gallery: setup
 	$(PY) docs/make_gallery.py
+
+# Random calls against float64; ATTNKERN_FUZZ_SEED repeats a run.
+EXAMPLES ?= 200000
+fuzz: setup
+	$(PY) tests/fuzz.py --examples $(EXAMPLES)
+
+# Random shapes for three minutes: memory, repeatability, caches.
+soak: setup
+	$(PY) tests/soak.py
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, about four minutes.
+sanitize: setup
+	bash tests/sanitize.sh
 
 # One wheel under other versions of PyTorch, each in an environment of its own; not part of the tests.
 VERSIONS ?= 2.11.0 2.13.0 2.15.0

@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree: builds, runs the operators'
+# tests, and plants an error that each sanitizer must find.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD
+python=${1:-$root/.venv/bin/python}
+[[ $python == */* ]] && python=$(realpath -s "$python")
+cxx=${CXX:-g++}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export OMP_NUM_THREADS=1 ATTNKERN_TEST_BACKENDS=native PYTHONPATH=$work
+torch=$("$python" -c 'import torch; print(torch.__path__[0])')
+hash=$("$python" -c 'import runpy; print(runpy.run_path("attnkern/_schemas.py")["HASH"])')
+mapfile -t sources < <(awk '$1 == "cpu" {print $2}' csrc/sources.txt)
+cp -r attnkern csrc tests pyproject.toml "$work"
+rm -f "$work"/attnkern/*.so
+cd "$work"
+failed=0
+
+build() { # sanitizer, flags: attnkern/_C.so of the copy
+  local pids=()
+  for source in "${sources[@]}"; do
+    # -O1 keeps the kernels' vectors (omp simd) and the frames of a report.
+    "$cxx" -std=c++20 -O1 -g1 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -fvisibility=hidden \
+      -fno-omit-frame-pointer "-fsanitize=$1" "${@:2}" "-DATTNKERN_SCHEMA_HASH=\"$hash\"" -Icsrc \
+      -isystem "$torch/include" -c "$source" -o "$(basename "$source").o" &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid"; done
+  "$cxx" -shared "-fsanitize=$1" -o attnkern/_C.so ./*.cpp.o -L"$torch/lib" -ltorch -ltorch_cpu -lc10
+}
+
+run() { # sanitizer, pytest's arguments
+  local preload=""
+  # The process is Python: ASan must come before it, and the C++ library whose throw ASan intercepts with it.
+  [[ $1 == address ]] && preload="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libstdc++.so)"
+  # Reports must come past pytest's capture (-s). Python and PyTorch leave memory to the end of the process: no leak detection. Their code is not instrumented.
+  LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+    "$python" -m pytest -q -s -p no:cacheprovider "${@:2}" >log 2>&1
+}
+
+check() { # sanitizer, its other flags, what it says of the planted error, file, sed's script
+  local name=$1 flags=$2 finding=$3 file=$4 script=$5 began=$SECONDS
+  # shellcheck disable=SC2086
+  build "$name" $flags
+  if run "$name" tests/test_ops.py tests/test_window.py tests/test_quantize.py tests/test_pool.py; then
+    echo "$name: $(tail -1 log)"
+  else
+    echo "$name: FAILED"
+    grep -n -m 5 -A 12 "ERROR: AddressSanitizer\|runtime error" log || tail -30 log
+    failed=1
+  fi
+  cp "$file" original
+  sed -i "$script" "$file"
+  if cmp -s "$file" original; then
+    echo "$name: nothing planted, $file has no line for $script"
+    failed=1
+  else
+    # shellcheck disable=SC2086
+    build "$name" $flags
+    if run "$name" tests/test_window.py -k hard_rectangles; then
+      echo "$name: FAILED, the planted error was not found"
+      failed=1
+    elif grep -q "$finding" log; then
+      echo "$name: the planted error is found: $(grep -m 1 "$finding" log)"
+    else
+      echo "$name: FAILED, the planted error showed otherwise"
+      tail -30 log
+      failed=1
+    fi
+  fi
+  cp original "$file"
+  echo "$name: $((SECONDS - began)) s"
+}
+
+where=$("$python" -c 'import attnkern; print(attnkern.__path__[0])')
+[[ $where == "$work/attnkern" ]] || { echo "attnkern comes from $where, not from the copy" >&2; exit 1; }
+check address "" "ERROR: AddressSanitizer: heap-buffer-overflow" csrc/cpu/window.cpp \
+  's/A max = to\[0\];/A max = to[positions];/'
+check undefined "-fsanitize=float-cast-overflow -fno-sanitize-recover=all" \
+  "runtime error: signed integer overflow" csrc/cpu/window.cpp \
+  's/const Frame<A> frame = windows.frame(image);/const Frame<A> frame = windows.frame(image + (INT64_MAX + positions) - INT64_MAX - positions);/'
+echo "sanitize: $SECONDS s"
+exit "$failed"

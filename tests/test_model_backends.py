@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from conftest import BACKENDS
 
 import attnkern
-from attnkern import _backend
 from attnkern.models import create_model
 
-CPU = torch.device("cpu")
 #: One network of each kind of attention, as small as it comes.
 NETWORKS = {
     "vgg_gap": {}, "vgg_pan": {}, "vgg_att2_concat_dp": {}, "vgg_att3_concat_pc": {}, "rn164_att2": {"blocks": 1},
@@ -16,12 +15,9 @@ NETWORKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["native", "triton"])
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "reference"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_agree_with_the_reference(name, backend):
-    missing = _backend.reason(backend, CPU, torch.float32)
-    if missing is not None:
-        pytest.skip(missing)
     if name.startswith(("mobilenet", "efficientnet")):
         pytest.importorskip("torchvision")
     images, labels = torch.rand(2, 3, 20, 24), torch.tensor([0, 3])

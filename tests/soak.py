@@ -5,6 +5,7 @@
 
 import argparse
 import ctypes
+import functools
 import gc
 import os
 import random
@@ -41,7 +42,8 @@ def caches():
     sizes = {}
     for name, module in modules.items():
         for key, value in list(vars(module).items()):
-            if hasattr(value, "cache_info"):
+            # Not PyTorch's FakeTensor, which has a method of that name.
+            if isinstance(value, functools._lru_cache_wrapper):
                 sizes[f"{name}.{key}"] = value.cache_info().currsize
             elif isinstance(value, (dict, list, set)) and not key.startswith("__"):
                 sizes[f"{name}.{key}"] = len(value)

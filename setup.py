@@ -8,16 +8,20 @@ Wheels are tagged py3-none: the libraries hold no line of Python's C API, so one
 platform, free-threaded ones too. The build number of one with CUDA kernels names CUDA's major version.
 """
 
+import gzip
 import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.sdist import sdist
 
 try:
     import torch
@@ -99,6 +103,28 @@ else:
     print(f"attnkern: building {'the CPU library' if native else 'Python'} only: {missing}", file=sys.stderr)
 
 
+class SourceArchive(sdist):
+    """The same files make the same bytes: SOURCE_DATE_EPOCH is the time of all, nothing else is the machine's."""
+
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None):
+        if format != "gztar":
+            raise ValueError(f"source archives are .tar.gz, got the format {format!r}")
+        moment = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
+
+        def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+            member.uid = member.gid = 0
+            member.uname = member.gname = ""
+            member.mtime = moment
+            member.mode = 0o755 if member.mode & 0o100 else 0o644
+            return member
+
+        archive = f"{base_name}.tar.gz"
+        os.makedirs(self.dist_dir, exist_ok=True)
+        with gzip.GzipFile(archive, "wb", mtime=moment) as file, tarfile.open(fileobj=file, mode="w") as tar:
+            tar.add(base_dir, filter=anonymous)  # sorted by name
+        return archive
+
+
 class Wheel(bdist_wheel):
     def finalize_options(self):
         super().finalize_options()
@@ -111,5 +137,9 @@ class Wheel(bdist_wheel):
 
 setup(
     ext_modules=extensions,
-    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True), "bdist_wheel": Wheel},
+    cmdclass={
+        "bdist_wheel": Wheel,
+        "build_ext": BuildExtension.with_options(no_python_abi_suffix=True),
+        "sdist": SourceArchive,
+    },
 )

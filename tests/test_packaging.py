@@ -1,5 +1,6 @@
-"""What is shipped: a source archive that holds every source, wheels with and without compiled kernels, their tags."""
+"""What is shipped: a source archive that is always the same, holds every file, builds and passes tests; wheels."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -8,50 +9,126 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import offline
 import pytest
 
 ROOT = Path(__file__).parents[1]
+MOMENT = 1_700_000_000
+
+
+def tracked():
+    """The project's files: those that git knows, or those that a source archive lists of itself."""
+    if (ROOT / ".git").exists():
+        names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    else:
+        listed = ROOT / "attnkern.egg-info/SOURCES.txt"
+        if not listed.exists():
+            pytest.skip("neither a git checkout nor a source archive")
+        names = listed.read_text()
+    made = ("attnkern.egg-info/", "PKG-INFO", "setup.cfg")
+    return [name for name in names.splitlines() if not name.startswith(made) and (ROOT / name).exists()]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """The tree as it is committed, without what building leaves."""
     folder = tmp_path_factory.mktemp("source")
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if listed.returncode != 0:
-        pytest.skip("not a git checkout")
-    for name in listed.stdout.split():
-        if (ROOT / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
+    for name in tracked():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     return folder
 
 
-def build(*command, cwd, **environment):
-    done = subprocess.run(
-        [sys.executable, *command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+def pack(source, folder, umask=0o022):
+    """The source archive; building it in ``source`` leaves its metadata there, as building anywhere does."""
+    arguments = ("setup.py", "--quiet", "sdist", "--dist-dir", str(folder))
+    before = os.umask(umask)
+    try:
+        offline.python(*arguments, cwd=source, FORCE_CUDA="0", SOURCE_DATE_EPOCH=str(MOMENT))
+    finally:
+        os.umask(before)
+    (archive,) = Path(folder).glob("*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def archive(source, tmp_path_factory):
+    return pack(source, tmp_path_factory.mktemp("archive"))
+
+
+@pytest.fixture(scope="module")
+def tree(archive, tmp_path_factory):
+    """The unpacked archive, in a folder that holds nothing else."""
+    folder = tmp_path_factory.mktemp("tree")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    (tree,) = folder.iterdir()
+    return tree
 
 
 def wheel(source, folder, **environment):
-    build("-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", f"--wheel-dir={folder}", str(source),
-          cwd=source, **environment)  # fmt: skip
+    offline.python(
+        "-m", "pip", "wheel", "--quiet", "--no-index", "--no-build-isolation", "--no-deps", f"--wheel-dir={folder}",
+        str(source), cwd=source, **environment,
+    )  # fmt: skip
     (found,) = Path(folder).glob("*.whl")
     return found
 
 
-def test_the_source_archive_builds_a_wheel_of_any_python(source, tmp_path):
-    build("setup.py", "--quiet", "sdist", f"--dist-dir={tmp_path}", cwd=source, FORCE_CUDA="0")
-    (archive,) = tmp_path.glob("*.tar.gz")
+# --- the source archive ----------------------------------------------------------------------------------------------
+
+
+def test_the_source_archive_holds_every_tracked_file_and_nothing_else(archive):
     with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path / "tree", filter="data")
-    (tree,) = (tmp_path / "tree").iterdir()
-    for name in ("csrc", "attnkern", "tests/data"):
-        shipped = {p.relative_to(tree) for p in (tree / name).rglob("*") if p.is_file()}
-        own = {p.relative_to(source) for p in (source / name).rglob("*") if p.is_file()}
-        assert own <= shipped
+        shipped = {member.name.partition("/")[2] for member in tar if member.isfile()}
+    made = {"PKG-INFO", "setup.cfg"} | {name for name in shipped if name.startswith("attnkern.egg-info/")}
+    assert made <= shipped
+    assert shipped - made == set(tracked())
+
+
+def test_the_source_archive_names_no_machine(archive):
+    with tarfile.open(archive) as tar:
+        members = tar.getmembers()
+    assert members == sorted(members, key=lambda member: member.name.split("/"))
+    assert {(m.uid, m.gid, m.uname, m.gname, m.mtime) for m in members} == {(0, 0, "", "", MOMENT)}
+    assert {m.name.partition("/")[2] for m in members if m.isfile() and m.mode == 0o755} >= {".ci/run", "tests/gpu.sh"}
+    assert {m.mode for m in members} == {0o755, 0o644}
+
+
+def test_the_source_archive_is_the_same_bytes_again(archive, source, tmp_path):
+    """From another folder, at another time, with other permissions, beside what an earlier build left."""
+    other = tmp_path / "elsewhere"
+    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+        copy = other / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        copy.chmod(0o700 if path.stat().st_mode & 0o100 else 0o600)
+        os.utime(copy, (1, 1))
+    again = pack(other, tmp_path, umask=0o077)
+    assert again.name == archive.name
+    assert hashlib.sha256(again.read_bytes()).hexdigest() == hashlib.sha256(archive.read_bytes()).hexdigest()
+
+
+def test_the_unpacked_archive_builds_and_passes_tests(tree):
+    """Without git, network or CUDA: a handful of tests; `make release-check` runs them all."""
+    offline.python("setup.py", "--quiet", "build_ext", "--inplace", cwd=tree, FORCE_CUDA="0")
+    environment = {"PYTHONPATH": str(tree), "ATTNKERN_TEST_BACKENDS": "native,reference"}
+    found = offline.python("-c", "import attnkern; print(attnkern.__file__)", cwd="/", **environment)
+    assert Path(found.strip()).parent == tree / "attnkern"
+    report = offline.python(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_ops.py", "tests/test_import.py",
+        "tests/test_packaging.py", "tests/test_docs.py",
+        "-k", "golden or without_both or denormal_numbers or without_pytorch or links_lead",
+        cwd=tree, **environment,
+    )  # fmt: skip
+    assert " passed" in report
+    assert " skipped" not in report
+
+
+# --- wheels ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_unpacked_archive_builds_a_wheel_of_any_python(tree, source, tmp_path):
     found = wheel(tree, tmp_path / "wheel", FORCE_CUDA="0")
     assert "-py3-none-" in found.name
     assert "any" not in found.name
@@ -72,8 +149,7 @@ def test_a_wheel_without_a_compiler_runs_on_the_reference(source, tmp_path):
         assert not [name for name in file.namelist() if name.endswith(".so")]
         file.extractall(tmp_path / "site")
     code = "import torch, attnkern; print(attnkern.compatibility_pool(torch.ones(1, 2, 3, 3), torch.ones(2)).pooled)"
-    done = build("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    assert done.stdout.strip() == "tensor([[1., 1.]])"
+    assert offline.python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).strip() == "tensor([[1., 1.]])"
 
 
 def test_building_without_pytorch_says_what_to_do(source):

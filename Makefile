@@ -9,21 +9,21 @@ ifeq ($(strip $(TORCH_CUDA_ARCH_LIST)),)
 unexport TORCH_CUDA_ARCH_LIST
 endif
 
-.PHONY: setup bench test docs reproduce gallery fuzz soak sanitize compat gpu wheel clean
+.PHONY: setup bench test docs reproduce gallery fuzz soak sanitize compat gpu wheel sdist sbom release release-check clean
 
 setup: .venv/ready
 
+PIP := $(PY) -m pip --quiet --disable-pip-version-check
+
+# First what building needs, then what pyproject.toml lists; the kernels are built below.
 .venv/packages: pyproject.toml $(CONSTRAINTS)
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) \
-	    torch torchvision triton numpy scipy scikit-learn matplotlib setuptools wheel ninja pybind11 \
-	    pytest pytest-benchmark hypothesis ruff onnx onnxscript onnxruntime timm captum grad-cam mypy \
-	    lightning "jsonargparse[signatures]" torchmetrics tensorboard scikit-image \
-	    mkdocs-material "mkdocstrings[python]"
+	$(PIP) install --constraint $(CONSTRAINTS) torch setuptools ninja
+	ATTNKERN_NO_NATIVE=1 $(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[dev,triton]'
 	touch $@
 
 .venv/ready: .venv/packages $(SOURCES)
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	$(PIP) install --no-build-isolation --no-deps --editable .
 	$(PY) -m attnkern info
 	touch $@
 
@@ -68,7 +68,28 @@ gpu:
 	bash tests/gpu.sh $(PYTHON)
 
 wheel: setup
-	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# What a release consists of, made of the last commit, in dist: release/README.md.
+sdist sbom release release-check: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+
+sdist: setup
+	rm -rf build/source && mkdir -p build/source
+	git archive HEAD | tar -x -C build/source
+	cd build/source && FORCE_CUDA=0 $(CURDIR)/$(PY) setup.py --quiet sdist --dist-dir $(CURDIR)/dist
+
+sbom: setup
+	$(PY) release/sbom.py dist
+
+release: setup
+	rm -rf dist
+	$(MAKE) sdist sbom
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist dist/attnkern-*.tar.gz
+	cd dist && sha256sum attnkern-* >SHA256SUMS
+
+# The source archive in an empty folder: builds there, without CUDA, and runs the first lane of the tests.
+release-check: sdist
+	bash release/check.sh dist/attnkern-*.tar.gz
 
 clean:
 	rm -rf build dist .venv attnkern/*.so *.egg-info

@@ -1,12 +1,14 @@
 """Which backends exist here, why one does not, and which is chosen. Only this module knows.
 
 Order of choice: the argument ``backend=``, then :func:`use_backend`, then the environment variable
-``ATTNKERN_BACKEND`` (read at import), then automatic. An explicit choice never falls back.
+``ATTNKERN_BACKEND`` (read at import), then automatic. An explicit choice never falls back; the automatic one leaves
+out a Triton whose first kernel fails.
 """
 
 import functools
 import importlib.util
 import os
+import warnings
 from typing import Self
 
 import torch
@@ -101,6 +103,22 @@ def reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return missing
 
 
+@functools.cache
+def _first_kernel_fails(device: torch.device) -> bool:
+    """Does Triton fail to compile and launch on a device? Asked once, with a warning where it does."""
+    try:
+        _ops.BACKENDS["triton"].window_map_fwd(torch.full((1, 5), 0.5, device=device), 1, 1, 6.0, True, False)
+    except Exception as error:  # compilers, linkers and drivers raise what they like
+        warnings.warn(
+            f"attnkern leaves out Triton on {device}, its first kernel failed: {type(error).__name__}: {error}. "
+            "backend='triton' raises this; build the native kernels for speed: `attnkern info` says what is missing",
+            RuntimeWarning,
+            stacklevel=4,  # the call of the function
+        )
+        return True
+    return False
+
+
 def choose(backend: str | None, x: torch.Tensor) -> str:
     """The backend for features ``x``: a valid explicit choice as it is, else the first usable one.
 
@@ -116,9 +134,13 @@ def choose(backend: str | None, x: torch.Tensor) -> str:
         if missing is not None:
             raise ValueError(f"backend: {name!r} cannot run {x.dtype} on {x.device}: {missing}")
         return name
-    for name in ("native", "triton"):
-        if reason(name, x.device, x.dtype) is None:
-            return name
+    if reason("native", x.device, x.dtype) is None:
+        return "native"
+    # Like the device, the compiler is not asked while tracing.
+    if reason("triton", x.device, x.dtype) is None and (
+        torch.compiler.is_compiling() or not _first_kernel_fails(x.device)
+    ):
+        return "triton"
     return "reference"
 
 

@@ -626,10 +626,12 @@ except Exception as error:
 
 
 def test_a_triton_that_does_not_import():
-    """Installed and broken: each call that asks for it says so, and the others run."""
+    """Installed and broken: each call that asks for it says so, the automatic choice warns, and the others run."""
     pytest.importorskip("triton")
     code = """
-import sys, torch, attnkern
+import sys, torch, attnkern, warnings
+from attnkern import _ops
+_ops.NATIVE_REASON["cpu"] = "not built"
 sys.modules["triton.language"] = None
 r = torch.full((1, 5), 0.5)
 for backend in ("triton", "triton", "reference"):
@@ -637,8 +639,11 @@ for backend in ("triton", "triton", "reference"):
         print(attnkern.window_map(r, (1, 1), backend=backend).item())
     except ImportError as error:
         print("triton" in str(error))
+with warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
+    print(attnkern.window_map(r, (1, 1)).item(), *(warning.category.__name__ for warning in warned))
 """
-    assert python(code, TRITON_INTERPRET="1") == (0, "True\nTrue\n1.0")
+    assert python(code, TRITON_INTERPRET="1") == (0, "True\nTrue\n1.0\n1.0 RuntimeWarning")
 
 
 # --- more than 2**31 elements ----------------------------------------------------------------------------------------

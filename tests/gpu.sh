@@ -22,15 +22,22 @@ if ((piece == 1)); then
   # Triton compiles one kernel at a time in each process.
   parallel=$("$python" -c 'import xdist; print("-n 8")' 2>/dev/null || true)
   # shellcheck disable=SC2086
-  "$python" -m pytest -q $parallel tests/test_ops.py tests/test_window.py tests/test_quantize.py tests/test_pool.py \
-    tests/test_promises.py || failed=1
+  ATTNKERN_TEST_LARGE=1 "$python" -m pytest -q $parallel tests/test_ops.py tests/test_window.py tests/test_quantize.py \
+    tests/test_pool.py tests/test_promises.py tests/test_device.py tests/test_faults.py || failed=1
 fi
 
 if ((own == 0 ? piece == 1 : piece == 2)); then
   if sanitizer=$(command -v compute-sanitizer); then
     logs=$(mktemp -d)
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # else what lies behind a tensor belongs to the cache, and is no error
+    "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" -arch=native -o "$logs/control" tests/sanitizer_control.cu
     for tool in memcheck racecheck initcheck synccheck; do
+      "$sanitizer" --tool "$tool" "$logs/control" "$tool" >"$logs/control.$tool" 2>&1 || true
+      if grep -q "SUMMARY: 0 " "$logs/control.$tool"; then
+        echo "compute-sanitizer $tool: does not find the planted error"
+        tail -5 "$logs/control.$tool"
+        failed=1
+      fi
       # A small share of the tests: the sanitizer slows kernels down a hundredfold.
       if "$sanitizer" --tool "$tool" --error-exitcode 9 "$python" -m pytest -q -x tests/test_ops.py \
         -k "golden and float32" >"$logs/$tool" 2>&1; then

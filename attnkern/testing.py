@@ -129,7 +129,7 @@ def _window_terms(x, out, g, rescale=True, residual=True, scale=6.0, aspect=Fals
     def log_window(rectangle):
         return reference._log_window(rectangle[None], *size, scale, aspect)[0]
 
-    slopes = torch.func.vmap(torch.func.jacrev(log_window))(x["rectangle"])
+    slopes = torch.func.vmap(torch.func.jacfwd(log_window))(x["rectangle"])
     map = out["map"]
     if rescale:
         slopes = slopes - (slopes * map[..., None]).mean((1, 2), keepdim=True)

@@ -63,6 +63,11 @@ def test_every_requirement_is_pinned_within_its_range():
         assert requirement.specifier.contains(pin), f"{requirement} is pinned to {pin}"
 
 
+def test_users_get_a_range():
+    """A lower bound, which was tried, and no upper one."""
+    assert [str(r) for r in USED if {specifier.operator for specifier in r.specifier} != {">="}] == []
+
+
 def test_every_line_of_the_constraints_is_a_pin():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert len(PINS) == sum(not line.startswith("#") for line in lines)

@@ -64,7 +64,7 @@ def test_every_requirement_is_pinned_within_its_range():
 
 
 def test_users_get_a_range():
-    """A lower bound, which was tried, and no upper one."""
+    """A lower bound and no upper one."""
     assert [str(r) for r in USED if {specifier.operator for specifier in r.specifier} != {">="}] == []
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from attnkern import compat
+from attnkern._common import check_kind
 
 #: Attributes that hold the hooks of a module.
 _HOOKS = [
@@ -126,7 +127,10 @@ def accelerate(
 
     Raises:
         ValueError: a replacement of ``mapping`` with other keys; nothing is changed then.
+        TypeError: a model that is no Module, a mapping that is none.
     """
+    check_kind("accelerate", nn.Module, model=model)
+    check_kind("accelerate", Mapping | None, mapping=mapping)
     replaced, left, made = {}, {}, {}
     modules = dict(model.named_modules())
     for name, module in modules.items():

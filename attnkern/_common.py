@@ -1,10 +1,24 @@
-"""What the three ops share: argument checks, and the way to the reference for transforms."""
+"""Checks of arguments, for all of attnkern, and the three ops' way to the reference for transforms."""
 
 import numbers
+import typing
+from collections.abc import Collection
 
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: Python's, a compiler's and NumPy's numbers.
+_INTEGER = (int, torch.SymInt, numbers.Integral)
+_REAL = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
+
+
+def came(value) -> str:
+    """What a message shows of ``value``: text and numbers as they are, never a tensor's, and else the type."""
+    if isinstance(value, (tuple, list)):
+        shown = ", ".join(map(came, value[:8]))
+        return f"({shown})" if isinstance(value, tuple) else f"[{shown}]"
+    plain = isinstance(value, (str, numbers.Number, type(None)))
+    return repr(value) if plain else type(value).__name__
 
 
 def check_tensor(where: str, name: str, tensor) -> None:
@@ -28,25 +42,103 @@ def check_shape(where: str, name: str, tensor: torch.Tensor, expected: str, ok: 
         raise ValueError(f"{where}: {name} must be {expected.format(*sizes)}, got shape {tuple(tensor.shape)}")
 
 
+def check_labels(where: str, labels, of: str, features: torch.Tensor) -> None:
+    """Raise unless ``labels`` holds an integer for each row of the argument ``of``."""
+    check_kind(where, torch.Tensor, labels=labels)
+    check_shape(where, "labels", labels, "({},) (N as {})", labels.shape == features.shape[:1], len(features), of)
+    integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if not integers or labels.layout != torch.strided:
+        raise TypeError(f"{where}: labels must be a dense tensor of integers, got {labels.dtype}, {labels.layout}")
+
+
 def check_positions(where: str, name: str, sizes) -> None:
     """Raise ValueError when a map of these sizes has no position."""
     if 0 in sizes:
         raise ValueError(f"{where}: {name} must have at least one position, got a map of size {tuple(sizes)}")
 
 
+def check_size(where: str, size) -> None:
+    """Raise unless ``size`` is (H, W), each at least 1, of a map whose bytes can be counted in 64 bits."""
+    if not (isinstance(size, (tuple, list)) and len(size) == 2):
+        raise ValueError(f"{where}: size must be (H, W), got {came(size)}")
+    for length in size:
+        if not isinstance(length, _INTEGER) or length is True or length < 1:
+            raise ValueError(f"{where}: size must be two integers of at least 1, got {came(tuple(size))}")
+    # NumPy's lengths would overflow; those that a compiler knows by name only come from tensors.
+    height, width = (length if isinstance(length, (int, torch.SymInt)) else int(length) for length in size)
+    if isinstance(height, int) and isinstance(width, int) and height * width >= 2**60:
+        raise ValueError(f"{where}: size must have fewer than 2**60 positions, got {came(tuple(size))}")
+
+
+def check_integer(where: str, **integers) -> None:
+    """Raise TypeError unless each of the named values is an integer."""
+    for name, value in integers.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{where}: {name} must be an integer, got {came(value)}")
+
+
 def check_count(where: str, **counts) -> None:
     """Raise unless each of the named numbers is an integer of at least 1."""
+    check_integer(where, **counts)
     for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, numbers.Integral):
-            raise TypeError(f"{where}: {name} must be an integer, got {count!r}")
         if count < 1:
             raise ValueError(f"{where}: {name} must be at least 1, got {count}")
 
 
-def check_flag(where: str, name: str, value) -> None:
-    """Raise TypeError unless ``value`` is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{where}: {name} must be True or False, got {value!r}")
+def check_number(where: str, **values) -> None:
+    """Raise TypeError unless each of the named values is a real number."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, _REAL):
+            raise TypeError(f"{where}: {name} must be a number, got {came(value)}")
+
+
+def check_flag(where: str, **flags) -> None:
+    """Raise TypeError unless each of the named values is True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{where}: {name} must be True or False, got {came(value)}")
+
+
+def check_choice(where: str, name: str, value, choices) -> None:
+    """Raise ValueError unless ``value`` is one of some texts, or None where that is among them."""
+    # Asked of an array, ``in`` would compare element by element.
+    if not isinstance(value, (str, type(None))) or value not in choices:
+        *others, last = map(repr, choices)
+        raise ValueError(f"{where}: {name} must be {', '.join(others)} or {last}, got {came(value)}")
+
+
+def check_kind(where: str, kind, **values) -> None:
+    """Raise TypeError unless each of the named values is an instance of ``kind``, a class or a union of classes."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            kinds = [each.__name__ for each in typing.get_args(kind) or (kind,)]
+            expected = " or ".join("None" if each == "NoneType" else each for each in kinds)
+            article = "an" if expected[0] in "AEIOU" else "a"
+            raise TypeError(f"{where}: {name} must be {article} {expected}, got {came(value)}")
+
+
+def check_items(where: str, kind: type, **collections) -> None:
+    """Raise TypeError unless each of the named values is a list or the like of ``kind``; text is no list of letters."""
+    for name, items in collections.items():
+        ok = isinstance(items, Collection) and not isinstance(items, str)
+        if not ok or not all(isinstance(each, kind) for each in items):
+            raise TypeError(f"{where}: {name} must be a list of {kind.__name__}, got {came(items)}")
+
+
+def numbers_of(where: str, name: str, items) -> list[float]:
+    """A list or the like of numbers as floats, else this raises TypeError."""
+    try:
+        return [float(each) for each in items]
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a complex or a sparse tensor
+        raise TypeError(f"{where}: {name} must be a list of numbers, got {came(items)}") from error
+
+
+def device_of(where: str, device) -> torch.device:
+    """``device`` as a torch.device, else this raises ValueError."""
+    try:
+        return torch.device(device)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{where}: device must be a device such as 'cpu' or 'cuda:0', got {came(device)}") from error
 
 
 def check_device(where: str, name: str, tensor: torch.Tensor, of: str, features: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnkern.nn as ann
+from attnkern._common import check_count, check_kind, check_shape, check_tensor
 
 _TAKES_AND_GIVES_FEATURES = (ann.WindowAttention, ann.PositionwiseAttention, ann.ProgressiveAttention)
 
@@ -18,6 +19,7 @@ class OnTokens(nn.Module):
 
     def __init__(self, module: nn.Module):
         super().__init__()
+        check_kind("OnTokens", nn.Module, module=module)
         self.module = module
 
     @staticmethod
@@ -27,6 +29,7 @@ class OnTokens(nn.Module):
         Raises:
             ValueError: no square grid is left behind up to eight class and register tokens.
         """
+        check_count("insert", tokens=tokens)
         side = math.isqrt(tokens)
         before = tokens - side * side
         if side == 0 or before > 8:
@@ -34,6 +37,8 @@ class OnTokens(nn.Module):
         return before, side
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        check_tensor("OnTokens", "tokens", tokens)
+        check_shape("OnTokens", "tokens", tokens, "(N, L, C)", tokens.dim() == 3)
         before, side = self.grid(tokens.shape[1])
         grid = tokens[:, before:].transpose(1, 2).unflatten(2, (side, side))
         attended = self.module(grid).flatten(2).transpose(1, 2)
@@ -104,8 +109,13 @@ def insert(
     Raises:
         ValueError: no such layer, one that the model does not run, tokens that are no square grid, or an output of
             other dimensions.
-        TypeError: a module that does not give back what it takes, or a layer that returns no Tensor.
+        TypeError: a module that does not give back what it takes, a layer that returns no Tensor, or an argument of
+            another kind.
     """
+    check_kind("insert", nn.Module, model=model)
+    check_kind("insert", str, name=name)
+    check_kind("insert", nn.Module | Callable, module=module)
+    check_kind("insert", torch.Tensor | None, example=example)
     layers = dict(model.named_modules())
     if name not in layers or name == "":
         raise ValueError(f"insert: name must be a layer of the model, got {name!r}; its parts: "

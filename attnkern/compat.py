@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from attnkern import anchor_quantize, compatibility_pool
+from attnkern._common import check_count, check_flag, check_tensor
 from attnkern._ops import wide
 from attnkern.nn import _untouched
+
+__all__ = ["LinearAttentionBlock", "ProjectorBlock", "StraightThroughQuantizer"]
 
 
 class LinearAttentionBlock(nn.Module):
@@ -25,11 +28,15 @@ class LinearAttentionBlock(nn.Module):
 
     def __init__(self, in_features: int, normalize_attn: bool = True):
         super().__init__()
+        check_count("LinearAttentionBlock", in_features=in_features)
+        check_flag("LinearAttentionBlock", normalize_attn=normalize_attn)
         self.normalize_attn = normalize_attn
         self.op = nn.Conv2d(in_features, 1, kernel_size=1, padding=0, bias=False)
 
     def forward(self, l: torch.Tensor, g: torch.Tensor):  # noqa: E741
         """l (N, C, H, W), g (N, C, 1, 1) to c (N, 1, H, W), before the softmax, and pooled (N, C)."""
+        check_tensor("LinearAttentionBlock", "l", l)
+        check_tensor("LinearAttentionBlock", "g", g)
         if not self.normalize_attn:
             c = self.op(l + g)
             return c, (c.sigmoid() * l).mean((2, 3))
@@ -47,9 +54,11 @@ class ProjectorBlock(nn.Module):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
+        check_count("ProjectorBlock", in_features=in_features, out_features=out_features)
         self.op = nn.Conv2d(in_features, out_features, kernel_size=1, padding=0, bias=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        check_tensor("ProjectorBlock", "inputs", inputs)
         return self.op(inputs)
 
 
@@ -64,6 +73,7 @@ class StraightThroughQuantizer(nn.Module):
 
     def __init__(self, num_anchors: int):
         super().__init__()
+        check_count("StraightThroughQuantizer", num_anchors=num_anchors)
         self.anchors = nn.Parameter(torch.linspace(0, 1, num_anchors))
 
     def forward(self, a: torch.Tensor) -> torch.Tensor:

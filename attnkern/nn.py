@@ -8,6 +8,7 @@ would see no gradient: when ``map`` carries hooks or has been replaced, the modu
 import contextlib
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,8 +27,12 @@ from attnkern import (
 )
 from attnkern._common import (
     autocasts,
+    check_choice,
     check_count,
     check_device,
+    check_flag,
+    check_kind,
+    check_number,
     check_positions,
     check_shape,
     check_tensor,
@@ -108,10 +113,13 @@ class WindowAttention(nn.Module):
     ):
         super().__init__()
         check_count("WindowAttention", channels=channels)
+        check_kind("WindowAttention", Sequence, hidden=hidden)
         if not hidden:
             raise ValueError("WindowAttention: hidden must name at least one convolution's channels, got none")
         for outputs in hidden:
             check_count("WindowAttention", hidden=outputs)
+        check_number("WindowAttention", scale=scale)
+        check_flag("WindowAttention", rescale=rescale, residual=residual)
         self.channels = channels
         self.scale = scale
         self.rescale = rescale
@@ -150,6 +158,7 @@ class WindowAttention(nn.Module):
         Args:
             rectangle: (N, 5) to attend to, where :meth:`rectangle` has been called or another one is wanted.
         """
+        check_flag("WindowAttention", return_map=return_map)
         if rectangle is None:
             rectangle = self.rectangle(x)
         if _untouched(self.map):
@@ -196,6 +205,7 @@ class PositionwiseAttention(nn.Module):
     def forward(self, x: torch.Tensor, return_map: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W)."""
         _check_features("PositionwiseAttention", x, self.channels)
+        check_flag("PositionwiseAttention", return_map=return_map)
         map = self.map(_widened(self.head(x)).squeeze(1).sigmoid())
         output = modulate(x, map[:, None], residual=True)
         return (output, map) if return_map else output
@@ -224,6 +234,7 @@ class AnchorQuantizer(nn.Module):
         super().__init__()
         check_count("AnchorQuantizer", num_anchors=num_anchors)
         check_reduction("AnchorQuantizer", reduction)
+        check_flag("AnchorQuantizer", sync_counts=sync_counts)
         self.reduction = reduction
         self.sync_counts = sync_counts
         self.anchors = nn.Parameter(torch.linspace(0, 1, num_anchors))
@@ -296,6 +307,7 @@ class BottleneckAttention(nn.Module):
     def __init__(self, channels: int, num_anchors: int | None = None, mean: nn.Module | None = None):
         super().__init__()
         check_count("BottleneckAttention", channels=channels)
+        check_kind("BottleneckAttention", nn.Module | None, mean=mean)
         self.channels = channels
         self.mean = nn.Conv2d(channels, 1, 3, padding=1) if mean is None else mean
         self.std = nn.Conv2d(1, 1, 3, padding=1)
@@ -309,6 +321,7 @@ class BottleneckAttention(nn.Module):
             sample: draw a from p(a|x); otherwise a = μ. None: in training only. The published evaluation draws too.
         """
         _check_features("BottleneckAttention", x, self.channels)
+        check_kind("BottleneckAttention", bool | None, sample=sample)
         raw_mean = self.mean(x)
         with _full_precision(x):
             mean = _widened(raw_mean).sigmoid()
@@ -361,10 +374,8 @@ class CompatibilityPool(nn.Module):
         project: str | None = None,
     ):
         super().__init__()
-        if compatibility not in ("parametrised", "dot"):
-            raise ValueError(f"CompatibilityPool: compatibility must be 'parametrised' or 'dot', got {compatibility!r}")
-        if project not in ("query", "local", None):
-            raise ValueError(f"CompatibilityPool: project must be 'query', 'local' or None, got {project!r}")
+        check_choice("CompatibilityPool", "compatibility", compatibility, ("parametrised", "dot"))
+        check_choice("CompatibilityPool", "project", project, ("query", "local", None))
         check_count("CompatibilityPool", local_channels=local_channels, query_channels=query_channels)
         if project is None and local_channels != query_channels:
             raise ValueError(
@@ -393,6 +404,7 @@ class CompatibilityPool(nn.Module):
         """
         where = "CompatibilityPool"
         _check_features(where, local, self.local_channels, "local", maps_only=False)
+        check_flag(where, return_map=return_map)
         if query is None:
             if self.weight is None:
                 raise ValueError(f"{where}: query must be given where compatibility is 'dot', got None")
@@ -449,6 +461,7 @@ class ProgressiveAttention(nn.Module):
     def forward(self, x: torch.Tensor, return_map: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W)."""
         _check_features("ProgressiveAttention", x, self.channels)
+        check_flag("ProgressiveAttention", return_map=return_map)
         map = self.map(_widened(self.score(x)).squeeze(1).sigmoid())
         output = modulate(x, map[:, None], residual=False)
         return (output, map) if return_map else output

@@ -6,6 +6,7 @@ import torch
 
 from attnkern import _backend, reference
 from attnkern._common import (
+    check_choice,
     check_flag,
     check_positions,
     check_shape,
@@ -128,8 +129,7 @@ class _AnchorAttention(torch.autograd.Function):
 
 def check_reduction(where: str, reduction) -> None:
     """Raise ValueError for an unknown reduction of the losses."""
-    if reduction not in ("mean", "batchmean", "sum"):
-        raise ValueError(f"{where}: reduction must be 'mean', 'batchmean' or 'sum', got {reduction!r}")
+    check_choice(where, "reduction", reduction, ("mean", "batchmean", "sum"))
 
 
 def _check_anchors(where, anchors, reduction, of, features):
@@ -217,7 +217,7 @@ def anchor_attention(
     )  # fmt: skip
     a = companion(where, "a", a, "x", x)
     anchors = _check_anchors(where, anchors, reduction, "x", x)
-    check_flag(where, "residual", residual)
+    check_flag(where, residual=residual)
     chosen = _backend.choose(backend, x)
     if chosen == "reference" or transformed(x, a, anchors):
         attended = reference.anchor_attention(x, a, anchors, residual=residual, reduction=reduction)

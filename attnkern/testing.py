@@ -12,6 +12,9 @@ import torch
 
 import attnkern
 from attnkern import _backend, reference
+from attnkern._common import DTYPES, check_choice, check_items, check_kind, device_of
+
+__all__ = ["Budget", "accuracy", "available_backends", "check_accuracy"]
 
 #: Seeds of the fixed set; each draws one batch.
 SEEDS = range(32)
@@ -19,7 +22,9 @@ SEEDS = range(32)
 
 def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> list[str]:
     """Backends that can run tensors of ``dtype`` on ``device`` here."""
-    return [name for name in _backend.NAMES if _backend.reason(name, torch.device(device), dtype) is None]
+    device = device_of("available_backends", device)
+    check_kind("available_backends", torch.dtype, dtype=dtype)
+    return [name for name in _backend.NAMES if _backend.reason(name, device, dtype) is None]
 
 
 # --- the papers' formulas, as printed: no upcasts, no softmax form --------------------------------------------------
@@ -254,7 +259,16 @@ def accuracy(name, backend, dtype, *, shape=(2, 24, 6, 7), layout="contiguous", 
 
     Raises:
         AssertionError: an index or a count differs from the exact one.
+        ValueError, TypeError: an unknown name, dtype, layout or backend, or a shape that is none.
     """
+    where = "accuracy"
+    check_choice(where, "name", name, OPS)
+    check_kind(where, torch.dtype, dtype=dtype)
+    if dtype not in DTYPES:
+        raise ValueError(f"{where}: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    check_items(where, int, shape=shape)
+    check_choice(where, "layout", layout, ("contiguous", "channels_last", "tokens"))
+    device = device_of(where, device)
     op, budgets = OPS[name], {}
     for seed in SEEDS:
         inputs = make_inputs(name, shape, dtype, layout=layout, seed=seed, device=device)

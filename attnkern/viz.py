@@ -6,7 +6,6 @@ that a figure is for.
 
 import csv
 import math
-import numbers
 import os
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,15 +23,28 @@ try:
 except ImportError as error:
     raise ImportError("attnkern.viz needs matplotlib: pip install attnkern[viz]") from error
 
-from attnkern._common import check_count, check_flag, check_shape, check_tensor
-from attnkern.evaluation._inputs import Normalise, Predict, check_maps, check_size, identity
-from attnkern.evaluation.anchors import usage
+from attnkern._common import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_items,
+    check_kind,
+    check_number,
+    check_shape,
+    check_size,
+    check_tensor,
+)
+from attnkern.evaluation._inputs import Normalise, Predict, check_maps, identity
+from attnkern.evaluation.anchors import check_counts, usage
 from attnkern.evaluation.interpretability import _cosine
 from attnkern.evaluation.localisation import rescale, upsample
 from attnkern.evaluation.query import QueryDriven
 from attnkern.evaluation.rectangles import (
+    ORDERS,
+    PADDINGS,
     descriptive_order,
     equivariance_distance,
+    settings_of,
     transform_images,
     transform_rectangle,
 )
@@ -73,8 +85,7 @@ _TITLE, _LABEL = 9, 8
 
 
 def _theme(where, name):
-    if name not in _THEMES:
-        raise ValueError(f"{where}: theme must be 'light' or 'dark', got {name!r}")
+    check_choice(where, "theme", name, _THEMES)
     return _THEMES[name]
 
 
@@ -164,12 +175,15 @@ def _draw(
     inches=None,
 ):
     _check_image(where, "image", image)
-    check_flag(where, "nearest", nearest)
-    check_flag(where, "aspect", aspect)
-    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not 0 <= alpha <= 1:
+    check_flag(where, nearest=nearest, aspect=aspect)
+    check_kind(where, str | None, cmap=cmap, title=title, caption=caption)
+    check_number(where, alpha=alpha)
+    if not 0 <= alpha <= 1:
         raise ValueError(f"{where}: alpha must be a number from 0 to 1, got {alpha!r}")
-    if limit is not None and not 0 < limit < math.inf:
-        raise ValueError(f"{where}: limit must be None or positive and finite, got {limit!r}")
+    if limit is not None:
+        check_number(where, limit=limit)
+        if not 0 < limit < math.inf:
+            raise ValueError(f"{where}: limit must be None or positive and finite, got {limit!r}")
     height, width = cells = image.shape[1:]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     picture = image.detach().cpu().float().clamp(0, 1).expand(3, -1, -1)
@@ -262,6 +276,7 @@ def overlay(
     """
     where = "overlay"
     theme = _theme(where, theme)
+    check_kind(where, Axes | None, ax=ax)
     options = {
         "alpha": alpha,
         "nearest": nearest,
@@ -341,6 +356,11 @@ def grid(
     """
     where = "grid"
     theme = _theme(where, theme)
+    check_kind(where, str | None, title=title)
+    check_number(where, inches=inches)
+    check_kind(where, Sequence, rows=rows)
+    for row in rows:
+        check_kind(where, Sequence, rows=row)
     if not inches > 0:
         raise ValueError(f"{where}: inches must be positive, got {inches!r}")
     rows = [[_cell(f"{where}: rows[{i}][{j}]", cell) for j, cell in enumerate(row)] for i, row in enumerate(rows)]
@@ -348,8 +368,10 @@ def grid(
     if not any(cell for row in rows for cell in row):
         raise ValueError(f"{where}: rows must hold at least one cell, got none")
     for name, titles, count in (("row_titles", row_titles, len(rows)), ("column_titles", column_titles, columns)):
-        if titles is not None and len(titles) != count:
-            raise ValueError(f"{where}: {name} must be {count} titles, got {len(titles)}")
+        if titles is not None:
+            check_items(where, str, **{name: titles})
+            if len(titles) != count:
+                raise ValueError(f"{where}: {name} must be {count} titles, got {len(titles)}")
 
     heights = []
     for i, row in enumerate(rows):
@@ -397,6 +419,7 @@ def levels(images: torch.Tensor, maps: Mapping[str, torch.Tensor], **options: An
     """
     where = "levels"
     _check_images(where, "images", images)
+    check_kind(where, Mapping, maps=maps)
     for name, of_name in maps.items():
         check_maps(where, f"maps[{name!r}]", of_name)
         _check_as_images(where, f"maps[{name!r}]", of_name, images, "({}, h, w) (N as images)")
@@ -430,6 +453,8 @@ def occlusion_rows(
     """
     where = "occlusion_rows"
     _check_images(where, "images", images)
+    check_kind(where, Mapping, modified=modified)
+    check_kind(where, Callable, predict=predict, normalise=normalise)
     for title, changed in modified.items():
         expected = f"{tuple(images.shape)} (as images)"
         _check_as_images(where, f"modified[{title!r}]", changed, images, expected, images.shape[1:])
@@ -483,8 +508,11 @@ def equivariance_sequence(
     """
     where = "equivariance_sequence"
     _check_image(where, "image", image)
+    check_kind(where, Callable, rectangles_of=rectangles_of, normalise=normalise)
     check_size(where, size)
-    check_flag(where, "aspect", aspect)
+    angles, scales, shifts = settings_of(where, angles, scales, shifts)
+    check_flag(where, aspect=aspect)
+    check_choice(where, "padding", padding, PADDINGS)
     plan = {
         "rotation": [({"angle": angle}, f"{math.degrees(angle):+.0f}°") for angle in angles],
         "scale": [({"scale": scale}, f"× {scale:g}") for scale in scales],
@@ -536,6 +564,7 @@ def query_pairs(targets: torch.Tensor, query: torch.Tensor, result: QueryDriven,
     check_tensor(where, "query", query)
     ok = query.dim() == 3 or (query.dim() == 4 and len(query) == 1)
     check_shape(where, "query", query, "(C, H, W) or (1, C, H, W)", ok)
+    check_kind(where, QueryDriven, result=result)
     for name, maps in zip(result._fields, result, strict=True):
         check_maps(where, f"result.{name}", maps)
         _check_as_images(where, f"result.{name}", maps, targets, "({}, h, w) (N as targets)")
@@ -577,6 +606,7 @@ def sorted_corners(
     check_maps(where, "maps", maps)
     _check_as_images(where, "maps", maps, images, "({}, h, w) (N as images)")
     _check_as_images(where, "rectangles", rectangles, images, "({}, 5) (N as images)", (5,))
+    check_choice(where, "by", by, ORDERS)
     check_count(where, count=count)
     order = descriptive_order(rectangles, by).tolist()
     rows = [
@@ -616,9 +646,10 @@ def anchor_histogram(
     check_tensor(where, "anchors", anchors)
     check_shape(where, "anchors", anchors, "(Q,) with Q of at least 1", anchors.dim() == 1 and len(anchors) > 0)
     _check_finite(where, "anchors", anchors)
-    if not isinstance(counts, torch.Tensor):
-        raise TypeError(f"{where}: counts must be a Tensor, got {type(counts).__name__}")
+    check_counts(where, counts)
     check_shape(where, "counts", counts, "({},) (Q as anchors)", counts.shape == anchors.shape, len(anchors))
+    check_kind(where, str | None, title=title)
+    check_kind(where, Axes | None, ax=ax)
     found = usage(counts.detach().cpu())
 
     given, used = ax, [share > 0 for share in found.frequencies]
@@ -675,8 +706,9 @@ def rectangle_histograms(
     ok = rectangles.dim() == 2 and rectangles.shape[1] == 5 and len(rectangles) > 0
     check_shape(where, "rectangles", rectangles, "(N, 5) with N of at least 1", ok)
     _check_finite(where, "rectangles", rectangles)
-    check_flag(where, "aspect", aspect)
+    check_flag(where, aspect=aspect)
     check_count(where, bins=bins)
+    check_kind(where, str | None, title=title)
     row, column, height, width, angle = rectangles.detach().cpu().double().unbind(1)
     angle = torch.rad2deg((angle + math.pi / 2).remainder(math.pi) - math.pi / 2)
     sides = ("longer side", "longer side") if aspect else ("height", "width")
@@ -745,13 +777,18 @@ def training_curves(runs: Mapping[str, Run] | Run, *, title: str | None = None, 
         theme: "light" or "dark".
 
     Raises:
-        ValueError: a run without any of these.
+        ValueError, TypeError: a run without any of these, or one of another kind.
         FileNotFoundError: no such file.
     """
     where = "training_curves"
     theme = _theme(where, theme)
+    check_kind(where, str | None, title=title)
     if not isinstance(runs, Mapping):
         runs = {"": runs}
+    for run in runs.values():
+        check_kind(where, str | os.PathLike | Sequence, runs=run)
+        for part in run if isinstance(run, Sequence) and not isinstance(run, str) else ():
+            check_kind(where, str | os.PathLike | Mapping, runs=part)
     figure = _figure(9, 3.4 + 0.3 * (title is not None))
     axes = figure.subplots(1, 2)
     for k, (name, run) in enumerate(runs.items()):
@@ -791,9 +828,13 @@ def save(figure: Figure, path: str | os.PathLike, *, dpi: float | None = None) -
         dpi: pixels per inch, by default the figure's.
 
     Raises:
-        ValueError: another suffix.
+        ValueError, TypeError: another suffix, or an argument of another kind.
         OSError: the file cannot be written.
     """
+    check_kind("save", Figure, figure=figure)
+    check_kind("save", str | os.PathLike, path=path)
+    if dpi is not None:
+        check_number("save", dpi=dpi)
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in (".png", ".svg"):

@@ -1,6 +1,5 @@
 """The rotated sigmoid window of rectangular attention, alone and applied to features."""
 
-import numbers
 from typing import NamedTuple
 
 import torch
@@ -8,8 +7,10 @@ import torch
 from attnkern import _backend, reference
 from attnkern._common import (
     check_flag,
+    check_number,
     check_positions,
     check_shape,
+    check_size,
     check_tensor,
     companion,
     create_graph,
@@ -17,10 +18,6 @@ from attnkern._common import (
     transformed,
 )
 from attnkern._ops import BACKENDS
-
-#: Python's, a compiler's and NumPy's numbers.
-_INTEGER = (int, torch.SymInt, numbers.Integral)
-_REAL = (int, float, torch.SymInt, torch.SymFloat, numbers.Real)
 
 
 class WindowAttended(NamedTuple):
@@ -95,23 +92,6 @@ def _check_rectangle(where, rectangle):
     check_shape(where, "rectangle", rectangle, "(N, 5)", rectangle.dim() == 2 and rectangle.shape[1] == 5)
 
 
-def _check_size(where, size):
-    if not (isinstance(size, (tuple, list)) and len(size) == 2):
-        raise ValueError(f"{where}: size must be (H, W), got {size!r}")
-    if not all(isinstance(length, _INTEGER) and length is not True and length >= 1 for length in size):
-        raise ValueError(f"{where}: size must be two integers of at least 1, got {tuple(size)}")
-    # Lengths that a compiler knows by name only come from tensors.
-    if all(isinstance(length, int) for length in size) and size[0] * size[1] >= 2**63:
-        raise ValueError(f"{where}: size must have fewer than 2**63 positions, got {tuple(size)}")
-
-
-def _check_options(where, scale, **flags):
-    if isinstance(scale, bool) or not isinstance(scale, _REAL):
-        raise TypeError(f"{where}: scale must be a number, got {type(scale).__name__}")
-    for name, value in flags.items():
-        check_flag(where, name, value)
-
-
 def window_map(
     rectangle: torch.Tensor,
     size: tuple[int, int],
@@ -148,8 +128,9 @@ def window_map(
     Source: Convolutional Rectangular Attention Module, Eqs. 1-5 and 7.
     """
     _check_rectangle("window_map", rectangle)
-    _check_size("window_map", size)
-    _check_options("window_map", scale, rescale=rescale, aspect=aspect)
+    check_size("window_map", size)
+    check_number("window_map", scale=scale)
+    check_flag("window_map", rescale=rescale, aspect=aspect)
     chosen = _backend.choose(backend, rectangle)
     if chosen == "reference" or transformed(rectangle):
         return reference.window_map(rectangle, size, scale=scale, rescale=rescale, aspect=aspect)
@@ -192,7 +173,8 @@ def window_attention(
     _check_rectangle(where, rectangle)
     check_shape(where, "rectangle", rectangle, "({}, 5) (N as x)", rectangle.shape[0] == x.shape[0], x.shape[0])
     rectangle = companion(where, "rectangle", rectangle, "x", x)
-    _check_options(where, scale, rescale=rescale, residual=residual, aspect=aspect)
+    check_number(where, scale=scale)
+    check_flag(where, rescale=rescale, residual=residual, aspect=aspect)
     chosen = _backend.choose(backend, x)
     if chosen == "reference" or transformed(x, rectangle):
         attended = reference.window_attention(
@@ -222,8 +204,8 @@ def rectangle_corners(rectangle: torch.Tensor, size: tuple[int, int], *, aspect:
     Source: Convolutional Rectangular Attention Module, Eqs. 3-5.
     """
     _check_rectangle("rectangle_corners", rectangle)
-    _check_size("rectangle_corners", size)
-    check_flag("rectangle_corners", "aspect", aspect)
+    check_size("rectangle_corners", size)
+    check_flag("rectangle_corners", aspect=aspect)
     height, width = size
     mu1, mu2, sigma1, sigma2, alpha = rectangle.to(reference.wide(rectangle.dtype)).unbind(1)
     u = torch.stack((-sigma1, -sigma1, sigma1, sigma1), 1)

@@ -1,5 +1,6 @@
 """What a wrong call says: the argument, what came, what was expected, before any operator runs."""
 
+import numpy
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -103,13 +104,18 @@ WRONG = [
     wrong(ValueError, "size must be (H, W), got 3", rectangle_corners, rectangle, 3),
     wrong(ValueError, "size must be two integers of at least 1, got (0, 3)", rectangle_corners, rectangle, (0, 3)),
     wrong(ValueError, "size must be two integers of at least 1, got (True, 3)", window_map, rectangle, (True, 3)),
-    wrong(TypeError, "scale must be a number, got bool", window_map, rectangle, (3, 3), scale=True),
+    *(
+        wrong(ValueError, f"size must have fewer than 2**60 positions, got {size}", function, rectangle, size)
+        for function in (window_map, rectangle_corners)
+        for size in [(2**63, 1), (1, 2**70), (2**60, 1), (2**32, 2**32), (numpy.int64(2**32), numpy.int64(2**32))]
+    ),
+    wrong(TypeError, "scale must be a number, got True", window_map, rectangle, (3, 3), scale=True),
     wrong(TypeError, "rescale must be True or False, got 1", window_map, rectangle, (3, 3), rescale=1),
     wrong(TypeError, "aspect must be True or False, got None", window_map, rectangle, (3, 3), aspect=None),
     wrong(TypeError, "residual must be True or False, got 'no'", window_attention, x, rectangle, residual="no"),
     wrong(TypeError, "residual must be True or False, got 0.0", anchor_attention, x, a, anchors, residual=0.0),
     wrong(TypeError, "aspect must be True or False, got 'w'", rectangle_corners, rectangle, (3, 3), aspect="w"),
-    wrong(TypeError, "scale must be a number, got str", window_map, rectangle, (3, 3), scale="6"),
+    wrong(TypeError, "scale must be a number, got '6'", window_map, rectangle, (3, 3), scale="6"),
     wrong(TypeError, "scale must be a number, got Tensor", window_attention, x, rectangle, scale=torch.tensor(1.0)),
     wrong(ValueError, "reduction must be 'mean', 'batchmean' or 'sum', got 'none'",
           anchor_quantize, a, anchors, reduction="none"),

@@ -252,7 +252,7 @@ def wrong(error, message, function, *args, **kwargs):
 
 WRONG = [
     wrong(ValueError, "rectangles must be (N, 5), got shape (2, 4)", descriptive_order, rectangle[:, :4], "row"),
-    wrong(ValueError, "by must be one of 'column', 'row', 'both', 'height', 'width', 'angle', got 'area'",
+    wrong(ValueError, "by must be 'column', 'row', 'both', 'height', 'width' or 'angle', got 'area'",
           descriptive_order, rectangle, "area"),
     wrong(TypeError, "rectangle must be float32, bfloat16, float16 or float64, got int64",
           rectangle_mask, rectangle.long(), (2, 2)),

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from attnkern._common import check_count, check_shape, check_tensor
+from attnkern._common import came, check_count, check_kind, check_shape, check_tensor, device_of
 
 #: Images (N, C, H, W), a tuple of tensors that goes with them row by row, or an iterable of batches of either.
 Data = torch.Tensor | tuple[torch.Tensor, ...] | Iterable
@@ -18,31 +18,36 @@ def identity(images: torch.Tensor) -> torch.Tensor:
     return images
 
 
-def batches(where: str, data: Data, batch_size: int, device=None) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Batches of ``data``, as tuples whose first tensor is the images, on ``device`` (None: where they are).
+def batches(where: str, name: str, data: Data, batch_size: int, device=None) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Batches of the argument ``name``, as tuples whose first tensor is the images, on ``device`` (None: as they are).
 
     A tensor or a tuple of tensors of one length is cut into pieces of ``batch_size``; of anything else every item is a
     batch as it stands.
     """
     check_count(where, batch_size=batch_size)
+    device = None if device is None else device_of(where, device)
     if isinstance(data, torch.Tensor):
         data = (data,)
+    what = name if isinstance(data, tuple) else f"a batch of {name}"
     if isinstance(data, tuple):
+        if not all(isinstance(tensor, torch.Tensor) for tensor in data):
+            raise TypeError(f"{where}: {name} must be a Tensor or a tuple of Tensors, got {came(data)}")
+        check_tensor(where, name, *data[:1])
         for tensor in data:
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"{where}: data must be a tuple of Tensors, got one with a {type(tensor).__name__}")
-            check_shape(where, "data", tensor, "({0}, ...) (as the images)", len(tensor) == len(data[0]), len(data[0]))
+            check_shape(where, name, tensor, "({0}, ...) (as the images)", len(tensor) == len(data[0]), len(data[0]))
         data = zip(*(tensor.split(batch_size) for tensor in data), strict=True)
+    check_kind(where, Iterable, **{name: data})
     count = 0
     for batch in data:
-        batch = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-        check_tensor(where, "images", batch[0])
-        check_shape(where, "images", batch[0], "(N, C, H, W)", batch[0].dim() == 4)
-        count += len(batch[0])
-        if len(batch[0]):
-            yield batch if device is None else tuple(tensor.to(device) for tensor in batch)
+        first, *others = batch if isinstance(batch, (tuple, list)) and batch else (batch,)
+        check_tensor(where, what, first)
+        check_shape(where, what, first, "(N, C, H, W)", first.dim() == 4)
+        count += len(first)
+        if len(first):
+            both = (first, *others)
+            yield both if device is None else tuple(t.to(device) if isinstance(t, torch.Tensor) else t for t in both)
     if not count:
-        raise ValueError(f"{where}: data must hold at least one image, got none")
+        raise ValueError(f"{where}: {name} must hold at least one image, got none")
 
 
 @torch.no_grad()
@@ -61,15 +66,20 @@ def collect(
     Raises:
         ValueError, TypeError: no image, or images of another shape.
     """
+    check_kind("collect", Callable, predict=predict, normalise=normalise)
     found = []
-    for raw, *_ in batches("collect", data, batch_size, device):
+    for raw, *_ in batches("collect", "data", data, batch_size, device):
         found.append(tuple(tensor.detach().cpu() for tensor in predict(normalise(raw))))
     logits, maps = (torch.cat(parts) for parts in zip(*found, strict=True))
     return logits, maps
 
 
 def check_evaluating(where: str, model) -> None:
-    """Raise ValueError for a module in training mode, whose dropout and batch statistics would go into the result."""
+    """Raise unless ``model`` can be called and, if it is a module, is in evaluation mode.
+
+    In training mode dropout and batch statistics would go into the result.
+    """
+    check_kind(where, Callable, model=model)
     if getattr(model, "training", False):
         raise ValueError(f"{where}: model must be in evaluation mode, got one in training mode")
 
@@ -90,10 +100,3 @@ def check_masks(where: str, name: str, masks: torch.Tensor, of: str | None = Non
         check_shape(where, name, masks, "(N, H, W)", masks.dim() == 3)
     else:
         check_shape(where, name, masks, f"{tuple(like.shape)} (as {of})", masks.shape == like.shape)
-
-
-def check_size(where: str, size) -> None:
-    """Raise unless ``size`` is (H, W), each at least 1."""
-    if not (isinstance(size, (tuple, list, torch.Size)) and len(size) == 2):
-        raise ValueError(f"{where}: size must be (H, W), got {size!r}")
-    check_count(where, **dict(zip(("height", "width"), size, strict=True)))

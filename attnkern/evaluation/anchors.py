@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from attnkern._common import check_shape
+from attnkern._common import check_kind, check_shape
 
 
 class AnchorUsage(NamedTuple):
@@ -24,9 +24,9 @@ def perplexity(counts: torch.Tensor) -> float:
         counts: (Q,), such as :func:`attnkern.anchor_quantize` returns.
 
     Raises:
-        ValueError: counts of another shape, or negative ones.
+        ValueError, TypeError: counts of another shape or kind, or negative ones.
     """
-    _check_counts("perplexity", counts)
+    check_counts("perplexity", counts)
     return torch.special.entr(counts.double() / counts.sum()).sum().exp().item()
 
 
@@ -38,15 +38,18 @@ def usage(counts: torch.Tensor) -> AnchorUsage:
             :class:`attnkern.nn.AnchorQuantizer`'s ``counts``.
 
     Raises:
-        ValueError: counts of another shape, or negative ones.
+        ValueError, TypeError: counts of another shape or kind, or negative ones.
     """
-    _check_counts("usage", counts)
+    check_counts("usage", counts)
     used = (counts > 0).sum().item()
     frequencies = (counts.double() / counts.sum()).tolist()
     return AnchorUsage(len(counts), used, used / len(counts), perplexity(counts), frequencies)
 
 
-def _check_counts(where, counts):
+def check_counts(where, counts):
+    check_kind(where, torch.Tensor, counts=counts)
+    if counts.layout != torch.strided or counts.is_complex() or counts.dtype == torch.bool:
+        raise TypeError(f"{where}: counts must be a dense tensor of numbers, got {counts.dtype}, {counts.layout}")
     check_shape(where, "counts", counts, "(Q,) with Q of at least 1", counts.dim() == 1 and len(counts) > 0)
     if (counts < 0).any():
         raise ValueError(f"{where}: counts must not be negative, got {counts.min().item()}")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from attnkern._common import check_shape
+from attnkern._common import check_kind, check_labels, check_shape
 from attnkern.evaluation._inputs import Data, Normalise, batches, check_evaluating, identity
 
 
@@ -39,12 +39,13 @@ def top1(
         ValueError, TypeError: no image, no labels, or tensors of another shape.
     """
     check_evaluating("top1", model)
+    check_kind("top1", Callable, normalise=normalise)
     correct, total = 0, 0
-    for batch in batches("top1", data, batch_size, device):
+    for batch in batches("top1", "data", data, batch_size, device):
         if len(batch) < 2:
             raise ValueError("top1: data must hold images and labels, got images alone")
         images, labels = batch[:2]
-        check_shape("top1", "labels", labels, "({},) (N as images)", labels.shape == images.shape[:1], len(images))
+        check_labels("top1", labels, "images", images)
         logits = model(normalise(images))
         check_shape("top1", "logits", logits, "({}, K)", logits.dim() == 2 and len(logits) == len(images), len(images))
         correct += (logits.argmax(1) == labels.to(logits.device)).sum().item()

@@ -7,8 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern._common import check_shape, check_tensor
-from attnkern.evaluation._inputs import Data, Normalise, batches, check_evaluating, check_size, identity
+from attnkern._common import (
+    check_count,
+    check_integer,
+    check_items,
+    check_kind,
+    check_labels,
+    check_number,
+    check_shape,
+    check_size,
+    check_tensor,
+)
+from attnkern.evaluation._inputs import Data, Normalise, batches, check_evaluating, identity
 
 
 class Whitening(NamedTuple):
@@ -69,14 +79,17 @@ def features_at(
     Source: Learn to Pay Attention, Section 5.3 and Appendix A.4.
     """
     where = "features_at"
+    check_kind(where, nn.Module, model=model)
     check_evaluating(where, model)
+    check_kind(where, str, module_name=module_name)
+    check_kind(where, Callable, normalise=normalise)
     modules = dict(model.named_modules())
     if module_name not in modules:
         raise ValueError(f"{where}: module_name must name a submodule of the model, got {module_name!r}")
     found, seen = [], []
     handle = modules[module_name].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     try:
-        for raw, *_ in batches(where, images, batch_size, device):
+        for raw, *_ in batches(where, "images", images, batch_size, device):
             seen.clear()
             model(normalise(raw))
             if len(seen) != 1:
@@ -104,6 +117,7 @@ def zca(samples: torch.Tensor, floor: float = 1e-3) -> Whitening:
     """
     check_tensor("zca", "samples", samples)
     check_shape("zca", "samples", samples, "(N, ...) with N of at least 2", samples.dim() > 1 and len(samples) > 1)
+    check_number("zca", floor=floor)
     if not floor >= 0:
         raise ValueError(f"zca: floor must be at least 0, got {floor!r}")
     flat = samples.detach().flatten(1).double()
@@ -139,7 +153,9 @@ def linear_svm(features: torch.Tensor, labels: torch.Tensor, folds: int = 5, see
         raise ImportError("linear_svm needs scikit-learn: pip install scikit-learn") from error
     check_tensor("linear_svm", "features", features)
     check_shape("linear_svm", "features", features, "(N, D)", features.dim() == 2)
-    check_shape("linear_svm", "labels", labels, "({},)", labels.shape == features.shape[:1], len(features))
+    check_labels("linear_svm", labels, "features", features)
+    check_count("linear_svm", folds=folds)
+    check_integer("linear_svm", seed=seed)
     splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
     machine = LinearSVC(C=1.0, random_state=seed)
     found = cross_val_score(
@@ -185,6 +201,9 @@ def direct_transfer(
     """
     where = "direct_transfer"
     check_evaluating(where, model)
+    check_items(where, str, classes=classes, target_classes=target_classes)
+    check_kind(where, Mapping | None, synonyms=synonyms)
+    check_kind(where, Callable, normalise=normalise)
     if size is not None:
         check_size(where, size)
     synonyms = {"car": "automobile"} if synonyms is None else synonyms
@@ -194,12 +213,12 @@ def direct_transfer(
         raise ValueError(f"{where}: target_classes must share a class with classes, got {list(target_classes)}")
     known = torch.tensor(known)
     total, shared, correct = 0, 0, 0
-    for batch in batches(where, data, batch_size, device):
+    for batch in batches(where, "data", data, batch_size, device):
         if len(batch) < 2:
             raise ValueError(f"{where}: data must hold images and labels, got images alone")
         raw, labels = batch[:2]
+        check_labels(where, labels, "images", raw)
         labels = labels.cpu()
-        check_shape(where, "labels", labels, "({},) (N as images)", labels.shape == raw.shape[:1], len(raw))
         if labels.min() < 0 or labels.max() >= len(known):
             raise ValueError(
                 f"{where}: labels must lie in 0 to {len(known) - 1} (target_classes), got {labels.min()} to "

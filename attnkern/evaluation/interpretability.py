@@ -6,7 +6,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from attnkern._common import check_count, check_shape, check_tensor
+from attnkern._common import (
+    came,
+    check_choice,
+    check_count,
+    check_kind,
+    check_number,
+    check_shape,
+    check_tensor,
+    numbers_of,
+)
 from attnkern.evaluation._inputs import Data, Normalise, Predict, batches, check_maps, identity
 
 
@@ -52,14 +61,16 @@ def occlude(
     """
     _check_images("occlude", images)
     check_count("occlude", size=size)
+    check_kind("occlude", torch.Generator, generator=generator)
     n, c, height, width = images.shape
     if size > min(height, width):
         raise ValueError(f"occlude: size must be at most {min(height, width)} (the images' shorter side), got {size}")
     if isinstance(fill, torch.Tensor):
+        check_tensor("occlude", "fill", fill)
         ok = fill.dim() == 4 and fill.shape[1] == c and 0 not in fill.shape
         check_shape("occlude", "fill", fill, "(M, {}, h, w) (C as images), none of them 0", ok, c)
-    elif fill != "colour":
-        raise ValueError(f"occlude: fill must be 'colour' or a Tensor of images, got {fill!r}")
+    elif not (isinstance(fill, str) and fill == "colour"):
+        raise ValueError(f"occlude: fill must be 'colour' or a Tensor of images, got {came(fill)}")
     draws = torch.rand(n, 2 + c, generator=generator, dtype=torch.float64, device=generator.device).to(images.device)
     # The place within the square of every row and column, out of [0, size) beside it.
     rows = torch.arange(height, device=images.device) - (draws[:, :1] * (height - size + 1)).long()
@@ -94,8 +105,8 @@ def frequency(images: torch.Tensor, radius: float, keep: str) -> torch.Tensor:
     High-frequency Component Helps Explain the Generalization of Convolutional Neural Networks, Section 3.
     """
     _check_images("frequency", images)
-    if keep not in ("low", "high"):
-        raise ValueError(f"frequency: keep must be 'low' or 'high', got {keep!r}")
+    check_choice("frequency", "keep", keep, ("low", "high"))
+    check_number("frequency", radius=radius)
     if not radius > 0:
         raise ValueError(f"frequency: radius must be positive, got {radius!r}")
     # Zero frequency stands at length // 2 after the shift, which is the published length / 2 for even lengths.
@@ -156,18 +167,20 @@ def interpretability_score(
     Source: Information Bottleneck Approach to Spatial Attention Learning, Section 4.4.
     """
     where = "interpretability_score"
+    check_kind(where, Callable, predict=predict, modify=modify, normalise=normalise)
+    thresholds = numbers_of(where, "thresholds", thresholds)
     total, plain, centred = 0, [], []
-    for raw, *_ in batches(where, images, batch_size, device):
+    for raw, *_ in batches(where, "images", images, batch_size, device):
         logits, maps = predict(normalise(raw))
         changed_logits, changed_maps = predict(normalise(modify(raw)))
-        check_maps(where, "the map", maps)
+        check_maps(where, "predict's map", maps)
         same = logits.argmax(1) == changed_logits.argmax(1)
         total += len(raw)
         plain.append(_cosine(maps, changed_maps, False)[same].cpu())
         centred.append(_cosine(maps, changed_maps, True)[same].cpu())
     columns = []
     for cosines in (torch.cat(plain), torch.cat(centred)):
-        counts = {float(threshold): (cosines >= threshold).sum().item() for threshold in thresholds}
+        counts = {threshold: (cosines >= threshold).sum().item() for threshold in thresholds}
         scores = {t: count / len(cosines) if len(cosines) else float("nan") for t, count in counts.items()}
         columns.append((counts, scores, cosines.mean().item()))
     consistent = len(cosines)

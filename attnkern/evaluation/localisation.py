@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from attnkern._common import check_count, check_shape, check_tensor
+from attnkern._common import check_count, check_number, check_shape, check_size, check_tensor
 from attnkern._ops import wide
-from attnkern.evaluation._inputs import check_maps, check_masks, check_size
+from attnkern.evaluation._inputs import check_maps, check_masks
 
 
 class Localisation(NamedTuple):
@@ -100,6 +100,7 @@ def pointing_game(maps: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]
     """
     check_maps("pointing_game", "maps", maps)
     _check_boxes("pointing_game", boxes, maps)
+    check_size("pointing_game", size)
     return _hits(maps, boxes, size).double().mean().item()
 
 
@@ -154,6 +155,7 @@ def tight_boxes(maps: torch.Tensor, share: float = 0.2) -> torch.Tensor:
     except ImportError as error:
         raise ImportError("tight_boxes needs scikit-image: pip install scikit-image") from error
     check_maps("tight_boxes", "maps", maps)
+    check_number("tight_boxes", share=share)
     if not 0 <= share < 1:
         raise ValueError(f"tight_boxes: share must be at least 0 and below 1, got {share!r}")
     boxes = []
@@ -180,6 +182,7 @@ def jaccard(predicted: torch.Tensor, target: torch.Tensor, empty: float = 1.0) -
     """
     check_masks("jaccard", "predicted", predicted)
     check_masks("jaccard", "target", target, "predicted", predicted)
+    check_number("jaccard", empty=empty)
     intersection = (predicted & target).sum((1, 2)).double()
     union = (predicted | target).sum((1, 2))
     return torch.where(union > 0, intersection / union, empty)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from attnkern._common import check_items, check_kind
 from attnkern.evaluation._inputs import Predict
 from attnkern.evaluation.segmentation import combine
 from attnkern.models.registry import attention_maps, map_names
@@ -20,9 +21,12 @@ def attention_of(network: nn.Module, names: Iterable[str] | None = None) -> Pred
             :func:`attnkern.evaluation.combine`, without the root where the finer one filters what the coarser sees.
 
     Raises:
-        ValueError: a network without attention maps, or a name that is none of them.
+        ValueError, TypeError: a network without attention maps, a name that is none of them, or no Module.
     """
+    check_kind("attention_of", nn.Module, network=network)
     known = map_names(network)
+    if names is not None:
+        check_items("attention_of", str, names=names)
     names = known if names is None else list(names)
     if not names or not set(names) <= set(known):
         choice = ", ".join(map(repr, known)) or "none, it has no attention map"
@@ -43,7 +47,7 @@ def gradcam_of(network: nn.Module, name: str) -> Predict:
     map = ReLU(Σ_k w_k f_k), w_k the average over positions of the logit's derivative by f_k.
 
     Raises:
-        AttributeError: no module of that name.
+        ValueError, TypeError: no module of that name, a network that is no Module.
         ImportError: captum is not installed.
 
     Source: Selvaraju et al., Grad-CAM, Eqs. 1-2; the implementation is Captum's.
@@ -52,7 +56,12 @@ def gradcam_of(network: nn.Module, name: str) -> Predict:
         from captum.attr import LayerGradCam
     except ImportError as error:
         raise ImportError("gradcam_of needs captum: pip install captum") from error
-    explain = LayerGradCam(network, network.get_submodule(name))
+    check_kind("gradcam_of", nn.Module, network=network)
+    check_kind("gradcam_of", str, name=name)
+    modules = dict(network.named_modules())
+    if name not in modules:
+        raise ValueError(f"gradcam_of: name must be that of a module of the network, got {name!r}")
+    explain = LayerGradCam(network, modules[name])
 
     def predict(images):
         with torch.no_grad():
@@ -73,8 +82,10 @@ def map_of(network: nn.Module, name: str | None = None) -> tuple[str, Predict]:
             the deepest but one of the feature maps of a network without attention.
 
     Raises:
-        ValueError: a name that is neither.
+        ValueError, TypeError: a name that is neither, or no Module.
     """
+    check_kind("map_of", nn.Module, network=network)
+    check_kind("map_of", str | None, map=name)
     names = map_names(network)
     if names and (name is None or name in names):
         return name or " x ".join(names[-2:]), attention_of(network, None if name is None else [name])

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from attnkern._common import check_shape, check_tensor
+from attnkern._common import check_kind, check_shape, check_tensor, device_of
 from attnkern.evaluation._inputs import Normalise, batches, check_evaluating, check_maps, identity
 from attnkern.nn import CompatibilityPool
 
@@ -33,11 +33,14 @@ def pool_attention(
         normalise: applied to images and queries first.
 
     Raises:
-        ValueError: the name is no pool's, or the model is in training mode.
+        ValueError, TypeError: the name is no pool's, or the model is in training mode or no Module.
 
     Source: Learn to Pay Attention, Appendix A.5.
     """
+    check_kind("pool_attention", nn.Module, model=model)
     check_evaluating("pool_attention", model)
+    check_kind("pool_attention", str, name=name)
+    check_kind("pool_attention", Callable, normalise=normalise)
     pool = dict(model.named_modules()).get(name)
     if not isinstance(pool, CompatibilityPool):
         raise ValueError(f"pool_attention: name must be that of a CompatibilityPool, got {name!r}")
@@ -104,12 +107,14 @@ def query_driven(
     Source: Learn to Pay Attention, Appendix A.5 and Figure 10.
     """
     where = "query_driven"
+    check_kind(where, Callable, attend=attend)
     check_tensor(where, "query", query)
     ok = query.dim() == 3 or (query.dim() == 4 and len(query) == 1)
     check_shape(where, "query", query, "(C, H, W) or (1, C, H, W)", ok)
-    query = query.view(1, *query.shape[-3:]).to(device)
+    query = query.view(1, *query.shape[-3:])
+    query = query if device is None else query.to(device_of(where, device))
     own, queried = [], []
-    for images, *_ in batches(where, targets, batch_size, device):
+    for images, *_ in batches(where, "targets", targets, batch_size, device):
         for found, source in ((own, images), (queried, query)):
             maps = attend(images, source)
             check_maps(where, "attend's map", maps)

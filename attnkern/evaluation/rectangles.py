@@ -5,19 +5,30 @@ at (0.5, 0.5). The two transformations and the distance are differentiable and s
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from attnkern._common import check_flag, check_shape, check_tensor
+from attnkern._common import (
+    came,
+    check_choice,
+    check_flag,
+    check_kind,
+    check_number,
+    check_shape,
+    check_size,
+    check_tensor,
+    numbers_of,
+)
 from attnkern._ops import wide
-from attnkern.evaluation._inputs import Data, Normalise, batches, check_masks, check_size, identity
+from attnkern.evaluation._inputs import Data, Normalise, batches, check_masks, identity
 from attnkern.evaluation.localisation import jaccard
 from attnkern.reference import SIGMA_FLOOR, aspect_factors, coordinates
 
-_ORDERS = ("column", "row", "both", "height", "width", "angle")
+PADDINGS = ("zeros", "border", "reflection")
+ORDERS = ("column", "row", "both", "height", "width", "angle")
 
 
 def _check_rectangle(where, rectangle, name="rectangle", like=None):
@@ -43,8 +54,8 @@ def descriptive_order(rectangles: torch.Tensor, by: str, descending: bool = Fals
     Source: Convolutional Rectangular Attention Module, Section 6.5.
     """
     _check_rectangle("descriptive_order", rectangles, "rectangles")
-    if by not in _ORDERS:
-        raise ValueError(f"descriptive_order: by must be one of {', '.join(map(repr, _ORDERS))}, got {by!r}")
+    check_choice("descriptive_order", "by", by, ORDERS)
+    check_flag("descriptive_order", descending=descending)
     row, column, height, width, angle = rectangles.detach().unbind(1)
     keys = {
         "column": column,
@@ -72,7 +83,7 @@ def rectangle_mask(rectangle: torch.Tensor, size: tuple[int, int], aspect: bool 
     """
     _check_rectangle("rectangle_mask", rectangle)
     check_size("rectangle_mask", size)
-    check_flag("rectangle_mask", "aspect", aspect)
+    check_flag("rectangle_mask", aspect=aspect)
     # In float64, for the same mask on every device.
     mu1, mu2, sigma1, sigma2, alpha = rectangle.detach().double()[..., None, None].unbind(1)
     row, column = aspect_factors(*size, aspect)
@@ -125,14 +136,20 @@ def fitting_rate(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def _transformation(where, like, angle, scale, shift):
     """The three as tensors (N,), (N,) and (N, 2)."""
-    if isinstance(scale, (int, float)) and not 0 < scale < math.inf:
-        raise ValueError(f"{where}: scale must be positive and finite, got {scale!r}")
     n, dtype, found = len(like), wide(like.dtype), []
     for name, value, shape in (("angle", angle, (n,)), ("scale", scale, (n,)), ("shift", shift, (n, 2))):
+        if isinstance(value, torch.Tensor):
+            check_tensor(where, name, value)
+        elif name == "shift":
+            value = numbers_of(where, name, value)
+        else:
+            check_number(where, **{name: value})
         value = torch.as_tensor(value, dtype=dtype, device=like.device)
         ok = value.shape in (shape, shape[1:])
         check_shape(where, name, value, f"{shape[1:]} or {shape}", ok)
         found.append(value.expand(shape))
+    if not isinstance(scale, torch.Tensor) and not 0 < scale < math.inf:
+        raise ValueError(f"{where}: scale must be positive and finite, got {scale!r}")
     return found
 
 
@@ -225,9 +242,8 @@ def transform_images(
     check_tensor(where, "images", images)
     ok = images.dim() == 4 and 0 not in images.shape[2:]
     check_shape(where, "images", images, "(N, C, H, W) with H and W of at least 1", ok)
-    check_flag(where, "aspect", aspect)
-    if padding not in ("zeros", "border", "reflection"):
-        raise ValueError(f"{where}: padding must be 'zeros', 'border' or 'reflection', got {padding!r}")
+    check_flag(where, aspect=aspect)
+    check_choice(where, "padding", padding, PADDINGS)
     angle, scale, shift = _transformation(where, images, angle, scale, shift)
     ratio = _ratios(images.shape[2:] if aspect else None)
     cos, sin = torch.cos(angle), torch.sin(angle)
@@ -259,11 +275,20 @@ def equivariance_distance(first: torch.Tensor, second: torch.Tensor, literal: bo
     """
     _check_rectangle("equivariance_distance", first, "first")
     _check_rectangle("equivariance_distance", second, "second", first)
-    check_flag("equivariance_distance", "literal", literal)
+    check_flag("equivariance_distance", literal=literal)
     difference = first.to(wide(first.dtype)) - second.to(wide(second.dtype))
     turned = difference[:, 4]
     # 2 sin² is 1 - cos without its cancellation.
     return difference[:, :4].square().sum(1) + (turned.square() if literal else 2 * turned.sin().square())
+
+
+def settings_of(where: str, angles, scales, shifts) -> tuple[list[float], list[float], list[list[float]]]:
+    """The settings of :func:`equivariance_errors` as numbers, else this raises."""
+    check_kind(where, Iterable, shifts=shifts)
+    shifts = [numbers_of(where, "shifts", shift) for shift in shifts]
+    if any(len(shift) != 2 for shift in shifts):
+        raise ValueError(f"{where}: shifts must be a list of (row, column), got {came(shifts)}")
+    return numbers_of(where, "angles", angles), numbers_of(where, "scales", scales), shifts
 
 
 class EquivarianceError(NamedTuple):
@@ -312,13 +337,17 @@ def equivariance_errors(
     Source: Convolutional Rectangular Attention Module, Sections 4.4 and 6.4.
     """
     where = "equivariance_errors"
+    check_kind(where, Callable, rectangles_of=rectangles_of, normalise=normalise)
+    angles, scales, shifts = settings_of(where, angles, scales, shifts)
+    check_flag(where, aspect=aspect)
+    check_choice(where, "padding", padding, PADDINGS)
     plan = {
         "rotation": [{"angle": angle} for angle in angles],
         "scale": [{"scale": scale} for scale in scales],
         "translation": [{"shift": shift} for shift in shifts],
     }
     found = {kind: [] for kind, settings in plan.items() if settings}
-    for raw, *_ in batches(where, images, batch_size, device):
+    for raw, *_ in batches(where, "images", images, batch_size, device):
         before = rectangles_of(normalise(raw))
         _check_rectangle(where, before, "rectangles_of's result", raw)
         size = raw.shape[2:] if aspect else None

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from attnkern._common import check_shape, check_tensor
+from attnkern._common import check_kind, check_number, check_shape, check_tensor, numbers_of
 from attnkern.evaluation._inputs import Data, Normalise, batches, check_evaluating, identity
 
 
@@ -19,6 +19,7 @@ class Fooling(NamedTuple):
 
 
 def _check_eps(where, eps):
+    check_number(where, eps=eps)
     if not 0 <= eps < float("inf"):
         raise ValueError(f"{where}: eps must be a finite number of at least 0, got {eps!r}")
 
@@ -57,6 +58,7 @@ def fgsm(
     Adversarial Examples, Section 4.
     """
     check_evaluating("fgsm", model)
+    check_kind("fgsm", Callable, normalise=normalise)
     check_tensor("fgsm", "images", images)
     check_shape("fgsm", "images", images, "(N, C, H, W)", images.dim() == 4)
     _check_eps("fgsm", eps)
@@ -88,11 +90,12 @@ def fooling_rate(
     Source: Learn to Pay Attention, Section 5.2 and Figure 6.
     """
     check_evaluating("fooling_rate", model)
-    eps = [float(each) for each in eps]
+    check_kind("fooling_rate", Callable, normalise=normalise)
+    eps = numbers_of("fooling_rate", "eps", eps)
     for each in eps:
         _check_eps("fooling_rate", each)
     total, changed = 0, [0] * len(eps)
-    for raw, *_ in batches("fooling_rate", images, batch_size, device):
+    for raw, *_ in batches("fooling_rate", "images", images, batch_size, device):
         direction, predicted = _direction("fooling_rate", model, raw, normalise)
         total += len(raw)
         with torch.no_grad():

@@ -1,11 +1,11 @@
 """Objects segmented by attention maps that were trained on class labels alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 
-from attnkern._common import check_count, check_shape
+from attnkern._common import check_count, check_flag, check_items, check_kind, check_labels, check_shape
 from attnkern.evaluation._inputs import check_maps, check_masks
 from attnkern.evaluation.localisation import binarise, jaccard, rescale, upsample
 
@@ -34,6 +34,8 @@ def combine(maps: Sequence[torch.Tensor], root: bool = True) -> torch.Tensor:
 
     Source: Learn to Pay Attention, Section 5.4 and Appendix A.4.
     """
+    check_kind("combine", Iterable, maps=maps)
+    check_flag("combine", root=root)
     maps = list(maps)
     if not maps:
         raise ValueError("combine: maps must hold at least one level, got none")
@@ -83,8 +85,10 @@ def weak_segmentation(
     check_maps(where, "maps", maps)
     check_masks(where, "masks", masks)
     check_shape(where, "masks", masks, "({}, H, W) (N as maps)", len(masks) == len(maps), len(maps))
-    check_shape(where, "labels", labels, "({},) (N as maps)", labels.shape == maps.shape[:1], len(maps))
+    check_labels(where, labels, "maps", maps)
     check_count(where, batch_size=batch_size)
+    if classes is not None:
+        check_items(where, str, classes=classes)
     if classes is not None and len(labels) and (labels.min() < 0 or labels.max() >= len(classes)):
         raise ValueError(
             f"{where}: labels must lie in 0 to {len(classes) - 1} (classes), got {labels.min()} to {labels.max()}"

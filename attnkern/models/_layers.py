@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern._common import check_count, check_shape, check_tensor
+from attnkern._common import came, check_choice, check_count, check_labels, check_number, check_shape, check_tensor
 
 
 class Network(nn.Module):
@@ -32,6 +32,7 @@ class Network(nn.Module):
         super().__init__()
         where = type(self).__name__
         check_count(where, num_classes=num_classes, in_chans=in_chans)
+        check_number(where, width=width)
         if not width > 0:
             raise ValueError(f"{where}: width must be positive, got {width!r}")
         self.num_classes = num_classes
@@ -54,6 +55,7 @@ class Network(nn.Module):
 
     def loss(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross entropy."""
+        check_logits(type(self).__name__, output, labels)
         return F.cross_entropy(output, labels)
 
     def _check_images(self, x: torch.Tensor) -> None:
@@ -61,6 +63,19 @@ class Network(nn.Module):
         check_tensor(where, "x", x)
         ok = x.dim() == 4 and x.shape[1] == self.in_chans and min(x.shape[2:]) > 0
         check_shape(where, "x", x, f"(N, {self.in_chans}, H, W) with H and W of at least 1", ok)
+
+
+def check_logits(where: str, output, labels) -> None:
+    """Raise unless these are logits (N, K) and classes (N,), or the classes' probabilities (N, K)."""
+    check_tensor(where, "output", output)
+    check_shape(where, "output", output, "(N, num_classes)", output.dim() == 2)
+    if isinstance(labels, torch.Tensor) and labels.dim() == 2:
+        check_tensor(where, "labels", labels)
+        check_shape(
+            where, "labels", labels, "({0},) or ({0}, {1}) (as output)", labels.shape == output.shape, *output.shape
+        )
+    else:
+        check_labels(where, labels, "output", output)
 
 
 def scaled(channels: int, width: float) -> int:
@@ -108,8 +123,7 @@ class MapNorm(_TrainsOnOne, nn.BatchNorm2d):
 
 def check_backbone(where: str, backbone: str, choices: tuple[str, ...], weights, width: float, in_chans: int) -> None:
     """Raise unless torchvision is there, has this backbone, and its weights would fit."""
-    if backbone not in choices:
-        raise ValueError(f"{where}: backbone must be one of {', '.join(map(repr, choices))}, got {backbone!r}")
+    check_choice(where, "backbone", backbone, choices)
     if weights is not None and (width, in_chans) != (1, 3):
         raise ValueError(f"{where}: weights need width=1 and in_chans=3, got width={width} and in_chans={in_chans}")
     try:
@@ -128,7 +142,7 @@ def backbone_weights(where: str, known, weights, prefix: str) -> dict[str, torch
         state = torch.load(weights, map_location="cpu", weights_only=True)
     else:
         names = ", ".join(map(repr, known.__members__))
-        raise ValueError(f"{where}: weights must be None, {names} or a file, got {weights!r}")
+        raise ValueError(f"{where}: weights must be None, {names} or a file, got {came(weights)}")
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 

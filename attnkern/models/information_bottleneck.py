@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern._common import check_count
+from attnkern._common import check_choice, check_count, check_flag, check_kind, check_number
 from attnkern._ops import wide
 from attnkern.models._layers import (
     MapNorm,
     Network,
     backbone_weights,
     check_backbone,
+    check_logits,
     conv_bn_relu,
     halved,
     initialise,
@@ -39,9 +40,9 @@ class Bottlenecked(NamedTuple):
     commitment_loss: torch.Tensor  #: scalar
 
 
-def _check_variant(where, variant):
-    if variant not in ("correct", "reference"):
-        raise ValueError(f"{where}: variant must be 'correct' or 'reference', got {variant!r}")
+def _check_loss(where, variant, **weights):
+    check_choice(where, "variant", variant, ("correct", "reference"))
+    check_number(where, **weights)
 
 
 def bottleneck_loss(
@@ -60,16 +61,25 @@ def bottleneck_loss(
     its logarithm and so drives the noise to zero. The defaults are theirs for VGG (β = 0.01 and a further ½).
 
     Raises:
-        ValueError: an unknown variant.
+        ValueError, TypeError: an unknown variant, an output that is none of a training network, or no numbers.
 
     Source: Information Bottleneck Approach to Spatial Attention Learning, Eqs. 8 and 10, which print a minus before the
     KL and anchor terms.
     """
-    _check_variant("bottleneck_loss", variant)
+    where = "bottleneck_loss"
+    check_kind(where, Bottlenecked, output=output)
+    check_logits(where, output.logits, labels)
+    weights = {"beta": beta, "anchor_weight": anchor_weight, "commitment_weight": commitment_weight}
+    _check_loss(where, variant, **weights)
     log_std = output.std.log() if variant == "correct" else output.std
     divergence = 0.5 * (output.mean.square() + (2 * log_std).exp() - 2 * log_std - 1).sum(1).mean()
     bits = (F.cross_entropy(output.logits, labels) + beta * divergence) / math.log(2)
     return bits + anchor_weight * output.anchor_loss + commitment_weight * output.commitment_loss
+
+
+def _check_anchors(where, num_anchors):
+    if num_anchors is not None:
+        check_count(where, num_anchors=num_anchors)
 
 
 class BottleneckNetwork(Network):
@@ -88,17 +98,16 @@ class BottleneckNetwork(Network):
 
     def _configure(self, variant, samples, beta, anchor_weight, commitment_weight):
         where = type(self).__name__
-        _check_variant(where, variant)
+        weights = {"beta": beta, "anchor_weight": anchor_weight, "commitment_weight": commitment_weight}
+        _check_loss(where, variant, **weights)
         if samples is not None:
+            check_kind(where, tuple | list, samples=samples)
+            if len(samples) != 2:
+                raise ValueError(f"{where}: samples must be (of a, of z for each), got {samples}")
             for count in samples:
                 check_count(where, samples=count)
         self.samples = samples
-        self.weights_of_loss = {
-            "beta": beta,
-            "anchor_weight": anchor_weight,
-            "commitment_weight": commitment_weight,
-            "variant": variant,
-        }
+        self.weights_of_loss = weights | {"variant": variant}
 
     def _encode(self, x, sample):
         """Mean and standard deviation of p(z|x, a), and the losses of the anchors."""
@@ -131,7 +140,7 @@ class BottleneckNetwork(Network):
     def loss(self, output: Bottlenecked | torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """:func:`bottleneck_loss` with the network's weights; of an evaluation's logits the cross entropy alone."""
         if isinstance(output, torch.Tensor):
-            return F.cross_entropy(output, labels)
+            return super().loss(output, labels)
         return bottleneck_loss(output, labels, **self.weights_of_loss)
 
 
@@ -172,6 +181,8 @@ class VggBottleneck(BottleneckNetwork):
         commitment_weight: float = 0.1,
     ):
         super().__init__(num_classes, in_chans, width)
+        check_flag("VggBottleneck", attention=attention)
+        _check_anchors("VggBottleneck", num_anchors)
         self._configure(variant, samples, beta, anchor_weight, commitment_weight)
         c64, c128, c256, c512 = (scaled(channels, width) for channels in (64, 128, 256, 512))
         self.features = nn.Sequential(
@@ -275,7 +286,10 @@ class WideResNetBottleneck(BottleneckNetwork):
         commitment_weight: float = 0.1,
     ):
         super().__init__(num_classes, in_chans, width)
-        check_count(type(self).__name__, blocks=blocks)
+        where = type(self).__name__
+        check_count(where, blocks=blocks)
+        _check_anchors(where, num_anchors)
+        check_number(where, dropout=dropout)
         self._configure(variant, samples, beta, anchor_weight, commitment_weight)
         rate, k = 0.3 * dropout, scaled(512, width)
         self.features, c320, c640 = _wide_features(in_chans, width, blocks, rate)
@@ -346,7 +360,9 @@ class WideResNet(Network):
         dropout: float = 1.0,
     ):
         super().__init__(num_classes, in_chans, width)
+        check_flag("WideResNet", branch=branch)
         check_count("WideResNet", blocks=blocks)
+        check_number("WideResNet", dropout=dropout)
         rate = 0.3 * dropout
         self.features, c320, c640 = _wide_features(in_chans, width, blocks, rate)
         own_stage = _wide_stage(c320, c640, 1, blocks, rate) if branch else None
@@ -368,8 +384,8 @@ class WideResNet(Network):
 
     def loss(self, output: AttentionBranched | torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross entropy; with the branch, in training, the sum of both."""
-        outputs = (output,) if isinstance(output, torch.Tensor) else output
-        return sum(F.cross_entropy(logits, labels) for logits in outputs)
+        outputs = output if isinstance(output, AttentionBranched) else (output,)
+        return sum(super(WideResNet, self).loss(logits, labels) for logits in outputs)
 
 
 def _vgg16(where, width, weights):
@@ -456,6 +472,7 @@ class ImageNetBottleneck(BottleneckNetwork):
     ):
         super().__init__(num_classes, in_chans, width)
         where = type(self).__name__
+        _check_anchors(where, num_anchors)
         self._configure(variant, samples, beta, anchor_weight, commitment_weight)
         check_backbone(where, backbone, ("vgg16", "wrn50_2"), weights, width, in_chans)
         if backbone == "vgg16":

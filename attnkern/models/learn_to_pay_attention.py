@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern._common import check_count
-from attnkern.models._layers import MapNorm, Network, VectorNorm, conv_bn_relu, halved, initialise, scaled
+from attnkern._common import check_choice, check_count, check_flag, check_items, check_number
+from attnkern.models._layers import MapNorm, Network, VectorNorm, check_logits, conv_bn_relu, halved, initialise, scaled
 from attnkern.models.registry import register_model
 from attnkern.nn import CompatibilityPool, ProgressiveAttention, _untouched
 
@@ -78,6 +78,7 @@ class Vgg(Network):
     ):
         super().__init__(num_classes, in_chans, width)
         check_count("Vgg", first_pool=first_pool)
+        check_number("Vgg", dropout=dropout)
         plan = [in_chans, *(scaled(channels, width) for channels in (64, 128, 256, 512, 512))]
         for index, convs in enumerate((2, 2, 3, 3, 3)):
             first_rate = 0.3 * dropout if index == 0 else None
@@ -127,6 +128,7 @@ class VggGap(Network):
     ):
         super().__init__(num_classes, in_chans, width)
         check_count("VggGap", first_pool=first_pool)
+        check_number("VggGap", dropout=dropout)
         channels = _add_vgg_maps(self, in_chans, width, dropout, first_pool)
         self.map = nn.Identity()
         self.classifier = nn.Linear(channels[13], num_classes)
@@ -153,15 +155,18 @@ class _Levels(Network):
         global_branch: under "pc", run the layers up to g, with gradients that are exactly zero.
     """
 
-    def _add_levels(self, channels, query_channels, rate, compatibility, head, combine, global_branch):
+    def _check_options(self, levels, dropout, compatibility, head, combine, **flags):
+        """Raise unless these are right; the levels, sorted."""
         where = type(self).__name__
-        for name, value, choices in (
-            ("compatibility", compatibility, ("pc", "dp")),
-            ("head", head, ("concat", "indep")),
-            ("combine", combine, ("mean", "sum_logprob")),
-        ):
-            if value not in choices:
-                raise ValueError(f"{where}: {name} must be {choices[0]!r} or {choices[1]!r}, got {value!r}")
+        check_items(where, int, levels=levels)
+        check_number(where, dropout=dropout)
+        check_choice(where, "compatibility", compatibility, _COMPATIBILITIES)
+        check_choice(where, "head", head, ("concat", "indep"))
+        check_choice(where, "combine", combine, ("mean", "sum_logprob"))
+        check_flag(where, **flags)
+        return tuple(sorted(levels))
+
+    def _add_levels(self, channels, query_channels, rate, compatibility, head, combine, global_branch):
         self.combine = combine
         self.global_branch = global_branch or compatibility == "dp"
         for level, c in channels.items():
@@ -208,6 +213,7 @@ class _Levels(Network):
 
     def loss(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross entropy; of summed logarithms of probabilities, each level's own."""
+        check_logits(type(self).__name__, output, labels)
         if isinstance(self.classifier, nn.ModuleList) and self.combine == "sum_logprob":
             return F.nll_loss(output, labels)
         return F.cross_entropy(output, labels)
@@ -258,7 +264,8 @@ class VggAttention(_Levels):
     ):
         super().__init__(num_classes, in_chans, width)
         check_count("VggAttention", first_pool=first_pool)
-        levels = tuple(sorted(levels))
+        flags = {"progressive": progressive, "global_branch": global_branch}
+        levels = self._check_options(levels, dropout, compatibility, head, combine, **flags)
         if not levels or len(set(levels)) != len(levels) or not set(levels) <= {7, 10, 13}:
             raise ValueError(f"VggAttention: levels must be different ones of 7, 10 and 13, got {levels!r}")
         self.levels = levels
@@ -359,7 +366,7 @@ class ResNetAttention(_Levels):
     ):
         super().__init__(num_classes, in_chans, width)
         check_count("ResNetAttention", blocks=blocks)
-        levels = tuple(sorted(levels))
+        levels = self._check_options(levels, dropout, compatibility, head, combine, global_branch=global_branch)
         if len(set(levels)) != len(levels) or not set(levels) <= {2, 3, 4}:
             raise ValueError(f"ResNetAttention: levels must be different ones of 2, 3 and 4, got {levels!r}")
         self.levels = levels

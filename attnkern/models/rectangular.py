@@ -5,6 +5,7 @@ import functools
 import torch
 from torch import nn
 
+from attnkern._common import check_choice, check_number, check_tensor
 from attnkern.models._layers import MapNorm, Network, backbone_weights, check_backbone, replace_stem
 from attnkern.models.registry import register_model
 from attnkern.nn import PositionwiseAttention, WindowAttention
@@ -88,10 +89,8 @@ class RectangularNetwork(Network):
     ):
         super().__init__(num_classes, in_chans, width)
         where = type(self).__name__
-        if attention not in _ATTENTIONS:
-            raise ValueError(
-                f"{where}: attention must be one of {', '.join(map(repr, _ATTENTIONS))}, got {attention!r}"
-            )
+        check_choice(where, "attention", attention, _ATTENTIONS)
+        check_number(where, dropout=dropout)
         check_backbone(where, backbone, tuple(_BACKBONES), weights, width, in_chans)
         self.features, behind = _BACKBONES[backbone](where, width, _DROPOUT * dropout, weights)
         replace_stem(self.features, in_chans)
@@ -121,7 +120,14 @@ class RectangularNetwork(Network):
         return self.features[: self.split](x)
 
     def classify(self, features: torch.Tensor, rectangle: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (N, num_classes) of :meth:`local_features`; under a given rectangle (N, 5) where attention is one."""
+        """Logits (N, num_classes) of :meth:`local_features`; under a given rectangle (N, 5) where attention is one.
+
+        Raises:
+            ValueError, TypeError: features or a rectangle of another shape or kind, or a rectangle where there is none.
+        """
+        check_tensor("RectangularNetwork", "features", features)
+        if rectangle is not None and not isinstance(self.attention, WindowAttention):
+            raise ValueError("RectangularNetwork: rectangle must be None where attention is not 'window', got one")
         attended = self.attention(features) if rectangle is None else self.attention(features, rectangle=rectangle)
         return self.classifier(self.head(self.features[self.split :](attended)))
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from attnkern._common import came, check_choice, check_flag, check_items, check_kind, check_tensor
+
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
 
 
@@ -19,6 +21,8 @@ def register_model(name: str, **options):
         options: bound to it under this name; the caller's own options win.
     """
 
+    check_kind("register_model", str, name=name)
+
     def register(build):
         _MODELS[name] = functools.partial(build, **options) if options else build
         return build
@@ -28,6 +32,7 @@ def register_model(name: str, **options):
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the networks that match a shell pattern, sorted: ``list_models("vgg*")``."""
+    check_kind("list_models", str, pattern=pattern)
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 
@@ -53,11 +58,14 @@ def create_model(
         options: go to the network's constructor; all take ``width`` (a multiplier of the channels) and ``in_chans``.
 
     Raises:
-        ValueError: an unknown name; weights of another network; out_indices that are no feature map's.
+        ValueError, TypeError: an unknown name; weights of another network; out_indices that are no feature map's; an
+            option that the network's constructor refuses.
         FileNotFoundError: no file of weights.
     """
-    if name not in _MODELS:
-        raise ValueError(f"create_model: name must be one of {', '.join(map(repr, list_models()))}, got {name!r}")
+    check_choice("create_model", "name", name, list_models())
+    check_flag("create_model", features_only=features_only)
+    if out_indices is not None:
+        check_items("create_model", int, out_indices=out_indices)
     network = _MODELS[name](num_classes, **options)
     if pretrained is not None:
         load_weights(network, pretrained)
@@ -69,7 +77,7 @@ def create_model(
 def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """The state_dict in a file: PyTorch's own format (no code in it is run), safetensors, or Lightning's checkpoint."""
     if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(f"create_model: pretrained must be None or a file of weights, got {path!r}")
+        raise ValueError(f"create_model: pretrained must be None or a file of weights, got {came(path)}")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"create_model: pretrained: there is no file {os.fspath(path)!r}")
     if os.fspath(path).endswith(".safetensors"):
@@ -108,16 +116,18 @@ class FeatureMaps(nn.Module):
     ``feature_info`` says of each, as in timm: ``module``, ``num_chs`` and ``reduction``.
 
     Raises:
-        ValueError: a network without feature maps, or out_indices that are none of theirs.
+        ValueError, TypeError: a network without feature maps, or out_indices that are none of theirs.
     """
 
     def __init__(self, network: nn.Module, out_indices: tuple[int, ...] | None = None):
         super().__init__()
+        check_kind("FeatureMaps", nn.Module, network=network)
         names = getattr(network, "feature_modules", ())
         if not names:
             raise ValueError(f"create_model: features_only: {type(network).__name__} names no feature maps")
         chosen = range(len(names)) if out_indices is None else out_indices
-        if any(not isinstance(index, int) or not -len(names) <= index < len(names) for index in chosen):
+        check_items("create_model", int, out_indices=chosen)
+        if any(not -len(names) <= index < len(names) for index in chosen):
             raise ValueError(f"create_model: out_indices must lie in 0 to {len(names) - 1}, got {tuple(out_indices)}")
         self.network = network
         self.modules_kept = tuple(names[index] for index in chosen)
@@ -155,6 +165,7 @@ def map_names(model: nn.Module) -> list[str]:
 
     Each is an ``nn.Identity`` that the map passes through, so that hooks see it and may change it.
     """
+    check_kind("map_names", nn.Module, model=model)
     owners = [name.rpartition("map")[0] for name, _ in model.named_modules() if name.split(".")[-1] == "map"]
     # A module within a module with a map (the quantizer of an attention) shows the same map again.
     return [f"{o}map" for o in owners if not any(o != other and o.startswith(other) and other for other in owners)]
@@ -169,8 +180,12 @@ def attention_maps(
         names: which maps, by default all of :func:`map_names`.
 
     Raises:
-        ValueError: a name that is no map of the model.
+        ValueError, TypeError: a name that is no map of the model, or a model or images of another kind.
     """
+    check_kind("attention_maps", nn.Module, model=model)
+    check_tensor("attention_maps", "images", images)
+    if names is not None:
+        check_items("attention_maps", str, names=names)
     known = map_names(model)
     names = known if names is None else list(names)
     for name in names:

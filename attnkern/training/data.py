@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, TensorDataset
 
-from attnkern._common import check_count, check_flag
+from attnkern._common import check_count, check_flag, check_integer, check_items, check_kind, check_number, check_tensor
 from attnkern.evaluation.crossdomain import inverse_root
 from attnkern.training.digits import digits_clutter, extents
 
@@ -455,11 +455,17 @@ class ImageData(LightningDataModule):
         workers: int = 0,
     ):
         super().__init__()
+        check_kind("ImageData", str, name=name)
+        check_kind("ImageData", str | os.PathLike, root=root)
+        check_integer("ImageData", split=split, seed=seed, workers=workers)
+        if augment is not None:
+            check_items("ImageData", nn.Module, augment=augment)
+        if ratio is not None:
+            check_number("ImageData", ratio=ratio)
         if name not in _KINDS:
             raise ValueError(f"ImageData: name must be one of {', '.join(data_sets())}, got {name!r}")
         kind = _KINDS[name]
-        for flag, value in {"whiten": whiten, "box_crop": box_crop, "download": download}.items():
-            check_flag("ImageData", flag, value)
+        check_flag("ImageData", whiten=whiten, box_crop=box_crop, download=download)
         switches = {"split": split, "box_crop": box_crop, "download": download}
         given = {"ratio": ratio, "count": count, **{option: value or None for option, value in switches.items()}}
         for option, value in given.items():
@@ -489,7 +495,11 @@ class ImageData(LightningDataModule):
         self.seed = seed
         self.download = download
         self.workers = workers
-        self._parts: tuple[_Part, _Part] | None = None
+
+    def __getattr__(self, name: str):
+        if name in ("class_names", "normalisation", "num_classes", "test", "train"):
+            raise AttributeError(f"ImageData: setup() must be called before {name} is there")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def settings(self) -> dict[str, Any]:
         """The arguments that say which images these are: ``ImageData(**settings)`` gives them again."""
@@ -505,7 +515,7 @@ class ImageData(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Find the images. All stages share one set-up."""
-        if self._parts is not None:
+        if "test" in vars(self):
             return
         if self.name == "cub":
             train, test, names = _cub(self.root, self.box_crop)
@@ -531,15 +541,15 @@ class ImageData(LightningDataModule):
             self.normalisation = v2.Normalize(images.mean((0, 2, 3)).tolist(), images.std((0, 2, 3)).tolist())
         self.train = _View(train, self.size, self.augment, self.normalisation)
         self.test = _View(test, self.size, None, self.normalisation)
-        self._parts = train, test
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """Images (N, 3, size, size) or (3, size, size) in [0, 1] as the network takes them."""
+        check_tensor("ImageData", "images", images)
         return self.normalisation(images)
 
     def raw(self) -> Dataset:
         """The test set before normalisation: items (image (3, size, size) float32 in [0, 1], label)."""
-        return _View(self._parts[1], self.size)
+        return _View(self.test.part, self.size)
 
     def located(self) -> Dataset | None:
         """The test set with what its labels name located, where the data set says where it is, else None.
@@ -552,7 +562,7 @@ class ImageData(LightningDataModule):
             (4,) float32, the mask's first row, first column, last row, last column, where (0, 0) is the centre of the
             first pixel. The box of an empty mask is the whole image.
         """
-        test = self._parts[1]
+        test = self.test.part
         return None if test.region is None else _View(test, self.size, None, self.normalisation, located=True)
 
     def train_dataloader(self) -> DataLoader:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from attnkern._common import check_choice, check_count, check_integer
+
 #: Pieces of other digits on every canvas.
 _FRAGMENTS = 6
 
@@ -81,15 +83,16 @@ def digits_clutter(split: str, size: int = 32, seed: int = 0, count: int | None 
         of the ink itself.
 
     Raises:
-        ValueError: an unknown split, or a size or count that is too small.
+        ValueError, TypeError: an unknown split, a size or count that is too small, or an argument of another kind.
         ImportError: scikit-learn is not installed.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"digits_clutter: split must be 'train' or 'test', got {split!r}")
+    where = "digits_clutter"
+    check_choice(where, "split", split, ("train", "test"))
+    check_integer(where, size=size, seed=seed)
     if size < 16:
-        raise ValueError(f"digits_clutter: size must be at least 16, got {size}")
-    if count is not None and count < 1:
-        raise ValueError(f"digits_clutter: count must be at least 1, got {count}")
+        raise ValueError(f"{where}: size must be at least 16, got {size}")
+    if count is not None:
+        check_count(where, count=count)
     sources, labels = _sources(split)
     generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
     n = len(sources) if count is None else count

@@ -22,6 +22,7 @@ except ImportError as error:
     raise ImportError("attnkern train needs lightning: pip install attnkern[train]") from error
 
 import attnkern
+from attnkern._common import check_items, check_kind
 from attnkern.evaluation._inputs import collect
 from attnkern.evaluation.localisation import localisation
 from attnkern.evaluation.maps import attention_of, gradcam_of
@@ -96,11 +97,13 @@ def train(name: str, data: str | None = None, arguments: list[str] | None = None
         what ``result.json`` holds.
 
     Raises:
-        ValueError: an unknown recipe or data set.
+        ValueError, TypeError: an unknown recipe or data set, or an argument of another kind.
         FileExistsError: the folder holds a run already, and neither resume nor overwrite is asked for.
         FileNotFoundError: no data, or nothing to resume.
     """
     family, settings, published = read_recipe(name, data)
+    if arguments is not None:
+        check_items("train", str, arguments=arguments)
     # What Lightning says of itself, and of the folder and the arguments that we give it on purpose.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in ("LightningCLI's args parameter", "Checkpoint directory .* exists", ".*LeafSpec"):
@@ -190,8 +193,9 @@ def load_run(checkpoint: str | os.PathLike) -> Run:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is no such checkpoint.
+        ValueError, TypeError: a file that is no such checkpoint, or no path.
     """
+    check_kind("load_run", str | os.PathLike, checkpoint=checkpoint)
     if not os.path.isfile(checkpoint):
         raise FileNotFoundError(f"checkpoint: there is no file {os.fspath(checkpoint)!r}")
     try:

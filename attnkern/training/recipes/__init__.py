@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from attnkern._common import came, check_kind
+
 _FOLDER = resources.files(__name__)
 
 
@@ -43,11 +45,12 @@ def read_recipe(name: str, data: str | None = None) -> tuple[str, dict[str, Any]
     published for it: top-1 errors in percent, by data set.
 
     Raises:
-        ValueError: an unknown recipe.
+        ValueError, TypeError: an unknown recipe, or a data set that is no name.
     """
     rows = _rows()
-    if name not in rows:
-        raise ValueError(f"train: recipe must be one of {', '.join(list_recipes())}; got {name!r}")
+    if not isinstance(name, str) or name not in rows:
+        raise ValueError(f"train: recipe must be one of {', '.join(list_recipes())}; got {came(name)}")
+    check_kind("train", str | None, data=data)
     layers = []
     for file in ("family", name):
         layers.append(yaml.safe_load((_FOLDER / rows[name] / f"{file}.yaml").read_text()))

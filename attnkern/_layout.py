@@ -58,7 +58,10 @@ def in_layout(name: str, kernel):
 
     @functools.wraps(kernel)
     def call(*args):
-        laid = [arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        laid = [
+            arg.contiguous() if isinstance(arg, torch.Tensor) and i not in features else arg
+            for i, arg in enumerate(args)
+        ]
         for i in features:
             if i == features[0]:
                 laid[i] = dense(args[i])

@@ -3,6 +3,9 @@
 import pytest
 import torch
 from cases import CASES, FUNCTIONS, call, case_id, check, doubles, lay, make, run, same, upstream
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attnkern._layout import in_layout
 
 every_case = pytest.mark.parametrize("function, options", CASES, ids=case_id)
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
@@ -110,6 +113,31 @@ def test_tokens_are_read_where_they_lie(backend, device):
     tensors = make("compatibility_pool", 2, 8, (11,), dtype=torch.float32, layout="channels_last", device=device)
     found = run("compatibility_pool", tensors, backend=backend)
     assert found["grad_local"].stride() == tensors["local"].stride() == (88, 1, 8)
+
+
+class Recorded(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_features_in_either_layout_are_not_copied(layout):
+    """On their way into what is written in Python; the results alone would not tell."""
+    x, grad, rectangle = (lay(torch.randn(2, 3, 4, 5), layout) for _ in range(3))
+    seen = []
+    kernel = in_layout(
+        "window_bwd", lambda grad_output, grad_map, x, rectangle: seen.extend((grad_output, x, rectangle))
+    )
+    with Recorded() as recorded:
+        kernel(grad, None, x, rectangle)
+    assert [tensor.data_ptr() for tensor in seen[:2]] == [grad.data_ptr(), x.data_ptr()]
+    assert seen[2].is_contiguous()
+    assert recorded.calls.count("clone") == (layout == "channels_last")  # the rectangle's
 
 
 # --- repeatability ---------------------------------------------------------------------------------------------------

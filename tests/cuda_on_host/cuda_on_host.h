@@ -197,7 +197,8 @@ inline std::vector<int> ordered(int count, const std::string& order, std::mt1993
 
 inline int64_t launches = 0;
 
-// Every block of the grid, one after the other, in the chosen order as well.
+// Every block of the grid, one after the other, in the chosen order as well; with ATTNKERN_HOST_LAST=n the last n of
+// them alone.
 inline void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(one_kernel);
   if (threads.x % kLanes != 0 || threads.x > block.fibers.size() || shared_bytes > kSharedMemory)
@@ -209,7 +210,10 @@ inline void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::functio
   gridDim = grid, blockDim = threads;
   block.threads = threads.x, block.dynamic = shared_bytes, block.body = &body;
   block.error.clear();
-  for (const int index : ordered(grid.x * grid.y, order, random)) {
+  const char* last = std::getenv("ATTNKERN_HOST_LAST");
+  const int64_t blocks = int64_t(grid.x) * grid.y, some = last == nullptr ? blocks : std::min(blocks, std::atol(last));
+  for (const int chosen : ordered(some, order, random)) {
+    const int64_t index = blocks - some + chosen;
     blockIdx = dim3(index % grid.x, index / grid.x);
     run_block(ordered(threads.x, order, random));
   }

@@ -9,7 +9,7 @@ ifeq ($(strip $(TORCH_CUDA_ARCH_LIST)),)
 unexport TORCH_CUDA_ARCH_LIST
 endif
 
-.PHONY: setup bench test docs reproduce gallery fuzz soak sanitize compat gpu wheel sdist sbom release release-check clean
+.PHONY: setup bench accuracy test docs reproduce gallery fuzz soak sanitize compat gpu wheel sdist sbom release release-check clean
 
 setup: .venv/ready
 
@@ -29,6 +29,10 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 
 bench: setup
 	$(PY) -m benchmarks.run
+
+# Errors in ulp beside eager's and torch.compile's, a quarter of an hour: docs/accuracy.md.
+accuracy: setup
+	$(PY) -m benchmarks.accuracy
 
 test: setup
 	$(PY) tests/run.py

@@ -181,3 +181,13 @@ def test_any_subset_of_gradients(function, dtype, backend, device, interpreted):
 def test_accuracy(name, options, layout, dtype, backend, device, interpreted):
     shape = (1, 24, 6, 7) if interpreted else (2, 24, 6, 7)
     testing.check_accuracy(name, backend, dtype, shape=shape, layout=layout, device=device, **options)
+
+
+@large
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    "shape, layout", [((2, 2048, 7, 7), "contiguous"), ((1, 8, 128, 128), "channels_last")], ids=case_id
+)
+def test_accuracy_of_long_sums(shape, layout, backend, device):
+    """Rounding must not grow with the number of summands as in a sum one by one."""
+    testing.check_accuracy("compatibility_pool", backend, torch.float32, shape=shape, layout=layout, device=device)

@@ -60,15 +60,15 @@ template <typename T> void times_vector(const Matrix<T>& m, const Wide<T>* weigh
   }
 }
 
-// out[i] = Σ_r weight[r]·m[r, i], four rows at a time.
-template <typename T> void vector_times(const Wide<T>* weight, const Matrix<T>& m, Wide<T>* out) {
+// out[i] = Σ_r weight[r]·m[r, i] for r in [r, end), four rows at a time.
+template <typename T>
+void vector_times(const Wide<T>* weight, const Matrix<T>& m, int64_t r, int64_t end, Wide<T>* out) {
   using A = Wide<T>;
   const int64_t columns = m.columns, whole = columns < kLanes ? 0 : columns & -kLanes;
   const int64_t first = columns - kLanes; // of the last vector, which overlaps the one before it
   std::fill_n(out, columns, A(0));
   A last[kLanes] = {};
-  int64_t r = 0;
-  for (; whole > 0 && r + 4 <= m.rows; r += 4) {
+  for (; whole > 0 && r + 4 <= end; r += 4) {
     const T *m0 = m.row(r), *m1 = m.row(r + 1), *m2 = m.row(r + 2), *m3 = m.row(r + 3);
     const A w0 = weight[r], w1 = weight[r + 1], w2 = weight[r + 2], w3 = weight[r + 3];
 #pragma omp simd
@@ -82,12 +82,25 @@ template <typename T> void vector_times(const Wide<T>* weight, const Matrix<T>& 
   }
   for (int64_t i = whole; whole > 0 && i < columns; ++i)
     out[i] = last[i - first];
-  for (; r < m.rows; ++r) {
+  for (; r < end; ++r) {
     const T* row = m.row(r);
     const A w = weight[r];
 #pragma omp simd
     for (int64_t i = 0; i < columns; ++i)
       out[i] += w * widen(row[i]);
+  }
+}
+
+// Over all rows: block by block, so that a sum's rounding grows with the rows of a block and the blocks, not with all.
+template <typename T> void vector_times(const Wide<T>* weight, const Matrix<T>& m, Wide<T>* out) {
+  constexpr int64_t kRows = 128;
+  vector_times(weight, m, 0, std::min(kRows, m.rows), out);
+  std::vector<Wide<T>> block(m.rows > kRows ? m.columns : 0);
+  for (int64_t begin = kRows; begin < m.rows; begin += kRows) {
+    vector_times(weight, m, begin, std::min(begin + kRows, m.rows), block.data());
+#pragma omp simd
+    for (int64_t i = 0; i < m.columns; ++i)
+      out[i] += block[i];
   }
 }
 

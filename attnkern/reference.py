@@ -30,8 +30,8 @@ def aspect_factors(height: int, width: int, aspect: bool) -> tuple[float, float]
 
 
 def _log_window(rectangle, height, width, scale, aspect):
-    """z = log Λ(p) + log Λ(q), (N, H, W)."""
-    mu1, mu2, sigma1, sigma2, alpha = rectangle[..., None, None].unbind(-3)
+    """z = log Λ(p) + log Λ(q), (N, H, W), of rectangles (N, 5, 1, 1), or (N, 5, H, W): one for each position."""
+    mu1, mu2, sigma1, sigma2, alpha = rectangle.unbind(-3)
     row, column = aspect_factors(height, width, aspect)
     d1 = (coordinates(height, rectangle)[:, None] - mu1) * row
     d2 = (coordinates(width, rectangle) - mu2) * column
@@ -46,7 +46,8 @@ def _log_window(rectangle, height, width, scale, aspect):
 
 def window_map(rectangle, size, *, scale=6.0, rescale=True, aspect=False):
     height, width = size
-    z = _log_window(rectangle.to(wide(rectangle.dtype)), height, width, scale, aspect)
+    rectangle = rectangle.to(wide(rectangle.dtype))[..., None, None]
+    z = _log_window(rectangle, height, width, scale, aspect)
     if not rescale:
         return z.exp()
     # Not softmax(): its sum of a large map in float32 loses digits that sum() keeps.

@@ -130,11 +130,12 @@ def shared_pool_inputs(*arguments):
 
 def _window_terms(x, out, g, rescale=True, residual=True, scale=6.0, aspect=False):
     size = x["x"].shape[2:]
-
-    def log_window(rectangle):
-        return reference._log_window(rectangle[None], *size, scale, aspect)[0]
-
-    slopes = torch.func.vmap(torch.func.jacfwd(log_window))(x["rectangle"])
+    # A rectangle of its own for each position: the gradient of the sum of z is every position's slope.
+    rectangles = x["rectangle"].detach()[..., None, None].repeat(1, 1, *size).requires_grad_()
+    with torch.enable_grad():
+        z = reference._log_window(rectangles, *size, scale, aspect)
+    (slopes,) = torch.autograd.grad(z.sum(), rectangles)
+    slopes = slopes.movedim(1, -1)
     map = out["map"]
     if rescale:
         slopes = slopes - (slopes * map[..., None]).mean((1, 2), keepdim=True)

@@ -14,6 +14,7 @@ from typing import Self
 import torch
 
 from attnkern import _ops
+from attnkern._common import came
 
 NAMES = ("triton", "native", "reference")
 
@@ -29,8 +30,8 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 def _validated(name, source):
-    if name is not None and name not in NAMES:
-        raise ValueError(f"{source}: expected one of {', '.join(map(repr, NAMES))} or None, got {name!r}")
+    if name is not None and not (isinstance(name, str) and name in NAMES):  # an array would compare by element
+        raise ValueError(f"{source}: expected one of {', '.join(map(repr, NAMES))} or None, got {came(name)}")
     return name
 
 

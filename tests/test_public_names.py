@@ -198,7 +198,6 @@ TENSORS = tuple(kind for kind in VALUES if kind.endswith("tensor"))
 #: Kinds that are right for an argument of this name, beside those of its annotation; for a Tensor instead of floating.
 RIGHT = {
     "angles": ("bool tensor",),
-    "backend": ("array",),  # refused in NumPy's words
     "counts": ("float tensor", "integer tensor"),
     "device": ("int",),
     "eps": ("bool tensor",),
@@ -211,7 +210,6 @@ RIGHT = {
     "synonyms": ("dict",),
     "target": ("bool tensor",),
     "thresholds": ("bool tensor",),
-    "use_backend.name": ("array",),  # as "backend"
 }
 #: What a message calls an argument that the command line calls so.
 CALLED = {

@@ -40,16 +40,18 @@ Sums<A> quantize(const Anchors<A>& anchors, const T* a, int64_t count, T* values
       for (int64_t i = 0; i < length; ++i)
         element[i] = static_cast<A>(widen(a[first + i]));
       count_thresholds(anchors.thresholds, element, length, rank);
+      double loss = 0; // of the block, so that its rounding does not grow with the chunk
       for (int64_t i = 0; i < length; ++i) {
         const bool is_nan = element[i] != element[i], counted = !is_nan && !anchors.poisoned;
         const int64_t index = counted ? anchors.index[rank[i]] : 0;
         const A difference = counted ? anchors.value[rank[i]] - element[i] : A(NAN);
         value[i] = counted ? anchors.value[rank[i]] : A(NAN);
         indices[first + i] = index;
-        sum.loss += difference * difference;
+        loss += difference * difference;
         sum.residuals[index] += difference;
         sum.counts[index] += counted;
       }
+      sum.loss += loss;
 #pragma omp simd
       for (int64_t i = 0; i < length; ++i)
         values[first + i] = narrow<T>(static_cast<Wide<T>>(value[i]));

@@ -85,6 +85,16 @@ def test_shapes(function, options, n, c, size, layout, dtype, backend, device):
 
 
 @pytest.mark.kernels
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("c, size", [(600, (7, 7)), (70, (22, 23)), (5, (47, 45))], ids=case_id)
+@every_function
+def test_images_of_several_programs(function, c, size, layout, backend, device):
+    """Blocks of channels, splits and chunks of positions, of more than one image."""
+    tensors = make(function, 2, c, size, dtype=torch.float32, layout=layout, device=device)
+    check_run(function, tensors, backend, size)
+
+
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=case_id)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shared", [False, True])

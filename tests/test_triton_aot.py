@@ -1,4 +1,5 @@
-"""Triton kernels compiled ahead of time, without a GPU: no spills, shared memory that the chip has, 128-bit loads.
+"""Triton kernels compiled ahead of time, without a GPU: no spills, shared memory that the chip has, 128-bit loads,
+barriers between what one thread stores and another loads.
 
 The launchers run on meta tensors and a recorder stands in for the launch, so what is compiled here is exactly what
 they would launch: the same kernels, argument types, constants and warps.
@@ -111,6 +112,7 @@ class Cubin(NamedTuple):
     stack: int  #: bytes that something is stored to, spilled registers among them
     shared: int  #: bytes
     loads: list  #: widths in bits of the loads from global memory
+    unordered: set  #: arguments that are loaded from after a store, with no barrier between
 
     def row(self):
         widths = ", ".join(f"{self.loads.count(width)} x {width}" for width in sorted(set(self.loads), reverse=True))
@@ -160,8 +162,34 @@ def cubin(launch, capability, folder):
         stack = stack if "STL" in code else 0  # capability 10.0 reserves some for calls that are never made
         loads = re.findall(r"\bLDG\.E(?:\.(U?\d+))?[\w.]*", code)
         widths = [int(width.strip("U")) if width else 32 for width in loads]
-        _compiled[key] = Cubin(int(registers), int(stack), compiled.metadata.shared, widths)
+        races = unordered(compiled.asm["ttir"])
+        _compiled[key] = Cubin(int(registers), int(stack), compiled.metadata.shared, widths, races)
     return _compiled[key]
+
+
+def unordered(ir):
+    """Arguments that a program may load from after storing there, with no barrier between: by then another thread's
+    store may not be seen. Outer loops are taken twice; an inner one's steps touch different channels."""
+    origin, events, loop = {}, [], 0
+    for line in ir.splitlines():
+        if "tt.func" in line:
+            origin = {name: name for name in re.findall(r"(%\w+): !tt\.ptr", line)}
+        for made, of in re.findall(r"(%\w+) = tt\.(?:addptr|splat|broadcast|expand_dims) (%\w+)", line):
+            origin[made] = origin.get(of)
+        for made, of in re.findall(r"(%\w+) = (%\w+)", line):  # what a loop carries
+            origin[made] = origin.get(of)
+        if found := re.search(r"tt\.(store|load) (%\w+)|\b(barrier)\b", line):
+            events.append((found[1] or found[3], origin.get(found[2])))
+        if line.startswith("    ") and line[4] != " " and "scf.for" in line:
+            loop = len(events)
+        elif line.startswith("    }"):
+            events += events[loop:]
+    stored, found = set(), set()
+    for kind, where in events:
+        if kind == "load" and where in stored:
+            found.add(where)
+        stored = set() if kind == "barrier" else stored | {where} if kind == "store" else stored
+    return found
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -207,6 +235,7 @@ def check(launch, x, capability, folder):
     where = f"{launch.name}, {tuple(x.shape)}, {x.dtype}, sm_{capability}: {found.row()}"
     assert found.stack <= (STACK_OF_COSINE if launch.name.startswith("_window") else 0), where
     assert found.shared <= SHARED_MEMORY[capability], where
+    assert not found.unordered, f"{where}: no barrier before {found.unordered} is read again"
     vector = constants.get("VEC_C", 1) * constants.get("VEC_P", 1)
     if vector * x.itemsize == 16:
         tile = constants["BLOCK_C"] * constants["BLOCK_P"] * x.itemsize // (32 * constants["num_warps"])
@@ -253,6 +282,13 @@ def test_more_channels_than_a_tile_fit(shape, channels_last, launches, tmp_path)
     run_pool(x, FLOAT)
     for launch in launches:
         check(launch, x, 90, tmp_path)
+
+
+def test_a_missing_barrier_shows(launches):
+    run_pool(meta(2, 3000, 7, 7), FLOAT)
+    ir = triton.compile(source(launches[0]), target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ttir"]
+    assert not unordered(ir)
+    assert unordered(ir.replace("ttg.barrier all", "")) == {"%sums"}
 
 
 def test_at_most_two_launches(launches):

@@ -9,7 +9,7 @@ ifeq ($(strip $(TORCH_CUDA_ARCH_LIST)),)
 unexport TORCH_CUDA_ARCH_LIST
 endif
 
-.PHONY: setup bench accuracy test docs reproduce gallery fuzz soak sanitize compat gpu wheel sdist sbom release release-check clean
+.PHONY: setup bench accuracy test docs reproduce gallery fuzz mutate soak sanitize compat gpu wheel sdist sbom release release-check clean
 
 setup: .venv/ready
 
@@ -53,6 +53,10 @@ gallery: setup
 EXAMPLES ?= 200000
 fuzz: setup
 	$(PY) tests/fuzz.py --examples $(EXAMPLES)
+
+# Faults planted in the kernels, one at a time; the tests must catch them: docs/mutation.md. Hours; SEED= repeats a draw.
+mutate: setup
+	$(PY) tests/mutate.py $(if $(SEED),--seed $(SEED))
 
 # Random shapes for three minutes: memory, repeatability, caches.
 soak: setup

@@ -1,0 +1,397 @@
+"""Plants one fault at a time in the kernels' sources; the tests must catch each: `python tests/mutate.py --seed 1`.
+
+Faults are derived from the sources by class, and drawn from a seed, class by class. A compiler that refuses one has
+caught nothing: another is drawn. What survives either shows a hole in the tests or changes no result; then its entry
+in docs/mutation.json says why (`--why NUMBER TEXT`), and docs/mutation.md shows both.
+
+C++ runs as the native lane's tests of the operators, CUDA under the host emulation, Triton in its interpreter and, what
+that leaves alone, ahead of time; a file of one operator is judged by that operator's tests. All happens in copies of
+the tree.
+"""
+
+import argparse
+import ast
+import io
+import json
+import os
+import queue
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tokenize
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from run import LANES
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs/mutation.json"
+PAGE = ROOT / "docs/mutation.md"
+
+# --- what can be planted ---------------------------------------------------------------------------------------------
+
+#: A name, with what is called and indexed of it.
+OPERAND = r"[A-Za-z_][\w.:]*(?:<\w+>)?(?:\((?:[^()]|\([^()]*\))*\))?(?:\[[^\[\]]*\])*"
+#: What a step in memory is made of.
+SIZE = (
+    r"(?:[\w.]*(?:stride|width|height|positions|channels|chunks|tiles|rows|threads)(?:\(\))?"
+    r"|k[A-Z]\w+|[CPHWRK]|HW|(?:BLOCK|VEC)_\w|GROUP|FOLD)(?![\w.(\[])"
+)
+#: Names that come in pairs, one for each axis or channels and positions.
+PAIRS = [
+    ("height", "width"), ("row", "column"), ("rows", "columns"), ("channels", "positions"), ("images", "channels"),
+    ("H", "W"), ("C", "P"), ("BLOCK_C", "BLOCK_P"), ("mu1", "mu2"), ("sigma1", "sigma2"), ("by_mu1", "by_mu2"),
+    ("by_sigma1", "by_sigma2"), ("cosine", "sine"), ("u", "v"), ("c", "p"), (":, None", "None, :"),
+    ("size(2)", "size(3)"), ("size(0)", "size(1)"), ("lo", "hi"), ("local", "query"), ("values", "anchors"),
+    ("grad_output", "x"), ("first", "last"), ("begin", "end"),
+]  # fmt: skip
+
+
+def other_number(match):
+    text = match.group()
+    return str(int(text) + 1) if text.isdigit() else str(1.5 * float(text) or 1.0)
+
+
+def swaps():
+    for a, b in PAIRS:
+        for one, other in ((a, b), (b, a)):
+            yield rf"(?<![\w.]){re.escape(one)}(?![\w(])" if one[-1] not in ")e:" else re.escape(one), other
+
+
+#: class -> (pattern, replacement), of code without comments and strings.
+FAULTS = {
+    "sign": [(r"(?<= )\+(?= )", "-"), (r"(?<= )-(?= )", "+"), (r"\+=", "-="), (r"-=", "+="),
+             (r"(?:(?<=[=,?:*] )|(?<=\()|(?<=return ))-(?=[\w(])", "")],
+    "comparison": [(r"(?<= )<(?= )", "<="), (r"(?<= )<=(?= )", "<"), (r"(?<= )>(?= )", ">="), (r"(?<= )>=(?= )", ">"),
+                   (r"==", "!="), (r"!=", "=="), (r"&&", "||"), (r"\|\|", "&&"), (r"(?<=\)) & (?=\()", " | ")],
+    "bound": [(rf"(?<= < )((?>{OPERAND})|\d+)", r"\1 - 1"), (r"\bmin(?=[(<])", "max"), (r"\bmax(?=[(<])", "min"),
+              (r"\bminimum(?=\()", "maximum"), (r"\bmaximum(?=\()", "minimum"), (r"\brange\(0,", "range(1,"),
+              (r"(?<=for \(int64_t )(\w+) = 0", r"\1 = 1"), (r"(?<=for \(int )(\w+) = 0", r"\1 = 1"),
+              (r"\bceil_div\(", "divide("), (r"\b(?:tl|triton)\.cdiv\(([^(),]+), ([^(),]+)\)", r"(\1 // \2)")],
+    "stride": [(rf" \* {SIZE}", "")],
+    "constant": [(r"(?<![\w.])\d+(?![\w.])", other_number), (r"(?<![\w.])\d+\.\d+(?![\w.])", other_number)],
+    "dropped term": [(rf" [+-] (?>{OPERAND})(?! \*)", ""), (rf" \* (?!{SIZE})(?>{OPERAND})", ""),
+                     (r"(?<=[\w\])]) [+]=", " =")],
+    "dropped barrier": [(r"__syncthreads\(\);", ";"), (r"__syncthreads_or\((\w+)\)", r"(\1)"),
+                        (r"_mm_sfence\(\);", ";"), (r"tl\.debug_barrier\(\)", "pass")],
+    "swapped axis": list(swaps()),
+    "skipped cast": [(r"static_cast<\w+>\(", "("), (r"\b(?:A|T|S|float|double|Wide<T>)\((?=\w)", "("),
+                     (r"\.to\([^()]*(?:\([^()]*\))?[^()]*\)", ""), (r"\bdouble(?= \w+(?:\[\w*\])? = )", "float")],
+}  # fmt: skip
+
+
+def code_of(path: Path) -> str:
+    """The source with everything blank that is no code: comments, strings, and where names are only declared."""
+    text = path.read_text()
+    blank = lambda match: re.sub(r"[^\n]", " ", match.group())  # noqa: E731
+    if path.suffix != ".py":
+        for pattern in (
+            r"//[^\n]*", r"/\*.*?\*/", r'"(?:\\.|[^"\\\n])*"', r"^[ \t]*#(?:\\\n|[^\n])*", r"\btemplate <[^\n]*?>(?= )",
+            r"^[^\n]*\b(?:static_assert|STD_TORCH_CHECK|using|namespace|m\.impl|typename)\b[^\n]*$",
+        ):  # fmt: skip
+            text = re.sub(pattern, blank, text, flags=re.MULTILINE | re.DOTALL)
+        return text
+    lines = [list(line) for line in text.splitlines(keepends=True)]
+
+    def erase(begin, end):
+        for row in range(begin[0] - 1, end[0]):
+            first, last = begin[1] if row == begin[0] - 1 else 0, end[1] if row == end[0] - 1 else len(lines[row])
+            lines[row][first:last] = [c if c == "\n" else " " for c in lines[row][first:last]]
+
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type in (tokenize.COMMENT, tokenize.STRING):
+            erase(token.start, token.end)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            erase((first, 0), (node.body[0].lineno, 0))
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            erase((node.lineno, 0), (node.end_lineno, node.end_col_offset))
+    return "".join("".join(line) for line in lines)
+
+
+def undefined(new: str, code: str, position: int) -> bool:
+    """Is this a name that the Python function around a position lacks? Python refuses it only when it runs it."""
+    begin = max((match.start() for match in re.finditer(r"^(?=\S)|\n\n\n", code[:position], re.M)), default=0)
+    end = re.compile(r"\n\n\n").search(code, position)
+    return new.isidentifier() and not re.search(rf"\b{new}\b", code[begin : end.start() if end else len(code)])
+
+
+def faults_in(path: Path) -> dict[str, list[dict]]:
+    """Everything that can be planted in a file, by class."""
+    text, code = path.read_text(), code_of(path)
+    found = {}
+    for kind, rules in FAULTS.items():
+        for pattern, replacement in rules:
+            for match in re.finditer(pattern, code):
+                new = replacement(match) if callable(replacement) else match.expand(replacement)
+                if path.suffix == ".py" and kind == "swapped axis" and undefined(new, code, match.start()):
+                    continue
+                if match.group() != text[match.start() : match.end()]:  # a string within
+                    continue
+                begin, end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
+                fault = {
+                    "file": str(path.relative_to(ROOT)),
+                    "line": text.count("\n", 0, match.start()) + 1,
+                    "class": kind,
+                    "before": text[begin:end].strip(),
+                    "after": (text[begin : match.start()] + new + text[match.end() : end]).strip(),
+                    "at": [match.start(), match.end(), new],
+                }
+                found.setdefault(kind, []).append(fault)
+    return found
+
+
+def drawn(path: Path, seed: int):
+    """Faults of a file in the order of the draw: from each of its classes in turn."""
+    found = faults_in(path)
+    generator = random.Random(f"{seed} {path.relative_to(ROOT)}")
+    for faults in found.values():
+        generator.shuffle(faults)
+    kinds = sorted(found)
+    generator.shuffle(kinds)
+    while any(found.values()):
+        for kind in kinds:
+            if found[kind]:
+                yield found[kind].pop()
+
+
+# --- how it is judged ------------------------------------------------------------------------------------------------
+
+FOLDERS = {"csrc/cuda": "cuda", "attnkern/_triton": "triton"}  # all else of csrc is C++
+#: What the launches of an operator's file are called in the names of tests.
+OPERATORS = {"window": "window", "quantize": "quantize or anchor", "pool": "pool"}
+NATIVE = ["test_scalar_math.py", "test_ops.py", "test_promises.py", "test_fuzz.py", "test_faults.py"]
+SUITES = {  # tests in order, environment
+    "native": (NATIVE, LANES["native"][1] | {"ATTNKERN_TEST_BACKENDS": "native"}),
+    "cuda": (["test_cuda_on_host.py", "test_ops.py", "test_promises.py"], LANES["cuda"][1]),
+    "triton": (["test_ops.py", "test_promises.py"], LANES["interpreted"][1]),
+}
+
+
+def kernel_files() -> list[Path]:
+    return sorted(
+        path
+        for path in [*ROOT.glob("csrc/**/*"), *ROOT.glob("attnkern/_triton/*.py")]
+        if path.suffix in (".cpp", ".h", ".cu", ".cuh", ".py") and "isa" not in path.stem and faults_in(path)
+    )
+
+
+REFUSED = "refused"  # by Triton's compiler, which runs with the tests
+
+
+class Copy:
+    """A copy of the tree to plant faults in."""
+
+    def __init__(self, folder: Path):
+        self.root = folder
+        for name in ("attnkern", "csrc", "tests", "benchmarks"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_C_cuda*", "__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        self.environment = os.environ | {
+            "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1",
+            "TRITON_CACHE_DIR": str(folder / "triton"),
+        }  # fmt: skip
+        self.built = folder / "attnkern/_C.so"
+        for old in folder.glob("attnkern/_C*.so"):
+            old.unlink()
+
+    def python(self, *arguments, **options):
+        return subprocess.run([sys.executable, *arguments], cwd=self.root, capture_output=True, text=True, **options)
+
+    def build(self, kind: str) -> bool:
+        """Bring the libraries up to date that the tests of a kind load."""
+        program = (
+            "import runpy, sys; sys.path.insert(0, 'tests')\n"
+            "from cuda_on_host import make, TORCH, HASH, ROOT\n"
+            "from pathlib import Path\n"
+            "sources = [ROOT / line.split()[1] for line in open('csrc/sources.txt') if line.split()[:1] == ['cpu']]\n"
+            "headers = [p for p in ROOT.glob('csrc/**/*.h')]\n"
+            "flags = ['-std=c++20', '-O1', '-fPIC', '-fopenmp-simd', '-fno-math-errno', '-fno-trapping-math',"
+            " '-fvisibility=hidden', f'-DATTNKERN_SCHEMA_HASH=\"{HASH}\"', '-Icsrc', f'-isystem{TORCH}/include']\n"
+            "objects = [make(Path(f'{s.stem}.o'), [s, *headers], *flags, '-c', s) for s in sources]\n"
+            "libraries = [f'-L{TORCH}/lib', '-ltorch', '-ltorch_cpu', '-lc10']\n"
+            "make(ROOT / 'attnkern/_C.so', objects, '-shared', *objects, *libraries)\n"
+        )
+        done = self.python("-c", program, env=self.environment)
+        if done.returncode == 0 and kind == "cuda":
+            load = "import sys; sys.path.insert(0, 'tests'); import cuda_on_host; cuda_on_host.load()"
+            done = self.python("-c", load, env=self.environment)
+        return done.returncode == 0
+
+    def caught(self, kind: str, operator: str | None) -> str | None:
+        """What caught it: a test, a crash, or the time limit of a test; None when all pass."""
+        files, environment = SUITES[kind]
+        own = [f"test_{name}.py" for name in ([operator] if operator else OPERATORS)]
+        by = self.tested(own + files, OPERATORS[operator] if operator else "", environment)
+        if by is None and kind == "triton":  # of what the interpreter cannot show: the barriers of the compiled code
+            by = self.tested(LANES["ahead"][0], "companions or more_channels", LANES["ahead"][1])
+        return by
+
+    def tested(self, files: list[str], keyword: str, environment: dict[str, str]) -> str | None:
+        command = ["-m", "pytest", "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-k", keyword]
+        command += ["-o", "faulthandler_timeout=120", "-o", "faulthandler_exit_on_timeout=true"]
+        done = self.python(
+            *command, *(f"tests/{name}" for name in files), env=self.environment | environment,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (10 << 30, 10 << 30)),
+        )  # fmt: skip
+        if done.returncode == 0:
+            return None
+        if re.search(r"NameError|UnboundLocalError|CompilationError|SyntaxError|power of 2", done.stdout):
+            return REFUSED
+        if failed := re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE):
+            return failed.group(1)
+        running = re.findall(r'File "[^"]*/tests/(test_\w+\.py)", line \d+ in (test_\w+)', done.stderr)
+        where = f" in {'::'.join(running[0])}" if running else ""
+        if "Timeout" in done.stderr:
+            return "a time limit" + where
+        if done.returncode < 0:
+            return f"signal {-done.returncode}" + where
+        return f"exit status {done.returncode}: " + (done.stdout + done.stderr).strip()[-200:]
+
+
+def judged_by(path: Path) -> tuple[str, str | None]:
+    """Which tests judge a file: of what kind, and of which operator or of all."""
+    kind = FOLDERS.get(str(path.relative_to(ROOT).parent), "native")
+    return kind, path.stem if path.stem in OPERATORS else None
+
+
+def judge(copy: Copy, fault: dict) -> bool:
+    """Plant a fault, and note what caught it; False when the compiler refuses it."""
+    path = copy.root / fault["file"]
+    original = path.read_text()
+    begin, end, new = fault.pop("at")
+    kind, operator = judged_by(ROOT / fault["file"])
+    began = time.monotonic()
+    path.write_text(original[:begin] + new + original[end:])
+    try:
+        if not copy.build(kind):
+            return False
+        fault["caught"] = copy.caught(kind, operator)
+        fault["seconds"] = round(time.monotonic() - began)
+        return fault["caught"] != REFUSED
+    finally:
+        path.write_text(original)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def page(results: dict) -> str:
+    mutants = results["mutants"]
+    caught = [m for m in mutants if m["caught"]]
+    survivors = [m for m in mutants if not m["caught"]]
+    lines = [
+        "# Planted faults",
+        "",
+        "One fault at a time is planted in the sources of the kernels, drawn from a seed, class by class; the tests",
+        "must catch it. `make mutate` repeats it, `SEED=` draws others. The whole list is in `docs/mutation.json`.",
+        "",
+        f"Seed {results['seed']}: {len(mutants)} faults, {len(caught)} caught, {len(survivors)} survived"
+        + (", each of which changes no result:" if all(m.get("why") for m in survivors) else "."),
+        "",
+        "| file | planted | caught |",
+        "|---|---|---|",
+    ]
+    for file in dict.fromkeys(m["file"] for m in mutants):
+        of = [m for m in mutants if m["file"] == file]
+        lines.append(f"| `{file}` | {len(of)} | {sum(m['caught'] is not None for m in of)} |")
+    lines += ["", "| class | planted | caught |", "|---|---|---|"]
+    for kind in FAULTS:
+        of = [m for m in mutants if m["class"] == kind]
+        lines.append(f"| {kind} | {len(of)} | {sum(m['caught'] is not None for m in of)} |")
+    lines += ["", "## Survivors", ""]
+    for m in survivors:
+        lines += [f"- `{m['file']}`, {m['class']}: {m.get('why') or 'unexplained'}", "", "    ```diff"]
+        lines += [f"    - {m['before']}", f"    + {m['after']}", "    ```", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def save(results: dict) -> None:
+    results["mutants"].sort(key=lambda m: (m["file"], m["line"], m["after"]))
+    RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    PAGE.write_text(page(results))
+
+
+def key(mutant):
+    return mutant["file"], mutant["before"], mutant["after"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=None, help="of the draw; drawn itself when left out")
+    parser.add_argument("--each", type=int, default=8, help="faults per file")
+    parser.add_argument("--files", default="", help="only files whose path matches this regular expression")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--survivors", action="store_true", help="judge again only what survived")
+    parser.add_argument("--why", nargs=2, metavar=("NUMBER", "TEXT"), help="explain a survivor, counted from 0")
+    arguments = parser.parse_args()
+
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"seed": None, "mutants": []}
+    if arguments.why:
+        survivors = [m for m in kept["mutants"] if not m["caught"]]
+        survivors[int(arguments.why[0])]["why"] = arguments.why[1]
+        save(kept)
+        return 0
+    seed = random.randrange(2**32) if arguments.seed is None else arguments.seed
+    print(f"seed {seed}", flush=True)
+    known = {key(m): m for m in kept["mutants"]}
+    results = kept if kept["seed"] == seed else {"seed": seed, "mutants": []}
+    lock, copies = threading.Lock(), queue.SimpleQueue()
+    files = [path for path in kernel_files() if re.search(arguments.files, str(path.relative_to(ROOT)))]
+
+    sound = set()  # whose tests pass where nothing is planted: else everything would be caught
+
+    def check(copy, kind, operator):
+        if (kind, operator) not in sound:
+            sound.add((kind, operator))
+            why = "it does not build" if not copy.build(kind) else copy.caught(kind, operator)
+            print(f"nothing planted, {kind} {operator or 'all'}: {why or 'passes'}", flush=True)
+            if why:
+                os._exit(2)
+
+    def one(path):
+        judged = 0
+        for fault in drawn(path, seed):
+            if judged == arguments.each:
+                break
+            old = known.get(key(fault))
+            judged += 1
+            if arguments.survivors and (old is None or old["caught"]):
+                continue
+            if not arguments.survivors and old is not None and kept["seed"] == seed:
+                continue
+            copy = copies.get()
+            check(copy, *judged_by(path))
+            valid = judge(copy, fault)
+            copies.put(copy)
+            if not valid:
+                judged -= 1
+                continue
+            if old and old.get("why") and not fault["caught"]:
+                fault["why"] = old["why"]
+            with lock:
+                results["mutants"] = [m for m in results["mutants"] if key(m) != key(fault)] + [fault]
+                save(results)
+                by = fault["caught"] or "SURVIVED" + (f": {fault['why']}" if "why" in fault else "")
+                print(f"{fault['file']}:{fault['line']} {fault['class']}: {fault['after']}\n    {by}", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
+        for i in range(arguments.jobs):
+            copies.put(Copy(Path(folder) / str(i)))
+        list(pool.map(one, files))
+    unexplained = [m for m in results["mutants"] if not m["caught"] and not m.get("why")]
+    caught = sum(m["caught"] is not None for m in results["mutants"])
+    total = len(results["mutants"])
+    print(f"seed {seed}: {total} faults, {caught} caught, {total - caught} survived, {len(unexplained)} unexplained")
+    return len(unexplained) > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

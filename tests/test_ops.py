@@ -107,10 +107,12 @@ def test_tokens_and_shared_queries(n, c, size, shared, layout, dtype, backend, d
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=case_id)
-@pytest.mark.parametrize("anchors", [1, 2, 20, 64, 300])
+@pytest.mark.parametrize(
+    "anchors, size", [*((anchors, (6, 7)) for anchors in (1, 2, 20, 64, 300)), (70, (47, 45))], ids=case_id
+)
 @pytest.mark.parametrize("function", ["anchor_quantize", "anchor_attention"])
-def test_numbers_of_anchors(function, anchors, dtype, backend, device):
-    tensors = make(function, 2, 3, (6, 7), dtype=dtype, anchors=anchors, device=device)
+def test_numbers_of_anchors(function, anchors, size, dtype, backend, device):
+    tensors = make(function, 2, 3, size, dtype=dtype, anchors=anchors, device=device)
     check_run(function, tensors, backend)
 
 

@@ -333,12 +333,22 @@ def page() -> str:
 
 
 def write(content: dict) -> None:
-    """A machine's JSON, a row a line, and the page."""
+    """A machine's JSON, a row a line, and the page. What was not measured now stays where all else is the same."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^a-z0-9]+", "-", content["machine"].lower()).strip("-")
+    path = FOLDER / (re.sub(r"[^a-z0-9]+", "-", content["machine"].lower()).strip("-") + ".json")
+    before = json.loads(path.read_text()) if path.exists() else {}
+    content = json.loads(json.dumps(content))  # tuples as lists, like what was read
+    if all(before.get(key) == value for key, value in content.items() if key not in ("date", "rows")):
+        groups = {}
+        for rows in (before["rows"], content["rows"]):
+            new = {}
+            for row in rows:
+                new.setdefault((row["op"], row["dtype"], row["competitor"]), []).append(row)
+            groups |= new
+        content = content | {"rows": [row for group in groups.values() for row in group]}
     rows = ",\n".join(json.dumps(row) for row in content["rows"])
     about = json.dumps({key: value for key, value in content.items() if key != "rows"})
-    (FOLDER / f"{stem}.json").write_text(f'{about[:-1]}, "rows": [\n{rows}\n]}}\n')
+    path.write_text(f'{about[:-1]}, "rows": [\n{rows}\n]}}\n')
     PAGE.write_text(page())
 
 
@@ -375,9 +385,8 @@ def main() -> int:
             place = f"[{done}/{len(work)}, {time.monotonic() - began:.0f} s] {' '.join(work[done - 1][:3])}"
             print(f"\r\033[K{place}", end="", file=sys.stderr, flush=True)
     print("\r\033[K", end="", file=sys.stderr)
-    print(body(content))
-    if not options.only:
-        write(content)
+    write(content)
+    print(PAGE.read_text())
     return 0
 
 

@@ -176,14 +176,9 @@ void pool_forward(const Tiles& tiles, const T* local, const Widened<Wide<T>>& qu
     for (int64_t i = 0; i < length; ++i)
       max = score[i] > max ? score[i] : max;
     std::vector<A> weight(length);
-    A total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < length; ++i) {
-      weight[i] = softmax_weight(score[i], max);
-      total += weight[i];
-    }
+    for_lanes(length, [&](int64_t i) { weight[i] = softmax_weight(score[i], max); });
     maxima[tile] = max;
-    totals[tile] = total;
+    totals[tile] = sum_lanes<A>(length, [&](int64_t i) { return weight[i]; });
     sum_positions(tiles, m, weight.data(), &sums[tile * channels]);
   });
   parallel(tiles.shape.images, positions + tiles.per_image * channels, [&](int64_t image) {
@@ -224,15 +219,11 @@ void pool_backward(const Tiles& tiles, const Wide<T>* grad_pooled, const Wide<T>
   const auto buffer = std::make_unique_for_overwrite<A[]>(whole ? 0 : tiles.count() * channels);
   A* sums = whole ? grad_query : buffer.get();
   parallel(tiles.shape.images, positions + channels, [&](int64_t image) {
-    A delta = 0;
-#pragma omp simd reduction(+ : delta)
-    for (int64_t c = image * channels; c < (image + 1) * channels; ++c)
-      delta += grad_pooled[c] * pooled[c];
+    const int64_t channel = image * channels, position = image * positions;
+    deltas[image] = sum_lanes<A>(channels, [&](int64_t c) { return grad_pooled[channel + c] * pooled[channel + c]; });
     if (grad_attention != nullptr)
-#pragma omp simd reduction(+ : delta)
-      for (int64_t i = image * positions; i < (image + 1) * positions; ++i)
-        delta += attention[i] * grad_attention[i];
-    deltas[image] = delta;
+      deltas[image] +=
+          sum_lanes<A>(positions, [&](int64_t i) { return attention[position + i] * grad_attention[position + i]; });
   });
   parallel(tiles.count(), 2 * tiles.length * channels, [&](int64_t tile) {
     const Matrix<T> m = tile_of(tiles, local, tile);

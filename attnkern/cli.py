@@ -9,6 +9,7 @@ import torch
 
 import attnkern
 from attnkern import _backend, _ops
+from attnkern._common import device_of
 
 
 def info() -> str:
@@ -86,11 +87,11 @@ def _subject(options):
     from attnkern.training.data import ImageData
     from attnkern.training.train import load_run
 
+    device = device_of("evaluate", options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     run = load_run(options.checkpoint)
     settings = run.data if options.data is None else {"name": options.data, "size": run.data["size"]}
     images = ImageData(**settings | ({} if options.root is None else {"root": options.root}))
     images.setup()
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     shared = {"map": options.map, "limit": options.limit, "seed": options.seed, "device": device}
     return Subject(run.network, images, run.normalise.to(device), run.class_names, **shared), run.name
 

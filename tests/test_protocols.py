@@ -155,6 +155,7 @@ def test_show(checkpoints, tmp_path, capsys):
     "arguments, message",
     [
         (["evaluate", "nowhere.ckpt"], "there is no file 'nowhere.ckpt'"),
+        (["evaluate", "{vgg}", "--device", "abacus"], "device must be a device such as .*, got 'abacus'"),
         (["evaluate", "{text}"], "is no checkpoint of attnkern train"),
         (["evaluate", "{vgg}", "--protocol", "top2"], "protocol must be one of all, top1, .*; got 'top2'"),
         (["evaluate", "{vgg}", "--map", "attention.map"], "map must be an attention map .* got 'attention.map'"),

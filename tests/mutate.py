@@ -186,7 +186,7 @@ def kernel_files() -> list[Path]:
 REFUSED = "refused"  # by Triton's compiler, which runs with the tests
 
 
-#: Like setup.py, but -O1, and where a file has nothing else to it one instruction set: what counts is how soon it is done.
+#: Like setup.py, but -O1, and one instruction set where a file does not ask for them: what counts is how soon it ends.
 BUILD = """
 import sys; sys.path.insert(0, "tests")
 from pathlib import Path

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from cases import CASES, FUNCTIONS, call, case_id, check, doubles, lay, make, run, same, upstream
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attnkern import _ops
 from attnkern._layout import in_layout
 
 every_case = pytest.mark.parametrize("function, options", CASES, ids=case_id)
@@ -113,6 +115,45 @@ def test_tokens_are_read_where_they_lie(backend, device):
     tensors = make("compatibility_pool", 2, 8, (11,), dtype=torch.float32, layout="channels_last", device=device)
     found = run("compatibility_pool", tensors, backend=backend)
     assert found["grad_local"].stride() == tensors["local"].stride() == (88, 1, 8)
+
+
+ODD = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: lay(x, "channels_last"),
+    "columns left out": lambda x: torch.stack((x, x), -1)[..., 0],
+    "columns left out of channels_last": lambda x: lay(torch.stack((x, x), -1).flatten(3), "channels_last")[..., ::2],
+    "transposed": lambda x: lay(x, "transposed"),
+    "one channel repeated": lambda x: x[:, :1].expand_as(x),
+}
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("function", ["window_attention", "anchor_attention", "compatibility_pool"])
+def test_strides_that_a_compiler_was_told(function, odd, backend, device):
+    """Results lie in memory as those of the kernels that run without data, whatever lies how."""
+
+    def run(device):
+        tensors = make(function, 2, 4, SIZE, dtype=torch.float32, device=device)
+        first = ODD[odd](tensors.pop("local" if "local" in tensors else "x"))
+        ops, (second, *_) = _ops.BACKENDS[backend], tensors.values()
+        if function == "window_attention":
+            output, map, stats = ops.window_fwd(first, second, *window, False)
+            return output, map, stats, *ops.window_bwd(output, map, first, second, stats, *window, False, True)
+        if function == "anchor_attention":
+            output, *rest = ops.anchor_fwd(first, second, tensors["anchors"], True)
+            through = output, rest[0], rest[2], rest[2], first, second, tensors["anchors"], rest[1], rest[4]
+            return output, *rest, *ops.anchor_bwd(*through, True, 1, True)
+        pooled, attention, scores, pooled_wide = ops.pool_fwd(first, second)
+        through = pooled, attention, scores, first, second, attention, pooled
+        return pooled, attention, scores, pooled_wide, *ops.pool_bwd(*through, True)
+
+    window = 6.0, True, True
+    with FakeTensorMode() as mode:
+        told = run(device)
+    for found, fake in zip(run(device), told, strict=True):
+        assert mode.is_our_fake(fake)
+        assert (found.shape, found.stride(), found.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
 class Recorded(TorchDispatchMode):

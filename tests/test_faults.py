@@ -646,6 +646,27 @@ with warnings.catch_warnings(record=True) as warned:
     assert python(code, TRITON_INTERPRET="1") == (0, "True\nTrue\n1.0\n1.0 RuntimeWarning")
 
 
+@large
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("function", ["window_attention", "anchor_attention", "compatibility_pool"])
+def test_tensors_too_large_for_the_caches(function, layout, dtype, backend, device):
+    """Written past them: the bits of each image alone, which is not. Rows begin wherever they do."""
+    size = (211, 127)
+    c = 40 * 2**20 // (3 * size[0] * size[1] * dtype.itemsize)
+    tensors = make(function, 3, c, size, dtype=dtype, layout=layout, device=device)
+    grads = upstream(call(function, tensors, backend=backend))
+    options = {"wrt": [next(iter(tensors))], "through": FUNCTIONS[function][1][:1], "backend": backend}
+    found = run(function, tensors, grads=grads, **options)
+    for i in range(3):
+        alone = {k: t if k == "anchors" else t[i : i + 1] for k, t in tensors.items()}
+        wanted = run(function, alone, grads={k: g[i : i + 1] for k, g in grads.items() if g.dim()}, **options)
+        same({k: found[k][i : i + 1] for k in options["through"]}, {k: wanted[k] for k in options["through"]})
+        name = f"grad_{options['wrt'][0]}"
+        same({name: found[name][i : i + 1]}, {name: wanted[name]}, f"in image {i}")
+
+
 # --- more than 2**31 elements ----------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import case_id, check, doubles, run
+from cases import case_id, check, doubles, lay, run
 
 import attnkern
 
@@ -99,3 +99,19 @@ def test_parametrised_compatibility_is_this_function(backend, device):
     torch.testing.assert_close(found.attention.flatten(1), attention)
     (gradient,) = torch.autograd.grad((local.flatten(2) * attention[:, None]).sum(), g)
     torch.testing.assert_close(gradient, torch.zeros_like(g), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [(4, 6), (128, 72)], ids=case_id)
+def test_parts_of_a_map_without_a_finite_score(size, layout, backend, device):
+    """Scores of half of the positions overflow to -Inf, whole tiles of them: all weight lies on the others."""
+    local = torch.zeros(2, 32, *size, device=device)
+    local[:, :, : size[0] // 2] = -1e20
+    local = lay(local, layout)
+    pooled, attention, scores = attnkern.compatibility_pool(
+        local, torch.full((2, 32), 1e20, device=device), backend=backend
+    )
+    assert scores[:, 0, 0].isneginf().all()
+    assert not attention[:, : size[0] // 2].any()
+    torch.testing.assert_close(attention[:, size[0] // 2 :].sum((1, 2)), torch.ones(2, device=device))
+    assert not pooled.any()

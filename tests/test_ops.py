@@ -86,7 +86,7 @@ def test_shapes(function, options, n, c, size, layout, dtype, backend, device):
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("c, size", [(600, (7, 7)), (70, (22, 23)), (5, (47, 45))], ids=case_id)
+@pytest.mark.parametrize("c, size", [(600, (7, 7)), (4200, (3, 3)), (70, (22, 23)), (5, (47, 45))], ids=case_id)
 @every_function
 def test_images_of_several_programs(function, c, size, layout, backend, device):
     """Blocks of channels, splits and chunks of positions, of more than one image."""

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 import torch
-from cases import case_id, check, doubles, run
+from cases import case_id, check, doubles, lay, run
 
 import attnkern
 
@@ -242,3 +242,17 @@ def test_every_midpoint_in_exact_arithmetic(backend, device):
         tensors = (torch.tensor(values, dtype=torch.float64, device=device) for values in ([a], anchors))
         found = attnkern.anchor_quantize(*tensors, backend=backend).indices[0].tolist()
         assert found == [nearest(each, anchors) for each in a], anchors
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=case_id)
+def test_halves_round_to_even(dtype, layout, backend, device):
+    """Numbers in the middle of two of a half type, over and under, of either sign, in every binade."""
+    step = torch.finfo(dtype).eps / 2
+    middle = 1 + step * torch.arange(1, 16, 2)
+    beside = torch.cat([torch.nextafter(middle, torch.tensor(bound)) for bound in (0.0, 2.0)])
+    anchors = torch.cat([middle, beside, -middle, middle * 2.0**-9, middle * 2.0**9]).to(device)
+    a = anchors.reshape(1, 1, 4, -1)
+    x = lay(torch.ones(1, 9, *a.shape[2:], dtype=dtype, device=device), layout)
+    output = attnkern.anchor_attention(x, a, anchors, residual=False, backend=backend).output
+    assert torch.equal(output, a.to(dtype).expand_as(output))

@@ -372,7 +372,7 @@ def main() -> int:
             if fault is None:
                 return
             old = known.get(key(fault))
-            if arguments.survivors and (old is None or old["caught"]):
+            if arguments.survivors and (old is None or old["caught"] or old.get("why")):
                 continue
             if not arguments.survivors and old is not None and kept["seed"] == seed:
                 return

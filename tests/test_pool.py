@@ -104,14 +104,18 @@ def test_parametrised_compatibility_is_this_function(backend, device):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("size", [(4, 6), (128, 72)], ids=case_id)
 def test_parts_of_a_map_without_a_finite_score(size, layout, backend, device):
-    """Scores of half of the positions overflow to -Inf, whole tiles of them: all weight lies on the others."""
-    local = torch.zeros(2, 32, *size, device=device)
+    """Scores of half of the positions overflow to -Inf, whole tiles of them: all weight lies on the others. Where there
+    are no others, nothing has a weight: NaN."""
+    local = torch.zeros(3, 32, *size, device=device)
     local[:, :, : size[0] // 2] = -1e20
+    local[2] = -1e20
     local = lay(local, layout)
     pooled, attention, scores = attnkern.compatibility_pool(
-        local, torch.full((2, 32), 1e20, device=device), backend=backend
+        local, torch.full((3, 32), 1e20, device=device), backend=backend
     )
     assert scores[:, 0, 0].isneginf().all()
-    assert not attention[:, : size[0] // 2].any()
-    torch.testing.assert_close(attention[:, size[0] // 2 :].sum((1, 2)), torch.ones(2, device=device))
-    assert not pooled.any()
+    assert not attention[:2, : size[0] // 2].any()
+    torch.testing.assert_close(attention[:2, size[0] // 2 :].sum((1, 2)), torch.ones(2, device=device))
+    assert not pooled[:2].any()
+    assert attention[2].isnan().all()
+    assert pooled[2].isnan().all()

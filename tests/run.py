@@ -1,9 +1,10 @@
 """Runs the test lanes, each in processes of its own, and sums them up: `make test`. Two at a time, but the first alone.
 
-1 native        compiled CPU kernels and references
+1 native        compiled CPU kernels and references, and what is built on them
 2 interpreted   Triton kernels in Triton's interpreter, small shapes
 3 ahead         Triton kernels compiled ahead of time for three GPUs, resources and spills
 4 cuda          CUDA C++: the built library and its resources; kernels run on the CPU under the host emulation
+5 house         archives, pages, pictures, tools: what is slow and needs neither two threads nor a quiet clock
 """
 
 import contextlib
@@ -21,7 +22,11 @@ CUDA = ["test_cuda_build.py", "test_cuda_on_host.py"]
 AHEAD = ["test_triton_aot.py"]
 OPS = ["test_ops.py", "test_window.py", "test_quantize.py", "test_pool.py", "test_promises.py"]
 NETWORKS = ["test_model_backends.py"]
-EVERYTHING_ELSE = sorted({path.name for path in HERE.glob("test_*.py")} - set(CUDA + AHEAD))
+HOUSE = [
+    "test_packaging.py", "test_release.py", "test_report.py", "test_docs.py", "test_viz.py", "test_public_names.py",
+    "test_mutate.py", "test_accuracy.py", "test_large_index.py", "test_types.py",
+]  # fmt: skip
+EVERYTHING_ELSE = sorted({path.name for path in HERE.glob("test_*.py")} - set(CUDA + AHEAD + HOUSE))
 
 #: The kernels' new tensors come straight from the allocator, past PyTorch's filling: glibc fills them, every byte 0x7f.
 POISON = {"MALLOC_PERTURB_": "128"}
@@ -31,6 +36,7 @@ SEED = {"ATTNKERN_FUZZ_SEED": "0"}
 
 LANES = {
     "native": (EVERYTHING_ELSE, {"ATTNKERN_TEST_BACKENDS": "native,reference", **POISON, **SEED}),
+    "house": (HOUSE, {"ATTNKERN_TEST_BACKENDS": "native,reference", "OMP_NUM_THREADS": "1"}),
     "interpreted": (OPS + NETWORKS, {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1"}),
     "ahead": (AHEAD, {}),
     "cuda": (CUDA + OPS, {"ATTNKERN_TEST_BACKENDS": "native", "ATTNKERN_TEST_CUDA_ON_HOST": "1", **POISON}),

@@ -109,6 +109,8 @@ def _first_kernel_fails(device: torch.device) -> bool:
     """Does Triton fail to compile and launch on a device? Asked once, with a warning where it does."""
     try:
         _ops.BACKENDS["triton"].window_map_fwd(torch.full((1, 5), 0.5, device=device), 1, 1, 6.0, True, False)
+    except torch.OutOfMemoryError:  # says nothing of the compiler
+        raise
     except Exception as error:  # compilers, linkers and drivers raise what they like
         warnings.warn(
             f"attnkern leaves out Triton on {device}, its first kernel failed: {type(error).__name__}: {error}. "

@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 
 from benchmarks import truth
-from benchmarks.report import RESULTS, ROOT
+from benchmarks.report import RESULTS, ROOT, markdown
 
 FOLDER = RESULTS / "accuracy"
 PAGE = ROOT / "docs/accuracy.md"
@@ -225,15 +225,6 @@ def cell(row: dict | None) -> str:
     if row["result"] == "indices":
         return f"{row['wrong'] / row['count']:.2%}" if row["wrong"] else "0"
     return f"{number(row['max'])} / {number(row['p999'])}"
-
-
-def markdown(head: list[str], lines: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    rule = ["-" * width for width in widths]
-    return "\n".join(
-        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |"
-        for line in [head, rule, *lines]
-    )
 
 
 def table(rows: list[dict]) -> str:

@@ -19,6 +19,16 @@ OURS = ("native", "triton")
 COLUMNS = ("eager", "compile", "sdpa", "reference", "reference compiled", *OURS, *(f"{name} compiled" for name in OURS))
 
 
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    """A table whose columns line up in the source, too."""
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |"
+        for line in [head, rule, *lines]
+    )
+
+
 def table(rows: list[dict]) -> str:
     """Rows as aligned Markdown: milliseconds, and how many times faster the best of ours is."""
     columns = [name for name in COLUMNS if any(name in row["ms"] for row in rows)]
@@ -34,12 +44,7 @@ def table(rows: list[dict]) -> str:
         inside = [f"{row['graph_ms'][name]:.3f}" if name in row.get("graph_ms", ()) else "–" for name in graphs]
         share = [f"{row['share_of_copy']:.0%}"] if graphs else []
         lines.append([row["case"], row["pass"], *times, *faster, *inside, *share])
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
-    rule = ["-" * width for width in widths]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in [head, rule, *lines]
-    )
+    return markdown(head, lines)
 
 
 def tables(rows: list[dict]) -> str:

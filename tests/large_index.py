@@ -87,7 +87,6 @@ def passes(ops, shape, layout):
 
 
 def main(kind):
-    import attnkern  # noqa: F401
     from attnkern import _ops
 
     if kind == "cuda":

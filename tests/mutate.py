@@ -89,7 +89,10 @@ FAULTS = {
 def code_of(path: Path) -> str:
     """The source with everything blank that is no code: comments, strings, and where names are only declared."""
     text = path.read_text()
-    blank = lambda match: re.sub(r"[^\n]", " ", match.group())  # noqa: E731
+
+    def blank(match):
+        return re.sub(r"[^\n]", " ", match.group())
+
     if path.suffix != ".py":
         for pattern in (
             r"//[^\n]*", r"/\*.*?\*/", r'"(?:\\.|[^"\\\n])*"', r"^[ \t]*#(?:\\\n|[^\n])*", r"\btemplate <[^\n]*?>(?= )",
@@ -334,7 +337,7 @@ def main() -> int:
     parser.add_argument("--each", type=int, default=8, help="faults per file")
     parser.add_argument("--files", default="", help="only files whose path matches this regular expression")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--survivors", action="store_true", help="judge again only what survived")
+    parser.add_argument("--survivors", action="store_true", help="judge again only survivors that nothing explains")
     parser.add_argument("--why", nargs=2, metavar=("NUMBER", "TEXT"), help="explain a survivor, counted from 0")
     arguments = parser.parse_args()
 

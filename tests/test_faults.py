@@ -606,6 +606,19 @@ def test_a_triton_that_does_not_compile(broken_triton, device):
             call("window_attention", tensors, backend="triton")
 
 
+def test_memory_that_ends_says_nothing_of_the_compiler(broken_triton, monkeypatch, device):
+    """It comes out, and the next call asks again."""
+
+    def full(self, name):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(type(broken_triton), "__getattr__", full)
+    tensors = make("window_attention", dtype=torch.float32, device=device)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            call("window_attention", tensors, backend=None)
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="on a CPU Triton compiles nothing")
 def test_no_compiler_at_run_time(tmp_path):
     code = """

@@ -95,7 +95,7 @@ release: setup
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist dist/attnkern-*.tar.gz
 	cd dist && sha256sum attnkern-* >SHA256SUMS
 
-# The source archive in an empty folder: builds there, without CUDA, and runs the first lane of the tests.
+# The source archive in an empty folder: builds there, without CUDA, and runs the tests of its kernels.
 release-check: sdist
 	bash release/check.sh dist/attnkern-*.tar.gz
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A source archive in an empty folder: builds there with .venv's Python, without CUDA, and runs the first lane of tests.
+# A source archive in an empty folder: builds there with .venv's Python, without CUDA, and runs the tests of its kernels.
 set -euo pipefail
 python=$(dirname "$(realpath "${BASH_SOURCE[0]}")")/../.venv/bin/python
 archive=$(realpath "$1")

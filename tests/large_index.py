@@ -116,7 +116,7 @@ def main(kind):
     a, anchors = torch.empty(2**31 + 4096, dtype=torch.bfloat16), torch.linspace(0, 1, 5).bfloat16()
     a[-2048:] = torch.rand(2048, generator=torch.Generator().manual_seed(0))
     wanted = ops.quantize_fwd(a[-2048:], anchors)
-    restore = last(1)
+    restore = last(3)  # the emulation may have two left over
     found = ops.quantize_fwd(a, anchors)
     restore()
     assert torch.equal(found[0][-256:], wanted[0][-256:])

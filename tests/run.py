@@ -1,10 +1,11 @@
-"""Runs the test lanes, each in processes of its own, and sums them up: `make test`. Two at a time, but the first alone.
+"""Runs the test lanes, each in processes of its own, two at a time, and sums them up: `make test`.
 
-1 native        compiled CPU kernels and references, and what is built on them
-2 interpreted   Triton kernels in Triton's interpreter, small shapes
-3 ahead         Triton kernels compiled ahead of time for three GPUs, resources and spills
-4 cuda          CUDA C++: the built library and its resources; kernels run on the CPU under the host emulation
-5 house         archives, pages, pictures, tools: what is slow and needs neither two threads nor a quiet clock
+native        compiled CPU kernels and references
+networks      what is built on them: models, data, training, evaluation
+ahead         Triton kernels compiled ahead of time for three GPUs, resources and spills
+interpreted   Triton kernels in Triton's interpreter, small shapes
+house         archives, pages, pictures, tools
+cuda          CUDA C++: the built library and its resources; kernels run on the CPU under the host emulation
 """
 
 import contextlib
@@ -21,12 +22,16 @@ HERE = Path(__file__).parent
 CUDA = ["test_cuda_build.py", "test_cuda_on_host.py"]
 AHEAD = ["test_triton_aot.py"]
 OPS = ["test_ops.py", "test_window.py", "test_quantize.py", "test_pool.py", "test_promises.py"]
-NETWORKS = ["test_model_backends.py"]
+NETWORKS = [
+    "test_training.py", "test_models.py", "test_recipes.py", "test_evaluation.py", "test_evaluation_rectangles.py",
+    "test_protocols.py", "test_data.py", "test_insert.py", "test_accelerate.py", "test_ecosystem.py",
+    "test_distributed.py",
+]  # fmt: skip
 HOUSE = [
     "test_packaging.py", "test_release.py", "test_report.py", "test_docs.py", "test_viz.py", "test_public_names.py",
     "test_mutate.py", "test_accuracy.py", "test_large_index.py", "test_types.py",
 ]  # fmt: skip
-EVERYTHING_ELSE = sorted({path.name for path in HERE.glob("test_*.py")} - set(CUDA + AHEAD + HOUSE))
+EVERYTHING_ELSE = sorted({path.name for path in HERE.glob("test_*.py")} - set(CUDA + AHEAD + NETWORKS + HOUSE))
 
 #: The kernels' new tensors come straight from the allocator, past PyTorch's filling: glibc fills them, every byte 0x7f.
 POISON = {"MALLOC_PERTURB_": "128"}
@@ -34,17 +39,24 @@ POISON = {"MALLOC_PERTURB_": "128"}
 #: What is random elsewhere (`make fuzz`) is the same in every run here.
 SEED = {"ATTNKERN_FUZZ_SEED": "0"}
 
+#: Lanes share the processors: one thread where several prove nothing, and none that spins while it waits.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+PATIENT = {"OMP_WAIT_POLICY": "passive"}
+
+#: What runs on the CPU's own kernels.
+COMPILED = {"ATTNKERN_TEST_BACKENDS": "native,reference"}
+
+#: lane: files, environment; the longest first, so that they end together.
 LANES = {
-    "native": (EVERYTHING_ELSE, {"ATTNKERN_TEST_BACKENDS": "native,reference", **POISON, **SEED}),
-    "house": (HOUSE, {"ATTNKERN_TEST_BACKENDS": "native,reference", "OMP_NUM_THREADS": "1"}),
-    "interpreted": (OPS + NETWORKS, {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1"}),
+    "native": (EVERYTHING_ELSE, {**COMPILED, **PATIENT, **POISON, **SEED}),
+    "networks": (NETWORKS, {**COMPILED, **ONE_THREAD, **POISON}),
     "ahead": (AHEAD, {}),
+    "interpreted": (
+        [*OPS, "test_model_backends.py"], {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1", **ONE_THREAD},
+    ),
+    "house": (HOUSE, {**COMPILED, **ONE_THREAD}),
     "cuda": (CUDA + OPS, {"ATTNKERN_TEST_BACKENDS": "native", "ATTNKERN_TEST_CUDA_ON_HOST": "1", **POISON}),
-}
-
-
-#: It uses several threads, and some of its tests look at the clock.
-ALONE = "native"
+}  # fmt: skip
 
 
 def run(lane: str, beside_others: bool = False) -> tuple[dict[str, int], float]:
@@ -79,10 +91,8 @@ def run(lane: str, beside_others: bool = False) -> tuple[dict[str, int], float]:
 
 def main() -> int:
     lanes = sys.argv[1:] or list(LANES)
-    results = {lane: run(lane) for lane in lanes if lane == ALONE}
-    others = [lane for lane in lanes if lane != ALONE]
     with ThreadPoolExecutor(2) as pool:
-        results |= zip(others, pool.map(lambda lane: run(lane, len(others) > 1), others), strict=True)
+        results = dict(zip(lanes, pool.map(lambda lane: run(lane, len(lanes) > 1), lanes), strict=True))
     print(f"\n{'lane':12} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}")
     for lane, (counts, seconds) in results.items():
         print(f"{lane:12} {counts['passed']:7} {counts['failed']:7} {counts['skipped']:8} {seconds:8.0f}")

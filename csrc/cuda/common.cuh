@@ -241,12 +241,17 @@ struct Shape {
 
 ATTNKERN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+#if defined(ATTNKERN_ON_HOST)
+constexpr int64_t kGridWidth = cuda_on_host::kGridWidth;
+#else
+constexpr int64_t kGridWidth = (int64_t(1) << 31) - 1;
+#endif
+
 // More blocks than one grid dimension takes go on in the second; block_index() counts through both, and a block whose
 // index is not below the number of items returns.
 inline dim3 grid_of(int64_t items) {
-  constexpr int64_t kLargest = (int64_t(1) << 31) - 1;
-  const int64_t rows = ceil_div(items, kLargest);
-  return dim3(static_cast<unsigned>(rows > 1 ? kLargest : items), static_cast<unsigned>(rows));
+  const int64_t rows = ceil_div(items, kGridWidth);
+  return dim3(static_cast<unsigned>(rows > 1 ? kGridWidth : items), static_cast<unsigned>(rows));
 }
 ATTNKERN_DEVICE int64_t block_index() { return blockIdx.y * static_cast<int64_t>(gridDim.x) + blockIdx.x; }
 

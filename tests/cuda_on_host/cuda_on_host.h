@@ -197,6 +197,9 @@ inline std::vector<int> ordered(int count, const std::string& order, std::mt1993
 
 inline int64_t launches = 0;
 
+// Narrow, so that grids go on in their second dimension and have blocks that are left over.
+constexpr int64_t kGridWidth = 3;
+
 // Every block of the grid, one after the other, in the chosen order as well; with ATTNKERN_HOST_LAST=n the last n of
 // them alone.
 inline void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body) {

@@ -90,12 +90,16 @@ def extension(kind: str, make, name: str, flags: dict[str, list[str]]):
 # Never -ffast-math: it changes the whole process's floating-point mode and folds NaN checks away. Symbols are hidden:
 # PyTorch loads all libraries into one namespace, where those of one would take the place of the other's.
 cxx = ["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
+# Errors name files as they are called in the projects, not where a wheel was built; the later of two maps comes first.
+homes = [f"-ffile-prefix-map={folder}/=" for folder in (ROOT.absolute(), Path(torch.__file__).absolute().parents[1])]
+cxx += homes
 native = os.environ.get("ATTNKERN_NO_NATIVE") != "1"
 extensions = [extension("cpu", CppExtension, "attnkern._C", {"cxx": cxx})] if native else []
 missing = cuda_missing(home) if native else "ATTNKERN_NO_NATIVE=1"
 if missing is None:
-    nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler", "-fvisibility=hidden", "-DUSE_CUDA"]
-    host = ["-O3", "-std=c++20", "-DUSE_CUDA", "-g0"]
+    nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
+    nvcc += [part for flag in ["-fvisibility=hidden", *homes] for part in ("-Xcompiler", flag)]
+    host = ["-O3", "-std=c++20", "-DUSE_CUDA", "-g0", *homes]
     extensions.append(extension("cuda", CUDAExtension, "attnkern._C_cuda", {"cxx": host, "nvcc": nvcc}))
 elif os.environ.get("FORCE_CUDA") == "1":
     sys.exit(f"attnkern: FORCE_CUDA=1, but the CUDA kernels cannot be built: {missing}")

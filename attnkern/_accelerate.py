@@ -8,6 +8,7 @@ from torch import nn
 
 from attnkern import compat
 from attnkern._common import check_kind
+from attnkern._insert import replace
 
 #: Attributes that hold the hooks of a module.
 _HOOKS = [
@@ -92,7 +93,7 @@ def _difference(module, ours, inputs) -> str | None:
 
 
 def _taken_over(module, new):
-    """``new`` in the place of ``module``: mode, device, dtype and hooks; its parameters must carry the same names."""
+    """``new`` in the place of ``module``, with its parameters, mode, device, dtype and hooks; the names must agree."""
     old_keys, new_keys = module.state_dict().keys(), new.state_dict().keys()
     if old_keys != new_keys:
         got = f"{sorted(new_keys)} for {sorted(old_keys)}"
@@ -101,6 +102,11 @@ def _taken_over(module, new):
     if like is not None:
         new.to(like.device, like.dtype)
     new.load_state_dict(module.state_dict())
+    kept = dict(module.named_parameters(remove_duplicate=False))
+    for name, _ in list(new.named_parameters(remove_duplicate=False)):
+        if name in kept:
+            owner, _, key = name.rpartition(".")
+            setattr(new.get_submodule(owner), key, kept[name])
     for name in _HOOKS:
         getattr(new, name).update(getattr(module, name))
     return new.train(module.training)
@@ -151,8 +157,7 @@ def accelerate(
                 replaced[name] = ours.__name__
                 break
     for name, new in made.items():
-        parent, _, key = name.rpartition(".")
-        setattr(modules[parent], key, new)
+        replace(model, modules[name], new)
         replaced[name] = type(new).__name__
     for name, kind in replaced.items():
         if name not in made:

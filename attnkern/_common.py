@@ -30,7 +30,8 @@ def check_tensor(where: str, name: str, tensor) -> None:
             f"{where}: {name} must be float32, bfloat16, float16 or float64, got {str(tensor.dtype).split('.')[-1]}"
         )
     if tensor.layout != torch.strided or tensor.is_nested:
-        raise TypeError(f"{where}: {name} must be a dense (strided) tensor, got layout {tensor.layout}")
+        layout = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{where}: {name} must be a dense (strided) tensor, got {layout}")
 
 
 def check_shape(where: str, name: str, tensor: torch.Tensor, expected: str, ok: bool, *sizes: int) -> None:
@@ -57,8 +58,8 @@ def check_positions(where: str, name: str, sizes) -> None:
         raise ValueError(f"{where}: {name} must have at least one position, got a map of size {tuple(sizes)}")
 
 
-def check_size(where: str, size) -> None:
-    """Raise unless ``size`` is (H, W), each at least 1, of a map whose bytes can be counted in 64 bits."""
+def check_size(where: str, size) -> tuple[int, int]:
+    """``size`` as (H, W), each at least 1, of a map whose bytes can be counted in 64 bits, else this raises."""
     if not (isinstance(size, (tuple, list)) and len(size) == 2):
         raise ValueError(f"{where}: size must be (H, W), got {came(size)}")
     for length in size:
@@ -68,6 +69,7 @@ def check_size(where: str, size) -> None:
     height, width = (length if isinstance(length, (int, torch.SymInt)) else int(length) for length in size)
     if isinstance(height, int) and isinstance(width, int) and height * width >= 2**60:
         raise ValueError(f"{where}: size must have fewer than 2**60 positions, got {came(tuple(size))}")
+    return height, width
 
 
 def check_integer(where: str, **integers) -> None:
@@ -86,10 +88,19 @@ def check_count(where: str, **counts) -> None:
 
 
 def check_number(where: str, **values) -> None:
-    """Raise TypeError unless each of the named values is a real number."""
+    """Raise unless each of the named values is a real number that a float64 holds."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, _REAL):
             raise TypeError(f"{where}: {name} must be a number, got {came(value)}")
+        try:
+            float_of(value)
+        except OverflowError as error:
+            raise ValueError(f"{where}: {name} must be a number that a float64 holds, got one larger") from error
+
+
+def float_of(number):
+    """A real number as a float; one that a compiler knows by name only stays that."""
+    return number if isinstance(number, (float, torch.SymFloat, torch.SymInt)) else float(number)
 
 
 def check_flag(where: str, **flags) -> None:
@@ -183,6 +194,30 @@ def create_graph(*grads: torch.Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch.is_grad_enabled() or transformed(*(grad for grad in grads if grad is not None))
+
+
+def _kind(tensor):
+    return tuple(tensor.shape), tensor.dtype, tensor.device
+
+
+def save(ctx, *tensors: torch.Tensor) -> None:
+    """Keep ``tensors`` for the backward pass of an autograd Function."""
+    ctx.save_for_backward(*tensors)
+    ctx.kinds = [_kind(tensor) for tensor in tensors]
+
+
+def saved(ctx) -> tuple[torch.Tensor, ...]:
+    """What :func:`save` kept.
+
+    Raises RuntimeError when one got other data of another kind since, ``x.data = ...``, on which a kernel would run
+    beyond its memory: PyTorch notices only changes in place.
+    """
+    tensors = ctx.saved_tensors
+    for tensor, kind in zip(tensors, ctx.kinds, strict=True):
+        if _kind(tensor) != kind:
+            then, now = (f"{dtype}, {shape} on {device}" for shape, dtype, device in (kind, _kind(tensor)))
+            raise RuntimeError(f"attnkern: a tensor that backward needs was {then} and became {now}")
+    return tensors
 
 
 def differentiable_backward(forward, inputs, grads):

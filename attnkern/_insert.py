@@ -83,6 +83,14 @@ def _output_of(model: nn.Module, layer: nn.Module, example: torch.Tensor | None)
     raise ValueError("insert: the layer must run when the model does, and it did not")
 
 
+def replace(model: nn.Module, layer: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` in the place of ``layer``, under every name that it has in ``model``."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is layer:
+                setattr(parent, name, new)
+
+
 def insert(
     model: nn.Module,
     name: str,
@@ -94,7 +102,7 @@ def insert(
     """Put attention behind the layer ``name`` of ``model``, in place: layer(x) becomes module(layer(x)).
 
     Behind an ``nn.Sequential`` it is appended as ``name.attention`` and every other key of the state_dict stays; any
-    other layer becomes ``name.layer`` beside it. So load a checkpoint of the plain model before.
+    other layer becomes ``name.layer`` beside it, under every name that it has. So load a checkpoint of the plain model before.
 
     Args:
         model: any network. A layer that returns maps (N, C, H, W) takes the module as it is; behind one that returns
@@ -116,7 +124,7 @@ def insert(
     check_kind("insert", str, name=name)
     check_kind("insert", nn.Module | Callable, module=module)
     check_kind("insert", torch.Tensor | None, example=example)
-    layers = dict(model.named_modules())
+    layers = dict(model.named_modules(remove_duplicate=False))
     if name not in layers or name == "":
         raise ValueError(f"insert: name must be a layer of the model, got {name!r}; its parts: "
                          + ", ".join(key for key, _ in model.named_children()))  # fmt: skip
@@ -143,6 +151,5 @@ def insert(
         layer.add_module("attention", behind)
     else:
         wrapped = nn.Sequential(OrderedDict(layer=layer, attention=behind)).train(layer.training)
-        parent, _, key = name.rpartition(".")
-        setattr(layers[parent], key, wrapped)
+        replace(model, layer, wrapped)
     return inserted

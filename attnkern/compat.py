@@ -7,11 +7,16 @@ import torch
 from torch import nn
 
 from attnkern import anchor_quantize, compatibility_pool
-from attnkern._common import check_count, check_flag, check_tensor
+from attnkern._common import check_count, check_flag, check_shape, check_tensor
 from attnkern._ops import wide
 from attnkern.nn import _untouched
 
 __all__ = ["LinearAttentionBlock", "ProjectorBlock", "StraightThroughQuantizer"]
+
+
+def _check_maps(where, name, tensor, channels):
+    check_tensor(where, name, tensor)
+    check_shape(where, name, tensor, "(N, {}, H, W)", tensor.dim() == 4 and tensor.shape[1] == channels, channels)
 
 
 class LinearAttentionBlock(nn.Module):
@@ -35,8 +40,11 @@ class LinearAttentionBlock(nn.Module):
 
     def forward(self, l: torch.Tensor, g: torch.Tensor):  # noqa: E741
         """l (N, C, H, W), g (N, C, 1, 1) to c (N, 1, H, W), before the softmax, and pooled (N, C)."""
-        check_tensor("LinearAttentionBlock", "l", l)
-        check_tensor("LinearAttentionBlock", "g", g)
+        where, channels = "LinearAttentionBlock", self.op.in_channels
+        _check_maps(where, "l", l, channels)
+        _check_maps(where, "g", g, channels)
+        fits = all(size in (1, of) for size, of in zip(g.shape, l.shape, strict=True))
+        check_shape(where, "g", g, "(N, {}, 1, 1) or of the size of l, {}", fits, channels, tuple(l.shape))
         if not self.normalize_attn:
             c = self.op(l + g)
             return c, (c.sigmoid() * l).mean((2, 3))
@@ -58,7 +66,7 @@ class ProjectorBlock(nn.Module):
         self.op = nn.Conv2d(in_features, out_features, kernel_size=1, padding=0, bias=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        check_tensor("ProjectorBlock", "inputs", inputs)
+        _check_maps("ProjectorBlock", "inputs", inputs, self.op.in_channels)
         return self.op(inputs)
 
 

@@ -42,6 +42,7 @@ from attnkern._common import (
 from attnkern._ops import wide
 from attnkern.quantize import check_reduction
 from attnkern.reference import modulate
+from attnkern.window import check_features
 
 __all__ = [
     "AnchorQuantizer",
@@ -164,6 +165,7 @@ class WindowAttention(nn.Module):
         if _untouched(self.map):
             output, map = window_attention(x, rectangle, scale=self.scale, rescale=self.rescale, residual=self.residual)
         else:
+            rectangle = check_features("window_attention", x, rectangle).to(wide(x.dtype))
             map = self.map(window_map(rectangle, x.shape[2:], scale=self.scale, rescale=self.rescale))
             output = modulate(x, map[:, None], self.residual)
         return (output, map) if return_map else output
@@ -261,6 +263,11 @@ class AnchorQuantizer(nn.Module):
         # Per-sample gradients and the like are no training step, and may not write to what they captured.
         if self.training and not transformed(counts):
             if self.sync_counts:
+                if not torch.distributed.is_initialized():
+                    raise RuntimeError(
+                        "AnchorQuantizer: sync_counts needs a process group: call torch.distributed.init_process_group "
+                        "first, or leave sync_counts out"
+                    )
                 counts = counts.clone()
                 torch.distributed.all_reduce(counts)
             self.counts += counts
@@ -323,6 +330,12 @@ class BottleneckAttention(nn.Module):
         _check_features("BottleneckAttention", x, self.channels)
         check_kind("BottleneckAttention", bool | None, sample=sample)
         raw_mean = self.mean(x)
+        n, _, height, width = x.shape
+        check_tensor("BottleneckAttention", "what the module mean returns", raw_mean)
+        check_shape(
+            "BottleneckAttention", "what the module mean returns", raw_mean, "({}, 1, {}, {}) (as x)",
+            is_shape(raw_mean, n, 1, height, width), n, height, width,
+        )  # fmt: skip
         with _full_precision(x):
             mean = _widened(raw_mean).sigmoid()
             std = F.softplus(_widened(self.std(mean.to(self.std.weight.dtype))) - 5).squeeze(1)

@@ -13,6 +13,8 @@ from attnkern._common import (
     create_graph,
     differentiable_backward,
     is_shape,
+    save,
+    saved,
     transformed,
 )
 from attnkern._ops import BACKENDS
@@ -30,14 +32,14 @@ class _CompatibilityPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, local, query, backend):
         pooled, attention, scores, pooled_wide = BACKENDS[backend].pool_fwd(local, query)
-        ctx.save_for_backward(local, query, attention, pooled_wide if pooled_wide.shape == pooled.shape else pooled)
+        save(ctx, local, query, attention, pooled_wide if pooled_wide.shape == pooled.shape else pooled)
         ctx.backend = backend
         ctx.set_materialize_grads(False)
         return pooled, attention, scores
 
     @staticmethod
     def backward(ctx, *grads):
-        local, query, attention, pooled_wide = ctx.saved_tensors
+        local, query, attention, pooled_wide = saved(ctx)
         if create_graph(*grads):
             return (*differentiable_backward(reference.compatibility_pool, (local, query), grads), None)
         grad_local, grad_query = BACKENDS[ctx.backend].pool_bwd(

@@ -15,6 +15,8 @@ from attnkern._common import (
     create_graph,
     differentiable_backward,
     is_shape,
+    save,
+    saved,
     transformed,
 )
 from attnkern._ops import BACKENDS
@@ -44,7 +46,7 @@ class AnchorAttended(NamedTuple):
 
 def _save(ctx, inputs, results, residuals, options):
     *output, values, indices, anchor_loss, commitment_loss, counts = results
-    ctx.save_for_backward(*inputs, indices, residuals)
+    save(ctx, *inputs, indices, residuals)
     ctx.options = options
     ctx.set_materialize_grads(False)
     *need_x, need_a, need_anchors = ctx.needs_input_grad[: len(inputs)]
@@ -73,7 +75,7 @@ class _AnchorQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_values, _indices, grad_anchor_loss, grad_commitment_loss, _counts):
-        a, anchors, indices, residuals = ctx.saved_tensors
+        a, anchors, indices, residuals = saved(ctx)
         reduction, backend = ctx.options
         if create_graph(grad_values, grad_anchor_loss, grad_commitment_loss):
 
@@ -102,7 +104,7 @@ class _AnchorAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, grad_values, _indices, grad_anchor_loss, grad_commitment_loss, _counts):
-        x, a, anchors, indices, residuals = ctx.saved_tensors
+        x, a, anchors, indices, residuals = saved(ctx)
         residual, reduction, backend = ctx.options
         if create_graph(grad_output, grad_values, grad_anchor_loss, grad_commitment_loss):
 

@@ -509,7 +509,7 @@ def equivariance_sequence(
     where = "equivariance_sequence"
     _check_image(where, "image", image)
     check_kind(where, Callable, rectangles_of=rectangles_of, normalise=normalise)
-    check_size(where, size)
+    size = check_size(where, size)
     angles, scales, shifts = settings_of(where, angles, scales, shifts)
     check_flag(where, aspect=aspect)
     check_choice(where, "padding", padding, PADDINGS)

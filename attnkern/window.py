@@ -15,6 +15,9 @@ from attnkern._common import (
     companion,
     create_graph,
     differentiable_backward,
+    float_of,
+    save,
+    saved,
     transformed,
 )
 from attnkern._ops import BACKENDS
@@ -31,13 +34,13 @@ class _WindowMap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rectangle, height, width, scale, rescale, aspect, backend):
         map, stats = BACKENDS[backend].window_map_fwd(rectangle, height, width, scale, rescale, aspect)
-        ctx.save_for_backward(rectangle, stats)
+        save(ctx, rectangle, stats)
         ctx.options = height, width, scale, rescale, aspect, backend
         return map
 
     @staticmethod
     def backward(ctx, grad_map):
-        rectangle, stats = ctx.saved_tensors
+        rectangle, stats = saved(ctx)
         height, width, scale, rescale, aspect, backend = ctx.options
         if create_graph(grad_map):
 
@@ -54,7 +57,7 @@ class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rectangle, scale, rescale, residual, aspect, backend):
         output, map, stats = BACKENDS[backend].window_fwd(x, rectangle, scale, rescale, residual, aspect)
-        ctx.save_for_backward(x, rectangle, stats)
+        save(ctx, x, rectangle, stats)
         ctx.options = scale, rescale, residual, aspect, backend
         ctx.set_materialize_grads(False)
         if not ctx.needs_input_grad[1]:
@@ -63,7 +66,7 @@ class _WindowAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output, grad_map):
-        x, rectangle, stats = ctx.saved_tensors
+        x, rectangle, stats = saved(ctx)
         scale, rescale, residual, aspect, backend = ctx.options
         ops = BACKENDS[backend]
         if create_graph(grad_output, grad_map):
@@ -90,6 +93,16 @@ class _WindowAttention(torch.autograd.Function):
 def _check_rectangle(where, rectangle):
     check_tensor(where, "rectangle", rectangle)
     check_shape(where, "rectangle", rectangle, "(N, 5)", rectangle.dim() == 2 and rectangle.shape[1] == 5)
+
+
+def check_features(where: str, x: torch.Tensor, rectangle: torch.Tensor) -> torch.Tensor:
+    """The rectangles to go with features ``x``, else this raises."""
+    check_tensor(where, "x", x)
+    check_shape(where, "x", x, "(N, C, H, W)", x.dim() == 4)
+    check_positions(where, "x", x.shape[2:])
+    _check_rectangle(where, rectangle)
+    check_shape(where, "rectangle", rectangle, "({}, 5) (N as x)", rectangle.shape[0] == x.shape[0], x.shape[0])
+    return companion(where, "rectangle", rectangle, "x", x)
 
 
 def window_map(
@@ -128,13 +141,13 @@ def window_map(
     Source: Convolutional Rectangular Attention Module, Eqs. 1-5 and 7.
     """
     _check_rectangle("window_map", rectangle)
-    check_size("window_map", size)
+    height, width = check_size("window_map", size)
     check_number("window_map", scale=scale)
     check_flag("window_map", rescale=rescale, aspect=aspect)
     chosen = _backend.choose(backend, rectangle)
     if chosen == "reference" or transformed(rectangle):
-        return reference.window_map(rectangle, size, scale=scale, rescale=rescale, aspect=aspect)
-    return _WindowMap.apply(rectangle, *size, float(scale), rescale, aspect, chosen)
+        return reference.window_map(rectangle, (height, width), scale=float_of(scale), rescale=rescale, aspect=aspect)
+    return _WindowMap.apply(rectangle, height, width, float(scale), rescale, aspect, chosen)
 
 
 def window_attention(
@@ -167,18 +180,13 @@ def window_attention(
     Source: Convolutional Rectangular Attention Module, Eqs. 5-7.
     """
     where = "window_attention"
-    check_tensor(where, "x", x)
-    check_shape(where, "x", x, "(N, C, H, W)", x.dim() == 4)
-    check_positions(where, "x", x.shape[2:])
-    _check_rectangle(where, rectangle)
-    check_shape(where, "rectangle", rectangle, "({}, 5) (N as x)", rectangle.shape[0] == x.shape[0], x.shape[0])
-    rectangle = companion(where, "rectangle", rectangle, "x", x)
+    rectangle = check_features(where, x, rectangle)
     check_number(where, scale=scale)
     check_flag(where, rescale=rescale, residual=residual, aspect=aspect)
     chosen = _backend.choose(backend, x)
     if chosen == "reference" or transformed(x, rectangle):
         attended = reference.window_attention(
-            x, rectangle, scale=scale, rescale=rescale, residual=residual, aspect=aspect
+            x, rectangle, scale=float_of(scale), rescale=rescale, residual=residual, aspect=aspect
         )
     else:
         attended = _WindowAttention.apply(x, rectangle, float(scale), rescale, residual, aspect, chosen)
@@ -204,9 +212,8 @@ def rectangle_corners(rectangle: torch.Tensor, size: tuple[int, int], *, aspect:
     Source: Convolutional Rectangular Attention Module, Eqs. 3-5.
     """
     _check_rectangle("rectangle_corners", rectangle)
-    check_size("rectangle_corners", size)
+    height, width = check_size("rectangle_corners", size)
     check_flag("rectangle_corners", aspect=aspect)
-    height, width = size
     mu1, mu2, sigma1, sigma2, alpha = rectangle.to(reference.wide(rectangle.dtype)).unbind(1)
     u = torch.stack((-sigma1, -sigma1, sigma1, sigma1), 1)
     v = torch.stack((-sigma2, sigma2, sigma2, -sigma2), 1)

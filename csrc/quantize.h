@@ -33,6 +33,10 @@ template <typename T> ATTNKERN_INLINE T round_up(double threshold) {
   return static_cast<double>(rounded) < threshold ? std::nextafter(rounded, static_cast<T>(INFINITY)) : rounded;
 }
 
+// An index of `count` anchors. NumPy can write into a result without PyTorch's notice: nothing beside the anchors is read
+// for what backward finds then.
+ATTNKERN_INLINE int64_t kept_within(int64_t index, int64_t count) { return index >= 0 && index < count ? index : 0; }
+
 // Gradient of an element: what comes through its value, and its share of the commitment loss ‖a - sg[v]‖².
 template <typename T> ATTNKERN_INLINE T commitment_grad(T a, T value, T grad_loss, T divisor) {
   return T(2) * (a - value) * (grad_loss / divisor);

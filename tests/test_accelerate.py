@@ -162,6 +162,45 @@ def test_a_mapping_of_ones_own():
     assert isinstance(model[0], Own)
 
 
+def test_a_mapping_keeps_parameters_and_every_name():
+    """The same objects, frozen ones still frozen; a module under two names is replaced under both, shared as before."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.anchors = nn.Parameter(torch.tensor([0.1, 0.9]), requires_grad=False)
+
+        def forward(self, a, extra=None):
+            raise NotImplementedError
+
+    model = nn.ModuleDict({"a": Own(), "c": nn.ModuleDict()})
+    model["b"] = model["c"]["d"] = model["a"]
+    anchors = model["a"].anchors
+    done = attnkern.accelerate(model, {Own: lambda module: compat.StraightThroughQuantizer(len(module.anchors))})
+    assert done.replaced == {"a": "StraightThroughQuantizer"}
+    assert isinstance(model["a"], compat.StraightThroughQuantizer)
+    assert model["a"] is model["b"] is model["c"]["d"]
+    assert model["a"].anchors is anchors
+    assert not anchors.requires_grad
+
+
+def test_blocks_name_what_does_not_fit():
+    local, g = torch.randn(2, 6, 4, 5), torch.randn(2, 6, 1, 1)
+    for normalize in (True, False):
+        block = compat.LinearAttentionBlock(6, normalize)
+        for arguments, message in [
+            ((local[0], g), r"l must be \(N, 6, H, W\), got shape \(6, 4, 5\)"),
+            ((local[:, :5], g), r"l must be \(N, 6, H, W\), got shape \(2, 5, 4, 5\)"),
+            ((local, g[:, :5]), r"g must be \(N, 6, H, W\), got shape \(2, 5, 1, 1\)"),
+            ((local, g.expand(2, 6, 3, 3)), r"g must be \(N, 6, 1, 1\) or of the size of l, \(2, 6, 4, 5\), got shape"),
+            ((local[:1], g), r"g must be \(N, 6, 1, 1\) or of the size of l, \(1, 6, 4, 5\), got shape \(2, 6, 1, 1\)"),
+        ]:
+            with pytest.raises(ValueError, match="^LinearAttentionBlock: " + message):
+                block(*arguments)
+    with pytest.raises(ValueError, match=r"^ProjectorBlock: inputs must be \(N, 5, H, W\), got shape \(2, 6, 4, 5\)"):
+        compat.ProjectorBlock(5, 4)(local)
+
+
 @pytest.mark.parametrize("positions", [(1, 1), (4, 5)])
 def test_blocks_for_import(positions):
     """The class itself: with a global vector, and with a global map, where nothing cancels."""

@@ -38,6 +38,8 @@ WRONG = [
     wrong(TypeError, f"rectangle must be {FLOATS}, got complex64", window_map, rectangle + 0j, (3, 3)),
     wrong(TypeError, "rectangle must be a dense (strided) tensor, got layout torch.sparse_coo",
           window_map, rectangle.to_sparse(), (3, 3)),
+    wrong(TypeError, "local must be a dense (strided) tensor, got a nested tensor",
+          compatibility_pool, torch.nested.nested_tensor([x[0], x[1]]), query),
     wrong(TypeError, "rectangle must be a Tensor, got NoneType", window_attention, x, None),
     wrong(TypeError, f"x must be {FLOATS}, got int32", window_attention, x.int(), rectangle),
     wrong(TypeError, f"a must be {FLOATS}, got bool", anchor_quantize, a.bool(), anchors),
@@ -109,6 +111,8 @@ WRONG = [
         for function in (window_map, rectangle_corners)
         for size in [(2**63, 1), (1, 2**70), (2**60, 1), (2**32, 2**32), (numpy.int64(2**32), numpy.int64(2**32))]
     ),
+    wrong(ValueError, "scale must be a number that a float64 holds, got one larger",
+          window_map, rectangle, (3, 3), scale=10**400),
     wrong(TypeError, "scale must be a number, got True", window_map, rectangle, (3, 3), scale=True),
     wrong(TypeError, "rescale must be True or False, got 1", window_map, rectangle, (3, 3), rescale=1),
     wrong(TypeError, "aspect must be True or False, got None", window_map, rectangle, (3, 3), aspect=None),

@@ -1,6 +1,7 @@
 """attnkern.insert: attention behind a named layer of torchvision's and timm's networks."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -91,6 +92,18 @@ def test_what_is_inserted_is_applied_and_found_by_name():
     assert isinstance(model.get_submodule("0.layer"), nn.Conv2d)
     attnkern.insert(model, "1", ann.ProgressiveAttention, example=EXAMPLE)
     assert set(dict(model[1].named_children())) == {"layer", "attention"}
+
+
+def test_a_layer_under_two_names_attends_under_both():
+    layer = nn.Conv2d(3, 3, 1)
+    model = nn.Sequential(OrderedDict(first=layer, again=layer, inner=nn.Sequential(layer)))
+    inserted = attnkern.insert(model, "again", ann.WindowAttention, example=EXAMPLE, hidden=(4,))
+    assert model.first is model.again is model.inner[0]
+    assert model.first.layer is layer
+    x = expected = torch.randn(2, 3, 9, 9)
+    for _ in range(3):
+        expected = inserted(layer(expected))
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_probing_leaves_the_model_as_it_was():

@@ -354,6 +354,44 @@ def test_attend_is_checked_and_wide_with_hooks_and_without(hooked, backend):
 
 
 @every_backend
+@pytest.mark.parametrize("hooked", [False, True])
+def test_rectangles_are_checked_and_wide_with_hooks_and_without(hooked, backend):
+    module, x, rectangle = ann.WindowAttention(C, (4,)), torch.randn(2, C, H, W), torch.rand(2, 5) + 0.1
+    if hooked:
+        module.map.register_forward_hook(lambda *_: None)
+    with attnkern.use_backend(backend):
+        for wrong, kind, message in [
+            (rectangle[:1], ValueError, r"rectangle must be \(2, 5\) \(N as x\), got shape \(1, 5\)"),
+            (rectangle.double(), TypeError, r"rectangle must be float32 \(as x\), got float64"),
+            (rectangle.to("meta"), ValueError, r"rectangle must be on cpu \(as x\), got meta"),
+        ]:
+            with pytest.raises(kind, match="^window_attention: " + message):
+                module(x, rectangle=wrong)
+        with pytest.raises(ValueError, match=r"^window_attention: rectangle must be \(1, 5\)"):
+            module(x[:1], rectangle=rectangle)
+        for half in (torch.bfloat16, torch.float16):
+            output, map = module(x.to(half), True, rectangle.to(half))
+            assert (output.dtype, map.dtype) == (half, torch.float32)
+            torch.testing.assert_close(map, attnkern.window_map(rectangle.to(half), (H, W)))
+
+
+def test_what_a_module_for_the_mean_returns_is_checked():
+    module = ann.BottleneckAttention(C, mean=torch.nn.Conv2d(C, 2, 1))
+    with pytest.raises(
+        ValueError,
+        match=rf"^BottleneckAttention: what the module mean returns must be \(2, 1, {H}, {W}\) \(as x\), got shape",
+    ):
+        module(torch.randn(2, C, H, W))
+
+
+def test_counting_over_processes_needs_some():
+    quantizer = ann.AnchorQuantizer(4, sync_counts=True)
+    with pytest.raises(RuntimeError, match="sync_counts needs a process group: call "):
+        quantizer(torch.rand(2, 3))
+    quantizer.eval()(torch.rand(2, 3))
+
+
+@every_backend
 def test_parametrised_pool_of_a_query_that_is_not_finite(backend):
     module, (local, query) = build("pool-parametrised"), inputs("pool-parametrised")
     wild = torch.full_like(query, math.inf).index_fill_(1, torch.tensor([0]), math.nan).requires_grad_()

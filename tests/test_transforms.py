@@ -1,5 +1,7 @@
 """What PyTorch does to functions: checks of the operators, higher derivatives, transforms, compilation, checkpoints."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from cases import CASES, FUNCTIONS, call, case_id, check, doubles, make, run, same
@@ -233,6 +235,8 @@ def test_numpy_numbers_are_numbers(backend, device):
     rectangle = make("window_map", device=device, dtype=torch.float32)["rectangle"]
     found = attnkern.window_map(rectangle, (numpy.int64(3), numpy.int32(4)), scale=numpy.float32(5), backend=backend)
     assert torch.equal(found, attnkern.window_map(rectangle, (3, 4), scale=5, backend=backend))
+    found = attnkern.window_map(rectangle, (numpy.uint8(20), numpy.int8(100)), scale=Fraction(5), backend=backend)
+    assert torch.equal(found, attnkern.window_map(rectangle, (20, 100), scale=5, backend=backend)), "no overflow"
 
 
 # --- derivatives -----------------------------------------------------------------------------------------------------

@@ -170,9 +170,13 @@ def _poisoned(anchors, Q, BLOCK_J: tl.constexpr):
 
 
 @triton.jit
-def _chosen(anchors, indices, element, poisoned, p, mask):
-    """The anchors that elements p chose, in full precision; NaN for NaN."""
-    value = tl.load(anchors + tl.load(indices + p, mask, other=0)).to(tl.float32)
+def _chosen(anchors, indices, element, poisoned, p, mask, Q):
+    """The anchors that elements p chose, in full precision; NaN for NaN.
+
+    NumPy can write into indices without PyTorch's notice: nothing beside the anchors is read for them.
+    """
+    index = tl.load(indices + p, mask, other=0)
+    value = tl.load(anchors + tl.where((index >= 0) & (index < Q), index, 0)).to(tl.float32)
     return tl.where((element != element) | (poisoned != 0), float("nan"), value)
 
 
@@ -251,7 +255,7 @@ def _anchor_fwd_kernel(
             )
         v = tl.load(values + at_map, p < P, other=0.0).to(tl.float32)
         if ROUNDED:  # the values were rounded to a narrower type than the anchors'
-            v = _chosen(anchors, indices, v, 0, at_map, p < P)
+            v = _chosen(anchors, indices, v, 0, at_map, p < P, Q)
     for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
         value = load_tile(x, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)  # (BLOCK_C, BLOCK_P)
         attended = value * v[None, :]
@@ -267,7 +271,7 @@ def _quantize_bwd_kernel(
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     mask = p < SIZE
     element = tl.load(a + p, mask, other=0.0).to(tl.float32)
-    value = _chosen(anchors, indices, element, _poisoned(anchors, Q, BLOCK_J), p, mask)
+    value = _chosen(anchors, indices, element, _poisoned(anchors, Q, BLOCK_J), p, mask, Q)
     grad = tl.zeros((BLOCK_P,), tl.float32)
     if through is not None:  # (N, GROUPS, HW)
         at = p // HW * (GROUPS * HW) + p % HW
@@ -290,7 +294,7 @@ def _anchor_bwd_kernel(
     first_p = tile * BLOCK_P
     p = first_p + tl.arange(0, BLOCK_P)
     element = tl.load(a + n * P + p, p < P, other=0.0).to(tl.float32)
-    v = _chosen(anchors, indices, element, _poisoned(anchors, Q, BLOCK_J), n * P + p, p < P)
+    v = _chosen(anchors, indices, element, _poisoned(anchors, Q, BLOCK_J), n * P + p, p < P, Q)
     products = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
         dy = load_tile(grad_output, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)

@@ -205,7 +205,7 @@ def direct_transfer(
     check_kind(where, Mapping | None, synonyms=synonyms)
     check_kind(where, Callable, normalise=normalise)
     if size is not None:
-        check_size(where, size)
+        size = check_size(where, size)
     synonyms = {"car": "automobile"} if synonyms is None else synonyms
     index = {name: number for number, name in enumerate(classes)}
     known = [index.get(name, index.get(synonyms.get(name), -1)) for name in target_classes]

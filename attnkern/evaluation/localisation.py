@@ -39,7 +39,7 @@ def upsample(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         ValueError, TypeError: maps of another shape or kind, or a size that is none.
     """
     check_maps("upsample", "maps", maps)
-    check_size("upsample", size)
+    size = check_size("upsample", size)
     maps = maps.to(wide(maps.dtype))
     return F.interpolate(maps[:, None], tuple(size), mode="bilinear", align_corners=False)[:, 0]
 
@@ -63,7 +63,7 @@ def box_masks(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         ValueError, TypeError: boxes of another shape or kind, or a size that is none.
     """
     _check_boxes("box_masks", boxes)
-    check_size("box_masks", size)
+    size = check_size("box_masks", size)
     inside = []
     for length, first, last in zip(size, boxes.unbind(1)[:2], boxes.unbind(1)[2:], strict=True):
         positions = torch.arange(length, device=boxes.device)
@@ -100,7 +100,7 @@ def pointing_game(maps: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]
     """
     check_maps("pointing_game", "maps", maps)
     _check_boxes("pointing_game", boxes, maps)
-    check_size("pointing_game", size)
+    size = check_size("pointing_game", size)
     return _hits(maps, boxes, size).double().mean().item()
 
 
@@ -211,7 +211,7 @@ def localisation(
     where = "localisation"
     check_maps(where, "maps", maps)
     _check_boxes(where, boxes, maps)
-    check_size(where, size)
+    size = check_size(where, size)
     check_count(where, batch_size=batch_size)
     if masks is not None:
         check_masks(where, "masks", masks)

@@ -82,7 +82,7 @@ def rectangle_mask(rectangle: torch.Tensor, size: tuple[int, int], aspect: bool 
     Source: Convolutional Rectangular Attention Module, Eqs. 3-5 and Section 5.
     """
     _check_rectangle("rectangle_mask", rectangle)
-    check_size("rectangle_mask", size)
+    size = check_size("rectangle_mask", size)
     check_flag("rectangle_mask", aspect=aspect)
     # In float64, for the same mask on every device.
     mu1, mu2, sigma1, sigma2, alpha = rectangle.detach().double()[..., None, None].unbind(1)
@@ -186,7 +186,7 @@ def transform_rectangle(
     where = "transform_rectangle"
     _check_rectangle(where, rectangle)
     if size is not None:
-        check_size(where, size)
+        size = check_size(where, size)
     angle, scale, shift = _transformation(where, rectangle, angle, scale, shift)
     ratio = _ratios(size)
     mu1, mu2, sigma1, sigma2, alpha = rectangle.to(angle.dtype).unbind(1)

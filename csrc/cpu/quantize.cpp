@@ -79,7 +79,7 @@ void quantize_backward(const T* a, const Widened<A>& anchors, const int64_t* ind
       if (through != nullptr)
         grad += through[i];
       if (grad_loss != A(0)) {
-        const A value = poisoned ? A(NAN) : anchors[indices[i]];
+        const A value = poisoned ? A(NAN) : anchors[kept_within(indices[i], anchors.size())];
         grad += commitment_grad(static_cast<A>(widen(a[i])), value, grad_loss, divisor);
       }
       grad_a[i] = narrow<T>(static_cast<Wide<T>>(grad));
@@ -263,7 +263,8 @@ std::tuple<Tensor, Tensor, Tensor> anchor_bwd(Tensor grad_output, std::optional<
     const bool poisoned = std::any_of(values.begin(), values.end(), [](A value) { return value != value; });
     std::vector<A> map(elements.size());
     for (size_t i = 0; i < map.size(); ++i)
-      map[i] = poisoned || elements[i] != elements[i] ? A(NAN) : values[data<int64_t>(indices)[i]];
+      map[i] = poisoned || elements[i] != elements[i] ? A(NAN)
+                                                      : values[kept_within(data<int64_t>(indices)[i], values.size())];
     Tensor grad_x = features_grad<T>(x, need_grad_x);
     const std::vector<A> through =
         ATTNKERN_BY_ISA(map_gradient<T>, Shape(x), data<T>(grad_output), data<T>(x), map.data(), residual,

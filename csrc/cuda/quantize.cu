@@ -231,7 +231,8 @@ ATTNKERN_DEVICE void fill_map(const Tiling& tiling, const Tile& tile, const Comp
     if (poisoned || element != element)
       map[i] = A(NAN);
     else
-      map[i] = indices == nullptr ? table.values[table.rank(element, anchor_count)] : anchors.load<A>(indices[at]);
+      map[i] = indices == nullptr ? table.values[table.rank(element, anchor_count)]
+                                  : anchors.load<A>(kept_within(indices[at], anchor_count));
   }
   __syncthreads();
 }
@@ -274,7 +275,7 @@ template <typename A> struct Gradients {
     if (grad_values.pointer != nullptr)
       grad += grad_values.load<A>(i);
     if (grad_loss != A(0)) {
-      const A value = poisoned ? A(NAN) : anchors.load<A>(indices[i]);
+      const A value = poisoned ? A(NAN) : anchors.load<A>(kept_within(indices[i], anchor_count));
       grad += commitment_grad(a.load<A>(i), value, grad_loss, divisor);
     }
     grad_a.store(i, grad);

@@ -67,7 +67,7 @@ sanitize: setup
 	bash tests/sanitize.sh
 
 # One wheel under other versions of PyTorch, each in an environment of its own; not part of the tests.
-VERSIONS ?= 2.11.0 2.13.0 2.15.0
+VERSIONS ?= 2.11.0:python3.12 2.13.0:python3.11 2.15.0:python3.13
 compat: setup
 	bash tests/compat.sh $(VERSIONS)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from attnkern import compat
 from attnkern._common import check_kind
-from attnkern._insert import replace
+from attnkern._insert import replace, tensors_of
 
 #: Attributes that hold the hooks of a module.
 _HOOKS = [
@@ -62,15 +62,19 @@ _KNOWN = [
 
 def _run(kind, module, inputs):
     """Outputs and gradients of ``kind.forward`` on the parts of ``module``, in float64, its own hooks left out."""
-    state = {name: value.detach().double().requires_grad_() for name, value in module.state_dict().items()}
-    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    state = {
+        name: value.detach().double().requires_grad_() if value.is_floating_point() else value.clone()
+        for name, value in tensors_of(module).items()
+    }
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    leaves = [tensor for tensor in [*inputs, *state.values()] if tensor.requires_grad]
     stand_in = nn.Module.__new__(kind)
     stand_in.__dict__ = module.__dict__ | {name: type(module.__dict__[name])() for name in _HOOKS}
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        outputs = torch.func.functional_call(stand_in, state, tuple(leaves))
+        outputs = torch.func.functional_call(stand_in, state, tuple(inputs), tie_weights=False)
         outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
         total = sum((output * output.detach().cos()).sum() for output in outputs)
-        return [*outputs, *torch.autograd.grad(total, [*leaves, *state.values()], allow_unused=True)]
+        return [*outputs, *torch.autograd.grad(total, leaves, allow_unused=True)]
 
 
 def _alike(a, b):

@@ -53,6 +53,19 @@ class _Found(Exception):
         self.shape = shape
 
 
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers for ``functional_call(..., tie_weights=False)``: one name for each place that holds one.
+
+    A place under two names, in a module that a model holds twice, would not get its own tensor back.
+    """
+    return {
+        f"{prefix}.{key}" if prefix else key: tensor
+        for prefix, module in model.named_modules()
+        for key, tensor in [*module._parameters.items(), *module._buffers.items()]
+        if tensor is not None
+    }
+
+
 def _output_of(model: nn.Module, layer: nn.Module, example: torch.Tensor | None) -> torch.Size:
     """Shape of what ``layer`` returns, found without computing anything."""
     if example is None:
@@ -71,9 +84,8 @@ def _output_of(model: nn.Module, layer: nn.Module, example: torch.Tensor | None)
     try:
         model.eval()
         with FakeTensorMode() as fake, torch.no_grad():
-            state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-            fakes = {name: fake.from_tensor(tensor) for name, tensor in state.items()}
-            torch.func.functional_call(model, fakes, (fake.from_tensor(example),))
+            fakes = {name: fake.from_tensor(tensor) for name, tensor in tensors_of(model).items()}
+            torch.func.functional_call(model, fakes, (fake.from_tensor(example),), tie_weights=False)
     except _Found as found:
         return found.shape
     finally:
@@ -102,7 +114,8 @@ def insert(
     """Put attention behind the layer ``name`` of ``model``, in place: layer(x) becomes module(layer(x)).
 
     Behind an ``nn.Sequential`` it is appended as ``name.attention`` and every other key of the state_dict stays; any
-    other layer becomes ``name.layer`` beside it, under every name that it has. So load a checkpoint of the plain model before.
+    other layer becomes ``name.layer`` beside it, under every name that it has. So load a checkpoint of the plain model
+    before.
 
     Args:
         model: any network. A layer that returns maps (N, C, H, W) takes the module as it is; behind one that returns

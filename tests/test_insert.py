@@ -100,6 +100,7 @@ def test_a_layer_under_two_names_attends_under_both():
     inserted = attnkern.insert(model, "again", ann.WindowAttention, example=EXAMPLE, hidden=(4,))
     assert model.first is model.again is model.inner[0]
     assert model.first.layer is layer
+    assert type(layer.weight.data) is torch.Tensor
     x = expected = torch.randn(2, 3, 9, 9)
     for _ in range(3):
         expected = inserted(layer(expected))

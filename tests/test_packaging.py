@@ -111,7 +111,7 @@ def test_the_source_archive_is_the_same_bytes_again(archive, source, tmp_path):
 
 
 def test_the_unpacked_archive_builds_and_passes_tests(tree):
-    """Without git, network or CUDA: a handful of tests; `make release-check` runs them all."""
+    """Without git, network or CUDA: a handful of tests; `make release-check` runs those of the kernels."""
     offline.python("setup.py", "--quiet", "build_ext", "--inplace", cwd=tree, FORCE_CUDA="0")
     environment = {"PYTHONPATH": str(tree), "ATTNKERN_TEST_BACKENDS": "native,reference"}
     found = offline.python("-c", "import attnkern; print(attnkern.__file__)", cwd="/", **environment)

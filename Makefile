@@ -54,7 +54,7 @@ EXAMPLES ?= 200000
 fuzz: setup
 	$(PY) tests/fuzz.py --examples $(EXAMPLES)
 
-# Faults planted in the kernels, one at a time; the tests must catch them: docs/mutation.md. Hours; SEED= repeats a draw.
+# Faults planted in the kernels, one at a time; the tests must catch them: docs/mutation.md. Hours; SEED= goes on with a draw.
 mutate: setup
 	$(PY) tests/mutate.py $(if $(SEED),--seed $(SEED))
 

@@ -33,8 +33,8 @@ template <typename T> ATTNKERN_INLINE T round_up(double threshold) {
   return static_cast<double>(rounded) < threshold ? std::nextafter(rounded, static_cast<T>(INFINITY)) : rounded;
 }
 
-// An index of `count` anchors. NumPy can write into a result without PyTorch's notice: nothing beside the anchors is read
-// for what backward finds then.
+// An index of `count` anchors. A result can be written to behind PyTorch's back (.data, NumPy): nothing beside the
+// anchors is read for it.
 ATTNKERN_INLINE int64_t kept_within(int64_t index, int64_t count) { return index >= 0 && index < count ? index : 0; }
 
 // Gradient of an element: what comes through its value, and its share of the commitment loss ‖a - sg[v]‖².

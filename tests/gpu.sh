@@ -24,7 +24,7 @@ if ((piece == 1)); then
   parallel=$("$python" -c 'import xdist; print("-n 8")' 2>/dev/null || true)
   # shellcheck disable=SC2086
   ATTNKERN_TEST_LARGE=1 ATTNKERN_TEST_BACKENDS=native,triton,reference "$python" -m pytest -q $parallel \
-    tests/test_{ops,window,quantize,pool,promises,device,faults,transforms,nn}.py || failed=1
+    tests/test_{ops,window,quantize,pool,promises,device,faults,transforms}.py || failed=1
 fi
 
 if ((own == 0 ? piece == 1 : piece == 2)); then

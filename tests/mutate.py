@@ -87,7 +87,10 @@ FAULTS = {
 
 
 def code_of(path: Path) -> str:
-    """The source with everything blank that is no code: comments, strings, and where names are only declared."""
+    """The source with everything blank that is no code: comments, strings, and where names are only declared.
+
+    So is what differs under the host emulation, which would not see a fault there.
+    """
     text = path.read_text()
 
     def blank(match):
@@ -95,7 +98,8 @@ def code_of(path: Path) -> str:
 
     if path.suffix != ".py":
         for pattern in (
-            r"//[^\n]*", r"/\*.*?\*/", r'"(?:\\.|[^"\\\n])*"', r"^[ \t]*#(?:\\\n|[^\n])*", r"\btemplate <[^\n]*?>(?= )",
+            r"//[^\n]*", r"/\*.*?\*/", r"^#if !?defined\(ATTNKERN_ON_HOST\)\n.*?^#endif", r'"(?:\\.|[^"\\\n])*"',
+            r"^[ \t]*#(?:\\\n|[^\n])*", r"\btemplate <[^\n]*?>(?= )",
             r"^[^\n]*\b(?:static_assert|STD_TORCH_CHECK|using|namespace|m\.impl|typename)\b[^\n]*$",
         ):  # fmt: skip
             text = re.sub(pattern, blank, text, flags=re.MULTILINE | re.DOTALL)
@@ -299,7 +303,8 @@ def page(results: dict) -> str:
         "# Planted faults",
         "",
         "One fault at a time is planted in the sources of the kernels, drawn from a seed, class by class; the tests",
-        "must catch it. `make mutate` repeats it, `SEED=` draws others. The whole list is in `docs/mutation.json`.",
+        f"must catch it. `make mutate SEED={results['seed']}` goes on with this draw where it stopped, `--again` judges all",
+        "of it anew, and without a seed others are drawn. The whole list is in `docs/mutation.json`.",
         "",
         f"Seed {results['seed']}: {len(mutants)} faults, {len(caught)} caught, {len(survivors)} survived"
         + (", each of which changes no result:" if all(m.get("why") for m in survivors) else "."),
@@ -337,6 +342,7 @@ def main() -> int:
     parser.add_argument("--each", type=int, default=8, help="faults per file")
     parser.add_argument("--files", default="", help="only files whose path matches this regular expression")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--again", action="store_true", help="judge also what has been judged")
     parser.add_argument("--survivors", action="store_true", help="judge again only survivors that nothing explains")
     parser.add_argument("--why", nargs=2, metavar=("NUMBER", "TEXT"), help="explain a survivor, counted from 0")
     arguments = parser.parse_args()
@@ -377,7 +383,7 @@ def main() -> int:
             old = known.get(key(fault))
             if arguments.survivors and (old is None or old["caught"] or old.get("why")):
                 continue
-            if not arguments.survivors and old is not None and kept["seed"] == seed:
+            if not arguments.survivors and not arguments.again and old is not None and kept["seed"] == seed:
                 return
             copy = copies.get()
             check(copy, path)

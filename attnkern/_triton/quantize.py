@@ -173,7 +173,7 @@ def _poisoned(anchors, Q, BLOCK_J: tl.constexpr):
 def _chosen(anchors, indices, element, poisoned, p, mask, Q):
     """The anchors that elements p chose, in full precision; NaN for NaN.
 
-    NumPy can write into indices without PyTorch's notice: nothing beside the anchors is read for them.
+    A result can be written to behind PyTorch's back (.data, NumPy): nothing beside the anchors is read for it.
     """
     index = tl.load(indices + p, mask, other=0)
     value = tl.load(anchors + tl.where((index >= 0) & (index < Q), index, 0)).to(tl.float32)

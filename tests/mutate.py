@@ -303,8 +303,8 @@ def page(results: dict) -> str:
         "# Planted faults",
         "",
         "One fault at a time is planted in the sources of the kernels, drawn from a seed, class by class; the tests",
-        f"must catch it. `make mutate SEED={results['seed']}` goes on with this draw where it stopped; without a seed others",
-        "are drawn; `tests/mutate.py --again` judges anew. The whole list is in `docs/mutation.json`.",
+        f"must catch it. `make mutate SEED={results['seed']}` goes on with this draw where it stopped; without a seed",
+        "others are drawn; `tests/mutate.py --again` judges anew. The whole list is in `docs/mutation.json`.",
         "",
         f"Seed {results['seed']}: {len(mutants)} faults, {len(caught)} caught, {len(survivors)} survived"
         + (", each of which changes no result:" if all(m.get("why") for m in survivors) else "."),

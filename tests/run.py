@@ -21,7 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CUDA = ["test_cuda_build.py", "test_cuda_on_host.py"]
 AHEAD = ["test_triton_aot.py"]
-OPS = ["test_ops.py", "test_window.py", "test_quantize.py", "test_pool.py", "test_promises.py"]
+OPS = ["test_ops.py", "test_window.py", "test_quantize.py", "test_pool.py", "test_promises.py", "test_faults.py"]
 NETWORKS = [
     "test_training.py", "test_models.py", "test_recipes.py", "test_evaluation.py", "test_evaluation_rectangles.py",
     "test_protocols.py", "test_data.py", "test_insert.py", "test_accelerate.py", "test_ecosystem.py",

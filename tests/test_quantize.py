@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 import torch
-from cases import case_id, check, doubles, lay, run
+from cases import case_id, check, doubles, lay, make, run
 
 import attnkern
 
@@ -256,3 +256,17 @@ def test_halves_round_to_even(dtype, layout, backend, device):
     x = lay(torch.ones(1, 9, *a.shape[2:], dtype=dtype, device=device), layout)
     output = attnkern.anchor_attention(x, a, anchors, residual=False, backend=backend).output
     assert torch.equal(output, a.to(dtype).expand_as(output))
+
+
+@pytest.mark.parametrize("position", [0, 1, 33, 47])
+@pytest.mark.parametrize("function", ["anchor_quantize", "anchor_attention"])
+def test_a_nan_element_reaches_the_loss_and_the_first_anchor(function, position, backend, device):
+    """Its index is 0: so is the anchor whose gradient it spoils, wherever it lies, and no other."""
+    tensors = make(function, 2, 3, (4, 6), dtype=torch.float32, device=device)
+    tensors["a"].view(-1)[position] = torch.nan
+    grads = {"anchor_loss": torch.tensor(0.7, device=device)}
+    found = run(function, tensors, through=("anchor_loss",), grads=grads, backend=backend)
+    assert found["anchor_loss"].isnan()
+    assert found["grad_anchors"].isnan().tolist() == [True] + [False] * 6
+    expected = run(function, doubles(tensors), through=("anchor_loss",), grads=doubles(grads), backend="reference")
+    check({"grad": found["grad_anchors"]}, {"grad": expected["grad_anchors"]})

@@ -119,7 +119,7 @@ template <typename A> struct Quantization {
 
 // The blocks' sums of one anchor, or after the last anchor of the loss, by a whole block.
 template <typename A> ATTNKERN_DEVICE void add_blocks(const Quantization<A>& q, int64_t anchor) {
-  if (anchor > q.anchor_count)
+  if (anchor > q.anchor_count || q.blocks == 1) // left over, or its sums are the results
     return;
   const bool is_loss = anchor == q.anchor_count;
   double sum[1] = {};

@@ -98,7 +98,9 @@ extensions = [extension("cpu", CppExtension, "attnkern._C", {"cxx": cxx})] if na
 missing = cuda_missing(home) if native else "ATTNKERN_NO_NATIVE=1"
 if missing is None:
     nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
-    nvcc += [part for flag in ["-fvisibility=hidden", *homes] for part in ("-Xcompiler", flag)]
+    # nvcc splits what it hands on at commas, and hands it on without quotes.
+    quoted = ['"' + flag.replace(",", "\\,") + '"' for flag in homes]
+    nvcc += [part for flag in ["-fvisibility=hidden", *quoted] for part in ("-Xcompiler", flag)]
     host = ["-O3", "-std=c++20", "-DUSE_CUDA", "-g0", *homes]
     extensions.append(extension("cuda", CUDAExtension, "attnkern._C_cuda", {"cxx": host, "nvcc": nvcc}))
 elif os.environ.get("FORCE_CUDA") == "1":

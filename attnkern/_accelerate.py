@@ -61,7 +61,10 @@ _KNOWN = [
 
 
 def _run(kind, module, inputs):
-    """Outputs and gradients of ``kind.forward`` on the parts of ``module``, in float64, its own hooks left out."""
+    """Outputs, gradients and then the buffers of ``kind.forward`` on the parts of ``module``, its own hooks left out.
+
+    In float64.
+    """
     state = {
         name: value.detach().double().requires_grad_() if value.is_floating_point() else value.clone()
         for name, value in tensors_of(module).items()
@@ -74,7 +77,8 @@ def _run(kind, module, inputs):
         outputs = torch.func.functional_call(stand_in, state, tuple(inputs), tie_weights=False)
         outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
         total = sum((output * output.detach().cos()).sum() for output in outputs)
-        return [*outputs, *torch.autograd.grad(total, leaves, allow_unused=True)]
+        buffers = [state[name] for name, tensor in tensors_of(module).items() if not isinstance(tensor, nn.Parameter)]
+        return [*outputs, *torch.autograd.grad(total, leaves, allow_unused=True), *buffers]
 
 
 def _alike(a, b):

@@ -196,14 +196,14 @@ def create_graph(*grads: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() or transformed(*(grad for grad in grads if grad is not None))
 
 
-def _kind(tensor):
-    return tuple(tensor.shape), tensor.dtype, tensor.device
+def _kinds(tensors):
+    return [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
 
 
-def save(ctx, *tensors: torch.Tensor) -> None:
-    """Keep ``tensors`` for the backward pass of an autograd Function."""
-    ctx.save_for_backward(*tensors)
-    ctx.kinds = [_kind(tensor) for tensor in tensors]
+def save(ctx, tensors: tuple[torch.Tensor, ...], *private: torch.Tensor) -> None:
+    """Keep ``tensors``, which the user can reach, and ``private`` ones for an autograd Function's backward pass."""
+    ctx.save_for_backward(*tensors, *private)
+    ctx.kinds = _kinds(tensors)
 
 
 def saved(ctx) -> tuple[torch.Tensor, ...]:
@@ -213,10 +213,11 @@ def saved(ctx) -> tuple[torch.Tensor, ...]:
     beyond its memory: PyTorch notices only changes in place.
     """
     tensors = ctx.saved_tensors
-    for tensor, kind in zip(tensors, ctx.kinds, strict=True):
-        if _kind(tensor) != kind:
-            then, now = (f"{dtype}, {shape} on {device}" for shape, dtype, device in (kind, _kind(tensor)))
-            raise RuntimeError(f"attnkern: a tensor that backward needs was {then} and became {now}")
+    kinds = _kinds(tensors[: len(ctx.kinds)])
+    if kinds != ctx.kinds:
+        then, now = next((then, now) for then, now in zip(ctx.kinds, kinds, strict=True) if then != now)
+        then, now = (f"{dtype}, {tuple(shape)} on {device}" for shape, dtype, device in (then, now))
+        raise RuntimeError(f"attnkern: a tensor that backward needs was {then} and became {now}")
     return tensors
 
 

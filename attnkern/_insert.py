@@ -1,5 +1,7 @@
 """Attention behind a named layer of any network."""
 
+import copy
+import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Callable
@@ -114,8 +116,8 @@ def insert(
     """Put attention behind the layer ``name`` of ``model``, in place: layer(x) becomes module(layer(x)).
 
     Behind an ``nn.Sequential`` it is appended as ``name.attention`` and every other key of the state_dict stays; any
-    other layer becomes ``name.layer`` beside it, under every name that it has. So load a checkpoint of the plain model
-    before.
+    other layer becomes ``name.layer`` beside it. So load a checkpoint of the plain model before. A layer with
+    parameters under several names attends under each.
 
     Args:
         model: any network. A layer that returns maps (N, C, H, W) takes the module as it is; behind one that returns
@@ -142,6 +144,11 @@ def insert(
         raise ValueError(f"insert: name must be a layer of the model, got {name!r}; its parts: "
                          + ", ".join(key for key, _ in model.named_children()))  # fmt: skip
     layer = layers[name]
+    parent, _, key = name.rpartition(".")
+    if next(itertools.chain(layer.parameters(), layer.buffers()), None) is None:
+        # An activation under several names is shared for no reason: here it is a layer of its own.
+        layer = copy.deepcopy(layer)
+        setattr(layers[parent], key, layer)
     shape = _output_of(model, layer, example)
     if len(shape) == 4:
         channels = shape[1]

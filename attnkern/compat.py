@@ -14,9 +14,9 @@ from attnkern.nn import _untouched
 __all__ = ["LinearAttentionBlock", "ProjectorBlock", "StraightThroughQuantizer"]
 
 
-def _check_maps(where, name, tensor, channels):
-    check_tensor(where, name, tensor)
-    check_shape(where, name, tensor, "(N, {}, H, W)", tensor.dim() == 4 and tensor.shape[1] == channels, channels)
+def _channels(module, default):
+    """Input channels of ``op``, or ``default`` where something else has been put in its place."""
+    return getattr(module.op, "in_channels", default)
 
 
 class LinearAttentionBlock(nn.Module):
@@ -40,11 +40,13 @@ class LinearAttentionBlock(nn.Module):
 
     def forward(self, l: torch.Tensor, g: torch.Tensor):  # noqa: E741
         """l (N, C, H, W), g (N, C, 1, 1) to c (N, 1, H, W), before the softmax, and pooled (N, C)."""
-        where, channels = "LinearAttentionBlock", self.op.in_channels
-        _check_maps(where, "l", l, channels)
-        _check_maps(where, "g", g, channels)
-        fits = all(size in (1, of) for size, of in zip(g.shape, l.shape, strict=True))
-        check_shape(where, "g", g, "(N, {}, 1, 1) or of the size of l, {}", fits, channels, tuple(l.shape))
+        where = "LinearAttentionBlock"
+        check_tensor(where, "l", l)
+        check_tensor(where, "g", g)
+        c = _channels(self, l.shape[1] if l.dim() == 4 else 0)
+        check_shape(where, "l", l, "(N, {}, H, W)", l.dim() == 4 and l.shape[1] == c, c)
+        fits = g.dim() == 4 and g.shape[1] == c and all(n in (1, of) for n, of in zip(g.shape, l.shape, strict=True))
+        check_shape(where, "g", g, "(N, {}, 1, 1) or of the size of l, {}", fits, c, tuple(l.shape))
         if not self.normalize_attn:
             c = self.op(l + g)
             return c, (c.sigmoid() * l).mean((2, 3))
@@ -66,7 +68,10 @@ class ProjectorBlock(nn.Module):
         self.op = nn.Conv2d(in_features, out_features, kernel_size=1, padding=0, bias=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        _check_maps("ProjectorBlock", "inputs", inputs, self.op.in_channels)
+        check_tensor("ProjectorBlock", "inputs", inputs)
+        c = _channels(self, inputs.shape[-3] if inputs.dim() >= 3 else 0)
+        fits = inputs.dim() in (3, 4) and inputs.shape[-3] == c
+        check_shape("ProjectorBlock", "inputs", inputs, "(N, {0}, H, W) or ({0}, H, W)", fits, c)
         return self.op(inputs)
 
 

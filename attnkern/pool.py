@@ -32,7 +32,7 @@ class _CompatibilityPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, local, query, backend):
         pooled, attention, scores, pooled_wide = BACKENDS[backend].pool_fwd(local, query)
-        save(ctx, local, query, attention, pooled_wide if pooled_wide.shape == pooled.shape else pooled)
+        save(ctx, (local, query, attention, pooled_wide if pooled_wide.shape == pooled.shape else pooled))
         ctx.backend = backend
         ctx.set_materialize_grads(False)
         return pooled, attention, scores

@@ -46,7 +46,7 @@ class AnchorAttended(NamedTuple):
 
 def _save(ctx, inputs, results, residuals, options):
     *output, values, indices, anchor_loss, commitment_loss, counts = results
-    save(ctx, *inputs, indices, residuals)
+    save(ctx, (*inputs, indices), residuals)
     ctx.options = options
     ctx.set_materialize_grads(False)
     *need_x, need_a, need_anchors = ctx.needs_input_grad[: len(inputs)]

@@ -34,7 +34,7 @@ class _WindowMap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rectangle, height, width, scale, rescale, aspect, backend):
         map, stats = BACKENDS[backend].window_map_fwd(rectangle, height, width, scale, rescale, aspect)
-        save(ctx, rectangle, stats)
+        save(ctx, (rectangle,), stats)
         ctx.options = height, width, scale, rescale, aspect, backend
         return map
 
@@ -57,7 +57,7 @@ class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rectangle, scale, rescale, residual, aspect, backend):
         output, map, stats = BACKENDS[backend].window_fwd(x, rectangle, scale, rescale, residual, aspect)
-        save(ctx, x, rectangle, stats)
+        save(ctx, (x, rectangle), stats)
         ctx.options = scale, rescale, residual, aspect, backend
         ctx.set_materialize_grads(False)
         if not ctx.needs_input_grad[1]:

@@ -191,14 +191,49 @@ def test_blocks_name_what_does_not_fit():
         for arguments, message in [
             ((local[0], g), r"l must be \(N, 6, H, W\), got shape \(6, 4, 5\)"),
             ((local[:, :5], g), r"l must be \(N, 6, H, W\), got shape \(2, 5, 4, 5\)"),
-            ((local, g[:, :5]), r"g must be \(N, 6, H, W\), got shape \(2, 5, 1, 1\)"),
+            ((local, g[:, :5]), r"g must be \(N, 6, 1, 1\) or of the size of l, \(2, 6, 4, 5\), got shape"),
             ((local, g.expand(2, 6, 3, 3)), r"g must be \(N, 6, 1, 1\) or of the size of l, \(2, 6, 4, 5\), got shape"),
             ((local[:1], g), r"g must be \(N, 6, 1, 1\) or of the size of l, \(1, 6, 4, 5\), got shape \(2, 6, 1, 1\)"),
         ]:
             with pytest.raises(ValueError, match="^LinearAttentionBlock: " + message):
                 block(*arguments)
-    with pytest.raises(ValueError, match=r"^ProjectorBlock: inputs must be \(N, 5, H, W\), got shape \(2, 6, 4, 5\)"):
+    with pytest.raises(ValueError, match=r"^ProjectorBlock: inputs must be \(N, 5, H, W\) or \(5, H, W\), got"):
         compat.ProjectorBlock(5, 4)(local)
+    projector = compat.ProjectorBlock(6, 4)
+    torch.testing.assert_close(torch.vmap(projector)(local), projector(local))
+
+
+def test_blocks_whose_convolution_was_wrapped():
+    """A LoRA or the like in its place may have no in_channels."""
+    torch.manual_seed(0)
+    local, g = torch.randn(2, 6, 4, 5), torch.randn(2, 6, 1, 1)
+    for block, arguments in [(compat.LinearAttentionBlock(6), (local, g)), (compat.ProjectorBlock(6, 4), (local,))]:
+        expected = block(*arguments)
+        block.op = nn.Sequential(block.op)
+        torch.testing.assert_close(block(*arguments), expected)
+
+
+class Counting(nn.Module):
+    """Straight-through, and counts which anchors are in use."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.anchors = nn.Parameter(torch.linspace(0, 1, 4))
+        self.register_buffer("counts", torch.zeros(4, dtype=torch.int64), persistent=False)
+        self.in_place = in_place
+
+    def forward(self, a):
+        k = (a[..., None] - self.anchors).abs().argmin(-1)
+        found = k.flatten().bincount(minlength=4)
+        self.counts = self.counts.add_(found) if self.in_place else self.counts + found
+        return a + (self.anchors[k] - a).detach()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_module_that_also_counts_is_left(in_place):
+    model = nn.Sequential(Counting(in_place))
+    assert attnkern.accelerate(model).left == {"0": "it computes something else than StraightThroughQuantizer"}
+    assert not model[0].counts.any(), "comparing leaves no trace"
 
 
 @pytest.mark.parametrize("positions", [(1, 1), (4, 5)])

@@ -107,6 +107,16 @@ def test_a_layer_under_two_names_attends_under_both():
     torch.testing.assert_close(model(x), expected)
 
 
+def test_an_activation_that_a_model_shares_attends_where_it_was_named():
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), relu, nn.Conv2d(8, 16, 1), relu)
+    inserted = attnkern.insert(model, "3", ann.WindowAttention, example=EXAMPLE, hidden=(4,))
+    assert inserted.channels == 16
+    assert model[1] is relu
+    assert type(model[3].layer) is nn.ReLU
+    assert model(torch.randn(2, 3, 9, 9)).shape == (2, 16, 9, 9)
+
+
 def test_probing_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout())
     model.train()

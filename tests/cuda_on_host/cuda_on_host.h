@@ -114,33 +114,32 @@ inline void resume(int index) {
   setcontext(&fiber.start);
 }
 
-// Lets through whoever has everyone it waits for. False when nobody moves.
-inline bool release() {
+// Lets through the lanes of a warp whose shuffle has everyone it waits for. False when nobody moves.
+inline bool release_lanes(int warp) {
   bool moved = false;
-  for (int first = 0; first < block.threads; first += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) {
-      Fiber& waiting = block.fibers[first + lane];
-      if (waiting.state != State::at_shuffle)
-        continue;
-      const unsigned mask = waiting.mask;
-      bool complete = true;
-      for (int other = 0; other < kLanes; ++other) {
-        const Fiber& fiber = block.fibers[first + other];
-        complete &= (mask >> other & 1) == 0 || (fiber.state == State::at_shuffle && fiber.mask == mask);
+  Fiber* lanes = &block.fibers[warp * kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (lanes[lane].state != State::at_shuffle)
+      continue;
+    const unsigned mask = lanes[lane].mask;
+    bool complete = true;
+    for (int other = 0; other < kLanes; ++other)
+      complete &= (mask >> other & 1) == 0 || (lanes[other].state == State::at_shuffle && lanes[other].mask == mask);
+    if (!complete)
+      continue;
+    for (int to = 0; to < kLanes; ++to)
+      if (mask >> to & 1) {
+        for (int from = 0; from < kLanes; ++from)
+          lanes[to].received[from] = mask >> from & 1 ? lanes[from].sent : ~uint64_t(0);
+        lanes[to].state = State::ready;
       }
-      if (!complete)
-        continue;
-      for (int to = 0; to < kLanes; ++to)
-        if (mask >> to & 1) {
-          Fiber& fiber = block.fibers[first + to];
-          for (int from = 0; from < kLanes; ++from)
-            fiber.received[from] = mask >> from & 1 ? block.fibers[first + from].sent : ~uint64_t(0);
-          fiber.state = State::ready;
-        }
-      moved = true;
-    }
-  if (moved)
-    return true;
+    moved = true;
+  }
+  return moved;
+}
+
+// Lets the block through its barrier once all are there. False when nobody moves.
+inline bool release_block() {
   int alive = 0, arrived = 0, votes = 0;
   for (int i = 0; i < block.threads; ++i) {
     const Fiber& fiber = block.fibers[i];
@@ -170,14 +169,27 @@ inline void run_block(const std::vector<int>& order) {
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, run_fiber, 0);
   }
+  // Each warp runs to the block's barrier before the next one starts, so that what only a barrier keeps apart comes as
+  // far apart as it can.
+  std::vector<std::vector<int>> warps;
+  std::vector<int> place(block.threads / kLanes, -1);
+  for (const int i : order) {
+    int& at = place[i / kLanes];
+    if (at < 0)
+      at = warps.size(), warps.emplace_back();
+    warps[at].push_back(i);
+  }
   do
-    for (const int i : order)
-      if (block.fibers[i].state == State::ready) {
-        resume(i);
-        if (!block.error.empty())
-          throw std::runtime_error(block.error);
-      }
-  while (release());
+    for (const std::vector<int>& warp : warps)
+      do
+        for (const int i : warp)
+          if (block.fibers[i].state == State::ready) {
+            resume(i);
+            if (!block.error.empty())
+              throw std::runtime_error(block.error);
+          }
+      while (release_lanes(warp.front() / kLanes));
+  while (release_block());
   for (int i = 0; i < block.threads; ++i)
     if (block.fibers[i].state != State::done)
       throw std::runtime_error("thread " + std::to_string(i) + " waits for threads that never come");

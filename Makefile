@@ -62,7 +62,7 @@ mutate: setup
 soak: setup
 	$(PY) tests/soak.py
 
-# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, about four minutes.
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, about four minutes; part of the tests.
 sanitize: setup
 	bash tests/sanitize.sh
 

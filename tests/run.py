@@ -4,7 +4,7 @@ native        compiled CPU kernels and references
 networks      what is built on them: models, data, training, evaluation
 ahead         Triton kernels compiled ahead of time for three GPUs, resources and spills
 interpreted   Triton kernels in Triton's interpreter, small shapes
-house         archives, pages, pictures, tools
+house         archives, pages, pictures, tools, sanitizers
 cuda          CUDA C++: the built library and its resources; kernels run on the CPU under the host emulation
 """
 
@@ -29,7 +29,7 @@ NETWORKS = [
 ]  # fmt: skip
 HOUSE = [
     "test_packaging.py", "test_release.py", "test_report.py", "test_docs.py", "test_viz.py", "test_public_names.py",
-    "test_mutate.py", "test_accuracy.py", "test_large_index.py", "test_types.py",
+    "test_mutate.py", "test_accuracy.py", "test_large_index.py", "test_types.py", "test_sanitize.py",
 ]  # fmt: skip
 EVERYTHING_ELSE = sorted({path.name for path in HERE.glob("test_*.py")} - set(CUDA + AHEAD + NETWORKS + HOUSE))
 

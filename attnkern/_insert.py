@@ -145,11 +145,15 @@ def insert(
                          + ", ".join(key for key, _ in model.named_children()))  # fmt: skip
     layer = layers[name]
     parent, _, key = name.rpartition(".")
-    if next(itertools.chain(layer.parameters(), layer.buffers()), None) is None:
-        # An activation under several names is shared for no reason: here it is a layer of its own.
-        layer = copy.deepcopy(layer)
+    shared = sum(each is layer for each in layers.values()) > 1
+    stateless = next(itertools.chain(layer.parameters(), layer.buffers()), None) is None
+    # An activation under several names is shared for no reason: here it becomes a layer of its own.
+    own = copy.deepcopy(layer) if shared and stateless else layer
+    setattr(layers[parent], key, own)
+    try:
+        shape = _output_of(model, own, example)
+    finally:
         setattr(layers[parent], key, layer)
-    shape = _output_of(model, layer, example)
     if len(shape) == 4:
         channels = shape[1]
     elif len(shape) == 3:
@@ -167,6 +171,8 @@ def insert(
         like = next(model.parameters(), torch.empty(0))
     inserted.to(like.device, like.dtype).train(layer.training)
     behind = OnTokens(inserted) if len(shape) == 3 else inserted
+    layer = own
+    setattr(layers[parent], key, layer)
     if type(layer) is nn.Sequential and "attention" not in dict(layer.named_children()):
         layer.add_module("attention", behind)
     else:

@@ -395,8 +395,9 @@ def check(case, backends=None):
             floor = max(info.smallest_normal * info.eps, torch.finfo(arithmetic).tiny)
             allowed = bound + (info.eps * (got.dtype != arithmetic) + sums) * term + floor
             inside = want.isfinite() & (want.abs() < 0.99 * info.max)
-            each = allowed.view(-1, *[1] * (got.dim() - 1)) if got.dim() else allowed[0]
-            inside &= ~(got.isinf() & (want.abs() + each >= info.max))  # rounding may carry it over the edge
+            before = bound + sums * term  # rounding to a half type
+            before = before.view(-1, *[1] * (got.dim() - 1)) if got.dim() else before[0]
+            inside &= ~(got.isinf() & (want.abs() + before >= info.max))  # carried over the edge
             if name.startswith("grad_") and "anchors" not in tensors:
                 # An image with NaN may have more of it in its gradients than a formula that leaves out what is zero.
                 bad = sick if images == n else sick.any().expand(images)

@@ -110,11 +110,20 @@ def test_a_layer_under_two_names_attends_under_both():
 def test_an_activation_that_a_model_shares_attends_where_it_was_named():
     relu = nn.ReLU()
     model = nn.Sequential(nn.Conv2d(3, 8, 1), relu, nn.Conv2d(8, 16, 1), relu)
+    with pytest.raises(TypeError, match="must give back the features"):
+        attnkern.insert(model, "3", ann.BottleneckAttention, example=EXAMPLE)
+    assert model[3] is relu, "an error leaves the model as it was"
     inserted = attnkern.insert(model, "3", ann.WindowAttention, example=EXAMPLE, hidden=(4,))
     assert inserted.channels == 16
     assert model[1] is relu
     assert type(model[3].layer) is nn.ReLU
     assert model(torch.randn(2, 3, 9, 9)).shape == (2, 16, 9, 9)
+
+
+def test_an_activation_of_one_name_stays_the_same_object():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), relu := nn.ReLU())
+    attnkern.insert(model, "1", ann.WindowAttention, example=EXAMPLE, hidden=(4,))
+    assert model[1].layer is relu
 
 
 def test_probing_leaves_the_model_as_it_was():

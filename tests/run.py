@@ -46,7 +46,7 @@ PATIENT = {"OMP_WAIT_POLICY": "passive"}
 #: What runs on the CPU's own kernels.
 COMPILED = {"ATTNKERN_TEST_BACKENDS": "native,reference"}
 
-#: lane: files, environment; the longest first, so that they end together.
+#: lane: files, environment; in the order in which they begin.
 LANES = {
     "native": (EVERYTHING_ELSE, {**COMPILED, **PATIENT, **POISON, **SEED}),
     "networks": (NETWORKS, {**COMPILED, **ONE_THREAD, **POISON}),

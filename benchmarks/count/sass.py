@@ -115,6 +115,7 @@ class Counts:
     stores: dict[int, float] = field(default_factory=dict)
     load_sectors: dict[int, float] = field(default_factory=dict)  #: sectors that these requests touch
     store_sectors: dict[int, float] = field(default_factory=dict)
+    l2_sectors: float = 0.0  #: those that go to the second-level cache: not what the block has read before
     read: dict[int, int] = field(default_factory=dict)  #: bytes in distinct sectors by region
     written: dict[int, int] = field(default_factory=dict)
     shared: dict[str, float] = field(default_factory=dict)  #: warp requests to shared memory by opcode and width

@@ -67,9 +67,7 @@ def _count(launch: Launch) -> dict:
         "longest_warp": max(warps),
         "bytes": _bytes(launch, read, read=True) + _bytes(launch, written, read=False),
         "opcodes": found.pop("instructions"),
-        **{
-            f"{key}_by": {str(width): n for width, n in by.items()} for key, by in found.items() if isinstance(by, dict)
-        },
+        **{f"{key}_by": by for key, by in found.items() if isinstance(by, dict)},
         "l2_sectors": counts.l2_sectors,
         "waits": round(counts.waits, 2),
     }

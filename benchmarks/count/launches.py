@@ -223,8 +223,7 @@ def _native(line: str, kernels, tensors) -> Launch:
     if name not in kernels:
         raise LookupError(f"the library has no {name}: it was built from other sources")
     packed, regions = _canonical(bytes.fromhex(parameters), tensors)
-    short = name[: name.rindex("(")] if name.endswith(")") else name
-    return Launch(short, kernels[name], (int(grid),), int(threads), packed, regions, int(shared), int(cluster))
+    return Launch(name, kernels[name], (int(grid),), int(threads), packed, regions, int(shared), int(cluster))
 
 
 # --- Triton ----------------------------------------------------------------------------------------------------------

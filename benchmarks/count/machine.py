@@ -487,8 +487,9 @@ class Machine:
         sectors, distinct = _warp_sectors(addresses, addresses + U64(width - 1), warps)
         counts, touched = self.counting, self.touched["read" if kind == "loads" else "written"]
         of, in_sectors = getattr(counts, kind), getattr(counts, kind[:-1] + "_sectors")
-        of[width * 8] = of.get(width * 8, 0) + requests
-        in_sectors[width * 8] = in_sectors.get(width * 8, 0) + sectors
+        key = str(8 * width)
+        of[key] = of.get(key, 0) + requests
+        in_sectors[key] = in_sectors.get(key, 0) + sectors
         region = self.region_of(addresses[0])
         touched[region].append(distinct)
         if kind == "loads":

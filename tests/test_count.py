@@ -223,6 +223,15 @@ def test_comparison_of_64_bits(compare):
         assert found == {"LT": a < b, "LE": a <= b, "GT": a > b, "GE": a >= b, "EQ": a == b, "NE": a != b}[compare]
 
 
+def test_predicates_in_a_register():
+    """R2P and P2R, by a mask; the other bits stay."""
+    given = words(5)
+    ran = after("R2P PR, R0, 0x7f\nP2R R8, PR, R1, 0x55", given)
+    for i in range(7):
+        assert np.array_equal(ran.P[i], given[0] >> i & 1 == 1)
+    assert np.array_equal(ran.R[8], given[0] & 0x55 | given[1] & ~np.uint32(0x55))
+
+
 def test_floating_point():
     random = np.random.default_rng(4)
     given = random.normal(size=(3, WARP)).astype(np.float32)

@@ -286,32 +286,32 @@ def sel(m, ins):
     return lambda mask: m.put(to, np.where(which(), a(), b()), mask)
 
 
-@opcode("P2R")
+@opcode("P2R", "UP2UR")
 def p2r(m, ins):
     if ins.has("B1", "B2", "B3"):
         raise SassError("predicates in another byte")
     to, _, rest, which = ins.operands
-    rest, which = m.integer(rest), m.integer(which)
+    rest, which, predicates = m.integer(rest), m.integer(which), m.UP if ins.name[0] == "U" else m.P
 
     def run(mask):
         bits = np.zeros(m.n, U32)
         for i in range(7):
-            bits |= m.P[i].astype(U32) << U32(i)
+            bits |= predicates[i].astype(U32) << U32(i)
         m.put(to, (bits & which()) | (rest() & ~which()), mask)
 
     return run
 
 
-@opcode("R2P")
+@opcode("R2P", "UR2UP")
 def r2p(m, ins):
     if ins.has("B1", "B2", "B3"):
         raise SassError("predicates in another byte")
-    value, which = m.integer(ins.operands[1]), int(ins.operands[2], 0)
+    value, which, stem = m.integer(ins.operands[1]), int(ins.operands[2], 0), ins.operands[0][:-1]
 
     def run(mask):
         for i in range(7):
             if which >> i & 1:
-                m.put_predicate(f"P{i}", value() >> U32(i) & U32(1) != 0, mask)
+                m.put_predicate(f"{stem}{i}", value() >> U32(i) & U32(1) != 0, mask)
 
     return run
 

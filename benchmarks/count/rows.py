@@ -50,12 +50,16 @@ def per_element(row: dict) -> float:
     return executed * sass.WARP / torch.Size(row["shape"]).numel()
 
 
+def main_launch(row: dict) -> dict:
+    """The launch that moves the most bytes: of the features, where an operator has some."""
+    return max(row["launches"], key=lambda launch: launch["bytes"])
+
+
 def widths(row: dict, kind: str) -> dict[str, float]:
-    """The share of the bytes that the main kernel loads or stores by width in bits."""
-    main = max(row["launches"], key=lambda launch: launch["instructions"] * launch["grid"])
-    moved = {width: n * (1024 if width == "bulk" else int(width)) for width, n in main[f"{kind}_by"].items()}
-    total = sum(moved.values()) or 1
-    return {width: n / total for width, n in moved.items()}
+    """The share of the bytes that the main kernel loads or stores, by width in bits, the largest first."""
+    by_width = main_launch(row)[f"{kind}_by"].items()
+    moved = {width: n * (1024 if width == "bulk" else int(width)) for width, n in by_width}
+    return {width: moved[width] / sum(moved.values()) for width in sorted(moved, key=moved.get, reverse=True)}
 
 
 def goal(row: dict, device: str) -> float:

@@ -11,8 +11,8 @@ from attnkern import _ops
 if _ops.TRITON_INTERPRETS:
     pytest.skip("the interpreter of Triton replaces its compiler in this process", allow_module_level=True)
 
-from benchmarks.cases import Case
-from benchmarks.count import counting, estimate, launches, rows
+from benchmarks.cases import GPU_CASES, Case
+from benchmarks.count import choice, code, counting, estimate, launches, page, rows
 from benchmarks.count.machine import Machine
 from benchmarks.count.sass import WARP, Region, SassError, parse
 
@@ -494,3 +494,104 @@ def test_torch_compile_is_counted():
     assert all(launch["kernel"].startswith("triton_") for row in found.values() for launch in row["launches"])
     for row in found.values():
         assert sum(launch["bytes"] for launch in row["launches"]) >= rows.floor_bytes(row)
+
+
+# --- the rule that chooses a backend ---------------------------------------------------------------------------------
+
+
+def row_of(shape, backend, microseconds, op="window_attention", layout="contiguous", which="forward"):
+    """A counted row of one launch that takes about that long: so many bytes at the bandwidth of an H200."""
+    launch = counted(bytes=microseconds * 1e-6 * 4.3e12 * 0.93)
+    return {
+        "op": op, "shape": shape, "dtype": "float32", "layout": layout, "anchors": 20, "pass": which,
+        "backend": backend, "others": [], "launches": [launch],
+    }  # fmt: skip
+
+
+def test_the_simplest_rule():
+    sizes = [(8, 16, side, side) for side in (4, 8, 16, 32)]
+
+    def rows_where(triton_wins):
+        return [
+            row_of(shape, backend, 10 if (backend == "triton") == triton_wins(shape) else 30)
+            for shape in sizes
+            for backend in ("native", "triton")
+        ]
+
+    always = choice.rules(rows_where(lambda shape: True))["window_attention"]
+    assert (str(always), always.mean, always.worst) == ("Triton", 1, 1)
+    assert str(choice.rules(rows_where(lambda shape: False))["window_attention"]) == "native"
+    large = choice.rules(rows_where(lambda shape: shape[2] >= 16))["window_attention"]
+    assert str(large) == "Triton where positions ≥ 256, else native"
+    assert large.mean == 1
+
+
+def test_a_choice_joins_both_passes():
+    shape = (8, 16, 8, 8)
+    found = [row_of(shape, "native", 10), row_of(shape, "triton", 15)]
+    found += [row_of(shape, "native", 40, which="backward"), row_of(shape, "triton", 20, which="backward")]
+    (call,) = choice.calls(found, "H200")
+    assert call.seconds["native"] > call.seconds["triton"]
+    assert str(choice.rules(found)["window_attention"]) == "Triton"
+
+
+# --- the committed counts --------------------------------------------------------------------------------------------
+
+#: Rows that are counted again, on both backends.
+BUDGETED = [
+    "window_attention 32x512x14x14 bfloat16 contiguous",
+    "window_attention 32x256x56x56 float32 channels_last",
+    "compatibility_pool 32x256x56x56 bfloat16 contiguous",
+    "compatibility_pool 32x2048x7x7 float32 contiguous",
+    "anchor_attention 32x512x14x14 float32 contiguous",
+    "anchor_quantize 128x1x16x16 float32 contiguous",
+]
+CASES = {str(case): case for case in GPU_CASES}
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return {(str(rows.case_of(row)), row["pass"], row["backend"]): row for row in page.load()["rows"]}
+
+
+@pytest.mark.parametrize("backend", choice.OURS)
+@pytest.mark.parametrize("name", BUDGETED)
+def test_no_more_than_the_committed_counts(name, backend, committed):
+    """At most 5 % more instructions, no more launches or spills, vectors as wide; `make count` renews the counts."""
+    if backend == "native" and code.built_library() is None:
+        pytest.skip("attnkern/_C_cuda is not built here")
+    if backend == "triton":
+        pytest.importorskip("triton")
+    for row in rows.rows(CASES[name], backend):
+        budget = committed[name, row["pass"], backend]
+        where = f"{name} {row['pass']} {backend}"
+        assert rows.per_element(row) <= 1.05 * rows.per_element(budget), where
+        assert len(row["launches"]) <= len(budget["launches"]), where
+        main, before = rows.main_launch(row), rows.main_launch(budget)
+        assert main["stack"] <= before["stack"], where
+        assert main["resident"] >= before["resident"], where
+        for kind in ("loads", "stores"):
+            assert page.wide_share(row, kind) >= page.wide_share(budget, kind) - 0.05, (where, kind)
+
+
+def test_the_page_is_of_the_committed_counts():
+    assert page.PAGE.read_text() == page.text(page.load()), "run `python -m benchmarks.count --page`"
+
+
+def test_every_case_is_counted(committed):
+    wanted = {(name, which, backend) for name in CASES for which in launches.PASSES for backend in choice.OURS}
+    assert wanted <= committed.keys()
+
+
+def test_losses_are_on_the_page():
+    """A row that loses to torch.compile or misses its goal is named among the targets."""
+    shape = (32, 256, 56, 56)
+    found = [row_of(shape, backend, t) for backend, t in (("native", 100), ("triton", 200), ("compile", 50))]
+    for row in found:
+        row["launches"][0] |= {
+            "loads_by": {"16": 8.0}, "stores_by": {"128": 1.0}, "stack": 48, "registers": 32, "kernel": "k",
+        }  # fmt: skip
+    text = page.text({"rows": found, "versions": {}})
+    assert "**missed**: 0 of 1" in text
+    assert "window_attention 32x256x56x56 float32 NCHW forward, native: 0.51 × as fast as torch.compile" in text
+    assert "loads 16 (100%) bit, 8 bytes of stack" in text

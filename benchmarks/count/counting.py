@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from functools import cache
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def count(launch: Launch) -> dict:
     path = CACHE / f"counts/{digest(_version(), *identity)}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{id(launch)}")
+        partial = path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(_count(launch)))
         partial.replace(path)
     return json.loads(path.read_text())

@@ -1,4 +1,14 @@
-"""The machine that runs SASS, and what it counts."""
+"""An interpreter of machine code that counts.
+
+It runs every thread of one block, or of one cluster of blocks, with the parameters of a launch: registers, predicates,
+shared memory, barriers, shuffles and divergence are those of the machine. Global memory holds made-up numbers of the
+tensors' dtypes, so control flow that depends on loaded data is that of ordinary data; what is stored there is not read
+back.
+
+Counted are executed warp instructions by opcode, an instruction whose predicate is off in every lane included; the
+widths of global loads and stores; the 32-byte sectors that each of them touches; the cycles that shared memory takes
+with its bank conflicts; and the waits for global loads, each less the instructions issued since the load.
+"""
 
 import bisect
 import collections
@@ -109,7 +119,7 @@ class Machine:
         self.votes, self.vote_result = np.zeros(n, bool), np.zeros(n, U32)
         self.decoded, self.pending, self.counting = {}, {}, Counts()
         self.issued, self.seen = 0, set()
-        self.executed = collections.Counter()  # (index, warps) -> times
+        self.executed = collections.Counter()  # warp instructions by index
         self.warp_counts = np.zeros(n // WARP, np.int64)
         self.uncounted = 0  # instructions that all warps executed, not yet in warp_counts
         self.touched = {"read": collections.defaultdict(list), "written": collections.defaultdict(list)}
@@ -379,7 +389,7 @@ class Machine:
 
     def wait(self, sources):
         """Results of loads are needed: the block waits for the last of them."""
-        ready = max([self.pending.pop(register) for register in list(self.pending) if register in sources])
+        ready = max(self.pending.pop(register) for register in list(self.pending) if register in sources)
         self.counting.waits += max(0.0, ready - self.now()) / MEMORY_LATENCY
 
     def wait_for_copies(self):
@@ -420,10 +430,6 @@ class Machine:
         return self.everybody if mask is None else mask
 
     # --- waiting ---
-
-    def block_threads(self, mask):
-        """All threads of the blocks that have a thread in the mask."""
-        return np.isin(self.block_of, np.unique(self.block_of[mask]))
 
     def release(self):
         """Let threads go on whose last partner has come or gone."""
@@ -623,7 +629,7 @@ def _number(text):
 
 def _sources(ins):
     """Registers that an instruction reads; those of pairs and quadruples with their first."""
-    stores = ins.name in ("STG", "ST", "STS", "STL", "STSM", "ATOM", "ATOMG", "ATOMS", "RED", "LDGSTS", "BAR")
+    stores = ins.name in ("STG", "ST", "STS", "STL", "STSM", "ATOM", "ATOMG", "ATOMS", "RED", "REDG", "LDGSTS", "BAR")
     for i, operand in enumerate(ins.operands):
         if i == 0 and not stores and REGISTER.match(operand):
             continue

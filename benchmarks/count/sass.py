@@ -1,14 +1,4 @@
-"""An interpreter of NVIDIA machine code (SASS of compute capability 9.0, as ``nvdisasm -c`` prints it) that counts.
-
-It runs every thread of one block, or of one cluster of blocks, with the parameters of a launch: registers, predicates,
-shared memory, barriers, shuffles and divergence are those of the machine. Global memory holds made-up numbers of the
-tensors' dtypes, so control flow that depends on loaded data is that of ordinary data; what is stored there is not read
-back.
-
-Counted are executed warp instructions by opcode, an instruction whose predicate is off in every lane included; the
-widths of global loads and stores; the 32-byte sectors that each of them touches; the cycles that shared memory takes
-with its bank conflicts; and the waits for global loads, each less the instructions issued since the load.
-"""
+"""Machine code of compute capability 9.0 (SASS) as ``nvdisasm -c`` prints it, and what is counted of it."""
 
 import functools
 import re
@@ -116,8 +106,8 @@ class Counts:
     load_sectors: dict[str, float] = field(default_factory=dict)  #: sectors that these requests touch
     store_sectors: dict[str, float] = field(default_factory=dict)
     l2_sectors: float = 0.0  #: those that go to the second-level cache: not what the block has read before
-    read: dict[int, int] = field(default_factory=dict)  #: bytes in distinct sectors by region
-    written: dict[int, int] = field(default_factory=dict)
+    read: dict[int, float] = field(default_factory=dict)  #: bytes in distinct sectors by region
+    written: dict[int, float] = field(default_factory=dict)
     shared: dict[str, float] = field(default_factory=dict)  #: warp requests to shared memory by opcode and width
     shared_cycles: dict[str, float] = field(default_factory=dict)  #: what they take, conflicts included
     waits: float = 0.0  #: waits for loads that nothing covers within the block, in latencies of memory

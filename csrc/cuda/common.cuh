@@ -65,6 +65,18 @@ template <typename T> ATTNKERN_DEVICE T narrow(Wide<T> x) {
     return x;
 }
 
+// Two numbers in the two halves of a word, the first one below.
+template <typename T> ATTNKERN_DEVICE uint32_t narrow_pair(float first, float second) {
+#if defined(ATTNKERN_ON_HOST)
+  return bit_cast<uint16_t>(narrow<T>(first)) | static_cast<uint32_t>(bit_cast<uint16_t>(narrow<T>(second))) << 16;
+#else
+  if constexpr (std::is_same_v<T, Half>)
+    return bit_cast<uint32_t>(__floats2half2_rn(first, second));
+  else
+    return bit_cast<uint32_t>(__floats2bfloat162_rn(first, second));
+#endif
+}
+
 } // namespace attnkern
 
 #include "tensors.h"

@@ -15,6 +15,8 @@ template <typename T> struct alignas(16) Packed {
       return bit_cast<T>(words[2 * i] | static_cast<uint64_t>(words[2 * i + 1]) << 32);
     else if constexpr (sizeof(T) == 4)
       return bit_cast<T>(words[i]);
+    else if constexpr (std::is_same_v<T, BFloat16>) // the upper half of a float, in one instruction
+      return bit_cast<float>(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
     else
       return widen(bit_cast<T>(static_cast<uint16_t>(words[i / 2] >> i % 2 * 16)));
   }
@@ -36,18 +38,18 @@ template <typename T> ATTNKERN_DEVICE Packed<T> pack(const Wide<T> (&values)[kVe
 
 // Makes the compiler forget how a value came about. What it keeps from one use of a vector to the next (unpacked
 // features) or prepares for many accesses at once (their addresses) fills the registers that other vectors need.
-template <typename I> ATTNKERN_DEVICE void forget(I& value) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(I) == 8)
-    asm volatile("" : "+l"(value));
-  else
-    asm volatile("" : "+r"(value));
-#endif
-}
 template <typename T> ATTNKERN_DEVICE void forget(Packed<T>& packed) {
+#if defined(__CUDA_ARCH__)
 #pragma unroll
   for (int word = 0; word < 4; ++word)
-    forget(packed.words[word]);
+    asm volatile("" : "+r"(packed.words[word]));
+#endif
+}
+template <typename T> ATTNKERN_DEVICE void forget(T*& global) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(global));
+  __builtin_assume(__isGlobal(global));
+#endif
 }
 
 // kWidth elements in one access: nvcc does not merge accesses of narrower members under a predicate.
@@ -65,28 +67,29 @@ template <int kLanes> ATTNKERN_DEVICE constexpr int element_offset(int i, int wi
   return (i & -width) * kLanes + (i & (width - 1));
 }
 
-// Reads and writes a vector in pieces of kWidth elements. Those at offsets below `valid`, a multiple of kWidth, exist;
-// zeros stand for the others.
-template <int kWidth, int kLanes, typename T> ATTNKERN_DEVICE Packed<T> load_packed(const T* from, int valid) {
+// Reads and writes a vector in pieces of kWidth elements, if it exists. It ends at offset `valid`, a multiple of kWidth and
+// at least one; zeros stand for what does not exist.
+template <int kWidth, int kLanes, typename T>
+ATTNKERN_DEVICE Packed<T> load_packed(const T* from, bool exists, int valid) {
   union {
     Packed<T> packed;
     Piece<T, kWidth> pieces[kVector<T> / kWidth];
   } both = {};
 #pragma unroll
   for (int i = 0; i < kVector<T>; i += kWidth)
-    if (const int offset = element_offset<kLanes>(i, kWidth); offset < valid)
+    if (const int offset = element_offset<kLanes>(i, kWidth); exists && (i == 0 || offset < valid))
       both.pieces[i / kWidth] = *reinterpret_cast<const Piece<T, kWidth>*>(from + offset);
   return both.packed;
 }
 template <int kWidth, int kLanes, typename T>
-ATTNKERN_DEVICE void store_packed(const Packed<T>& packed, T* to, int valid) {
+ATTNKERN_DEVICE void store_packed(const Packed<T>& packed, T* to, bool exists, int valid) {
   union {
     Packed<T> packed;
     Piece<T, kWidth> pieces[kVector<T> / kWidth];
   } both = {packed};
 #pragma unroll
   for (int i = 0; i < kVector<T>; i += kWidth)
-    if (const int offset = element_offset<kLanes>(i, kWidth); offset < valid)
+    if (const int offset = element_offset<kLanes>(i, kWidth); exists && (i == 0 || offset < valid))
       *reinterpret_cast<Piece<T, kWidth>*>(to + offset) = both.pieces[i / kWidth];
 }
 

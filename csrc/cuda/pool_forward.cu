@@ -32,11 +32,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_fwd(Tensor local, Tensor query) 
     pass.sums = mutable_data<A>(scratch);
     pass.moments = pass.sums + blocks * c;
     launch_walk<T>(queue, walk, pass, local);
-    if (walk.splits > 1) {
-      constexpr int kThreads = 256;
-      const int64_t slices = ceil_div(std::max(c, shape.positions), 4 * kThreads);
-      queue.launch(pool_finish<T>, n * slices, kThreads, 0, shape, walk.splits, pass, slices);
-    }
+    queue.launch(pool_finish<T>, walk.splits > 1 ? n * finish_slices(shape) : 0, kFinishThreads, 0, shape, walk.splits,
+                 pass);
     return std::tuple(pooled, attention, scores, pooled_wide);
   });
 }

@@ -12,7 +12,8 @@ namespace attnkern {
 constexpr int kMostThreads = 512;            // of a block: 128 registers for each thread
 constexpr int kMostSplits = 64;              // of an image
 constexpr int64_t kOneBlock = 32768;         // an image of at most as many elements is one split
-constexpr int64_t kSplitBytes = 48 << 10;    // of features, at least: what a split's sums and start are spread over
+constexpr int kFewestSplits = 4;             // of another one, if halved tiles can make them
+constexpr int kSplitThreads = 256;           // for small blocks several tiles pay for the start and the sums of a split
 constexpr int kGroup = 8;                    // neighbouring threads with the channels of one position, or positions of one channel
 template <typename T> constexpr int kKept = sizeof(T) == 8 ? 8 : 16;              // vectors that a thread keeps of a tile
 template <typename T> constexpr int kPositions = std::max(1, kVector<T> / 4);     // of a tile, at most, for each lane
@@ -21,9 +22,9 @@ struct Walk {
   Shape shape;
   int threads;  // of a block
   int tile;     // positions
-  int lanes;    // threads that share a row of positions; with channels innermost the vectors of a group
+  int lanes = kGroup; // threads that share a row of positions; with channels innermost the vectors of a group
   int parts;    // partial scores of each position
-  int sets;     // groups of threads with positions of their own
+  int sets = 1; // groups of threads with positions of their own
   int channels; // of all threads together: at least C
   int width;    // elements of an access
   int64_t splits, tiles_per_split;
@@ -38,34 +39,48 @@ struct Walk {
 
   // For features of type T, which is that of the argument.
   template <typename T> Walk(const Shape& features, T) : shape(features) {
-    constexpr int V = kVector<T>, kMost = kMostThreads / kGroup;
+    constexpr int kMost = kMostThreads / kGroup;
     const int64_t wanted = std::max<int64_t>(1, shape.channels);
     if (shape.channels_inner) {
-      parts = static_cast<int>(ceil_div(wanted, kGroup * V));
+      width = widest_piece<T>(shape.channels);
+      parts = static_cast<int>(ceil_div(wanted, kGroup * kVector<T>));
       sets = kWarp * kPositions<T> / kKept<T>;
       while (sets > 1 && sets * parts > kMost)
         sets /= 2;
-      lanes = kGroup;
+    } else {
+      width = widest_piece<T>(shape.positions);
+      lanes = ceil_div(wanted, kKept<T>) <= kMost ? kGroup : kGroup / 2;
+    }
+    const bool one = shape.image_size() <= kOneBlock;
+    shape_block<T>();
+    while (!one && ceil_div(shape.positions, tile) < kFewestSplits && halve())
+      shape_block<T>();
+    const int64_t tiles = ceil_div(shape.positions, tile);
+    const int64_t several = std::clamp(kSplitThreads / threads, 1, 4);
+    tiles_per_split = one ? tiles : std::max(std::min(tiles, several), ceil_div(tiles, kMostSplits));
+    splits = ceil_div(tiles, tiles_per_split);
+  }
+
+private:
+  template <typename T> void shape_block() {
+    if (shape.channels_inner) {
       threads = static_cast<int>(ceil_div(sets * parts * kGroup, kWarp)) * kWarp;
       tile = sets * kKept<T>;
-      channels = parts * kGroup * V;
-      width = widest_piece<T>(shape.channels);
+      channels = parts * kGroup * kVector<T>;
     } else {
-      const int64_t rows = ceil_div(wanted, kKept<T>);
-      lanes = rows <= kMost ? kGroup : kGroup / 2;
+      const int64_t rows = ceil_div(std::max<int64_t>(1, shape.channels), kKept<T>);
       threads = static_cast<int>(ceil_div(rows * lanes, kWarp)) * kWarp;
-      tile = lanes * V;
+      tile = lanes * kVector<T>;
       parts = threads / kWarp;
-      sets = 1;
       channels = threads / lanes * kKept<T>;
-      width = widest_piece<T>(shape.positions);
     }
-    const int64_t tiles = ceil_div(shape.positions, tile);
-    const int64_t wanted_tiles = kSplitBytes / (wanted * tile * static_cast<int64_t>(sizeof(T)));
-    tiles_per_split = shape.image_size() <= kOneBlock
-                          ? tiles
-                          : std::max({int64_t(1), ceil_div(tiles, kMostSplits), std::min(tiles, wanted_tiles)});
-    splits = ceil_div(tiles, tiles_per_split);
+  }
+  bool halve() {
+    int& divided = shape.channels_inner ? sets : lanes;
+    if (divided == (shape.channels_inner ? 1 : kGroup / 2))
+      return false;
+    divided /= 2;
+    return true;
   }
 };
 
@@ -105,6 +120,7 @@ template <typename T, int kLanes> struct RowTile {
   const int lane, column, channel; // the first position, and the first channel
   int64_t offset = 0;              // of the first element, in all features
   int valid = 0;                   // positions from the first one on
+  int channels = 0;                // and channels, none where there is no position
   Packed<T> kept[K];
   A sums[kSums] = {};
 
@@ -116,13 +132,13 @@ template <typename T, int kLanes> struct RowTile {
     const int64_t positions = walk.shape.positions;
     offset = image * walk.shape.image_size() + channel * positions + position + column;
     valid = count - column;
-    const int channels = static_cast<int>(walk.shape.channels) - channel;
+    channels = valid > 0 ? static_cast<int>(walk.shape.channels) - channel : 0;
     with_width<T>(walk.width, [&](auto width) {
-      int64_t from = offset;
+      const T* from = local + offset;
 #pragma unroll
       for (int i = 0; i < K; ++i, from += positions) {
         forget(from);
-        kept[i] = load_packed<width(), kLanes>(local + from, i < channels ? valid : 0);
+        kept[i] = load_packed<width(), kLanes>(from, i < channels, valid);
       }
     });
   }
@@ -163,22 +179,22 @@ template <typename T, int kLanes> struct RowTile {
   // dℓ = a·dg + dc·q.
   ATTNKERN_DEVICE void store_gradient(const Workspace<A>& memory, T* grad_local) const {
     const Vectors<A> grad_pooled(memory.score_vector + channel), query(memory.query + channel);
-    const int channels = static_cast<int>(walk.shape.channels) - channel;
     A weight[V], attention[V];
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       weight[k] = memory.weight[column + element_offset<kLanes>(k, walk.width)];
       attention[k] = memory.attention[column + element_offset<kLanes>(k, walk.width)];
     }
+    T* to = grad_local + offset;
 #pragma unroll
-    for (int i = 0; i < K; ++i) {
+    for (int i = 0; i < K; ++i, to += walk.shape.positions) {
       A grad[V];
 #pragma unroll
       for (int k = 0; k < V; ++k)
         grad[k] = std::fma(attention[k], grad_pooled[i], weight[k] * query[i]);
-      T* to = grad_local + offset + i * walk.shape.positions;
+      forget(to);
       with_width<T>(walk.width, [&](auto width) {
-        store_packed<width(), kLanes>(pack<T>(grad), to, i < channels ? valid : 0);
+        store_packed<width(), kLanes>(pack<T>(grad), to, i < channels, valid);
       });
     }
   }
@@ -199,7 +215,8 @@ template <typename T> struct ColumnTile {
   const Walk& walk;
   int set, part, row, channel; // the first position, and the first channel
   int64_t offset = 0;          // of the first element, in all features
-  int rows = 0;                // positions of the tile from the first one on
+  int valid = 0;               // channels from the first one on
+  int rows = 0;                // and positions, none where there is no channel
   Packed<T> kept[K];
   A sums[V] = {};
 
@@ -210,20 +227,17 @@ template <typename T> struct ColumnTile {
     row = (set < walk.sets ? set : 0) * K;
     channel = (part * kGroup + threadIdx.x % kGroup) * V;
   }
-  // Channels from the first one on, at one of this thread's positions.
-  ATTNKERN_DEVICE int valid(int i) const {
-    return i < rows ? static_cast<int>(walk.shape.channels) - channel : 0;
-  }
   ATTNKERN_DEVICE void load(const T* local, int64_t image, int64_t position, int count) {
     const int64_t channels = walk.shape.channels;
     offset = image * walk.shape.image_size() + (position + row) * channels + channel;
-    rows = set < walk.sets ? count - row : 0;
+    valid = static_cast<int>(channels) - channel;
+    rows = valid > 0 && set < walk.sets ? count - row : 0;
     with_width<T>(walk.width, [&](auto width) {
-      int64_t from = offset;
+      const T* from = local + offset;
 #pragma unroll
       for (int i = 0; i < K; ++i, from += channels) {
         forget(from);
-        kept[i] = load_packed<width(), 1>(local + from, valid(i));
+        kept[i] = load_packed<width(), 1>(from, i < rows, valid);
       }
     });
   }
@@ -258,14 +272,15 @@ template <typename T> struct ColumnTile {
   ATTNKERN_DEVICE void store_gradient(const Workspace<A>& memory, T* grad_local) const {
     const Vectors<A> grad_pooled(memory.score_vector + channel), query(memory.query + channel);
     const Vectors<A> weight(memory.weight + row), attention(memory.attention + row);
+    T* to = grad_local + offset;
 #pragma unroll
-    for (int i = 0; i < K; ++i) {
+    for (int i = 0; i < K; ++i, to += walk.shape.channels) {
       A grad[V];
 #pragma unroll
       for (int k = 0; k < V; ++k)
         grad[k] = std::fma(attention[i], grad_pooled[k], weight[i] * query[k]);
-      T* to = grad_local + offset + i * walk.shape.channels;
-      with_width<T>(walk.width, [&](auto width) { store_packed<width(), 1>(pack<T>(grad), to, valid(i)); });
+      forget(to);
+      with_width<T>(walk.width, [&](auto width) { store_packed<width(), 1>(pack<T>(grad), to, i < rows, valid); });
     }
   }
   ATTNKERN_DEVICE void collect(A* to) const {
@@ -388,36 +403,53 @@ __global__ void __launch_bounds__(kMostThreads, 1) pool_walk(Walk walk, Pass pas
   }
 }
 
-// An image's outputs from its splits, by `slices` blocks that share the work.
+constexpr int kFinishThreads = 256;
+ATTNKERN_INLINE int64_t finish_slices(const Shape& shape) {
+  const int64_t channels = shape.channels > 0 ? shape.channels : 1;
+  return ceil_div(channels, kWarp);
+}
+
+// An image's outputs from its splits, by `slices` blocks: each has a warp's width of channels, of which its warps add
+// some splits each, and its share of the positions.
 template <typename T>
-__global__ void __launch_bounds__(256) pool_finish(Shape shape, int64_t splits, Forward<T> pass, int64_t slices) {
+__global__ void __launch_bounds__(kFinishThreads) pool_finish(Shape shape, int64_t splits, Forward<T> pass) {
   using A = Wide<T>;
-  struct Factors { // that bring the splits' sums to the image's largest score
-    A of[kMostSplits];
+  constexpr int kWarps = kFinishThreads / kWarp;
+  struct Sums {
+    A factor[kMostSplits]; // that brings a split's sums to the image's largest score
+    A of[kFinishThreads];
   };
-  const int64_t image = block_index() / slices, slice = block_index() % slices;
+  const int64_t slices = finish_slices(shape), image = block_index() / slices;
   if (image >= shape.images)
     return;
-  const int split = threadIdx.x;
-  const A* moment = pass.moments + 2 * (image * splits + split);
-  A highest[1] = {split < splits ? moment[0] : -A(INFINITY)}, total[1] = {};
+  const int64_t slice = block_index() - image * slices, c = slice * kWarp + threadIdx.x % kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const A* moment = pass.moments + 2 * (image * splits + threadIdx.x);
+  const bool is_split = threadIdx.x < splits;
+  A highest[1] = {is_split ? moment[0] : -A(INFINITY)}, total[1] = {};
   block_reduce<Max>(highest);
-  A* factors = shared<Factors>().of;
-  if (split < splits) {
-    factors[split] = softmax_weight(moment[0], highest[0]);
-    total[0] = moment[1] * factors[split];
+  Sums& sums = shared<Sums>();
+  if (is_split) {
+    sums.factor[threadIdx.x] = softmax_weight(moment[0], highest[0]);
+    total[0] = moment[1] * sums.factor[threadIdx.x];
   }
   block_reduce(total); // its barriers make the factors visible
-  const int64_t start = slice * blockDim.x + threadIdx.x, step = slices * blockDim.x;
-  for (int64_t c = start; c < shape.channels; c += step) {
-    A value = 0;
+  A value = 0;
+  if (c < shape.channels)
 #pragma unroll 4
-    for (int64_t s = 0; s < splits; ++s)
-      value = std::fma(pass.sums[(image * splits + s) * shape.channels + c], factors[s], value);
-    pass.store_pooled(image * shape.channels + c, value / total[0]);
+    for (int64_t s = warp; s < splits; s += kWarps)
+      value = std::fma(pass.sums[(image * splits + s) * shape.channels + c], sums.factor[s], value);
+  sums.of[threadIdx.x] = value;
+  for (int64_t p = slice * kFinishThreads + threadIdx.x; p < shape.positions; p += slices * kFinishThreads) {
+    const int64_t at = image * shape.positions + p;
+    pass.attention[at] = softmax_weight(pass.scores[at], highest[0]) / total[0];
   }
-  for (int64_t p = image * shape.positions + start; p < (image + 1) * shape.positions; p += step)
-    pass.attention[p] = softmax_weight(pass.scores[p], highest[0]) / total[0];
+  __syncthreads();
+  if (warp != 0 || c >= shape.channels)
+    return;
+  for (int w = 1; w < kWarps; ++w)
+    value += sums.of[w * kWarp + threadIdx.x];
+  pass.store_pooled(image * shape.channels + c, value / total[0]);
 }
 
 } // namespace attnkern

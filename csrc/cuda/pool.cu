@@ -1,0 +1,162 @@
+// Compatibility pooling on CUDA: which kernels a pass launches.
+
+#include "cuda/pool_slices.cuh"
+#include "cuda/pool_walk.cuh"
+
+namespace attnkern {
+namespace {
+
+// Σ over the rows of each group of (groups, rows, C), in an order that follows from the number of rows.
+template <typename A>
+__global__ void __launch_bounds__(256)
+    add_rows(const A* from, int64_t groups, int64_t rows, int64_t channels, MutableCompanion to) {
+  struct Lanes {
+    A of[256];
+  };
+  const int64_t tiles = ceil_div(channels, kWarp), group = block_index() / tiles;
+  if (group >= groups)
+    return;
+  const int64_t c = block_index() % tiles * kWarp + threadIdx.x % kWarp;
+  A sum = 0;
+  if (c < channels)
+#pragma unroll 4
+    for (int64_t row = threadIdx.x / kWarp; row < rows; row += blockDim.x / kWarp)
+      sum += from[(group * rows + row) * channels + c];
+  A* lanes = shared<Lanes>().of;
+  lanes[threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.x >= kWarp || c >= channels)
+    return;
+  for (int i = kWarp + threadIdx.x; i < blockDim.x; i += kWarp)
+    sum += lanes[i];
+  to.store(group * channels + c, sum);
+}
+
+// A copy of features whose accesses of so many bytes would be misaligned: seldom, and the only way by which every order
+// of sums follows from the shape.
+void make_aligned(Tensor& local, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(local.const_data_ptr()) % bytes == 0)
+    return;
+  Tensor copy = empty_same(local);
+  torch::stable::copy_(copy, local);
+  local = copy;
+}
+
+template <typename T, typename Pass>
+void launch_walk(const Queue& queue, const Walk& walk, const Pass& pass, const Tensor& local) {
+  const auto launch = [&](auto kernel) {
+    queue.launch(kernel, walk.shape.images * walk.splits, walk.threads,
+                 Workspace<Wide<T>>::bytes(walk, Pass::kBackward), walk, pass, data<T>(local));
+  };
+  if (walk.shape.channels_inner)
+    launch(pool_walk<T, ColumnTile<T>, Pass>);
+  else if (walk.lanes == kGroup)
+    launch(pool_walk<T, RowTile<T, kGroup>, Pass>);
+  else
+    launch(pool_walk<T, RowTile<T, kGroup / 2>, Pass>);
+}
+
+// `vector` is what scores are formed with; without one they are zero.
+template <typename T, typename Pass>
+void launch_slices(const Queue& queue, const Slice& slice, const Pass& pass, const Tensor& local,
+                   const std::optional<Query>& vector) {
+  Wide<T>* partial = nullptr;
+  Tensor scratch = empty<Wide<T>>(local, {vector.has_value() ? slice.blocks() * slice.shape.positions : 0});
+  if (vector.has_value()) {
+    partial = mutable_data<Wide<T>>(scratch);
+    queue.launch(slice_scores<T>, slice.blocks(), kSliceThreads, 0, slice, *vector, data<T>(local), partial);
+  }
+  queue.launch(pool_slice<T, Pass>, slice.blocks(), kSliceThreads, 0, slice, pass, data<T>(local), partial);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pool_fwd(Tensor local, Tensor query) {
+  make_dense(local);
+  make_contiguous(query);
+  const Queue queue(local);
+  return dispatch(local.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    using A = Wide<T>;
+    const Shape shape(local);
+    const int64_t n = shape.images, c = shape.channels;
+    Tensor pooled = empty<T>(local, {n, c});
+    Tensor attention = local.dim() == 4 ? empty<A>(local, {n, local.size(2), local.size(3)})
+                                        : empty<A>(local, {n, local.size(2)});
+    Tensor scores = empty_like<A>(attention);
+    Tensor pooled_wide = std::is_same_v<T, A> ? empty<A>(local, {0}) : empty<A>(local, {n, c});
+    Forward<T> pass{{query, query.dim() == 1}, mutable_data<A>(scores), nullptr, nullptr, mutable_data<T>(pooled),
+                    std::is_same_v<T, A> ? nullptr : mutable_data<A>(pooled_wide), mutable_data<A>(attention)};
+    if (!Walk::fits<T>(shape)) {
+      launch_slices<T>(queue, Slice(shape), pass, local, pass.query);
+      return std::tuple(pooled, attention, scores, pooled_wide);
+    }
+    const Walk walk(shape, t);
+    make_aligned(local, walk.width * sizeof(T));
+    const int64_t blocks = walk.splits == 1 ? 0 : n * walk.splits;
+    Tensor scratch = empty<A>(local, {blocks * (c + 2)});
+    pass.sums = mutable_data<A>(scratch);
+    pass.moments = pass.sums + blocks * c;
+    launch_walk<T>(queue, walk, pass, local);
+    queue.launch(pool_finish<T>, walk.splits > 1 ? n * finish_slices(shape) : 0, kFinishThreads, 0, shape, walk.splits,
+                 pass);
+    return std::tuple(pooled, attention, scores, pooled_wide);
+  });
+}
+
+std::tuple<Tensor, Tensor> pool_bwd(std::optional<Tensor> grad_pooled, std::optional<Tensor> grad_attention,
+                                    std::optional<Tensor> grad_scores, Tensor local, Tensor query, Tensor attention,
+                                    Tensor pooled_wide, bool need_grad_local) {
+  make_dense(local);
+  make_contiguous(grad_pooled, grad_attention, grad_scores, query, attention, pooled_wide);
+  const Queue queue(local);
+  return dispatch(local.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    using A = Wide<T>;
+    const Shape shape(local);
+    const int64_t n = shape.images, c = shape.channels;
+    Tensor grad_local = features_grad<T>(local, need_grad_local);
+    Tensor grad_query = empty_same(query);
+    if (n == 0 || c == 0)
+      return std::tuple(grad_local, torch::stable::zero_(grad_query));
+    const bool shared_query = query.dim() == 1;
+    Backward<T> pass{data<T>(grad_pooled),
+                     data<A>(grad_attention),
+                     data<A>(grad_scores),
+                     {query, shared_query},
+                     data<A>(attention),
+                     data<A>(pooled_wide),
+                     need_grad_local ? mutable_data<T>(grad_local) : nullptr,
+                     nullptr,
+                     false,
+                     grad_query};
+    const bool fits = Walk::fits<T>(shape);
+    const Walk walk(shape, t);
+    const int64_t splits = fits ? walk.splits : 1;
+    pass.direct = splits == 1 && (!shared_query || n == 1);
+    Tensor sums = empty<A>(local, {pass.direct ? 0 : n * splits * c});
+    pass.sums = mutable_data<A>(sums);
+    if (fits) {
+      make_aligned(local, walk.width * sizeof(T));
+      launch_walk<T>(queue, walk, pass, local);
+    } else {
+      std::optional<Query> vector;
+      if (grad_pooled.has_value())
+        vector = Query{*grad_pooled, false};
+      launch_slices<T>(queue, Slice(shape), pass, local, vector);
+    }
+    if (!pass.direct) {
+      const int64_t groups = shared_query ? 1 : n, rows = n * splits / groups;
+      queue.launch(add_rows<A>, groups * ceil_div(c, kWarp), 256, 0, data<A>(sums), groups, rows, c,
+                   MutableCompanion(grad_query));
+    }
+    return std::tuple(grad_local, grad_query);
+  });
+}
+
+} // namespace
+
+ATTNKERN_LIBRARY_IMPL(m) {
+  m.impl("pool_fwd", TORCH_BOX(&pool_fwd));
+  m.impl("pool_bwd", TORCH_BOX(&pool_bwd));
+}
+
+} // namespace attnkern

@@ -275,7 +275,9 @@ struct Queue {
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t items, int threads, size_t shared_bytes,
               Arguments&&... arguments) const {
-    if (items > 0)
+    if (items > 0 && cuda_on_host::record_file() != nullptr)
+      cuda_on_host::record(kernel, items, threads, shared_bytes, 1, arguments...);
+    else if (items > 0)
       cuda_on_host::run(grid_of(items), dim3(threads), shared_bytes, [&] { kernel(arguments...); });
   }
 };

@@ -53,10 +53,9 @@ inline AtenTensorHandle empty_strided_or_throw(Sizes sizes, Sizes strides, Scala
     DeviceType type;
     int8_t index;
   };
-  struct Made { // an at::Tensor: one pointer; returned in memory, because it is not trivial
+  struct Made { // an at::Tensor: one pointer; returned in memory, because moving it is not trivial
     void* implementation;
-    Made(const Made&) = delete;
-    ~Made();
+    Made(Made&& from) : implementation(from.implementation) {}
   };
   using Cpu = Made(Sizes, Sizes, ScalarType, bool pinned);
   using Cuda = Made(Sizes, Sizes, ScalarType, std::optional<Device>);

@@ -11,7 +11,6 @@ Wheels are tagged py3-none: the libraries hold no line of Python's C API, so one
 platform, free-threaded ones too. The build number of one with CUDA kernels names CUDA's major version.
 """
 
-import ctypes
 import gzip
 import hashlib
 import os
@@ -152,6 +151,15 @@ def serves(listed: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+def load_error(path: Path) -> str | None:
+    """In a process of its own: a damaged library may end it."""
+    code = "import ctypes, sys, torch; ctypes.CDLL(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    return "it does not load: " + (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
+
+
 def unfit(kind: str) -> str | None:
     """Why the library beside the package will not do here; None when it will."""
     path = library(kind)
@@ -166,11 +174,7 @@ def unfit(kind: str) -> str | None:
     for capability in capabilities if kind == "cuda" else ():
         if not serves(listed, capability):
             return "it has code for compute capability {}, the GPU has {}.{}".format(listed, *capability)
-    try:
-        ctypes.CDLL(str(path))
-    except OSError as error:
-        return f"it does not load: {error}"
-    return None
+    return load_error(path)
 
 
 class Build(BuildExtension):

@@ -32,8 +32,8 @@ def _interpreter_fault() -> str | None:
         return tuple(map(int, metadata.version(package).split(".")[:2]))
 
     try:
-        if version("numpy") >= (2, 5) and version("triton") < (3, 7):
-            return "its interpreter before Triton 3.7 needs a NumPy before 2.5: pip install 'numpy<2.5'"
+        if version("numpy") >= (2, 4) and version("triton") < (3, 7):
+            return "its interpreter before Triton 3.7 needs a NumPy before 2.4: pip install 'numpy<2.4'"
     except metadata.PackageNotFoundError as missing:
         return f"its interpreter needs {missing.name}: pip install {missing.name}"
     return None

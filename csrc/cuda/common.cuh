@@ -289,7 +289,7 @@ class Queue {
 
 public:
   explicit Queue(const Tensor& like) : guard_(like.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
   }
   cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
 

@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kSliceThreads)
 // The weighted sums of a slice, and in the backward pass the gradient of its features. `partial` is null where all
 // scores are zero.
 template <typename T, typename Pass>
-__global__ void __launch_bounds__(kSliceThreads, 2)
+__global__ void __launch_bounds__(kSliceThreads, sizeof(T) == 8 ? 1 : 2) // two would spill double's registers
     pool_slice(Slice slice, Pass pass, const T* __restrict__ local, const Wide<T>* __restrict__ partial) {
   using A = Wide<T>;
   struct Memory {
@@ -210,7 +210,6 @@ __global__ void __launch_bounds__(kSliceThreads, 2)
   };
   if (block_index() >= slice.blocks())
     return;
-  constexpr bool kEarly = !Pass::kBackward || sizeof(T) == 2; // else the registers do not last
   const Shape& shape = slice.shape;
   SliceTile<T> tile(slice);
   Memory& memory = shared<Memory>();
@@ -227,8 +226,7 @@ __global__ void __launch_bounds__(kSliceThreads, 2)
   A highest[1] = {-INFINITY}, total[1] = {}, delta = 0, sums[kWarpChannels] = {};
 #pragma unroll 1
   for (int64_t first = 0; first < positions; first += kStep<T>) {
-    if (kEarly)
-      tile.fetch(local, first);
+    tile.fetch(local, first);
     const int64_t p = first + threadIdx.x;
     const A found = threadIdx.x < kStep<T> && p < positions ? score(p) : A(0);
     if (first == 0) {
@@ -262,11 +260,9 @@ __global__ void __launch_bounds__(kSliceThreads, 2)
         }
       }
     }
-    if (!kEarly)
-      tile.fetch(local, first);
     tile.fill(local);
     __syncthreads();
-#pragma unroll
+#pragma unroll 1 // registers
     for (int k = 0; k < kPerLane<T>; ++k)
       if (const int position = k * kWarp + lane; position < tile.count) {
         const auto column = tile.column(own, position);

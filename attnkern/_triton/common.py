@@ -6,6 +6,7 @@ those of an image do not depend on the batch: tiles follow from C, H, W, dtype a
 order, and no kernel sees a misaligned pointer, since that would change how a tile lies in registers.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -23,11 +24,15 @@ _INTERPRETED = tl.constexpr(TRITON_INTERPRETS)
 
 
 def launch(kernel, programs: int, *arguments, num_warps: int = 4, **constants) -> None:
-    """Run ``kernel`` in ``programs`` programs on its tensors' device; no launch where there are none."""
+    """Run ``kernel`` in ``programs`` programs on its tensors' device; no launch where there are none.
+
+    ``num_warps`` counts 32 threads each.
+    """
     if programs == 0:
         return
     arguments = [_aligned(argument) if isinstance(argument, torch.Tensor) else argument for argument in arguments]
     device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+    num_warps = max(1, 32 * num_warps // warp_size(device))
     # Pipelining over shared memory (num_stages) only adds instructions to loops without matrix products.
     options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": True}
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -35,6 +40,16 @@ def launch(kernel, programs: int, *arguments, num_warps: int = 4, **constants) -
             kernel[(programs,)](*arguments, **constants, **options)
     else:
         kernel[(programs,)](*arguments, **constants, **options)
+
+
+def warp_size(device: torch.device) -> int:
+    """Threads of a warp: 32, or 64 on AMD's GPUs for data centres (CDNA)."""
+    return 32 if torch.version.hip is None else _hip_warp_size(device)
+
+
+@functools.cache
+def _hip_warp_size(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).warp_size
 
 
 def _aligned(tensor):

@@ -73,4 +73,27 @@ ATTNKERN_INLINE float log1p_unit(float y) {
 #endif
 }
 
+ATTNKERN_INLINE double reciprocal(double x) { return 1.0 / x; }
+
+// 1/x to 1 ulp, for x of ordinary size.
+ATTNKERN_INLINE float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(1.0f, x);
+#else
+  return 1.0f / x;
+#endif
+}
+
+template <typename T> ATTNKERN_INLINE void sine_cosine(T x, T& sine, T& cosine) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == sizeof(float))
+    sincosf(x, &sine, &cosine); // half of what they cost one by one
+  else
+    sincos(x, &sine, &cosine);
+#else
+  cosine = std::cos(x);
+  sine = std::sin(x);
+#endif
+}
+
 } // namespace attnkern

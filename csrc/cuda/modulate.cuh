@@ -11,9 +11,11 @@
 
 namespace attnkern {
 
-constexpr int kThreads = 256;               // of every block here
-constexpr int kTileElements = 16384;        // of the features; what a tile's share of the map costs is spread over it
-template <typename T> constexpr int kColumns = kThreads * kVector<T>; // of a tile, at most
+constexpr int kThreads = 256;        // of every block here
+constexpr int kTileElements = 32768; // of the features; what a tile's share of the map costs is spread over it
+constexpr int kMaxLanes = 64;        // along a row: many rows share a column's number of the map
+constexpr int kMaxColumns = 512;     // of a tile
+template <typename T> constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3; // of a multiprocessor at once, by registers
 
 struct Tiling {
   Shape shape;
@@ -23,9 +25,12 @@ struct Tiling {
   int width = 1;  // columns of a tile
   int groups = 1; // of threads, each with rows (channels innermost: columns) of its own
   int lanes = 1;  // threads of a group
+  int passes = 1; // of a group over a row (channels innermost: column)
+  int64_t stride; // between a group's rows (channels innermost: columns)
   bool aligned;   // every vector may be read and written at once; no result depends on it
 
   template <typename T, typename... Pointers> static Tiling of(const Shape& shape, const Pointers*... features) {
+    static_assert(kMaxLanes * kVector<T> <= kMaxColumns, "a tile's columns have room");
     Tiling tiling(shape, kVector<T>);
     const int64_t length = shape.channels_inner ? shape.channels : shape.image_size(); // that follow each other
     tiling.aligned = length % kVector<T> == 0 && (... && is_aligned(features));
@@ -39,23 +44,30 @@ private:
     const int64_t channels = std::max<int64_t>(1, shape.channels);
     if (shape.channels_inner) {
       columns = shape.positions;
-      while (lanes < kWarp && lanes * vector < channels)
+      const int64_t vectors = ceil_div(channels, vector);
+      while (lanes < kWarp && lanes < vectors)
         lanes *= 2;
+      while (lanes > 4 && 8 * ceil_div(vectors, lanes) * lanes > 9 * vectors) // too many would have nothing to do
+        lanes /= 2;
+      passes = static_cast<int>(ceil_div(vectors, lanes));
       groups = kThreads / lanes;
-      const int64_t wanted = std::clamp<int64_t>(kTileElements / channels, groups, kThreads * vector);
+      const int64_t wanted = std::clamp<int64_t>(kTileElements / channels, groups, kMaxColumns);
       column_tiles = ceil_div(columns, wanted);
       width = static_cast<int>(ceil_div(columns, column_tiles));
+      stride = groups * channels;
       return;
     }
     const int64_t span = std::min<int64_t>(vector / std::gcd<int64_t>(vector, shape.positions), channels);
     columns = span * shape.positions;
     rows = ceil_div(shape.channels, span);
     const int64_t vectors = ceil_div(columns, vector);
-    column_tiles = ceil_div(vectors, kThreads);
+    column_tiles = ceil_div(vectors, kMaxLanes);
     lanes = static_cast<int>(ceil_div(vectors, column_tiles));
     groups = kThreads / lanes;
     width = lanes * vector;
-    rows_per_tile = ceil_div(kTileElements / width, groups) * groups;
+    stride = groups * columns;
+    row_tiles = std::max<int64_t>(1, ceil_div(rows * width, kTileElements));
+    rows_per_tile = std::max<int64_t>(1, ceil_div(ceil_div(rows, row_tiles), groups)) * groups;
     row_tiles = std::max<int64_t>(1, ceil_div(rows, rows_per_tile));
   }
 };
@@ -89,96 +101,177 @@ struct Tile {
 
 // The map at a tile's columns; whoever fills it waits for the block afterwards.
 template <typename T> struct MapTile {
-  Wide<T> of[kColumns<T>];
+  Wide<T> of[kMaxColumns];
 };
-// Σ dy·x over a tile's rows, at its columns.
+// Σ dy·x over a tile's rows, at its columns; with positions innermost first one row of them for each group.
 template <typename T> struct SumTile {
-  Wide<T> of[kColumns<T>];
+  Wide<T> of[std::max(kMaxColumns, kThreads * kVector<T>)];
 };
 
-// Four vectors of a thread are on their way at a time: what it takes to keep the memory busy.
-template <int kInputs> constexpr int kAhead = 4 / kInputs;
+// --- whole vectors, as 32-bit words: those of a vector on its way stay together, and it is written in one piece ---
 
-// Calls use(j, column, values, offset, whole, valid) for this thread's vectors of a tile with channels innermost, some
-// columns (the j-th) at a time, and done(j, column) after each; every thread of a warp does that, to the tile's end.
-template <bool kWhole, typename T, int kInputs, typename Use, typename Done>
-ATTNKERN_DEVICE void for_positions(const Tiling& tiling, const Tile& tile, const T* const (&inputs)[kInputs],
-                                   const Use& use, const Done& done) {
-  const int lane = threadIdx.x % tiling.lanes, group = threadIdx.x / tiling.lanes;
-  const int64_t channels = tiling.shape.channels;
-  for (int first = 0; first < tile.width; first += kAhead<kInputs> * tiling.groups) {
-    for (int64_t c = lane * kVector<T>; c < channels; c += tiling.lanes * kVector<T>) {
-      const int64_t valid = kWhole ? int64_t(kVector<T>) : channels - c;
-      int64_t offset[kAhead<kInputs>];
-      Wide<T> values[kAhead<kInputs>][kInputs][kVector<T>];
-#pragma unroll
-      for (int j = 0; j < kAhead<kInputs>; ++j) { // behind the last column it is read again: cheaper than a branch
-        offset[j] = (tile.column + std::min(first + j * tiling.groups + group, tile.width - 1)) * channels + c;
-#pragma unroll
-        for (int k = 0; k < kInputs; ++k)
-          load_vector(inputs[k] + offset[j], kWhole, valid, values[j][k]);
-      }
-#pragma unroll
-      for (int j = 0; j < kAhead<kInputs>; ++j)
-        if (const int column = first + j * tiling.groups + group; column < tile.width)
-          use(j, column, values[j], offset[j], kWhole, valid);
-    }
-#pragma unroll
-    for (int j = 0; j < kAhead<kInputs>; ++j)
-      done(j, first + j * tiling.groups + group);
-  }
+struct alignas(16) Words {
+  uint32_t of[4];
+};
+
+template <typename T> ATTNKERN_DEVICE Words load_words(const T* from) {
+  return *reinterpret_cast<const Words*>(from);
 }
 
-// Calls use(values, offset, whole, valid) for this thread's vectors of a tile with positions innermost, rows ascending.
-template <typename T, int kInputs, typename Use>
-ATTNKERN_DEVICE void for_rows(const Tiling& tiling, const Tile& tile, const T* const (&inputs)[kInputs],
-                              const Use& use) {
-  const int64_t start = tile.column + threadIdx.x % tiling.lanes * kVector<T>, size = tiling.shape.image_size();
-  const int64_t last = std::min(tiling.rows, tile.row + tiling.rows_per_tile), step = tiling.groups;
-  // Only an image's last row can be cut short.
-  const bool all_whole = start + kVector<T> + (tiling.rows - 1) * tiling.columns <= size;
-  const int64_t whole = !tiling.aligned ? 0 : all_whole ? last : std::min(last, tiling.rows - 1);
-  Wide<T> values[kAhead<kInputs>][kInputs][kVector<T>];
-  int64_t row = tile.row + threadIdx.x / tiling.lanes;
-  for (; row + (kAhead<kInputs> - 1) * step < whole; row += kAhead<kInputs> * step) {
-#pragma unroll
-    for (int j = 0; j < kAhead<kInputs>; ++j)
-#pragma unroll
-      for (int k = 0; k < kInputs; ++k)
-        load_vector(inputs[k] + (row + j * step) * tiling.columns + start, true, kVector<T>, values[j][k]);
-#pragma unroll
-    for (int j = 0; j < kAhead<kInputs>; ++j)
-      use(values[j], (row + j * step) * tiling.columns + start, true, int64_t(kVector<T>));
-  }
-#pragma unroll 1
-  for (; row < last; row += step) {
-    const int64_t offset = row * tiling.columns + start;
-    const int64_t valid = std::min<int64_t>(kVector<T>, std::min(tiling.columns - start, size - offset));
-#pragma unroll
-    for (int k = 0; k < kInputs; ++k)
-      load_vector(inputs[k] + offset, row < whole, valid, values[0][k]);
-    use(values[0], offset, row < whole, valid);
-  }
-}
-
-// This thread's factors in a tile with positions innermost; false where it has no columns.
-template <typename T>
-ATTNKERN_DEVICE bool row_factors(const Tiling& tiling, const Tile& tile, Wide<T> one, Wide<T> (&factor)[kVector<T>]) {
-  const Wide<T>* map = shared<MapTile<T>>().of;
-  const int column = threadIdx.x % tiling.lanes * kVector<T>;
+template <typename T> ATTNKERN_DEVICE void widen(const Words& words, Wide<T> (&to)[kVector<T>]) {
+  const Vector<T> vector = bit_cast<Vector<T>>(words);
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i)
-    factor[i] = column + i < tile.width ? map[column + i] + one : Wide<T>(0);
-  return static_cast<int>(threadIdx.x) < tiling.groups * tiling.lanes && column < tile.width;
+    to[i] = widen(vector.lane[i]);
 }
 
-// y = (map + one)·x.
+template <typename T> ATTNKERN_DEVICE void store_whole(const Wide<T> (&from)[kVector<T>], T* to) {
+  Vector<T> vector;
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i)
+    vector.lane[i] = narrow<T>(from[i]);
+#if defined(ATTNKERN_ON_HOST)
+  *reinterpret_cast<Vector<T>*>(to) = vector;
+#else
+  const Words words = bit_cast<Words>(vector); // the compiler takes an assignment apart
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :: "l"(to), "r"(words.of[0]), "r"(words.of[1]), "r"(words.of[2]), "r"(words.of[3])
+               : "memory");
+#endif
+}
+
 template <typename T>
-ATTNKERN_DEVICE void modulate(const Tiling& tiling, const Tile& tile, const T* __restrict__ x, Wide<T> one,
-                              T* __restrict__ y) {
+ATTNKERN_DEVICE void store(const Wide<T> (&from)[kVector<T>], T* to, bool whole, int64_t valid) {
+  whole ? store_whole(from, to) : store_vector(from, to, false, valid);
+}
+
+// What a thread does of a tile: some vectors of each of its items, which are rows, or columns with channels innermost.
+// Making it asks for the first vectors, so that they come while the block makes the map; from then on kDepth of them
+// are on their way: what it takes to keep the memory busy.
+template <typename T, int kInputs> class Walk {
+  static constexpr int kLength = kVector<T>;
+  static constexpr int kDepth = 4 / kInputs;
+
+  const Tiling& tiling_;
+  const Tile& tile_;
+  const T* inputs_[kInputs];
+  int64_t offset_;    // of the first vector
+  int group_;         // this thread has the items group_, group_ + groups, ... of the tile
+  int end_ = 0;       // of the items
+  int whole_ = 0;     // of them, end of those made of whole aligned vectors
+  bool last_ = false; // whether it has a vector of an item's last pass
+  Words ahead_[kDepth][kInputs] = {};
+
+  // With channels innermost all threads of a warp go on until the last one is done.
+  ATTNKERN_DEVICE int bound() const { return tiling_.shape.channels_inner ? end_ + group_ : end_; }
+  ATTNKERN_DEVICE int step() const { return tiling_.lanes * kLength; }
+  ATTNKERN_DEVICE bool has(int pass) const { return last_ || pass + 1 < tiling_.passes; }
+  ATTNKERN_DEVICE void load(int j, int64_t offset, bool valid) {
+    if (valid)
+#pragma unroll
+      for (int k = 0; k < kInputs; ++k)
+        ahead_[j][k] = load_words(inputs_[k] + offset + j * tiling_.stride);
+  }
+
+public:
+  static constexpr int kItems = kDepth; // at a time
+
+  ATTNKERN_DEVICE Walk(const Tiling& tiling, const Tile& tile, const T* const (&features)[kInputs])
+      : tiling_(tiling), tile_(tile), group_(threadIdx.x / static_cast<unsigned>(tiling.lanes)) {
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k)
+      inputs_[k] = features[k];
+    const int lane = threadIdx.x - group_ * tiling.lanes;
+    offset_ = tile.image * tiling.shape.image_size();
+    if (tiling.shape.channels_inner) {
+      const int64_t channels = tiling.shape.channels;
+      offset_ += (tile.column + group_) * channels + lane * kLength;
+      last_ = (tiling.passes - 1) * step() + lane * kLength < channels;
+      end_ = tile.width;
+      whole_ = tiling.aligned ? end_ : 0;
+    } else {
+      const int64_t row = tile.row + group_, column = tile.column + lane * kLength;
+      offset_ += row * tiling.columns + column;
+      last_ = group_ < tiling.groups && lane * kLength < tile.width;
+      if (last_) {
+        const int64_t rows = std::min(tiling.rows - tile.row, tiling.rows_per_tile);
+        end_ = static_cast<int>(rows);
+        // Only an image's last row can be cut short.
+        const bool cut = tile.row + rows == tiling.rows &&
+                         column + kLength + (tiling.rows - 1) * tiling.columns > tiling.shape.image_size();
+        whole_ = tiling.aligned ? end_ - cut : 0;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kDepth; ++j)
+      load(j, offset_, group_ + j * tiling.groups < whole_ && has(0));
+  }
+
+  // Calls use(j, item, values, offset, whole, valid) for each vector, items ascending, some of them (the j-th) at a
+  // time, and done(j, item) after an item: with channels innermost every thread of a warp does that, equally often.
+  template <typename Use, typename Done> ATTNKERN_DEVICE void for_each(const Use& use, const Done& done) {
+    Wide<T> values[kInputs][kLength];
+    const int groups = tiling_.groups;
+    const int64_t to_next = kDepth * tiling_.stride - (tiling_.passes - 1) * step();
+    int64_t offset = offset_;
+    for (int item = group_, pass = 0; tiling_.aligned && item < bound();) {
+      const bool last = pass + 1 == tiling_.passes;
+      const int next_item = last ? item + kDepth * groups : item, next_pass = last ? 0 : pass + 1;
+      const int64_t next_offset = offset + (last ? to_next : step());
+#pragma unroll
+      for (int j = 0; j < kDepth; ++j) {
+#pragma unroll
+        for (int k = 0; k < kInputs; ++k)
+          widen<T>(ahead_[j][k], values[k]);
+        load(j, next_offset, next_item + j * groups < whole_ && has(next_pass));
+        if (item + j * groups < whole_ && has(pass))
+          use(j, item + j * groups, values, offset + j * tiling_.stride, true, int64_t(kLength));
+      }
+      if (last)
+#pragma unroll
+        for (int j = 0; j < kDepth; ++j)
+          done(j, item + j * groups);
+      item = next_item, pass = next_pass, offset = next_offset;
+    }
+    if (whole_ == end_)
+      return;
+    const int lane = threadIdx.x - group_ * tiling_.lanes;
+    const int64_t in_item = tiling_.shape.channels_inner ? tiling_.shape.channels - lane * kLength
+                                                         : tiling_.columns - tile_.column - lane * kLength;
+    const int64_t image_end = (tile_.image + 1) * tiling_.shape.image_size();
+#pragma unroll 1
+    for (int item = group_, n = 0; item < bound(); item += groups, ++n) {
+      if (tiling_.aligned && item < whole_)
+        continue;
+#pragma unroll 1
+      for (int pass = 0; pass < tiling_.passes && item < end_; ++pass) {
+        offset = offset_ + n * tiling_.stride + pass * step();
+        const int64_t valid = std::min(in_item - pass * step(), image_end - offset);
+        if (valid <= 0)
+          continue;
+#pragma unroll
+        for (int k = 0; k < kInputs; ++k)
+          load_vector(inputs_[k] + offset, false, valid, values[k]);
+        use(0, item, values, offset, false, valid);
+      }
+      done(0, item);
+    }
+  }
+};
+
+// This thread's factors in a tile with positions innermost.
+template <typename T> ATTNKERN_DEVICE void row_factors(const Tiling& tiling, Wide<T> one, Wide<T> (&factor)[kVector<T>]) {
+  const Wide<T>* map = shared<MapTile<T>>().of + threadIdx.x % tiling.lanes * kVector<T>;
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i)
+    factor[i] = map[i] + one;
+}
+
+// y = (map + one)·x, the features of the walk.
+template <typename T>
+ATTNKERN_DEVICE void modulate(const Tiling& tiling, Walk<T, 1>& walk, Wide<T> one, T* __restrict__ y) {
   using A = Wide<T>;
-  const T* const inputs[] = {x + tile.image * tiling.shape.image_size()};
-  y += tile.image * tiling.shape.image_size();
+  const auto done = [](int, int) {};
   if (tiling.shape.channels_inner) {
     const A* map = shared<MapTile<T>>().of;
     const auto use = [&](int, int column, A(&values)[1][kVector<T>], int64_t offset, bool whole, int64_t valid) {
@@ -186,44 +279,40 @@ ATTNKERN_DEVICE void modulate(const Tiling& tiling, const Tile& tile, const T* _
 #pragma unroll
       for (int i = 0; i < kVector<T>; ++i)
         values[0][i] *= factor;
-      store_vector(values[0], y + offset, whole, valid);
+      store(values[0], y + offset, whole, valid);
     };
-    const auto done = [](int, int) {};
-    tiling.aligned ? for_positions<true>(tiling, tile, inputs, use, done)
-                   : for_positions<false>(tiling, tile, inputs, use, done);
+    walk.for_each(use, done);
     return;
   }
   A factor[kVector<T>];
-  if (row_factors<T>(tiling, tile, one, factor))
-    for_rows(tiling, tile, inputs, [&](A(&values)[1][kVector<T>], int64_t offset, bool whole, int64_t valid) {
+  row_factors<T>(tiling, one, factor);
+  const auto use = [&](int, int, A(&values)[1][kVector<T>], int64_t offset, bool whole, int64_t valid) {
 #pragma unroll
-      for (int i = 0; i < kVector<T>; ++i)
-        values[0][i] *= factor[i];
-      store_vector(values[0], y + offset, whole, valid);
-    });
+    for (int i = 0; i < kVector<T>; ++i)
+      values[0][i] *= factor[i];
+    store(values[0], y + offset, whole, valid);
+  };
+  walk.for_each(use, done);
 }
 
-// dx = (map + one)·dy, unless dx is null, and the sums Σ dy·x of the tile's columns, ready for the block to read.
+// dx = (map + one)·dy, unless dx is null, and the sums Σ dy·x of the tile's columns, ready for the block to read. The
+// walk's features are dy and x.
 template <typename T>
-ATTNKERN_DEVICE void modulate_backward(const Tiling& tiling, const Tile& tile, const T* __restrict__ dy,
-                                       const T* __restrict__ x, Wide<T> one, T* __restrict__ dx) {
+ATTNKERN_DEVICE void modulate_backward(const Tiling& tiling, const Tile& tile, Walk<T, 2>& walk, Wide<T> one,
+                                       T* __restrict__ dx) {
   using A = Wide<T>;
   A* sums = shared<SumTile<T>>().of;
-  const int64_t image = tile.image * tiling.shape.image_size();
-  const T* const inputs[] = {dy + image, x + image};
   const bool needed = dx != nullptr;
-  if (needed)
-    dx += image;
   if (tiling.shape.channels_inner) {
     const A* map = shared<MapTile<T>>().of;
-    A sum[kAhead<2>] = {};
+    A sum[Walk<T, 2>::kItems] = {};
     const auto use = [&](int j, int column, A(&values)[2][kVector<T>], int64_t offset, bool whole, int64_t valid) {
       const A factor = map[column] + one;
 #pragma unroll
       for (int i = 0; i < kVector<T>; ++i)
         sum[j] += values[0][i] * values[1][i], values[0][i] *= factor;
       if (needed)
-        store_vector(values[0], dx + offset, whole, valid);
+        store(values[0], dx + offset, whole, valid);
     };
     const auto done = [&](int j, int column) {
       const A total = warp_reduce(sum[j], tiling.lanes);
@@ -231,20 +320,20 @@ ATTNKERN_DEVICE void modulate_backward(const Tiling& tiling, const Tile& tile, c
       if (column < tile.width && threadIdx.x % tiling.lanes == 0)
         sums[column] = total;
     };
-    tiling.aligned ? for_positions<true>(tiling, tile, inputs, use, done)
-                   : for_positions<false>(tiling, tile, inputs, use, done);
+    walk.for_each(use, done);
     __syncthreads();
     return;
   }
   A factor[kVector<T>], sum[kVector<T>] = {};
-  if (row_factors<T>(tiling, tile, one, factor))
-    for_rows(tiling, tile, inputs, [&](A(&values)[2][kVector<T>], int64_t offset, bool whole, int64_t valid) {
+  row_factors<T>(tiling, one, factor);
+  const auto use = [&](int, int, A(&values)[2][kVector<T>], int64_t offset, bool whole, int64_t valid) {
 #pragma unroll
-      for (int i = 0; i < kVector<T>; ++i)
-        sum[i] += values[0][i] * values[1][i], values[0][i] *= factor[i];
-      if (needed)
-        store_vector(values[0], dx + offset, whole, valid);
-    });
+    for (int i = 0; i < kVector<T>; ++i)
+      sum[i] += values[0][i] * values[1][i], values[0][i] *= factor[i];
+    if (needed)
+      store(values[0], dx + offset, whole, valid);
+  };
+  walk.for_each(use, [](int, int) {});
   if (static_cast<int>(threadIdx.x) < tiling.groups * tiling.lanes)
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i)

@@ -1,7 +1,7 @@
 // Nearest-anchor quantization on CUDA. A block sorts the anchors in shared memory and finds each of its elements by the
-// thresholds between them; every warp keeps bins of its own, each bin written by one lane only, and all are added in
-// order: by the block itself where it is the only one, else by the next launch, the one that multiplies features by
-// the map if there are any.
+// thresholds between them. Lanes of a warp with the same anchor add what they have in a tree and put it into the warp's
+// bins; bins are added in order: by the block itself where it is the only one, else by the next launch, the one that
+// multiplies features by the map if there are any.
 
 #include "cuda/modulate.cuh"
 #include "quantize.h"
@@ -25,30 +25,46 @@ template <typename A> struct Table {
       : values(reinterpret_cast<A*>(memory)), thresholds(values + slots),
         indices(reinterpret_cast<int*>(thresholds + slots)) {}
 
-  // By the whole block. An anchor's place is how many stand before it, and its threshold parts it from the one behind
-  // it. NaN has no place, and a table with NaN is not looked at.
-  ATTNKERN_DEVICE void fill(const Companion& anchors, int count) {
+  // By the whole block; true where some anchor is NaN, which has no place: such a table is not looked at. An anchor's
+  // place is how many stand before it.
+  ATTNKERN_DEVICE bool fill(const Companion& anchors, int count) {
+    A* given = thresholds; // as they came, until they are sorted
+    bool nan = false;
     for (int k = threadIdx.x; k < count; k += kThreads) {
-      const A anchor = anchors.load<A>(k);
-      A next = INFINITY;
-      int rank = 0, first = k, first_next = -1; // of the equal ones the first
-      bool last_equal = true;
-      for (int other = 0; other < count; ++other) {
-        const A value = anchors.load<A>(other);
-        rank += value < anchor || (value == anchor && other < k);
-        first = value == anchor && other < first ? other : first;
-        last_equal &= value != anchor || other <= k;
-        if (value > anchor && (first_next < 0 || value < next))
-          next = value, first_next = other;
-      }
-      values[rank] = anchor;
-      indices[rank] = first;
-      // Between equal ones any threshold does: they are the same anchor.
-      thresholds[rank] = !last_equal ? anchor
-                         : first_next < 0 ? A(INFINITY)
-                                          : round_up<A>(threshold(anchor, next, first_next < first));
+      given[k] = anchors.load<A>(k);
+      nan |= given[k] != given[k];
+    }
+    if (__syncthreads_or(nan))
+      return true;
+    int parts = kWarp; // threads that count for an anchor
+    while (parts > 1 && parts * count > kThreads)
+      parts /= 2;
+    for (int first = 0; first < count; first += kThreads / parts) {
+      const int k = first + threadIdx.x / parts, part = threadIdx.x % parts;
+      const A anchor = k < count ? given[k] : A(0);
+      int before = 0;
+      for (int other = part; other < count; other += parts)
+        before += given[other] < anchor || (given[other] == anchor && other < k);
+      before = warp_reduce(before, parts);
+      if (k < count && part == 0)
+        values[before] = anchor, indices[before] = k;
     }
     __syncthreads();
+    for (int k = threadIdx.x; k < count; k += kThreads) {
+      const A anchor = values[k];
+      int first = k;
+      while (first > 0 && values[first - 1] == anchor)
+        --first;
+      // Between equal ones any threshold does: they are the same anchor.
+      thresholds[k] = k + 1 == count             ? A(INFINITY)
+                      : values[k + 1] == anchor ? anchor
+                                                : round_up<A>(threshold(anchor, values[k + 1],
+                                                                        indices[k + 1] < indices[first]));
+      if (first != k) // which nobody reads here
+        indices[k] = indices[first];
+    }
+    __syncthreads();
+    return false;
   }
   // Number of thresholds that an element reaches; 0 for NaN.
   ATTNKERN_DEVICE int rank(A element, int count) const {
@@ -73,6 +89,23 @@ template <typename A> struct Bins {
   ATTNKERN_DEVICE Bins(char* memory, int64_t slots)
       : residuals(reinterpret_cast<A*>(memory)), counts(reinterpret_cast<int*>(residuals + kWarps * slots)) {}
 };
+
+// Adds the values of lanes with the same key, in a tree over their places among each other. The lowest of them gets the
+// sum and the number of its lanes, the others 0 lanes.
+template <typename A> ATTNKERN_DEVICE int add_alike(int key, A& value) {
+  const unsigned alike = __match_any_sync(kAllLanes, key), below = (1u << threadIdx.x % kWarp) - 1;
+  unsigned place = __popc(alike & below), behind = alike & ~below & ~(below + 1);
+#pragma unroll
+  for (int lanes = kWarp; lanes > 1; lanes /= 2) { // that are left, at most
+    const int next = __ffs(behind) - 1;
+    const A other = __shfl_sync(kAllLanes, value, std::max(next, 0));
+    if (next >= 0)
+      value += other;
+    behind &= ~__ballot_sync(kAllLanes, place & 1); // these have been added
+    place /= 2;
+  }
+  return (alike & below) == 0 ? __popc(alike) : 0;
+}
 
 // Sums of blocks, (anchors, blocks) and (blocks), to be added in order.
 template <typename A> struct Partial {
@@ -117,91 +150,90 @@ template <typename A> struct Quantization {
   Partial<A> partial; // where there are several blocks
 };
 
-// The blocks' sums of one anchor, or after the last anchor of the loss, by a whole block.
-template <typename A> ATTNKERN_DEVICE void add_blocks(const Quantization<A>& q, int64_t anchor) {
+// The blocks' sums of each anchor, and after the last anchor of the loss, one by each warp of some blocks.
+template <typename A> ATTNKERN_DEVICE void add_blocks(const Quantization<A>& q, int64_t block) {
+  const int64_t anchor = block * kWarps + threadIdx.x / kWarp;
   if (anchor > q.anchor_count || q.blocks == 1) // left over, or its sums are the results
     return;
   const bool is_loss = anchor == q.anchor_count;
-  double sum[1] = {};
-  int64_t number[1] = {};
-  for (int64_t block = threadIdx.x; block < q.blocks; block += kThreads) {
-    sum[0] += is_loss ? q.partial.loss[block] : q.partial.residuals[anchor * q.blocks + block];
-    number[0] += is_loss ? 0 : q.partial.counts[anchor * q.blocks + block];
+  const A* sums = is_loss ? q.partial.loss : q.partial.residuals + anchor * q.blocks;
+  double sum = 0;
+  int64_t number = 0;
+  for (int64_t i = threadIdx.x % kWarp; i < q.blocks; i += kWarp) {
+    sum += sums[i];
+    number += is_loss ? 0 : q.partial.counts[anchor * q.blocks + i];
   }
-  block_reduce(sum);
-  block_reduce(number);
-  if (threadIdx.x != 0)
+  sum = warp_reduce(sum), number = warp_reduce(number);
+  if (threadIdx.x % kWarp != 0)
     return;
   if (is_loss)
-    *q.loss = static_cast<A>(sum[0]);
+    *q.loss = static_cast<A>(sum);
   else
-    q.residuals[anchor] = static_cast<A>(sum[0]), q.counts[anchor] = number[0];
+    q.residuals[anchor] = static_cast<A>(sum), q.counts[anchor] = number;
 }
+ATTNKERN_INLINE int64_t adding_blocks(int64_t anchors) { return ceil_div(anchors + 1, kWarps); }
 
 // Quantizes a block's elements. Where it is the only one its sums are the results, else they go to `partial`.
 template <typename A> ATTNKERN_DEVICE void quantize_chunk(const Quantization<A>& q, int64_t block) {
-  struct Found { // of a warp's elements, for the owners of the bins
-    int index[kThreads];
-    A difference[kThreads];
+  struct Losses { // of the warps
+    A of[kWarps];
   };
-  const int64_t slots = q.scratch.slots;
-  const bool poisoned = any_nan(q.anchors, q.anchor_count);
+  const int64_t slots = q.scratch.slots, last = std::min(q.count, (block + 1) * q.chunk);
+  const auto element_at = [&](int64_t i) { return i < last ? q.a.template load<A>(i) : A(0); };
+  A next = element_at(block * q.chunk + threadIdx.x);
   char* memory = q.scratch.of_block(block);
   Table<A> table(memory, slots);
+  const bool poisoned = table.fill(q.anchors, q.anchor_count);
   const Bins<A> bins(memory + Table<A>::bytes(slots), slots);
-  if (!poisoned)
-    table.fill(q.anchors, q.anchor_count);
-  const int lane = threadIdx.x % kWarp, first_of_warp = threadIdx.x - lane;
-  A* residuals = bins.residuals + threadIdx.x / kWarp * slots;
-  int* counts = bins.counts + threadIdx.x / kWarp * slots;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  A* residuals = bins.residuals + warp * slots;
+  int* counts = bins.counts + warp * slots;
   for (int k = lane; k < q.anchor_count; k += kWarp)
     residuals[k] = 0, counts[k] = 0;
-  Found& found = shared<Found>();
-  A loss[1] = {};
-  bool saw_nan = false;
-  const int64_t last = std::min(q.count, (block + 1) * q.chunk);
+  A loss = 0;
   for (int64_t first = block * q.chunk; first < last; first += kThreads) {
     const int64_t i = first + threadIdx.x;
-    int index = -1;
-    A difference = 0;
+    const A element = next;
+    next = element_at(i + kThreads);
+    const bool found = i < last && element == element && !poisoned;
+    const int rank = found ? table.rank(element, q.anchor_count) : 0;
+    const A value = found ? table.values[rank] : A(NAN);
+    const int index = found ? table.indices[rank] : 0;
+    A difference = i < last ? value - element : A(0);
     if (i < last) {
-      const A element = q.a.template load<A>(i);
-      A value = NAN;
-      if (element == element && !poisoned) {
-        const int rank = table.rank(element, q.anchor_count);
-        value = table.values[rank];
-        index = table.indices[rank];
-      }
-      difference = value - element;
-      saw_nan |= index < 0;
       q.values.store(i, value);
-      q.indices[i] = index < 0 ? 0 : index;
-      loss[0] += difference * difference;
+      q.indices[i] = index;
+      loss += difference * difference;
     }
-    found.index[threadIdx.x] = index;
-    found.difference[threadIdx.x] = difference;
+    const bool spoilt = __ballot_sync(kAllLanes, i < last && !found) != 0; // by an element of no anchor: its index is 0
+    const int lanes = add_alike(found ? index : -1, difference);
     __syncwarp();
-    for (int of = first_of_warp; of < first_of_warp + kWarp; ++of) {
-      const int chosen = found.index[of];
-      if (chosen >= 0 && chosen % kWarp == lane)
-        residuals[chosen] += found.difference[of], ++counts[chosen];
-    }
+    if (found && lanes > 0)
+      residuals[index] += difference, counts[index] += lanes;
     __syncwarp();
+    if (spoilt && lane == 0)
+      residuals[0] = NAN;
   }
-  block_reduce(loss);
-  const bool spoilt = __syncthreads_or(saw_nan) != 0; // by an element of no anchor: its index is 0
+  Losses& losses = shared<Losses>();
+  loss = warp_reduce(loss);
+  if (lane == 0)
+    losses.of[warp] = loss;
+  __syncthreads();
   const bool only = q.blocks == 1;
-  if (threadIdx.x == 0)
-    *(only ? q.loss : q.partial.loss + block) = loss[0];
-  for (int k = threadIdx.x; k < q.anchor_count; k += kThreads) {
-    A residual = k == 0 && spoilt ? A(NAN) : A(0);
+  for (int k = threadIdx.x; k <= q.anchor_count; k += kThreads) {
+    const bool is_loss = k == q.anchor_count;
+    A sum = 0;
     int number = 0;
-    for (int warp = 0; warp < kWarps; ++warp)
-      residual += bins.residuals[warp * slots + k], number += bins.counts[warp * slots + k];
-    if (only)
-      q.residuals[k] = residual, q.counts[k] = number;
+    for (int w = 0; w < kWarps; ++w) {
+      sum += is_loss ? losses.of[w] : bins.residuals[w * slots + k];
+      number += is_loss ? 0 : bins.counts[w * slots + k];
+    }
+    if (is_loss)
+      *(only ? q.loss : q.partial.loss + block) = sum;
+    else if (only)
+      q.residuals[k] = sum, q.counts[k] = number;
     else
-      q.partial.residuals[k * q.blocks + block] = residual, q.partial.counts[k * q.blocks + block] = number;
+      q.partial.residuals[k * q.blocks + block] = sum, q.partial.counts[k * q.blocks + block] = number;
   }
 }
 
@@ -221,10 +253,8 @@ ATTNKERN_DEVICE void fill_map(const Tiling& tiling, const Tile& tile, const Comp
                               int anchor_count, const int64_t* indices, int64_t slots) {
   using A = Wide<T>;
   A* map = shared<MapTile<T>>().of;
-  const bool poisoned = any_nan(anchors, anchor_count);
   Table<A> table(indices == nullptr ? dynamic_shared<char>() : nullptr, slots);
-  if (indices == nullptr && !poisoned)
-    table.fill(anchors, anchor_count);
+  const bool poisoned = indices == nullptr ? table.fill(anchors, anchor_count) : any_nan(anchors, anchor_count);
   for (int i = threadIdx.x; i < tile.width; i += kThreads) {
     const int64_t at = tile.image * tiling.shape.positions + tile.position(tiling, i);
     const A element = a.load<A>(at);
@@ -240,7 +270,7 @@ ATTNKERN_DEVICE void fill_map(const Tiling& tiling, const Tile& tile, const Comp
 // Features times the map. The blocks behind the tiles do what is left of quantization: all of it in `one_launch`, else
 // they add the sums of quantize_kernel.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     anchor_forward_kernel(const T* x, Quantization<Wide<T>> q, bool one_launch, bool residual, T* output,
                           Tiling tiling) {
   const int64_t tiles = tiling.shape.images * tiling.tiles(), behind = block_index() - tiles;
@@ -252,8 +282,9 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   const Tile tile(tiling, block_index());
+  Walk<T, 1> walk(tiling, tile, {x});
   fill_map<T>(tiling, tile, q.a, q.anchors, q.anchor_count, one_launch ? nullptr : q.indices, q.scratch.slots);
-  modulate(tiling, tile, x, Wide<T>(residual), output);
+  modulate(tiling, walk, Wide<T>(residual), output);
 }
 
 // The gradients of a and of the anchors.
@@ -308,7 +339,7 @@ template <typename A> struct GradMap {
 // The gradient of the features, and Σ dy·x: of an image that is one tile it completes the gradients of a, and blocks
 // behind the tiles make those of the anchors; else it goes to `grad_map`.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     anchor_backward_kernel(const T* grad_output, const T* x, Gradients<Wide<T>> gradients, bool residual, T* grad_x,
                            Wide<T>* grad_map, Tiling tiling) {
   using A = Wide<T>;
@@ -318,9 +349,10 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   const Tile tile(tiling, block_index());
+  Walk<T, 2> walk(tiling, tile, {grad_output, x});
   const Companion &a = gradients.a, &anchors = gradients.anchors;
   fill_map<T>(tiling, tile, a, anchors, gradients.anchor_count, gradients.indices, 0);
-  modulate_backward(tiling, tile, grad_output, x, Wide<T>(residual), grad_x);
+  modulate_backward(tiling, tile, walk, Wide<T>(residual), grad_x);
   const A* sums = shared<SumTile<T>>().of;
   if (tiling.tiles() == 1) {
     const A grad_loss = gradients.grad_loss();
@@ -359,9 +391,12 @@ __global__ void __launch_bounds__(kThreads)
 
 // --- launches ---
 
-// Elements of one block: enough to pay for the anchors' sorting, and at most 1024 blocks' sums to add.
+// Elements of one block: one of each thread, more to pay for sorting many anchors and for at most 1024 blocks' sums.
+// Few elements are all one block's, which saves a launch.
 int64_t chunk_size(int64_t count, int64_t anchors) {
-  return kThreads * std::max({int64_t(4), ceil_div(count, 1024 * kThreads), ceil_div(16 * anchors, kThreads)});
+  if (count <= 8 * kThreads)
+    return 8 * kThreads;
+  return kThreads * std::max({int64_t(1), ceil_div(count, 1024 * kThreads), ceil_div(4 * anchors, kThreads)});
 }
 
 // The outputs of quantization, and what its blocks work with.
@@ -416,7 +451,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_fwd(Tensor a, Tensor
     const Queue queue(a);
     const Quantized<A> out(a, anchors);
     queue.launch(quantize_kernel<A>, out.q.blocks, kThreads, out.shared_bytes(), out.q);
-    queue.launch(add_blocks_kernel<A>, out.q.blocks == 1 ? 0 : anchors.numel() + 1, kThreads, 0, out.q);
+    queue.launch(add_blocks_kernel<A>, out.q.blocks == 1 ? 0 : adding_blocks(anchors.numel()), kThreads, 0, out.q);
     return std::tuple(out.values, out.indices, out.loss, out.counts, out.residuals);
   });
 }
@@ -454,9 +489,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, 
     const bool one_launch = out.q.blocks == 1 && 2 * out.q.scratch.slots <= kShared<A>;
     queue.launch(quantize_kernel<A>, one_launch ? 0 : out.q.blocks, kThreads, out.shared_bytes(), out.q);
     queue.launch(anchor_forward_kernel<T>,
-                 tiling.shape.images * tiling.tiles() + (out.q.blocks == 1 ? one_launch : anchors.numel() + 1), kThreads,
-                 one_launch ? out.shared_bytes() : 0, data<T>(x), out.q, one_launch, residual, mutable_data<T>(output),
-                 tiling);
+                 tiling.shape.images * tiling.tiles() +
+                     (out.q.blocks == 1 ? one_launch : adding_blocks(anchors.numel())),
+                 kThreads, one_launch ? out.shared_bytes() : 0, data<T>(x), out.q, one_launch, residual,
+                 mutable_data<T>(output), tiling);
     return std::tuple(output, out.values, out.indices, out.loss, out.counts, out.residuals);
   });
 }

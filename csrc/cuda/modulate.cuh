@@ -223,9 +223,9 @@ public:
 #pragma unroll
         for (int k = 0; k < kInputs; ++k)
           widen<T>(ahead_[j][k], values[k]);
-        load(j, next_offset, next_item + j * groups < whole_ && has(next_pass));
         if (item + j * groups < whole_ && has(pass))
           use(j, item + j * groups, values, offset + j * tiling_.stride, true, int64_t(kLength));
+        load(j, next_offset, next_item + j * groups < whole_ && has(next_pass));
       }
       if (last)
 #pragma unroll

@@ -20,8 +20,8 @@ template <typename A> struct Table {
   A *values, *thresholds;
   int* indices; // of the original anchor
 
-  static ATTNKERN_INLINE int64_t bytes(int64_t slots) { return slots * (2 * sizeof(A) + sizeof(int)); }
-  ATTNKERN_DEVICE Table(char* memory, int64_t slots)
+  static ATTNKERN_INLINE int64_t bytes(int slots) { return slots * (2 * sizeof(A) + sizeof(int)); }
+  ATTNKERN_DEVICE Table(char* memory, int slots)
       : values(reinterpret_cast<A*>(memory)), thresholds(values + slots),
         indices(reinterpret_cast<int*>(thresholds + slots)) {}
 
@@ -36,11 +36,12 @@ template <typename A> struct Table {
     }
     if (__syncthreads_or(nan))
       return true;
-    int parts = kWarp; // threads that count for an anchor
-    while (parts > 1 && parts * count > kThreads)
-      parts /= 2;
-    for (int first = 0; first < count; first += kThreads / parts) {
-      const int k = first + threadIdx.x / parts, part = threadIdx.x % parts;
+    int bits = 5; // 2^bits threads count for an anchor
+    while (bits > 0 && count > kThreads >> bits)
+      --bits;
+    const int parts = 1 << bits, part = threadIdx.x & (parts - 1);
+    for (int first = 0; first < count; first += kThreads >> bits) {
+      const int k = first + (threadIdx.x >> bits);
       const A anchor = k < count ? given[k] : A(0);
       int before = 0;
       for (int other = part; other < count; other += parts)
@@ -85,8 +86,8 @@ template <typename A> struct Bins {
   A* residuals;
   int* counts;
 
-  static ATTNKERN_INLINE int64_t bytes(int64_t slots) { return kWarps * slots * (sizeof(A) + sizeof(int)); }
-  ATTNKERN_DEVICE Bins(char* memory, int64_t slots)
+  static ATTNKERN_INLINE int64_t bytes(int slots) { return kWarps * slots * (sizeof(A) + sizeof(int)); }
+  ATTNKERN_DEVICE Bins(char* memory, int slots)
       : residuals(reinterpret_cast<A*>(memory)), counts(reinterpret_cast<int*>(residuals + kWarps * slots)) {}
 };
 
@@ -125,15 +126,11 @@ ATTNKERN_DEVICE bool any_nan(const Companion& anchors, int count) {
 // Where a block's table and bins lie: in shared memory, or in its part of the launch's scratch.
 template <typename A> struct Scratch {
   char* memory = nullptr; // null: shared
-  int64_t slots;          // for anchors: even, so that what follows integers stays aligned
+  int slots;              // for anchors: even, so that what follows integers stays aligned
 
-  explicit Scratch(int64_t anchors) : slots(ceil_div(anchors, 2) * 2) {}
-  int64_t bytes() const { return Table<A>::bytes(slots) + Bins<A>::bytes(slots); }
+  explicit Scratch(int64_t anchors) : slots(static_cast<int>(ceil_div(anchors, 2) * 2)) {}
+  ATTNKERN_INLINE int64_t bytes() const { return Table<A>::bytes(slots) + Bins<A>::bytes(slots); }
   bool fits_shared() const { return slots <= kShared<A>; }
-  ATTNKERN_DEVICE char* of_block(int64_t block) const {
-    return memory == nullptr ? dynamic_shared<char>()
-                             : memory + block * (Table<A>::bytes(slots) + Bins<A>::bytes(slots));
-  }
 };
 
 // What quantization reads and writes. An element belongs to the `element / chunk`-th of `blocks` blocks.
@@ -173,15 +170,16 @@ template <typename A> ATTNKERN_DEVICE void add_blocks(const Quantization<A>& q, 
 }
 ATTNKERN_INLINE int64_t adding_blocks(int64_t anchors) { return ceil_div(anchors + 1, kWarps); }
 
-// Quantizes a block's elements. Where it is the only one its sums are the results, else they go to `partial`.
-template <typename A> ATTNKERN_DEVICE void quantize_chunk(const Quantization<A>& q, int64_t block) {
+// Quantizes a block's elements in its scratch memory. Where it is the only one its sums are the results, else they go to
+// `partial`.
+template <typename A> ATTNKERN_DEVICE void quantize_chunk(const Quantization<A>& q, int64_t block, char* memory) {
   struct Losses { // of the warps
     A of[kWarps];
   };
-  const int64_t slots = q.scratch.slots, last = std::min(q.count, (block + 1) * q.chunk);
+  const int slots = q.scratch.slots;
+  const int64_t last = std::min(q.count, (block + 1) * q.chunk);
   const auto element_at = [&](int64_t i) { return i < last ? q.a.template load<A>(i) : A(0); };
   A next = element_at(block * q.chunk + threadIdx.x);
-  char* memory = q.scratch.of_block(block);
   Table<A> table(memory, slots);
   const bool poisoned = table.fill(q.anchors, q.anchor_count);
   const Bins<A> bins(memory + Table<A>::bytes(slots), slots);
@@ -238,8 +236,13 @@ template <typename A> ATTNKERN_DEVICE void quantize_chunk(const Quantization<A>&
 }
 
 template <typename A> __global__ void __launch_bounds__(kThreads) quantize_kernel(Quantization<A> q) {
-  if (block_index() < q.blocks)
-    quantize_chunk(q, block_index());
+  const int64_t block = block_index();
+  if (block >= q.blocks)
+    return;
+  if (q.scratch.memory == nullptr) // written twice, so that the compiler knows which memory it is
+    quantize_chunk(q, block, dynamic_shared<char>());
+  else
+    quantize_chunk(q, block, q.scratch.memory + block * q.scratch.bytes());
 }
 
 template <typename A> __global__ void __launch_bounds__(kThreads) add_blocks_kernel(Quantization<A> q) {
@@ -250,7 +253,7 @@ template <typename A> __global__ void __launch_bounds__(kThreads) add_blocks_ker
 // up here, in shared memory for `slots` anchors.
 template <typename T>
 ATTNKERN_DEVICE void fill_map(const Tiling& tiling, const Tile& tile, const Companion& a, const Companion& anchors,
-                              int anchor_count, const int64_t* indices, int64_t slots) {
+                              int anchor_count, const int64_t* indices, int slots) {
   using A = Wide<T>;
   A* map = shared<MapTile<T>>().of;
   Table<A> table(indices == nullptr ? dynamic_shared<char>() : nullptr, slots);
@@ -278,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     if (!one_launch)
       add_blocks(q, behind);
     else if (behind == 0)
-      quantize_chunk(q, 0);
+      quantize_chunk(q, 0, dynamic_shared<char>());
     return;
   }
   const Tile tile(tiling, block_index());

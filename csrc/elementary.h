@@ -78,7 +78,9 @@ ATTNKERN_INLINE double reciprocal(double x) { return 1.0 / x; }
 // 1/x to 1 ulp, for x of ordinary size.
 ATTNKERN_INLINE float reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
-  return __fdividef(1.0f, x);
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
 #else
   return 1.0f / x;
 #endif

@@ -12,7 +12,7 @@
 namespace attnkern {
 
 constexpr int kThreads = 256;        // of every block here
-constexpr int kTileElements = 32768; // of the features; what a tile's share of the map costs is spread over it
+constexpr int kTileElements = 32768; // of the features, at most; what a tile's map costs is spread over them
 constexpr int kMaxLanes = 64;        // along a row: many rows share a column's number of the map
 constexpr int kMaxColumns = 512;     // of a tile
 template <typename T> constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3; // of a multiprocessor at once, by registers
@@ -41,7 +41,9 @@ struct Tiling {
 private:
   // From the shape of an image, the layout and the vector's length only.
   Tiling(const Shape& features, int vector) : shape(features) {
-    const int64_t channels = std::max<int64_t>(1, shape.channels);
+    const int64_t channels = std::max<int64_t>(1, shape.channels), size = channels * shape.positions;
+    // An image of a few tiles has smaller ones, so that a batch of them keeps a whole device busy.
+    const int64_t elements = size > kTileElements && size < 8 * kTileElements ? kTileElements / 2 : kTileElements;
     if (shape.channels_inner) {
       columns = shape.positions;
       const int64_t vectors = ceil_div(channels, vector);
@@ -51,8 +53,10 @@ private:
         lanes /= 2;
       passes = static_cast<int>(ceil_div(vectors, lanes));
       groups = kThreads / lanes;
-      const int64_t wanted = std::clamp<int64_t>(kTileElements / channels, groups, kMaxColumns);
-      column_tiles = ceil_div(columns, wanted);
+      const int64_t each = std::max<int64_t>(1, (elements / channels + groups / 2) / groups); // columns of a group
+      column_tiles = ceil_div(columns, std::min<int64_t>(each * groups, kMaxColumns));
+      if (size <= elements && columns <= kMaxColumns)
+        column_tiles = 1;
       width = static_cast<int>(ceil_div(columns, column_tiles));
       stride = groups * channels;
       return;
@@ -66,7 +70,7 @@ private:
     groups = kThreads / lanes;
     width = lanes * vector;
     stride = groups * columns;
-    row_tiles = std::max<int64_t>(1, ceil_div(rows * width, kTileElements));
+    row_tiles = std::max<int64_t>(1, ceil_div(rows * width, elements));
     rows_per_tile = std::max<int64_t>(1, ceil_div(ceil_div(rows, row_tiles), groups)) * groups;
     row_tiles = std::max<int64_t>(1, ceil_div(rows, rows_per_tile));
   }
@@ -152,6 +156,11 @@ template <typename T, int kInputs> class Walk {
   static constexpr int kLength = kVector<T>;
   static constexpr int kDepth = 4 / kInputs;
 
+  struct Cursor { // at a vector
+    int64_t offset;
+    int item, pass;
+  };
+
   const Tiling& tiling_;
   const Tile& tile_;
   const T* inputs_[kInputs];
@@ -161,21 +170,36 @@ template <typename T, int kInputs> class Walk {
   int whole_ = 0;     // of them, end of those made of whole aligned vectors
   bool last_ = false; // whether it has a vector of an item's last pass
   Words ahead_[kDepth][kInputs] = {};
+  Cursor next_;       // to be asked for
 
   // With channels innermost all threads of a warp go on until the last one is done.
-  ATTNKERN_DEVICE int bound() const { return tiling_.shape.channels_inner ? end_ + group_ : end_; }
+  template <bool kInner> ATTNKERN_DEVICE int bound() const { return kInner ? end_ + group_ : end_; }
   ATTNKERN_DEVICE int step() const { return tiling_.lanes * kLength; }
-  ATTNKERN_DEVICE bool has(int pass) const { return last_ || pass + 1 < tiling_.passes; }
-  ATTNKERN_DEVICE void load(int j, int64_t offset, bool valid) {
-    if (valid)
+  template <bool kInner> ATTNKERN_DEVICE bool ends_item(const Cursor& at) const {
+    return !kInner || at.pass + 1 == tiling_.passes;
+  }
+  template <bool kInner> ATTNKERN_DEVICE bool is_whole(const Cursor& at) const {
+    return at.item < whole_ && (last_ || !ends_item<kInner>(at));
+  }
+  template <bool kInner> ATTNKERN_DEVICE void advance(Cursor& at) const {
+    if (ends_item<kInner>(at)) {
+      at.offset += kInner ? tiling_.stride - at.pass * step() : tiling_.stride;
+      at.item += tiling_.groups;
+      at.pass = 0;
+    } else {
+      at.offset += step();
+      ++at.pass;
+    }
+  }
+  template <bool kInner> ATTNKERN_DEVICE void load_next(int j) {
+    if (is_whole<kInner>(next_))
 #pragma unroll
       for (int k = 0; k < kInputs; ++k)
-        ahead_[j][k] = load_words(inputs_[k] + offset + j * tiling_.stride);
+        ahead_[j][k] = load_words(inputs_[k] + next_.offset);
+    advance<kInner>(next_);
   }
 
 public:
-  static constexpr int kItems = kDepth; // at a time
-
   ATTNKERN_DEVICE Walk(const Tiling& tiling, const Tile& tile, const T* const (&features)[kInputs])
       : tiling_(tiling), tile_(tile), group_(threadIdx.x / static_cast<unsigned>(tiling.lanes)) {
 #pragma unroll
@@ -202,59 +226,47 @@ public:
         whole_ = tiling.aligned ? end_ - cut : 0;
       }
     }
+    next_ = {offset_, group_, 0};
 #pragma unroll
     for (int j = 0; j < kDepth; ++j)
-      load(j, offset_, group_ + j * tiling.groups < whole_ && has(0));
+      tiling.shape.channels_inner ? load_next<true>(j) : load_next<false>(j);
   }
 
-  // Calls use(j, item, values, offset, whole, valid) for each vector, items ascending, some of them (the j-th) at a
-  // time, and done(j, item) after an item: with channels innermost every thread of a warp does that, equally often.
-  template <typename Use, typename Done> ATTNKERN_DEVICE void for_each(const Use& use, const Done& done) {
+  // Calls use(item, values, offset, whole, valid) for each vector, items ascending, and done(item) after an item: with
+  // channels innermost (kInner) every thread of a warp does that, equally often.
+  template <bool kInner, typename Use, typename Done> ATTNKERN_DEVICE void for_each(const Use& use, const Done& done) {
     Wide<T> values[kInputs][kLength];
-    const int groups = tiling_.groups;
-    const int64_t to_next = kDepth * tiling_.stride - (tiling_.passes - 1) * step();
-    int64_t offset = offset_;
-    for (int item = group_, pass = 0; tiling_.aligned && item < bound();) {
-      const bool last = pass + 1 == tiling_.passes;
-      const int next_item = last ? item + kDepth * groups : item, next_pass = last ? 0 : pass + 1;
-      const int64_t next_offset = offset + (last ? to_next : step());
+    for (Cursor at{offset_, group_, 0}; tiling_.aligned && at.item < bound<kInner>();)
 #pragma unroll
       for (int j = 0; j < kDepth; ++j) {
 #pragma unroll
         for (int k = 0; k < kInputs; ++k)
           widen<T>(ahead_[j][k], values[k]);
-        if (item + j * groups < whole_ && has(pass))
-          use(j, item + j * groups, values, offset + j * tiling_.stride, true, int64_t(kLength));
-        load(j, next_offset, next_item + j * groups < whole_ && has(next_pass));
+        if (is_whole<kInner>(at))
+          use(at.item, values, at.offset, true, int64_t(kLength));
+        load_next<kInner>(j);
+        if (ends_item<kInner>(at))
+          done(at.item);
+        advance<kInner>(at);
       }
-      if (last)
-#pragma unroll
-        for (int j = 0; j < kDepth; ++j)
-          done(j, item + j * groups);
-      item = next_item, pass = next_pass, offset = next_offset;
-    }
     if (whole_ == end_)
       return;
     const int lane = threadIdx.x - group_ * tiling_.lanes;
-    const int64_t in_item = tiling_.shape.channels_inner ? tiling_.shape.channels - lane * kLength
-                                                         : tiling_.columns - tile_.column - lane * kLength;
+    const int64_t in_item = (kInner ? tiling_.shape.channels : tiling_.columns - tile_.column) - lane * kLength;
     const int64_t image_end = (tile_.image + 1) * tiling_.shape.image_size();
 #pragma unroll 1
-    for (int item = group_, n = 0; item < bound(); item += groups, ++n) {
-      if (tiling_.aligned && item < whole_)
+    for (Cursor at{offset_, group_, 0}; at.item < bound<kInner>(); advance<kInner>(at)) {
+      if (tiling_.aligned && at.item < whole_)
         continue;
-#pragma unroll 1
-      for (int pass = 0; pass < tiling_.passes && item < end_; ++pass) {
-        offset = offset_ + n * tiling_.stride + pass * step();
-        const int64_t valid = std::min(in_item - pass * step(), image_end - offset);
-        if (valid <= 0)
-          continue;
+      const int64_t valid = std::min(in_item - at.pass * step(), image_end - at.offset);
+      if (at.item < end_ && valid > 0) {
 #pragma unroll
         for (int k = 0; k < kInputs; ++k)
-          load_vector(inputs_[k] + offset, false, valid, values[k]);
-        use(0, item, values, offset, false, valid);
+          load_vector(inputs_[k] + at.offset, false, valid, values[k]);
+        use(at.item, values, at.offset, false, valid);
       }
-      done(0, item);
+      if (ends_item<kInner>(at))
+        done(at.item);
     }
   }
 };
@@ -271,28 +283,28 @@ template <typename T> ATTNKERN_DEVICE void row_factors(const Tiling& tiling, Wid
 template <typename T>
 ATTNKERN_DEVICE void modulate(const Tiling& tiling, Walk<T, 1>& walk, Wide<T> one, T* __restrict__ y) {
   using A = Wide<T>;
-  const auto done = [](int, int) {};
+  const auto done = [](int) {};
   if (tiling.shape.channels_inner) {
     const A* map = shared<MapTile<T>>().of;
-    const auto use = [&](int, int column, A(&values)[1][kVector<T>], int64_t offset, bool whole, int64_t valid) {
+    const auto use = [&](int column, A(&values)[1][kVector<T>], int64_t offset, bool whole, int64_t valid) {
       const A factor = map[column] + one;
 #pragma unroll
       for (int i = 0; i < kVector<T>; ++i)
         values[0][i] *= factor;
       store(values[0], y + offset, whole, valid);
     };
-    walk.for_each(use, done);
+    walk.template for_each<true>(use, done);
     return;
   }
   A factor[kVector<T>];
   row_factors<T>(tiling, one, factor);
-  const auto use = [&](int, int, A(&values)[1][kVector<T>], int64_t offset, bool whole, int64_t valid) {
+  const auto use = [&](int, A(&values)[1][kVector<T>], int64_t offset, bool whole, int64_t valid) {
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i)
       values[0][i] *= factor[i];
     store(values[0], y + offset, whole, valid);
   };
-  walk.for_each(use, done);
+  walk.template for_each<false>(use, done);
 }
 
 // dx = (map + one)·dy, unless dx is null, and the sums Σ dy·x of the tile's columns, ready for the block to read. The
@@ -305,35 +317,35 @@ ATTNKERN_DEVICE void modulate_backward(const Tiling& tiling, const Tile& tile, W
   const bool needed = dx != nullptr;
   if (tiling.shape.channels_inner) {
     const A* map = shared<MapTile<T>>().of;
-    A sum[Walk<T, 2>::kItems] = {};
-    const auto use = [&](int j, int column, A(&values)[2][kVector<T>], int64_t offset, bool whole, int64_t valid) {
+    A sum = 0;
+    const auto use = [&](int column, A(&values)[2][kVector<T>], int64_t offset, bool whole, int64_t valid) {
       const A factor = map[column] + one;
 #pragma unroll
       for (int i = 0; i < kVector<T>; ++i)
-        sum[j] += values[0][i] * values[1][i], values[0][i] *= factor;
+        sum += values[0][i] * values[1][i], values[0][i] *= factor;
       if (needed)
         store(values[0], dx + offset, whole, valid);
     };
-    const auto done = [&](int j, int column) {
-      const A total = warp_reduce(sum[j], tiling.lanes);
-      sum[j] = 0;
+    const auto done = [&](int column) {
+      const A total = warp_reduce(sum, tiling.lanes);
+      sum = 0;
       if (column < tile.width && threadIdx.x % tiling.lanes == 0)
         sums[column] = total;
     };
-    walk.for_each(use, done);
+    walk.template for_each<true>(use, done);
     __syncthreads();
     return;
   }
   A factor[kVector<T>], sum[kVector<T>] = {};
   row_factors<T>(tiling, one, factor);
-  const auto use = [&](int, int, A(&values)[2][kVector<T>], int64_t offset, bool whole, int64_t valid) {
+  const auto use = [&](int, A(&values)[2][kVector<T>], int64_t offset, bool whole, int64_t valid) {
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i)
       sum[i] += values[0][i] * values[1][i], values[0][i] *= factor[i];
     if (needed)
       store(values[0], dx + offset, whole, valid);
   };
-  walk.for_each(use, [](int, int) {});
+  walk.template for_each<false>(use, [](int) {});
   if (static_cast<int>(threadIdx.x) < tiling.groups * tiling.lanes)
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i)

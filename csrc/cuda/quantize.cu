@@ -13,6 +13,8 @@ constexpr int kWarps = kThreads / kWarp;
 
 // Up to this many anchors are sorted and binned in shared memory; more of them in global memory, a part for each block.
 template <typename A> constexpr int kShared = 2048 / sizeof(A);
+constexpr int64_t kTileAnchors = 128; // up to so many every tile of features sorts them
+constexpr int64_t kMostOwners = 4096; // tiles whose sums one launch adds
 
 // --- anchors in ascending order, equal ones as the first of them; thresholds[i] parts the i-th from the next ---
 
@@ -27,7 +29,7 @@ template <typename A> struct Table {
 
   // By the whole block; true where some anchor is NaN, which has no place: such a table is not looked at. An anchor's
   // place is how many stand before it.
-  ATTNKERN_DEVICE bool fill(const Companion& anchors, int count) {
+  ATTNKERN_DEVICE bool fill(const Companion& anchors, int count) const {
     A* given = thresholds; // as they came, until they are sorted
     bool nan = false;
     for (int k = threadIdx.x; k < count; k += kThreads) {
@@ -170,69 +172,97 @@ template <typename A> ATTNKERN_DEVICE void add_blocks(const Quantization<A>& q, 
 }
 ATTNKERN_INLINE int64_t adding_blocks(int64_t anchors) { return ceil_div(anchors + 1, kWarps); }
 
-// Quantizes a block's elements in its scratch memory. Where it is the only one its sums are the results, else they go to
-// `partial`.
+// What a block quantizes with: the table, and each warp's bins. It is made and used by the whole block.
+template <typename A> class Quantizer {
+  const Quantization<A>& q_;
+  const Table<A> table_;
+  const Bins<A> bins_;
+  const bool poisoned_; // by a NaN among the anchors
+  A loss_ = 0;
+
+  ATTNKERN_DEVICE int bin(int k, int warp) const { return warp * q_.scratch.slots + k; }
+
+public:
+  ATTNKERN_DEVICE Quantizer(const Quantization<A>& q, char* memory)
+      : q_(q), table_(memory, q.scratch.slots), bins_(memory + Table<A>::bytes(q.scratch.slots), q.scratch.slots),
+        poisoned_(table_.fill(q.anchors, q.anchor_count)) {
+    for (int k = threadIdx.x % kWarp; k < q.anchor_count; k += kWarp) {
+      const int own = bin(k, threadIdx.x / kWarp);
+      bins_.residuals[own] = 0, bins_.counts[own] = 0;
+    }
+  }
+  // The value of an element, and the index of its anchor: -1 for none.
+  ATTNKERN_DEVICE A value(A element, int& index) const {
+    index = -1;
+    if (poisoned_ || element != element)
+      return A(NAN);
+    const int rank = table_.rank(element, q_.anchor_count);
+    index = table_.indices[rank];
+    return table_.values[rank];
+  }
+  // Quantizes the i-th element, unless it is not `valid`; by whole warps.
+  ATTNKERN_DEVICE A take(int64_t i, A element, bool valid) {
+    int index = -1;
+    A quantized = 0, difference = 0;
+    if (valid) {
+      quantized = value(element, index);
+      difference = quantized - element;
+      q_.values.store(i, quantized);
+      q_.indices[i] = index < 0 ? 0 : index;
+      loss_ += difference * difference;
+    }
+    const bool spoilt = __ballot_sync(kAllLanes, valid && index < 0) != 0; // by an element without an anchor: index 0
+    const int lanes = add_alike(index, difference), warp = threadIdx.x / kWarp;
+    if (index >= 0 && lanes > 0)
+      bins_.residuals[bin(index, warp)] += difference, bins_.counts[bin(index, warp)] += lanes;
+    __syncwarp();
+    if (spoilt && threadIdx.x % kWarp == 0)
+      bins_.residuals[bin(0, warp)] = NAN;
+    __syncwarp();
+    return quantized;
+  }
+  // The sums of what was taken, which are the `block`-th of `blocks`, or the results where there are no others.
+  ATTNKERN_DEVICE void finish(int64_t block) {
+    struct Losses { // of the warps
+      A of[kWarps];
+    };
+    Losses& losses = shared<Losses>();
+    loss_ = warp_reduce(loss_);
+    if (threadIdx.x % kWarp == 0)
+      losses.of[threadIdx.x / kWarp] = loss_;
+    __syncthreads();
+    const bool only = q_.blocks == 1;
+    for (int k = threadIdx.x; k <= q_.anchor_count; k += kThreads) {
+      const bool is_loss = k == q_.anchor_count;
+      A sum = 0;
+      int number = 0;
+      for (int warp = 0; warp < kWarps; ++warp) {
+        sum += is_loss ? losses.of[warp] : bins_.residuals[bin(k, warp)];
+        number += is_loss ? 0 : bins_.counts[bin(k, warp)];
+      }
+      if (is_loss)
+        *(only ? q_.loss : q_.partial.loss + block) = sum;
+      else if (only)
+        q_.residuals[k] = sum, q_.counts[k] = number;
+      else
+        q_.partial.residuals[k * q_.blocks + block] = sum, q_.partial.counts[k * q_.blocks + block] = number;
+    }
+  }
+};
+
+// Quantizes a block's chunk of the elements.
 template <typename A> ATTNKERN_DEVICE void quantize_chunk(const Quantization<A>& q, int64_t block, char* memory) {
-  struct Losses { // of the warps
-    A of[kWarps];
-  };
-  const int slots = q.scratch.slots;
   const int64_t last = std::min(q.count, (block + 1) * q.chunk);
   const auto element_at = [&](int64_t i) { return i < last ? q.a.template load<A>(i) : A(0); };
-  A next = element_at(block * q.chunk + threadIdx.x);
-  Table<A> table(memory, slots);
-  const bool poisoned = table.fill(q.anchors, q.anchor_count);
-  const Bins<A> bins(memory + Table<A>::bytes(slots), slots);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  A* residuals = bins.residuals + warp * slots;
-  int* counts = bins.counts + warp * slots;
-  for (int k = lane; k < q.anchor_count; k += kWarp)
-    residuals[k] = 0, counts[k] = 0;
-  A loss = 0;
+  A next = element_at(block * q.chunk + threadIdx.x); // which comes while the table is being made
+  Quantizer<A> quantizer(q, memory);
   for (int64_t first = block * q.chunk; first < last; first += kThreads) {
     const int64_t i = first + threadIdx.x;
     const A element = next;
     next = element_at(i + kThreads);
-    const bool found = i < last && element == element && !poisoned;
-    const int rank = found ? table.rank(element, q.anchor_count) : 0;
-    const A value = found ? table.values[rank] : A(NAN);
-    const int index = found ? table.indices[rank] : 0;
-    A difference = i < last ? value - element : A(0);
-    if (i < last) {
-      q.values.store(i, value);
-      q.indices[i] = index;
-      loss += difference * difference;
-    }
-    const bool spoilt = __ballot_sync(kAllLanes, i < last && !found) != 0; // by an element of no anchor: its index is 0
-    const int lanes = add_alike(found ? index : -1, difference);
-    __syncwarp();
-    if (found && lanes > 0)
-      residuals[index] += difference, counts[index] += lanes;
-    __syncwarp();
-    if (spoilt && lane == 0)
-      residuals[0] = NAN;
+    quantizer.take(i, element, i < last);
   }
-  Losses& losses = shared<Losses>();
-  loss = warp_reduce(loss);
-  if (lane == 0)
-    losses.of[warp] = loss;
-  __syncthreads();
-  const bool only = q.blocks == 1;
-  for (int k = threadIdx.x; k <= q.anchor_count; k += kThreads) {
-    const bool is_loss = k == q.anchor_count;
-    A sum = 0;
-    int number = 0;
-    for (int w = 0; w < kWarps; ++w) {
-      sum += is_loss ? losses.of[w] : bins.residuals[w * slots + k];
-      number += is_loss ? 0 : bins.counts[w * slots + k];
-    }
-    if (is_loss)
-      *(only ? q.loss : q.partial.loss + block) = sum;
-    else if (only)
-      q.residuals[k] = sum, q.counts[k] = number;
-    else
-      q.partial.residuals[k * q.blocks + block] = sum, q.partial.counts[k * q.blocks + block] = number;
-  }
+  quantizer.finish(block);
 }
 
 template <typename A> __global__ void __launch_bounds__(kThreads) quantize_kernel(Quantization<A> q) {
@@ -249,44 +279,78 @@ template <typename A> __global__ void __launch_bounds__(kThreads) add_blocks_ker
   add_blocks(q, block_index());
 }
 
-// The map of a tile: the anchors' values, NaN where the element or any anchor is. Without `indices` they are looked
-// up here, in shared memory for `slots` anchors.
+// The map of a tile from the indices of its elements: the anchors' values, NaN where the element or any anchor is.
 template <typename T>
 ATTNKERN_DEVICE void fill_map(const Tiling& tiling, const Tile& tile, const Companion& a, const Companion& anchors,
-                              int anchor_count, const int64_t* indices, int slots) {
+                              int anchor_count, const int64_t* indices) {
   using A = Wide<T>;
   A* map = shared<MapTile<T>>().of;
-  Table<A> table(indices == nullptr ? dynamic_shared<char>() : nullptr, slots);
-  const bool poisoned = indices == nullptr ? table.fill(anchors, anchor_count) : any_nan(anchors, anchor_count);
+  const bool poisoned = any_nan(anchors, anchor_count);
   for (int i = threadIdx.x; i < tile.width; i += kThreads) {
     const int64_t at = tile.image * tiling.shape.positions + tile.position(tiling, i);
     const A element = a.load<A>(at);
-    if (poisoned || element != element)
-      map[i] = A(NAN);
-    else
-      map[i] = indices == nullptr ? table.values[table.rank(element, anchor_count)]
-                                  : anchors.load<A>(kept_within(indices[at], anchor_count));
+    const bool lost = poisoned || element != element;
+    map[i] = lost ? A(NAN) : anchors.load<A>(kept_within(indices[at], anchor_count));
   }
   __syncthreads();
 }
 
-// Features times the map. The blocks behind the tiles do what is left of quantization: all of it in `one_launch`, else
-// they add the sums of quantize_kernel.
+// Where the forward pass quantizes.
+enum class Quantizing {
+  before, // in a launch of its own: there are too many anchors for every tile to sort them
+  beside, // in one block behind the tiles, which look up their elements: there are few
+  within, // in the tiles: what a tile owns becomes the outputs. The next launch adds their sums
+};
+
+// The map of a tile, looked up; where the tile owns its elements they are quantized.
+template <typename T>
+ATTNKERN_DEVICE void look_up_map(const Quantization<Wide<T>>& q, bool within, const Tiling& tiling, const Tile& tile) {
+  using A = Wide<T>;
+  A* map = shared<MapTile<T>>().of;
+  const int64_t beyond = tiling.shape.positions - tile.column;
+  const int owned = within && tile.row == 0 && beyond > 0 ? static_cast<int>(std::min<int64_t>(beyond, tile.width)) : 0;
+  const auto place = [&](int i) { return tile.image * tiling.shape.positions + tile.position(tiling, i); };
+  const auto element_at = [&](int i) { return i < tile.width ? q.a.template load<A>(place(i)) : A(0); };
+  A next = element_at(threadIdx.x); // which comes while the table is being made
+  Quantizer<A> quantizer(q, dynamic_shared<char>());
+  for (int first = 0; first < tile.width; first += kThreads) {
+    const int i = first + threadIdx.x;
+    const A element = next;
+    next = element_at(i + kThreads);
+    A value = 0;
+    int index;
+    if (first < owned)
+      value = quantizer.take(place(i), element, i < owned);
+    if (i >= owned)
+      value = quantizer.value(element, index);
+    if (i < tile.width)
+      map[i] = value;
+  }
+  if (owned > 0)
+    quantizer.finish(tile.image * ceil_div(tiling.shape.positions, tiling.width) + tile.in_image);
+  else
+    __syncthreads();
+}
+
+// Features times the map. Blocks behind the tiles quantize, or add the sums of quantize_kernel.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    anchor_forward_kernel(const T* x, Quantization<Wide<T>> q, bool one_launch, bool residual, T* output,
+    anchor_forward_kernel(const T* x, Quantization<Wide<T>> q, Quantizing quantizing, bool residual, T* output,
                           Tiling tiling) {
   const int64_t tiles = tiling.shape.images * tiling.tiles(), behind = block_index() - tiles;
   if (behind >= 0) {
-    if (!one_launch)
+    if (quantizing == Quantizing::before)
       add_blocks(q, behind);
-    else if (behind == 0)
+    else if (quantizing == Quantizing::beside && behind == 0)
       quantize_chunk(q, 0, dynamic_shared<char>());
     return;
   }
   const Tile tile(tiling, block_index());
   Walk<T, 1> walk(tiling, tile, {x});
-  fill_map<T>(tiling, tile, q.a, q.anchors, q.anchor_count, one_launch ? nullptr : q.indices, q.scratch.slots);
+  if (quantizing == Quantizing::before)
+    fill_map<T>(tiling, tile, q.a, q.anchors, q.anchor_count, q.indices);
+  else
+    look_up_map<T>(q, quantizing == Quantizing::within, tiling, tile);
   modulate(tiling, walk, Wide<T>(residual), output);
 }
 
@@ -354,7 +418,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   const Tile tile(tiling, block_index());
   Walk<T, 2> walk(tiling, tile, {grad_output, x});
   const Companion &a = gradients.a, &anchors = gradients.anchors;
-  fill_map<T>(tiling, tile, a, anchors, gradients.anchor_count, gradients.indices, 0);
+  fill_map<T>(tiling, tile, a, anchors, gradients.anchor_count, gradients.indices);
   modulate_backward(tiling, tile, walk, Wide<T>(residual), grad_x);
   const A* sums = shared<SumTile<T>>().of;
   if (tiling.tiles() == 1) {
@@ -394,29 +458,32 @@ __global__ void __launch_bounds__(kThreads)
 
 // --- launches ---
 
-// Elements of one block: one of each thread, more to pay for sorting many anchors and for at most 1024 blocks' sums.
-// Few elements are all one block's, which saves a launch.
+// Few elements are all one block's, which saves a launch. Others are so many of a block's: one of each thread's, more to
+// pay for sorting many anchors and for at most 1024 blocks' sums.
+constexpr int64_t kFewElements = 8 * kThreads;
 int64_t chunk_size(int64_t count, int64_t anchors) {
-  if (count <= 8 * kThreads)
-    return 8 * kThreads;
+  if (count <= kFewElements)
+    return kFewElements;
   return kThreads * std::max({int64_t(1), ceil_div(count, 1024 * kThreads), ceil_div(4 * anchors, kThreads)});
 }
 
-// The outputs of quantization, and what its blocks work with.
+// The outputs of quantization, and what its blocks work with: `blocks` of them, or as many as chunk_size() makes.
 template <typename A> struct Quantized {
   Tensor values, indices, loss, counts, residuals;
   Tensor sums, numbers, tables;
   Quantization<A> q;
 
-  Quantized(const Tensor& a, const Tensor& anchors)
+  Quantized(const Tensor& a, const Tensor& anchors, int64_t blocks = 0)
       : values(empty_same(a)), indices(empty_like<int64_t>(a)), loss(empty<A>(a, {})),
-        counts(empty_like<int64_t>(anchors)), residuals(empty_like<A>(anchors)), q(make(a, anchors)) {}
+        counts(empty_like<int64_t>(anchors)), residuals(empty_like<A>(anchors)), q(make(a, anchors, blocks)) {}
   size_t shared_bytes() const { return q.scratch.fits_shared() ? q.scratch.bytes() : 0; }
 
 private:
-  Quantization<A> make(const Tensor& a, const Tensor& anchors) {
+  Quantization<A> make(const Tensor& a, const Tensor& anchors, int64_t blocks) {
     const int64_t count = a.numel(), anchor_count = anchors.numel(), chunk = chunk_size(count, anchor_count);
-    const int64_t blocks = std::max<int64_t>(1, ceil_div(count, chunk)), shared_by = blocks == 1 ? 0 : blocks;
+    if (blocks == 0)
+      blocks = std::max<int64_t>(1, ceil_div(count, chunk));
+    const int64_t shared_by = blocks == 1 ? 0 : blocks;
     sums = empty<A>(a, {(anchor_count + 1) * shared_by});
     numbers = empty<int32_t>(a, {anchor_count * shared_by});
     A* residual_sums = mutable_data<A>(sums);
@@ -485,17 +552,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, 
     using T = decltype(t);
     using A = Wide<T>;
     const Queue queue(x);
-    const Quantized<A> out(a, anchors);
     Tensor output = empty_same(x);
     const auto tiling = Tiling::of<T>(Shape(x), data<T>(x), data<T>(output));
-    // Few elements and anchors: one block quantizes them all while every tile looks up its own.
-    const bool one_launch = out.q.blocks == 1 && 2 * out.q.scratch.slots <= kShared<A>;
-    queue.launch(quantize_kernel<A>, one_launch ? 0 : out.q.blocks, kThreads, out.shared_bytes(), out.q);
+    const int64_t owners = tiling.shape.images * ceil_div(tiling.shape.positions, tiling.width);
+    const auto quantizing = anchors.numel() > kTileAnchors    ? Quantizing::before
+                            : a.numel() <= kFewElements       ? Quantizing::beside
+                            : owners <= kMostOwners           ? Quantizing::within
+                                                              : Quantizing::before;
+    const bool before = quantizing == Quantizing::before, within = quantizing == Quantizing::within;
+    const Quantized<A> out(a, anchors, within ? owners : 0);
+    const int64_t adding = out.q.blocks == 1 ? 0 : adding_blocks(anchors.numel());
+    queue.launch(quantize_kernel<A>, before ? out.q.blocks : 0, kThreads, out.shared_bytes(), out.q);
     queue.launch(anchor_forward_kernel<T>,
-                 tiling.shape.images * tiling.tiles() +
-                     (out.q.blocks == 1 ? one_launch : adding_blocks(anchors.numel())),
-                 kThreads, one_launch ? out.shared_bytes() : 0, data<T>(x), out.q, one_launch, residual,
-                 mutable_data<T>(output), tiling);
+                 tiling.shape.images * tiling.tiles() + (before ? adding : quantizing == Quantizing::beside), kThreads,
+                 before ? 0 : out.shared_bytes(), data<T>(x), out.q, quantizing, residual, mutable_data<T>(output),
+                 tiling);
+    queue.launch(add_blocks_kernel<A>, within ? adding : 0, kThreads, 0, out.q);
     return std::tuple(output, out.values, out.indices, out.loss, out.counts, out.residuals);
   });
 }

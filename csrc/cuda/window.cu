@@ -62,24 +62,24 @@ template <typename A, bool kSlopes> struct Statistics {
 
   // The maximum is finite, so that differences of two are numbers.
   static ATTNKERN_DEVICE Statistics of_nothing() { return {std::numeric_limits<A>::lowest(), {}}; }
-  static ATTNKERN_DEVICE Statistics of(const Frame<A>& frame, const Window<A>& window) {
-    Statistics one{window.exponent, {window.fraction}};
-    if constexpr (kSlopes) {
-      A slope[kParameters];
-      window_slopes(frame, window, slope);
-#pragma unroll
-      for (int k = 0; k < kParameters; ++k)
-        one.sum[1 + k] = window.fraction * slope[k];
-    }
-    return one;
-  }
-  template <bool kMore> ATTNKERN_DEVICE void add(const Statistics<A, kMore>& other) {
-    const A larger = Max()(max, other.max), weight = exponential(max - larger);
-    const A other_weight = exponential(other.max - larger);
+  // Adds `weight` times some sums over another maximum.
+  ATTNKERN_DEVICE void add(A other_max, A weight, const A* sums) {
+    const A larger = Max()(max, other_max), own_weight = exponential(max - larger);
+    weight *= exponential(other_max - larger);
     max = larger;
 #pragma unroll
     for (int k = 0; k < kSums; ++k)
-      sum[k] = weight * sum[k] + other_weight * other.sum[k];
+      sum[k] = own_weight * sum[k] + weight * sums[k];
+  }
+  ATTNKERN_DEVICE void add(const Frame<A>& frame, const Window<A>& window) {
+    A sums[1 + kParameters] = {A(1)}, slope[kParameters];
+    if constexpr (kSlopes) {
+      window_slopes(frame, window, slope);
+#pragma unroll
+      for (int k = 0; k < kParameters; ++k)
+        sums[1 + k] = slope[k];
+    }
+    add(window.exponent, window.fraction, sums);
   }
   // Over `lanes` neighbours.
   ATTNKERN_DEVICE void reduce(int lanes) {
@@ -110,7 +110,7 @@ ATTNKERN_DEVICE Statistics<A, kSlopes> chunk_statistics(const Windows& windows, 
   const int64_t end = std::min(windows.positions(), (chunk + 1) * kChunk);
 #pragma unroll 1
   for (int64_t position = chunk * kChunk + threadIdx.x; position < end; position += kThreads)
-    own.add(Statistics<A, kSlopes>::of(plane.frame, plane.window(windows, position)));
+    own.add(plane.frame, plane.window(windows, position));
   own.reduce(kWarp);
   if (threadIdx.x % kWarp == 0)
     warps.of[threadIdx.x / kWarp] = own;
@@ -125,7 +125,7 @@ template <bool kSlopes, typename A>
 ATTNKERN_DEVICE Statistics<A, kSlopes> image_statistics(const Windows& windows, const Statistics<A, true>* chunks) {
   auto own = Statistics<A, kSlopes>::of_nothing();
   for (int64_t i = threadIdx.x % kWarp; i < windows.chunks(); i += kWarp)
-    own.add(chunks[i]);
+    own.add(chunks[i].max, A(1), chunks[i].sum);
   own.reduce(kWarp);
   return own;
 }

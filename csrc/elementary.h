@@ -73,8 +73,6 @@ ATTNKERN_INLINE float log1p_unit(float y) {
 #endif
 }
 
-ATTNKERN_INLINE double reciprocal(double x) { return 1.0 / x; }
-
 // 1/x to 1 ulp, for x of ordinary size.
 ATTNKERN_INLINE float reciprocal(float x) {
 #if defined(__CUDA_ARCH__)

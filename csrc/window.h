@@ -107,31 +107,42 @@ template <typename T> ATTNKERN_INLINE T log_window(const Frame<T>& frame, T t1, 
   return log_window(frame, t1, t2, slope);
 }
 
-// The window at a point without logarithms: e^z = e^exponent · fraction, the exponent at most 0 and the fraction from 1/4
-// to 1, so that a softmax over the exponents alone neither overflows nor loses all of its weights.
+// Λ(p) = e^exponent · fraction, and Λ(-p). Without a logarithm: the exponent is at most 0 and the fraction at least 1/2, so
+// that a softmax over the exponents alone neither overflows nor loses all of its weights.
+ATTNKERN_INLINE void split_sigmoid(float p, float& exponent, float& fraction, float& complement) {
+  const float e = exponential(-std::fabs(p));
+  exponent = p < 0.0f ? p : 0.0f;
+  fraction = reciprocal(1.0f + e);
+  complement = (p < 0.0f ? 1.0f : e) * fraction;
+}
+// Time does not matter here, and logarithms round as they do everywhere else.
+ATTNKERN_INLINE void split_sigmoid(double p, double& exponent, double& fraction, double& complement) {
+  exponent = log_sigmoid(p, complement);
+  fraction = 1.0;
+}
+
+// The window at a point: e^z = e^exponent · fraction.
 template <typename T> struct Window {
   Offset<T> at;
   T exponent, fraction;
   T outside1, outside2; // Λ(-p), Λ(-q)
 };
 
-template <typename T>
-ATTNKERN_INLINE void window_slopes(const Frame<T>& frame, const Window<T>& window, T (&slope)[kParameters]) {
-  window_slopes(frame, window.at, window.outside1, window.outside2, slope);
-}
-
 template <typename T> ATTNKERN_INLINE Window<T> window_at(const Frame<T>& frame, T t1, T t2) {
   Window<T> window;
   window.at = offset_at(frame, t1, t2);
-  const T p = frame.scale * (T(1) - window.at.u_sigma * window.at.u_sigma);
-  const T q = frame.scale * (T(1) - window.at.v_sigma * window.at.v_sigma);
-  const T e1 = exponential(-std::fabs(p)), e2 = exponential(-std::fabs(q));
-  const T inverse1 = reciprocal(T(1) + e1), inverse2 = reciprocal(T(1) + e2);
-  window.exponent = (p < T(0) ? p : T(0)) + (q < T(0) ? q : T(0));
-  window.fraction = inverse1 * inverse2;
-  window.outside1 = (p < T(0) ? T(1) : e1) * inverse1;
-  window.outside2 = (q < T(0) ? T(1) : e2) * inverse2;
+  T exponent, fraction;
+  split_sigmoid(frame.scale * (T(1) - window.at.u_sigma * window.at.u_sigma), exponent, fraction, window.outside1);
+  split_sigmoid(frame.scale * (T(1) - window.at.v_sigma * window.at.v_sigma), window.exponent, window.fraction,
+                window.outside2);
+  window.exponent = exponent + window.exponent;
+  window.fraction = fraction * window.fraction;
   return window;
+}
+
+template <typename T>
+ATTNKERN_INLINE void window_slopes(const Frame<T>& frame, const Window<T>& window, T (&slope)[kParameters]) {
+  window_slopes(frame, window.at, window.outside1, window.outside2, slope);
 }
 
 } // namespace attnkern

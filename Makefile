@@ -66,7 +66,7 @@ soak: setup
 sanitize: setup
 	bash tests/sanitize.sh
 
-# One wheel under other versions of PyTorch, each in an environment of its own; not part of the tests.
+# The source built under the lowest version of PyTorch, then one wheel under several; not part of the tests.
 VERSIONS ?= 2.11.0:python3.12 2.13.0:python3.11 2.15.0:python3.13
 compat: setup
 	bash tests/compat.sh $(VERSIONS)

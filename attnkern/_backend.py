@@ -24,6 +24,25 @@ _LOWEST_CAPABILITY = {"triton": (8, 0), "native": (7, 5)}
 _TRITON_FOUND = importlib.util.find_spec("triton") is not None
 
 
+def _interpreter_fault() -> str | None:
+    """Why Triton's interpreter cannot run here; None when it can."""
+    from importlib import metadata
+
+    def version(package):
+        return tuple(map(int, metadata.version(package).split(".")[:2]))
+
+    try:
+        if version("numpy") >= (2, 4) and version("triton") < (3, 7):
+            return "its interpreter before Triton 3.7 needs a NumPy before 2.4: pip install 'numpy<2.4'"
+    except metadata.PackageNotFoundError as missing:
+        return f"its interpreter needs {missing.name}: pip install {missing.name}"
+    return None
+
+
+#: Asked once: what is traced by torch.compile must not look for packages.
+_INTERPRETER_FAULT = _interpreter_fault() if _TRITON_FOUND and _ops.TRITON_INTERPRETS else None
+
+
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
@@ -90,7 +109,9 @@ def reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         missing = "its kernels compute in float32 and do not take float64"
     elif kind == "cpu" and not _ops.TRITON_INTERPRETS:
         missing = "it needs CUDA tensors (on a CPU only TRITON_INTERPRET=1, set before the start, runs it)"
-    elif kind not in ("cpu", "cuda"):
+    elif kind == "cpu":
+        missing = _INTERPRETER_FAULT
+    elif kind != "cuda":
         missing = f"it has kernels for cuda, not for {kind}"
     else:
         missing = None

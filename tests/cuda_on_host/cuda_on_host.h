@@ -1,14 +1,17 @@
 // CUDA's language on a CPU, as much of it as csrc/cuda uses, made to expose faults: the threads of a block are fibers
 // that run until they wait for each other, in an order that ATTNKERN_HOST_ORDER chooses (forward, reverse, shuffled);
-// shared memory starts as NaN; a barrier or a shuffle that some thread never reaches is an error.
+// shared memory starts as NaN; a barrier or a shuffle that some thread never reaches is an error. With
+// ATTNKERN_HOST_RECORD launches are written down and not run (benchmarks/count/launches.py).
 #pragma once
 
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -37,6 +40,13 @@ struct dim3 {
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 
 // --- storage types ---
 
@@ -233,6 +243,40 @@ inline void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::functio
     blockIdx = dim3(index % grid.x, index / grid.x);
     run_block(ordered(threads.x, order, random));
   }
+}
+
+// The bytes of a kernel's parameters as CUDA passes them: in order, each at a multiple of its alignment, padding zero.
+template <typename... Parameters> std::vector<unsigned char> packed(const Parameters&... parameters) {
+  std::vector<unsigned char> bytes;
+  const auto append = [&bytes](auto parameter) {
+    const size_t align = alignof(decltype(parameter)), start = (bytes.size() + align - 1) / align * align;
+    __builtin_clear_padding(&parameter);
+    bytes.resize(start + sizeof(parameter));
+    std::memcpy(&bytes[start], &parameter, sizeof(parameter));
+  };
+  (append(parameters), ...);
+  return bytes;
+}
+
+inline const char* record_file() { return std::getenv("ATTNKERN_HOST_RECORD"); }
+
+// Appends a line to the file: the kernel's offset in this library, blocks, threads, bytes of dynamic shared memory,
+// blocks of a cluster, and the parameters in hexadecimal.
+template <typename... Parameters, typename... Arguments>
+void record(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, int cluster,
+            Arguments&&... arguments) {
+  Dl_info library;
+  if (dladdr(reinterpret_cast<void*>(kernel), &library) == 0)
+    throw std::runtime_error("a kernel of no library");
+  std::FILE* file = std::fopen(record_file(), "a");
+  if (file == nullptr)
+    throw std::runtime_error("ATTNKERN_HOST_RECORD cannot be written");
+  const size_t offset = reinterpret_cast<char*>(kernel) - static_cast<char*>(library.dli_fbase);
+  std::fprintf(file, "%zu %lld %d %zu %d ", offset, static_cast<long long>(blocks), threads, shared_bytes, cluster);
+  for (const unsigned char byte : packed<std::decay_t<Parameters>...>(arguments...))
+    std::fprintf(file, "%02x", byte);
+  std::fprintf(file, "\n");
+  std::fclose(file);
 }
 
 // What all lanes of the mask sent.

@@ -1,0 +1,150 @@
+"""An interpreter of NVIDIA machine code (SASS of compute capability 9.0, as ``nvdisasm -c`` prints it) that counts.
+
+It runs every thread of one block, or of one cluster of blocks, with the parameters of a launch: registers, predicates,
+shared memory, barriers, shuffles and divergence are those of the machine. Global memory holds made-up numbers of the
+tensors' dtypes, so control flow that depends on loaded data is that of ordinary data; what is stored there is not read
+back.
+
+Counted are executed warp instructions by opcode, an instruction whose predicate is off in every lane included; the
+widths of global loads and stores; the 32-byte sectors that each of them touches; the cycles that shared memory takes
+with its bank conflicts; and the waits for global loads, each less the instructions issued since the load.
+"""
+
+import functools
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+WARP = 32
+SECTOR = 32
+#: A register among the operands; a predicate.
+REGISTER, _PREDICATE = re.compile(r"U?R(Z|\d+)$"), re.compile(r"!?U?P(T|\d+)$")
+#: How many warp instructions a multiprocessor issues while a load is on its way: 0.75 µs from memory, 0.16 µs from the
+#: second-level cache (tensors of at most 4 MiB, which all blocks read, and scratch, which was just written), 35 cycles
+#: from the first (sectors that the block has read before).
+MEMORY_LATENCY, L2_LATENCY, L1_LATENCY = 4200, 900, 112
+IN_L2 = 4 << 20
+#: The upper halves of generic addresses of shared and of local memory.
+SHARED_WINDOW, LOCAL_WINDOW = 0x7E00, 0x7D00
+#: Kernels find their static shared memory behind what the system keeps.
+SHARED_RESERVED = 1024
+STACK_TOP, STACK = 0xFFFDC0, 1 << 14
+PARAMETERS = 0x210
+#: More steps than any kernel needs: an endless loop.
+LIMIT = 5_000_000
+
+U32, I32, U64, I64, F32, F64 = np.uint32, np.int32, np.uint64, np.int64, np.float32, np.float64
+
+
+class SassError(Exception):
+    """The interpreter does not know an instruction, or the kernel does what no kernel should."""
+
+
+# --- machine code ----------------------------------------------------------------------------------------------------
+
+
+class Function(NamedTuple):
+    """The machine code of a kernel."""
+
+    name: str  #: as in the symbol table
+    code: list[str]  #: instructions
+    labels: dict[str, int]  #: index of the instruction behind each label
+
+    @property
+    def text(self) -> str:
+        return "\n".join([*self.code, repr(self.labels)])
+
+
+def parse(listing: str) -> dict[str, Function]:
+    """The functions of ``nvdisasm -c``, by symbol."""
+    functions, current = {}, None
+    for line in listing.splitlines():
+        stripped = line.strip()
+        if found := re.match(r"\.text\.(\S+):$", stripped):
+            current = functions.setdefault(found[1], Function(found[1], [], {}))
+        elif stripped.startswith((".section", ".text")):
+            current = None
+        elif current is None:
+            continue
+        elif found := re.match(r"/\*[0-9a-f]+\*/\s+(.*?)\s*;", stripped):
+            current.code.append(found[1])
+        elif found := re.match(r"(\S+):$", stripped):
+            current.labels[found[1]] = len(current.code)
+    return functions
+
+
+def _split(operands: str) -> list[str]:
+    """At commas outside of brackets."""
+    return [part.strip() for part in re.split(r",(?![^\[(]*[\])])", operands) if part.strip()]
+
+
+class Instruction(NamedTuple):
+    text: str
+    guard: str | None  #: predicate, maybe with "!"
+    name: str  #: opcode without modifiers
+    modifiers: tuple[str, ...]
+    operands: tuple[str, ...]
+
+    def has(self, *modifiers: str) -> bool:
+        return any(modifier in self.modifiers for modifier in modifiers)
+
+
+@functools.lru_cache(1 << 16)
+def instruction(text: str) -> Instruction:
+    body = text.replace(".reuse", "").strip("{} ")
+    guard = None
+    if found := re.match(r"@(!?U?P\w+)\s+", body):
+        guard, body = found[1], body[found.end() :]
+    opcode, _, operands = body.partition(" ")
+    name, *modifiers = opcode.split(".")
+    return Instruction(text, guard, name, tuple(modifiers), tuple(_split(operands)))
+
+
+# --- what is counted -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Counts:
+    """Of one block (of a cluster: the mean of its blocks)."""
+
+    instructions: dict[str, float] = field(default_factory=dict)  #: executed warp instructions by opcode
+    warps: list[int] = field(default_factory=list)  #: executed instructions of each warp
+    loads: dict[int, float] = field(default_factory=dict)  #: warp requests to global memory by width in bits
+    stores: dict[int, float] = field(default_factory=dict)
+    load_sectors: dict[int, float] = field(default_factory=dict)  #: sectors that these requests touch
+    store_sectors: dict[int, float] = field(default_factory=dict)
+    read: dict[int, int] = field(default_factory=dict)  #: bytes in distinct sectors by region
+    written: dict[int, int] = field(default_factory=dict)
+    shared: dict[str, float] = field(default_factory=dict)  #: warp requests to shared memory by opcode and width
+    shared_cycles: dict[str, float] = field(default_factory=dict)  #: what they take, conflicts included
+    waits: float = 0.0  #: waits for loads that nothing covers within the block, in latencies of memory
+
+    @property
+    def total(self) -> float:
+        return sum(self.instructions.values())
+
+
+class Region(NamedTuple):
+    """A tensor in global memory, so that loads find numbers of its dtype."""
+
+    base: int
+    size: int
+    dtype: str  #: as PyTorch names it, without "torch."
+    scratch: bool = False  #: neither an argument nor a result of the operator
+
+
+def is_predicate(operand: str) -> bool:
+    return _PREDICATE.match(operand) is not None
+
+
+def any_of_warp(mask):
+    """Whether any thread of each thread's warp is in the mask."""
+    return np.repeat(mask.reshape(-1, WARP).any(1), WARP)
+
+
+def first_of_warp(values, mask):
+    """The number of the first thread in the mask, for all of its warp."""
+    values = np.broadcast_to(values, mask.shape).reshape(-1, WARP)
+    return np.repeat(values[np.arange(len(values)), mask.reshape(-1, WARP).argmax(1)], WARP)

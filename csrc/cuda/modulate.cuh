@@ -5,7 +5,7 @@
 // and a column is an element of such a row. A tile is some columns of some rows (with channels innermost: of all).
 #pragma once
 
-#include "cuda/common.cuh"
+#include "cuda/packed.cuh"
 
 #include <numeric>
 
@@ -112,41 +112,12 @@ template <typename T> struct SumTile {
   Wide<T> of[std::max(kMaxColumns, kThreads * kVector<T>)];
 };
 
-// --- whole vectors, as 32-bit words: those of a vector on its way stay together, and it is written in one piece ---
-
-struct alignas(16) Words {
-  uint32_t of[4];
-};
-
-template <typename T> ATTNKERN_DEVICE Words load_words(const T* from) {
-  return *reinterpret_cast<const Words*>(from);
-}
-
-template <typename T> ATTNKERN_DEVICE void widen(const Words& words, Wide<T> (&to)[kVector<T>]) {
-  const Vector<T> vector = bit_cast<Vector<T>>(words);
-#pragma unroll
-  for (int i = 0; i < kVector<T>; ++i)
-    to[i] = widen(vector.lane[i]);
-}
-
-template <typename T> ATTNKERN_DEVICE void store_whole(const Wide<T> (&from)[kVector<T>], T* to) {
-  Vector<T> vector;
-#pragma unroll
-  for (int i = 0; i < kVector<T>; ++i)
-    vector.lane[i] = narrow<T>(from[i]);
-#if defined(ATTNKERN_ON_HOST)
-  *reinterpret_cast<Vector<T>*>(to) = vector;
-#else
-  const Words words = bit_cast<Words>(vector); // the compiler takes an assignment apart
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
-               :: "l"(to), "r"(words.of[0]), "r"(words.of[1]), "r"(words.of[2]), "r"(words.of[3])
-               : "memory");
-#endif
-}
-
 template <typename T>
 ATTNKERN_DEVICE void store(const Wide<T> (&from)[kVector<T>], T* to, bool whole, int64_t valid) {
-  whole ? store_whole(from, to) : store_vector(from, to, false, valid);
+  if (whole)
+    store_packed<kVector<T>, 1>(pack<T>(from), to, true, kVector<T>);
+  else
+    store_vector(from, to, false, valid);
 }
 
 // What a thread does of a tile: some vectors of each of its items, which are rows, or columns with channels innermost.
@@ -169,7 +140,7 @@ template <typename T, int kInputs> class Walk {
   int end_ = 0;       // of the items
   int whole_ = 0;     // of them, end of those made of whole aligned vectors
   bool last_ = false; // whether it has a vector of an item's last pass
-  Words ahead_[kDepth][kInputs] = {};
+  Packed<T> ahead_[kDepth][kInputs] = {};
   Cursor next_;       // to be asked for
 
   // With channels innermost all threads of a warp go on until the last one is done.
@@ -195,7 +166,7 @@ template <typename T, int kInputs> class Walk {
     if (is_whole<kInner>(next_))
 #pragma unroll
       for (int k = 0; k < kInputs; ++k)
-        ahead_[j][k] = load_words(inputs_[k] + next_.offset);
+        ahead_[j][k] = load_packed<kLength, 1>(inputs_[k] + next_.offset, true, kLength);
     advance<kInner>(next_);
   }
 
@@ -241,7 +212,9 @@ public:
       for (int j = 0; j < kDepth; ++j) {
 #pragma unroll
         for (int k = 0; k < kInputs; ++k)
-          widen<T>(ahead_[j][k], values[k]);
+#pragma unroll
+          for (int i = 0; i < kLength; ++i)
+            values[k][i] = ahead_[j][k][i];
         if (is_whole<kInner>(at))
           use(at.item, values, at.offset, true, int64_t(kLength));
         load_next<kInner>(j);

@@ -149,28 +149,28 @@ template <typename A> struct Quantization {
   Partial<A> partial; // where there are several blocks
 };
 
-// The blocks' sums of each anchor, and after the last anchor of the loss, one by each warp of some blocks.
-template <typename A> ATTNKERN_DEVICE void add_blocks(const Quantization<A>& q, int64_t block) {
-  const int64_t anchor = block * kWarps + threadIdx.x / kWarp;
+// The blocks' sums of one anchor, or after the last anchor of the loss, by a whole block.
+template <typename A> ATTNKERN_DEVICE void add_blocks(const Quantization<A>& q, int64_t anchor) {
   if (anchor > q.anchor_count || q.blocks == 1) // left over, or its sums are the results
     return;
   const bool is_loss = anchor == q.anchor_count;
   const A* sums = is_loss ? q.partial.loss : q.partial.residuals + anchor * q.blocks;
-  double sum = 0;
-  int64_t number = 0;
-  for (int64_t i = threadIdx.x % kWarp; i < q.blocks; i += kWarp) {
-    sum += sums[i];
-    number += is_loss ? 0 : q.partial.counts[anchor * q.blocks + i];
+  double sum[1] = {};
+  int64_t number[1] = {};
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < q.blocks; i += kThreads) {
+    sum[0] += sums[i];
+    number[0] += is_loss ? 0 : q.partial.counts[anchor * q.blocks + i];
   }
-  sum = warp_reduce(sum), number = warp_reduce(number);
-  if (threadIdx.x % kWarp != 0)
+  block_reduce(sum);
+  block_reduce(number);
+  if (threadIdx.x != 0)
     return;
   if (is_loss)
-    *q.loss = static_cast<A>(sum);
+    *q.loss = static_cast<A>(sum[0]);
   else
-    q.residuals[anchor] = static_cast<A>(sum), q.counts[anchor] = number;
+    q.residuals[anchor] = static_cast<A>(sum[0]), q.counts[anchor] = number[0];
 }
-ATTNKERN_INLINE int64_t adding_blocks(int64_t anchors) { return ceil_div(anchors + 1, kWarps); }
 
 // What a block quantizes with: the table, and each warp's bins. It is made and used by the whole block.
 template <typename A> class Quantizer {
@@ -396,6 +396,7 @@ template <typename A> struct GradMap {
   ATTNKERN_DEVICE A at(int64_t element) const {
     const int64_t image = divide(element, positions), position = element - image * positions;
     A sum = 0;
+#pragma unroll 4
     for (int64_t tile = image * row_tiles; tile < (image + 1) * row_tiles; ++tile)
       for (int64_t column = position; column < columns; column += positions)
         sum += pointer[tile * columns + column];
@@ -438,9 +439,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     to[tile.column + i] = sums[i];
 }
 
-constexpr int64_t kGradChunk = 4 * kThreads; // elements of a block
-
-// The gradients of a by chunks; the blocks behind them make those of the anchors.
+// The gradients of a, one of each thread; the blocks behind them make those of the anchors.
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
     quantize_backward_kernel(Gradients<A> gradients, GradMap<A> grad_map, int64_t blocks) {
@@ -451,8 +450,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   const A grad_loss = gradients.grad_loss();
   const bool poisoned = grad_loss != A(0) && any_nan(gradients.anchors, gradients.anchor_count);
-  const int64_t last = std::min(gradients.count, (block + 1) * kGradChunk);
-  for (int64_t i = block * kGradChunk + threadIdx.x; i < last; i += kThreads)
+  if (const int64_t i = block * kThreads + threadIdx.x; i < gradients.count)
     gradients.write_element(i, grad_map.pointer == nullptr ? A(0) : grad_map.at(i), grad_loss, poisoned);
 }
 
@@ -509,7 +507,7 @@ Gradients<A> make_gradients(const std::optional<Tensor>& grad_values, const std:
 }
 
 template <typename A> void launch_backward(const Queue& queue, const Gradients<A>& gradients, const GradMap<A>& map) {
-  const int64_t blocks = ceil_div(gradients.count, kGradChunk);
+  const int64_t blocks = ceil_div(gradients.count, kThreads);
   queue.launch(quantize_backward_kernel<A>, blocks + gradients.anchor_blocks(), kThreads, 0, gradients, map, blocks);
 }
 
@@ -521,7 +519,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_fwd(Tensor a, Tensor
     const Queue queue(a);
     const Quantized<A> out(a, anchors);
     queue.launch(quantize_kernel<A>, out.q.blocks, kThreads, out.shared_bytes(), out.q);
-    queue.launch(add_blocks_kernel<A>, out.q.blocks == 1 ? 0 : adding_blocks(anchors.numel()), kThreads, 0, out.q);
+    queue.launch(add_blocks_kernel<A>, out.q.blocks == 1 ? 0 : anchors.numel() + 1, kThreads, 0, out.q);
     return std::tuple(out.values, out.indices, out.loss, out.counts, out.residuals);
   });
 }
@@ -561,7 +559,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, 
                                                               : Quantizing::before;
     const bool before = quantizing == Quantizing::before, within = quantizing == Quantizing::within;
     const Quantized<A> out(a, anchors, within ? owners : 0);
-    const int64_t adding = out.q.blocks == 1 ? 0 : adding_blocks(anchors.numel());
+    const int64_t adding = out.q.blocks == 1 ? 0 : anchors.numel() + 1;
     queue.launch(quantize_kernel<A>, before ? out.q.blocks : 0, kThreads, out.shared_bytes(), out.q);
     queue.launch(anchor_forward_kernel<T>,
                  tiling.shape.images * tiling.tiles() + (before ? adding : quantizing == Quantizing::beside), kThreads,

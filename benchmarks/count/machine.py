@@ -623,13 +623,17 @@ def _number(text):
 
 def _sources(ins):
     """Registers that an instruction reads; those of pairs and quadruples with their first."""
+    wide = 4 if ins.has("128") else 1
+    if wide == 1 and (ins.name[0] == "D" or ins.has("64", "WIDE", "S64", "U64", "F64")):
+        wide = 2
     stores = ins.name in ("STG", "ST", "STS", "STL", "STSM", "ATOM", "ATOMG", "ATOMS", "RED", "LDGSTS", "BAR")
     for i, operand in enumerate(ins.operands):
         if i == 0 and not stores and REGISTER.match(operand):
             continue
         for name in re.findall(r"\bU?R\d+", operand):
-            yield name
-            yield f"{name.rstrip('0123456789')}{int(name.lstrip('UR')) + 1}"
+            stem, number = name.rstrip("0123456789"), int(name.lstrip("UR"))
+            for i in range(max(wide, 2 if f"{name}.64" in operand else 1)):
+                yield f"{stem}{number + i}"
 
 
 def run(function, parameters, *, grid=(1,), threads=32, block=None, cluster=1, shared=0, regions=()) -> Counts:

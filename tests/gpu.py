@@ -1,0 +1,343 @@
+"""Everything that needs a GPU, on a machine without a network: `make gpu`.
+
+Builds in place with the Python that runs it and installs nothing. A call ends after ``--minutes``; the same command
+again goes on where the last one stopped, until nothing is left. Results, a journal (gpu-run.jsonl) and the output of
+every command (gpu-run.log) lie in benchmarks/results/, or in the folder that ATTNKERN_RESULTS names; another version of
+the code begins anew. Exit codes: 0 all is done, 1 something failed, 3 nothing failed and something is left to do.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from journal import Journal  # noqa: E402
+
+from benchmarks.profile import NOT_RUN  # noqa: E402
+from benchmarks.report import COLUMNS, OURS, slowest  # noqa: E402
+from benchmarks.run import RESTART, UNFINISHED  # noqa: E402
+from benchmarks.store import MEASURED, RESULTS, code_version  # noqa: E402
+
+#: After these two, which each call runs.
+STAGES = ("tests", "benchmarks", "ncu", "sanitizer")
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+TESTS = [
+    "tests/test_ops.py", "tests/test_window.py", "tests/test_quantize.py", "tests/test_pool.py",
+    "tests/test_promises.py", "tests/test_device.py", "tests/test_faults.py", "tests/test_transforms.py",
+]  # fmt: skip
+#: A small share of them: the sanitizer slows kernels down a hundredfold.
+SANITIZED = ["tests/test_ops.py", "-k", "(golden and float32) or several_programs"]
+REHEARSED = ["tests/test_ops.py", "-k", "golden and float32 and quantize"]
+#: Seconds of a command, at most; what is left of the call if that is less.
+LIMITS = {"build": 540, "info": 120, "tests": 540, "ncu": 120, "control": 60, "sanitizer": 120}
+PROFILED = 4  # rows
+END = 15  # seconds at the end of a call in which nothing begins
+
+PROBE = """
+import json, torch
+from attnkern import _backend, cli
+print(cli.info())
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+needed = ["native", "triton", "reference"]
+if device.type == "cpu" or torch.cuda.get_device_capability() < (8, 0):  # too old for Triton
+    needed.remove("triton")
+missing = {name: _backend.reason(name, device, torch.float32) for name in needed}
+print(json.dumps({"device": device.type, "backends": missing}))
+"""
+
+
+class OutOfTime(Exception):
+    pass
+
+
+class Run:
+    def __init__(self, minutes: float, rehearsal: bool):
+        self.end, self.rehearsal = time.monotonic() + 60 * minutes, rehearsal
+        version = code_version(*MEASURED, "tests/**/*") + "-rehearsal" * rehearsal
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(RESULTS / "gpu-run.jsonl", version)
+        self.log = (RESULTS / "gpu-run.log").open("a", buffering=1)
+        self.backends: list[str] = []
+        self.tell(f"\n=== make gpu: code {version}, results in {RESULTS}, {minutes:g} minutes")
+
+    def tell(self, text: str) -> None:
+        print(text, flush=True)
+        print(text, file=self.log)
+
+    def left(self) -> float:
+        return self.end - time.monotonic() - END
+
+    def command(self, *words, limit: float, quiet: bool = False, **environment) -> tuple[int | None, str]:
+        """Exit code and output; None for the code of a command that took too long."""
+        limit = min(limit, self.left())
+        if limit < 5:
+            raise OutOfTime
+        words = [str(word) for word in words]
+        print("$", *words, file=self.log)
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        process = subprocess.Popen(
+            words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
+            errors="replace", process_group=0,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, **environment},
+        )  # fmt: skip
+        lines = []
+
+        def read():
+            for line in process.stdout:
+                lines.append(line)
+                self.log.write(line)
+                if not quiet:
+                    print(line, end="", flush=True)
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        code = None
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            self.tell(f"stopped after {limit:.0f} s: {' '.join(words[:6])} ...")
+        finally:
+            self._end(process)
+            reader.join(5)
+        return code, "".join(lines)
+
+    @staticmethod
+    def _end(process) -> None:
+        """Nothing of a command outlives it, also where this program is interrupted."""
+        for number, patience in ((signal.SIGINT, 5), (signal.SIGKILL, 5)):
+            if process.poll() is not None and number == signal.SIGINT:
+                continue
+            try:
+                os.killpg(process.pid, number)
+                process.wait(patience)
+            except (ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
+                continue
+
+    # --- stages ------------------------------------------------------------------------------------------------------
+
+    def build(self) -> None:
+        """Libraries that fit are kept."""
+        environment = {"ATTNKERN_NO_NATIVE": "1"} if self.rehearsal else {}
+        if self.journal.outcomes("build").get("build") != "failed":
+            command = (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace")
+            code, _ = self.command(*command, limit=LIMITS["build"], **environment)
+            if code is not None:
+                self.journal.add("build", unit="build", outcome="failed" if code else "passed")
+
+    def info(self) -> None:
+        """A backend that is missing is an error, and the others are tested."""
+        code, output = self.command(sys.executable, "-c", PROBE, limit=LIMITS["info"])
+        if code != 0:
+            sys.exit("make gpu: attnkern does not run")
+        found = json.loads(output.splitlines()[-1])
+        if found["device"] == "cpu" and not self.rehearsal:
+            sys.exit("make gpu: PyTorch sees no GPU (`make gpu GPU=--rehearsal` does everything in small on the CPU)")
+        for name, missing in found["backends"].items():
+            self.journal.add("info", unit=f"{name} backend", outcome="failed" if missing else "passed", text=missing)
+        self.backends = [name for name, missing in found["backends"].items() if missing is None]
+
+    def pytest(self, stage: str, *tests: str, backends: list[str], limit: float, before=(), **environment):
+        """Exit code and output; tests that the journal holds are left out."""
+        limit = min(limit, self.left())
+        return self.command(
+            *before, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "resume",
+            "--journal", self.journal.path, "--journal-version", self.journal.version, "--journal-stage", stage,
+            "--until", time.time() + limit - 20, *tests,
+            limit=limit, quiet=bool(before), ATTNKERN_TEST_BACKENDS=",".join(backends), **environment,
+        )  # fmt: skip
+
+    def tests(self) -> None:
+        if not importlib.util.find_spec("pytest"):
+            self.journal.add("tests", unit="pytest", outcome="skipped", text="not installed")
+            self.journal.add("tests", unit="all", outcome="passed")
+            return
+        # Triton compiles one kernel at a time in each process.
+        parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+        if not parallel:
+            self.tell("tests: in one process, pytest-xdist is not installed")
+        chosen = REHEARSED if self.rehearsal else TESTS
+        code = -1
+        while code is not None and code < 0:  # a test that ends the process twice is left out
+            code, output = self.pytest(
+                "tests", *parallel, *chosen, backends=self.backends, limit=LIMITS["tests"], ATTNKERN_TEST_LARGE="1"
+            )
+        if code in (0, 1, 5):  # passed, failures, nothing was left
+            self.journal.add("tests", unit="all", outcome="passed")
+        elif code is not None and "time is up" not in output:
+            self.journal.add("tests", unit="pytest", outcome="failed", text=f"exit code {code}")
+
+    def benchmarks(self) -> None:
+        suite = "--rehearsal" if self.rehearsal else "--gpu"
+        before = None
+        while (rows := self.results()) != before:  # else it ends without coming to a row
+            before = rows
+            code, _ = self.command(
+                sys.executable, "-m", "benchmarks.run", suite, "--seconds", self.left() - END, limit=self.left()
+            )
+            if code == 0:
+                self.journal.add("benchmarks", unit="all", outcome="passed")
+            if code in (0, UNFINISHED):
+                return
+            self.tell(f"benchmarks: {'the device failed' if code == RESTART else f'exit code {code}'}; going on anew")
+        self.journal.add("benchmarks", unit="benchmarks.run", outcome="failed", text=f"exit code {code}")
+
+    def results(self) -> tuple[Path | None, dict]:
+        """File and content of the benchmarks of this code."""
+        key = {"version": code_version(*MEASURED), "compiled": True}
+        for path in sorted(RESULTS.glob("*.json")):
+            content = json.loads(path.read_text())
+            if content.get("key") == key and content["suite"] == ("rehearsal" if self.rehearsal else ""):
+                return path, content
+        return None, {"rows": []}
+
+    def ncu(self) -> None:
+        path, content = self.results()
+        done = self.journal.outcomes("ncu")
+        for case, which, backend in slowest(content["rows"], PROFILED):
+            unit = f"{case}, {which}, {backend}"
+            if unit in done:
+                continue
+            self.journal.add("ncu", unit=unit, outcome="begun")
+            command = (sys.executable, "-m", "benchmarks.profile", case, which, "--backend", backend, "--store", path)
+            code, output = self.command(*command, limit=LIMITS["ncu"])
+            if code == NOT_RUN:
+                self.journal.add("ncu", unit="ncu", outcome="skipped", text=output.splitlines()[0])
+                break
+            if code is not None:
+                self.journal.add("ncu", unit=unit, outcome="failed" if code else "passed")
+        self.journal.add("ncu", unit="all", outcome="passed")
+
+    def sanitizer(self) -> None:
+        sanitizer = _tool("compute-sanitizer")
+        if sanitizer is None:
+            self.journal.add("sanitizer", unit="compute-sanitizer", outcome="skipped", text="not installed")
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                control = Path(folder) / "control"
+                nvcc = _tool("nvcc")
+                command = (nvcc, "-arch=native", "-o", control, "tests/sanitizer_control.cu")
+                if nvcc is None or self.command(*command, limit=LIMITS["control"], quiet=True)[0] != 0:
+                    control = None
+                    text = "nvcc is missing, or cannot build it"
+                    self.journal.add("sanitizer", unit="planted errors", outcome="skipped", text=text)
+                for tool in TOOLS:
+                    if tool not in self.journal.outcomes("sanitizer"):
+                        self.sanitize(tool, sanitizer, control)
+            if not set(TOOLS) <= self.journal.outcomes("sanitizer").keys():
+                return
+        self.journal.add("sanitizer", unit="all", outcome="passed")
+
+    def sanitize(self, tool: str, sanitizer: str, control: Path | None) -> None:
+        def say(outcome, text):
+            self.tell(f"compute-sanitizer {tool}: {text}")
+            self.journal.add("sanitizer", unit=tool, outcome=outcome, text=text)
+
+        # Else what lies behind a tensor belongs to PyTorch's cache, and is no error.
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        if control is not None:
+            command = (sanitizer, "--tool", tool, control, tool)
+            _, output = self.command(*command, limit=LIMITS["control"], quiet=True, **environment)
+            if "SUMMARY: " not in output:
+                return say("skipped", "not run, the host refuses it")
+            if "SUMMARY: 0 " in output:
+                return say("failed", "does not find the planted error")
+        # Memory that conftest.py fills is written, and initcheck would see nothing.
+        code, output = self.pytest(
+            tool, *(REHEARSED if self.rehearsal else SANITIZED), limit=LIMITS["sanitizer"],
+            backends=[name for name in self.backends if name != "reference"],
+            before=(sanitizer, "--tool", tool, "--error-exitcode", "9"), ATTNKERN_TEST_FILL="0", **environment,
+        )  # fmt: skip
+        outcomes = list(self.journal.outcomes(tool).values())
+        passed = f"{outcomes.count('passed')} tests"
+        if code is not None and "SUMMARY: " not in output:
+            self.tell("".join(output.splitlines(keepends=True)[-5:]))
+            say("skipped", "not run, the host refuses it")
+        elif code in (0, 5):
+            say("passed", f"no errors in {passed}")
+        elif code is None or (code != 9 and "time is up" in output):
+            self.tell(f"compute-sanitizer {tool}: no errors in {passed} so far")
+        else:
+            self.tell("".join(output.splitlines(keepends=True)[-40:]))
+            say("failed", f"errors, exit code {code}: gpu-run.log")
+
+    # --- the whole ---------------------------------------------------------------------------------------------------
+
+    def everything(self, stages: list[str]) -> int:
+        try:
+            self.build()
+            self.info()
+            for stage in stages:
+                if "all" not in self.journal.outcomes(stage):
+                    self.tell(f"\n--- {stage}, {self.left():.0f} s left")
+                    getattr(self, stage)()
+        except OutOfTime:
+            pass
+        return self.summary()
+
+    def summary(self) -> int:
+        failures, unfinished = [], []
+        self.tell("\nstage       outcome")
+        for stage in ("build", "info", *STAGES):
+            outcomes = self.journal.outcomes(stage)
+            over = "all" in outcomes or stage in ("build", "info")
+            outcomes.pop("all", None)
+            bad = [unit for unit, outcome in outcomes.items() if outcome in ("failed", "unfinished")]
+            failures += [f"{stage}: {unit}{self._reason(stage, unit)}" for unit in bad]
+            text = f"{len(self.results()[1]['rows'])} rows" if stage == "benchmarks" else ""
+            counts = [f"{count} {outcome}" for outcome, count in Counter(outcomes.values()).items()]
+            text = ", ".join(filter(None, [text, *counts]))
+            if not over:
+                unfinished.append(stage)
+            self.tell(f"{stage:11} {text or 'nothing'}{'' if over else ' so far: not finished'}")
+            if stage in ("ncu", "sanitizer"):
+                for unit, outcome in outcomes.items():
+                    self.tell(f"            {unit}: {outcome}{self._reason(stage, unit)}")
+        failures += [
+            f"benchmarks: {row['case']} {row['pass']}, {name}: {error}"
+            for row in self.results()[1]["rows"]
+            for name, error in row.get("errors", {}).items()
+            if name.startswith(OURS) or name not in COLUMNS  # a competitor may fail
+        ]
+        for failure in failures[:30]:
+            self.tell(f"FAILED {failure}")
+        if unfinished:
+            self.tell(f"Not finished: {', '.join(unfinished)}. The same command goes on.")
+        return 1 if failures else 3 if unfinished else 0
+
+    def _reason(self, stage: str, unit: str) -> str:
+        texts = [entry.get("text") for entry in self.journal.entries(stage) if entry.get("unit") == unit]
+        return f", {texts[-1]}" if texts and texts[-1] else ""
+
+
+def _tool(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=9.5, help="after which this call ends (default 9.5)")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="instead of all")
+    parser.add_argument("--again", nargs="+", choices=("build", *STAGES), default=(), help="forget their outcomes")
+    parser.add_argument("--rehearsal", action="store_true", help="the same in small, on the CPU")
+    options = parser.parse_args()
+    run = Run(options.minutes, options.rehearsal)
+    for stage in options.again:
+        for part in (stage, *(TOOLS if stage == "sanitizer" else ())):
+            run.journal.add(part, outcome="forgotten")
+    return run.everything([stage for stage in STAGES if stage in options.stages])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""What the calls of `make gpu` have done."""
+
+import json
+from pathlib import Path
+
+
+class Journal:
+    """Lines of JSON, each on disk when it is written; those of other versions of the code stay and do not count."""
+
+    def __init__(self, path: Path, version: str):
+        self.path, self.version = Path(path), version
+
+    def add(self, stage: str, **entry) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"version": self.version, "stage": stage, **entry}) + "\n")
+
+    def entries(self, stage: str) -> list[dict]:
+        found = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the last line of a run that was killed
+                continue
+            if (entry["version"], entry["stage"]) == (self.version, stage):
+                if entry["outcome"] == "forgotten":
+                    found.clear()
+                else:
+                    found.append(entry)
+        return found
+
+    def outcomes(self, stage: str) -> dict[str, str]:
+        """ "passed", "failed" or "skipped" by unit of the stage; "unfinished" where it was begun twice and no more."""
+        found, begun = {}, {}
+        for entry in self.entries(stage):
+            unit, outcome = entry.get("unit"), entry["outcome"]
+            if outcome == "begun":
+                begun[unit] = begun.get(unit, 0) + 1
+            else:
+                found[unit] = outcome
+        return {unit: "unfinished" for unit, count in begun.items() if count > 1} | found

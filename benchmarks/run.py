@@ -69,16 +69,17 @@ def copy_bandwidth(device) -> float:
     """GB/s of a copy larger than the caches, bytes read and written."""
     import torch
 
-    from benchmarks.cases import synchronize
-
     source = torch.ones(2**28 if device.type == "cuda" else 2**25, device=device)
     target = torch.empty_like(source)
 
     def copy():
         target.copy_(source)
-        synchronize(device)
 
-    return 2 * source.numel() * source.itemsize / median_times({"copy": copy})["copy"] / 1e9
+    if device.type == "cuda":
+        seconds = statistics.median(replay_seconds(copy, 30, device))
+    else:
+        seconds = median_times({"copy": copy})["copy"]
+    return 2 * source.numel() * source.itemsize / seconds / 1e9
 
 
 def median_times(ready: dict, budget: float = BUDGET, flush=None) -> dict[str, float]:
@@ -154,25 +155,25 @@ def between(first, last, device) -> float:
     return first.elapsed_time(last) / 1e3 if device.type == "cuda" else last - first
 
 
-def device_seconds(call, device, budget: float = DEVICE_BUDGET) -> float:
-    """Device time of a call: the median replay over the calls in it. Their inputs together exceed three L2 caches."""
+def replay_seconds(replay, count: int, device) -> list[float]:
+    """Seconds of each of so many replays in a row; the device does not wait for the host between them."""
     from benchmarks.cases import synchronize
 
+    marks = [mark(device)]
+    for _ in range(count):
+        replay()
+        marks.append(mark(device))
+    synchronize(device)
+    return [between(first, last, device) for first, last in itertools.pairwise(marks)]
+
+
+def device_seconds(call, device, budget: float = DEVICE_BUDGET) -> float:
+    """Device time of a call: the median replay over the calls in it. Their inputs together exceed three L2 caches."""
     copies = max(2, math.ceil(3 * cache_bytes(device) / call.work.bytes))
     numbers = list(range(copies)) * math.ceil(8 / copies)
     replay = captured(call, numbers, device)
-
-    def replays(count):
-        """Seconds of each; the device never waits for the host."""
-        marks = [mark(device)]
-        for _ in range(count):
-            replay()
-            marks.append(mark(device))
-        synchronize(device)
-        return [between(first, last, device) for first, last in itertools.pairwise(marks)]
-
-    samples = min(100, max(5, math.ceil(budget / replays(2)[1])))
-    return statistics.median(replays(samples)) / len(numbers)
+    samples = min(100, max(5, math.ceil(budget / replay_seconds(replay, 2, device)[1])))
+    return statistics.median(replay_seconds(replay, samples, device)) / len(numbers)
 
 
 def host_seconds(call, device, budget: float = DEVICE_BUDGET) -> float:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from journal import Journal  # noqa: E402
 
 from benchmarks.profile import NOT_RUN  # noqa: E402
-from benchmarks.report import COLUMNS, OURS, slowest  # noqa: E402
+from benchmarks.report import COLUMNS, OURS, slowest, write  # noqa: E402
 from benchmarks.run import RESTART, UNFINISHED  # noqa: E402
 from benchmarks.store import MEASURED, RESULTS, code_version  # noqa: E402
 
@@ -59,7 +59,7 @@ print(json.dumps({"device": device.type, "backends": missing}))
 
 
 class OutOfTime(Exception):
-    pass
+    """The rest is left to the next call."""
 
 
 class Run:
@@ -86,11 +86,12 @@ class Run:
             raise OutOfTime
         words = [str(word) for word in words]
         print("$", *words, file=self.log)
-        path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        if self.rehearsal:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         process = subprocess.Popen(
             words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
             errors="replace", process_group=0,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, **environment},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **environment},
         )  # fmt: skip
         lines = []
 
@@ -155,7 +156,8 @@ class Run:
             *before, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "resume",
             "--journal", self.journal.path, "--journal-version", self.journal.version, "--journal-stage", stage,
             "--until", time.time() + limit - 20, *tests,
-            limit=limit, quiet=bool(before), ATTNKERN_TEST_BACKENDS=",".join(backends), **environment,
+            limit=limit, quiet=bool(before), PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+            ATTNKERN_TEST_BACKENDS=",".join(backends), **environment,
         )  # fmt: skip
 
     def tests(self) -> None:
@@ -203,6 +205,7 @@ class Run:
         return None, {"rows": []}
 
     def ncu(self) -> None:
+        """Of the rows that there are: more may come while the benchmarks are not finished."""
         path, content = self.results()
         done = self.journal.outcomes("ncu")
         for case, which, backend in slowest(content["rows"], PROFILED):
@@ -217,7 +220,10 @@ class Run:
                 break
             if code is not None:
                 self.journal.add("ncu", unit=unit, outcome="failed" if code else "passed")
-        self.journal.add("ncu", unit="all", outcome="passed")
+        if path is not None:
+            write(path)
+        if "all" in self.journal.outcomes("benchmarks"):
+            self.journal.add("ncu", unit="all", outcome="passed")
 
     def sanitizer(self) -> None:
         sanitizer = _tool("compute-sanitizer")
@@ -264,7 +270,7 @@ class Run:
         if code is not None and "SUMMARY: " not in output:
             self.tell("".join(output.splitlines(keepends=True)[-5:]))
             say("skipped", "not run, the host refuses it")
-        elif code in (0, 5):
+        elif code in (0, 5) and "passed" in outcomes:
             say("passed", f"no errors in {passed}")
         elif code is None or (code != 9 and "time is up" in output):
             self.tell(f"compute-sanitizer {tool}: no errors in {passed} so far")
@@ -283,30 +289,33 @@ class Run:
                     self.tell(f"\n--- {stage}, {self.left():.0f} s left")
                     getattr(self, stage)()
         except OutOfTime:
-            pass
+            self.tell("time is up")
+        except KeyboardInterrupt:
+            self.tell("interrupted")
         return self.summary()
 
     def summary(self) -> int:
+        rows = self.results()[1]["rows"]
         failures, unfinished = [], []
         self.tell("\nstage       outcome")
         for stage in ("build", "info", *STAGES):
             outcomes = self.journal.outcomes(stage)
-            over = "all" in outcomes or stage in ("build", "info")
-            outcomes.pop("all", None)
-            bad = [unit for unit, outcome in outcomes.items() if outcome in ("failed", "unfinished")]
-            failures += [f"{stage}: {unit}{self._reason(stage, unit)}" for unit in bad]
-            text = f"{len(self.results()[1]['rows'])} rows" if stage == "benchmarks" else ""
+            reasons = {entry.get("unit"): entry.get("text") for entry in self.journal.entries(stage)}
+            over = outcomes.pop("all", None) is not None or stage in ("build", "info")
             counts = [f"{count} {outcome}" for outcome, count in Counter(outcomes.values()).items()]
-            text = ", ".join(filter(None, [text, *counts]))
+            text = ", ".join(([f"{len(rows)} rows"] if stage == "benchmarks" else []) + counts)
+            self.tell(f"{stage:11} {text or 'nothing'}{'' if over else ' so far: not finished'}")
+            for unit, outcome in outcomes.items():
+                line = f"{unit}, {reasons[unit]}" if reasons[unit] else unit
+                if outcome in ("failed", "unfinished"):
+                    failures.append(f"{stage}: {line}")
+                elif stage in ("ncu", "sanitizer"):
+                    self.tell(f"            {outcome}: {line}")
             if not over:
                 unfinished.append(stage)
-            self.tell(f"{stage:11} {text or 'nothing'}{'' if over else ' so far: not finished'}")
-            if stage in ("ncu", "sanitizer"):
-                for unit, outcome in outcomes.items():
-                    self.tell(f"            {unit}: {outcome}{self._reason(stage, unit)}")
         failures += [
             f"benchmarks: {row['case']} {row['pass']}, {name}: {error}"
-            for row in self.results()[1]["rows"]
+            for row in rows
             for name, error in row.get("errors", {}).items()
             if name.startswith(OURS) or name not in COLUMNS  # a competitor may fail
         ]
@@ -315,10 +324,6 @@ class Run:
         if unfinished:
             self.tell(f"Not finished: {', '.join(unfinished)}. The same command goes on.")
         return 1 if failures else 3 if unfinished else 0
-
-    def _reason(self, stage: str, unit: str) -> str:
-        texts = [entry.get("text") for entry in self.journal.entries(stage) if entry.get("unit") == unit]
-        return f", {texts[-1]}" if texts and texts[-1] else ""
 
 
 def _tool(name: str) -> str | None:
@@ -332,6 +337,7 @@ def main() -> int:
     parser.add_argument("--again", nargs="+", choices=("build", *STAGES), default=(), help="forget their outcomes")
     parser.add_argument("--rehearsal", action="store_true", help="the same in small, on the CPU")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = Run(options.minutes, options.rehearsal)
     for stage in options.again:
         for part in (stage, *(TOOLS if stage == "sanitizer" else ())):

@@ -191,7 +191,8 @@ def gpu_figures(rows: list[dict], copy_gb_per_s: float) -> dict[str, dict[str, l
             seconds = [min(row["device_ms"][name] for name in ours) / 1e3 for row in (forward, both)]
             per_second = copy_gb_per_s * 1e9
             figures["copy, forward"] = forward["bytes"] / seconds[0] / per_second
-            figures["copy, backward"] = (both["bytes"] - forward["bytes"]) / (seconds[1] - seconds[0]) / per_second
+            if seconds[1] > seconds[0]:  # noise may be larger than a tiny backward
+                figures["copy, backward"] = (both["bytes"] - forward["bytes"]) / (seconds[1] - seconds[0]) / per_second
             if "compile" in both["device_ms"]:
                 figures["compile, on the device"] = both["device_ms"]["compile"] / 1e3 / seconds[1]
         for name, figure in found[_gpu_group(case, forward["bytes"])].items():
@@ -382,6 +383,8 @@ def page() -> str:
     runs = [(path, json.loads(path.read_text())) for path in sorted(COMMITTED.glob("*.json"))]
     groups = {}
     for path, content in sorted(runs, key=lambda run: run[1]["date"]):
+        if content.get("suite", "") not in TITLES:
+            continue  # a rehearsal
         groups.setdefault((content["machine"], content["threads"], content.get("suite", "")), []).append(
             (path, content)
         )

@@ -7,6 +7,7 @@ the code begins anew. Exit codes: 0 all is done, 1 something failed, 3 nothing f
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -28,7 +29,7 @@ from journal import Journal  # noqa: E402
 from benchmarks.profile import NOT_RUN  # noqa: E402
 from benchmarks.report import COLUMNS, OURS, slowest, write  # noqa: E402
 from benchmarks.run import RESTART, UNFINISHED  # noqa: E402
-from benchmarks.store import MEASURED, RESULTS, code_version  # noqa: E402
+from benchmarks.store import COMMITTED, MEASURED, RESULTS, code_version  # noqa: E402
 
 #: After these two, which each call runs.
 STAGES = ("tests", "benchmarks", "ncu", "sanitizer")
@@ -66,11 +67,12 @@ class Run:
     def __init__(self, minutes: float, rehearsal: bool):
         self.end, self.rehearsal = time.monotonic() + 60 * minutes, rehearsal
         version = code_version(*MEASURED, "tests/**/*") + "-rehearsal" * rehearsal
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        self.journal = Journal(RESULTS / "gpu-run.jsonl", version)
-        self.log = (RESULTS / "gpu-run.log").open("a", buffering=1)
+        self.folder = ROOT / "build/rehearsal" if rehearsal and RESULTS == COMMITTED else RESULTS
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(self.folder / "gpu-run.jsonl", version)
+        self.log = (self.folder / "gpu-run.log").open("a", buffering=1)
         self.backends: list[str] = []
-        self.tell(f"\n=== make gpu: code {version}, results in {RESULTS}, {minutes:g} minutes")
+        self.tell(f"\n=== make gpu: code {version}, results in {self.folder}, {minutes:g} minutes")
 
     def tell(self, text: str) -> None:
         print(text, flush=True)
@@ -88,10 +90,11 @@ class Run:
         print("$", *words, file=self.log)
         if self.rehearsal:
             environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": _paths(ROOT), **environment}
         process = subprocess.Popen(
             words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
             errors="replace", process_group=0,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **environment},
+            env={**os.environ, "ATTNKERN_RESULTS": str(self.folder), **environment},
         )  # fmt: skip
         lines = []
 
@@ -117,25 +120,26 @@ class Run:
     @staticmethod
     def _end(process) -> None:
         """Nothing of a command outlives it, also where this program is interrupted."""
-        for number, patience in ((signal.SIGINT, 5), (signal.SIGKILL, 5)):
-            if process.poll() is not None and number == signal.SIGINT:
-                continue
-            try:
-                os.killpg(process.pid, number)
-                process.wait(patience)
-            except (ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
-                continue
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGINT)
+                process.wait(5)
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(5)
 
     # --- stages ------------------------------------------------------------------------------------------------------
 
     def build(self) -> None:
         """Libraries that fit are kept."""
+        if self.journal.outcomes("build").get("build") == "failed":
+            self.tell('build: failed before, not tried again without GPU="--again build"')
+            return
+        command = (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace")
         environment = {"ATTNKERN_NO_NATIVE": "1"} if self.rehearsal else {}
-        if self.journal.outcomes("build").get("build") != "failed":
-            command = (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace")
-            code, _ = self.command(*command, limit=LIMITS["build"], **environment)
-            if code is not None:
-                self.journal.add("build", unit="build", outcome="failed" if code else "passed")
+        code, _ = self.command(*command, limit=LIMITS["build"], **environment)
+        if code is not None:
+            self.journal.add("build", unit="build", outcome="failed" if code else "passed")
 
     def info(self) -> None:
         """A backend that is missing is an error, and the others are tested."""
@@ -156,7 +160,7 @@ class Run:
             *before, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "resume",
             "--journal", self.journal.path, "--journal-version", self.journal.version, "--journal-stage", stage,
             "--until", time.time() + limit - 20, *tests,
-            limit=limit, quiet=bool(before), PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+            limit=limit, quiet=bool(before), PYTHONPATH=_paths(ROOT, ROOT / "tests"),
             ATTNKERN_TEST_BACKENDS=",".join(backends), **environment,
         )  # fmt: skip
 
@@ -198,7 +202,7 @@ class Run:
     def results(self) -> tuple[Path | None, dict]:
         """File and content of the benchmarks of this code."""
         key = {"version": code_version(*MEASURED), "compiled": True}
-        for path in sorted(RESULTS.glob("*.json")):
+        for path in sorted(self.folder.glob("*.json")):
             content = json.loads(path.read_text())
             if content.get("key") == key and content["suite"] == ("rehearsal" if self.rehearsal else ""):
                 return path, content
@@ -254,9 +258,9 @@ class Run:
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         if control is not None:
             command = (sanitizer, "--tool", tool, control, tool)
-            _, output = self.command(*command, limit=LIMITS["control"], quiet=True, **environment)
+            code, output = self.command(*command, limit=LIMITS["control"], quiet=True, **environment)
             if "SUMMARY: " not in output:
-                return say("skipped", "not run, the host refuses it")
+                return say("skipped", "not run, it took too long" if code is None else "not run, the host refuses it")
             if "SUMMARY: 0 " in output:
                 return say("failed", "does not find the planted error")
         # Memory that conftest.py fills is written, and initcheck would see nothing.
@@ -324,6 +328,11 @@ class Run:
         if unfinished:
             self.tell(f"Not finished: {', '.join(unfinished)}. The same command goes on.")
         return 1 if failures else 3 if unfinished else 0
+
+
+def _paths(*folders: Path) -> str:
+    """Before those that PYTHONPATH names."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _tool(name: str) -> str | None:

@@ -46,7 +46,8 @@ class Resume:
         if self.worker:
             return
         if report.outcome != "passed":
-            text = report.longreprtext.strip().split("\n")[-1][:200] if report.failed else None
+            crash = getattr(report.longrepr, "reprcrash", None)
+            text = (crash.message if crash else report.longreprtext).split("\n")[0][:200] if report.failed else None
             self.outcomes[report.nodeid] = report.outcome, text
         if report.when not in ("setup", "call"):  # neither is what xdist reports when its process has died
             outcome, text = self.outcomes.pop(report.nodeid, ("passed", None))

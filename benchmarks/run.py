@@ -356,20 +356,18 @@ def measure(store: Store, bench: Bench, work: list, end: float = math.inf, again
             continue
         if end - time.monotonic() < (10 if bench.on_gpu else 0):
             return UNFINISHED
-        tries = content["begun"][name] if name in content.get("begun", {}) else 0
+        tries = content.get("begun", {}).get(name, 0)
         store.put("begun", {name: tries + 1})
         attempts = Attempts(bench.device, TUNED_LIMIT if which == AUTOTUNED else ROW_LIMIT, end)
         torch._dynamo.reset()
         try:
-            if tries == 2:
+            if tries >= 2:
                 attempts.errors["row"] = "not measured: the process ended in it twice"
                 row = row_of(str(case), which, {})
             elif case == HOST:
                 row = row_of(HOST, "", {}, host_us=bench.host(attempts))
             elif isinstance(case, str):
-                row = bench.network(
-                    attempts, case, which, bench.compiled is not None and content["suite"] == "networks"
-                )
+                row = bench.network(attempts, case, which, content["suite"] == "networks")
             else:
                 row = bench.operator(attempts, case, which)
         except OutOfTime:
@@ -379,8 +377,8 @@ def measure(store: Store, bench: Bench, work: list, end: float = math.inf, again
             row["errors"] = attempts.errors
         content["begun"] = {}
         if case == HOST:
-            store.put("host_us", row.get("host_us", {}))
-        else:
+            store.put("host_us", row.pop("host_us", {}))
+        if case != HOST or attempts.errors:
             store.add(row)
         progress.end(row)
         if attempts.broken:

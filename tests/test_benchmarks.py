@@ -256,6 +256,16 @@ def test_a_case_without_inputs_is_an_error_and_the_run_goes_on(tmp_path, monkeyp
     )
 
 
+def test_host_costs_are_stored_apart(tmp_path, monkeypatch):
+    """And what fails of them is a row."""
+    monkeypatch.setattr(cases, "host_calls", lambda device: {"empty": {"eager": int}, "broken": {"native": fail}})
+    store = Store(tmp_path, ABOUT)
+    for _ in range(2):
+        assert run.measure(store, bench(), [(cases.HOST, "")]) == 0
+    assert store.content["host_us"]["empty"]["eager"] > 0
+    assert [row["errors"] for row in store.content["rows"]] == [{"broken": "RuntimeError: no luck"}]
+
+
 def endless(**inputs):
     while True:
         pass

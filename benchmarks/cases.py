@@ -19,7 +19,7 @@ from benchmarks.report import NETWORK_PASSES, TRAINING
 PASSES = ("forward", "forward+backward")
 #: forward+backward with the compiled competitor tuned at length
 AUTOTUNED = "forward+backward, max-autotune"
-#: what calls cost the host, beside the cases
+#: measured beside the cases: host time of calls on tiny tensors
 HOST = "host costs"
 
 
@@ -146,7 +146,7 @@ def competitors(case: Case, device: torch.device, compiled: dict | None = COMPIL
 
 
 class Workload:
-    """Inputs and output gradients of a case, in as many copies as are asked for, and the right result."""
+    """Inputs and output gradients of a case, in several copies, and the expected result."""
 
     def __init__(self, case: Case, device: torch.device):
         self.case, self.device, self.used = case, device, _USED[case.op]
@@ -194,7 +194,7 @@ class Call:
         synchronize(self.work.device)
 
     def run(self, number: int = 0) -> tuple:
-        """Run on a copy of the inputs; what it returns must be kept for as long as its memory shall not be reused."""
+        """Run on a copy of the inputs. Returns all results; their memory may be reused once they are dropped."""
         inputs, grads = self.work.copy(number)
         if self.which == "forward":
             with torch.no_grad():

@@ -1,8 +1,8 @@
-"""One row's call under NVIDIA Nsight Compute: what its kernels take, and what bounds them.
+"""Profiles the call of one row with NVIDIA Nsight Compute and prints the metrics of its kernels.
 
 ``python -m benchmarks.profile "window_attention 32x256x56x56 bfloat16 contiguous" forward --backend native`` runs
-itself under ``ncu`` and prints a line for each kernel of the call. The table is also kept with the results of
-``benchmarks.run --gpu`` that ``--store`` names.
+itself under ``ncu`` and prints a line for each kernel of the call. With ``--store FILE`` the table is added to a
+results file of ``benchmarks.run``.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.report import profile_table
 from benchmarks.store import ROOT, Store
 
-#: Exit code where ncu is not installed or may not read the counters.
+#: Exit code if ncu is not installed or the host refuses it access to the counters.
 NOT_RUN = 5
 
 #: metric of Hopper and its neighbours: (column, digits)
@@ -47,7 +47,7 @@ def ncu() -> str | None:
 
 
 def parse(text: str) -> list[dict[str, str]]:
-    """Each kernel's columns, from the CSV that ncu writes: a line for each metric, among lines of other kinds."""
+    """Columns of each kernel, from ncu's CSV output, which has a line per metric between lines of its own."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     kernels = {}
     for record in csv.DictReader(lines):
@@ -62,12 +62,12 @@ def parse(text: str) -> list[dict[str, str]]:
 
 
 def _short(name: str) -> str:
-    """Without return type, template arguments and parameters, which fill lines."""
+    """A kernel's name without return type, template arguments and parameters."""
     return name.split("(")[0].split("<")[0].removeprefix("void ")[-60:]
 
 
 def call(case: str, which: str, backend: str) -> None:
-    """The call, once under the profiler after it has been checked and warmed up."""
+    """Run the call once under the profiler, after it has been checked and warmed up."""
     import torch
 
     from benchmarks.cases import Call, Case, competitors, workload
@@ -103,7 +103,7 @@ def main() -> int:
             sys.executable, "-m", "benchmarks.profile", options.case, options.which, "--backend", options.backend,
             "--inside",
         ]  # fmt: skip
-        # Numbers with the point before the decimals.
+        # LC_ALL: ncu formats numbers by the locale.
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, "LC_ALL": "C"}, capture_output=True, text=True)
         text = log.read_text() if log.exists() else ""
     kernels = parse(text)

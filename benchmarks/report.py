@@ -18,7 +18,7 @@ TRAINING, INFERENCE, ATTENTION = NETWORK_PASSES = ("training step", "inference",
 
 #: above the latencies of a GPU
 LATENCY = (
-    "A call that is launched and waited for, with nothing of its inputs in the L2 cache, and its cost to the host:"
+    "Latency of a single call, launch and wait included, after the L2 cache is flushed, and the host's time for a call:"
 )
 
 #: geometric means over eager and over torch.compile in forward and backward, by suite
@@ -47,8 +47,7 @@ def _columns(rows: list[dict], key: str) -> list[str]:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as aligned Markdown: milliseconds, and how many times faster the best of ours is; on a GPU, what a call
-    costs the host."""
+    """Rows as aligned Markdown: milliseconds, how many times faster the best of ours is, and host time if measured."""
     columns, host = _columns(rows, "ms"), _columns(rows, "host_us")
     ratios = [name for name in ("eager", "compile") if name in columns]
     ratios = ratios or [name for name in ("reference", "reference compiled") if name in columns]
@@ -64,7 +63,7 @@ def table(rows: list[dict]) -> str:
 
 
 def device_table(rows: list[dict]) -> str:
-    """Microseconds of a GPU, how many times faster the best of ours is, and its share of the bandwidth of a copy."""
+    """Device time in microseconds, how many times faster the best of ours is, and its share of a copy's bandwidth."""
     columns = _columns(rows, "device_ms")
     ratios = [name for name in ("eager", "compile") if name in columns]
     head = ["case", "pass", *(f"{name} µs" for name in columns), *(f"× {name}" for name in ratios), "share of copy"]
@@ -92,7 +91,7 @@ def tables(rows: list[dict]) -> str:
     networks = [row for row in rows if row["pass"] in NETWORK_PASSES]
     operators = [row for row in rows if row["pass"] not in NETWORK_PASSES]
     on_device = [row for row in operators if "device_ms" in row]
-    parts = [f"Time of the device:\n\n{device_table(on_device)}", LATENCY] if on_device else []
+    parts = [f"Device time:\n\n{device_table(on_device)}", LATENCY] if on_device else []
     parts += [table(part) for part in (operators, networks) if part]
     return "\n\n".join([*parts, *failures(rows), *speeds(networks), *shares(networks)])
 
@@ -307,7 +306,7 @@ def scaling_table(rows: list[dict]) -> str:
 
 
 def host_table(costs: dict[str, dict[str, float]]) -> str:
-    """What calls on tiny tensors cost the host."""
+    """Host time of calls on tiny tensors."""
     names = [name for name in COLUMNS if any(name in found for found in costs.values())]
     lines = [f"| forward and backward of tiny tensors | {' | '.join(f'{name} µs' for name in names)} |"]
     lines.append("|---" * (1 + len(names)) + "|")
@@ -372,9 +371,9 @@ INTRODUCTION = """# Performance
 Written by `python -m benchmarks.report` from the runs in `benchmarks/results/`. Competitors are the papers' literal
 formulas in eager PyTorch and under `torch.compile`, and scaled_dot_product_attention for pooling; every result is
 checked against the reference in float64 before it is timed. Competitors take turns of ten milliseconds, and medians
-are compared. On a GPU, its time is taken by CUDA events around replays of a captured graph of calls whose inputs
-together exceed three L2 caches; latency is that of single calls, after the L2 cache is flushed. Where attnkern loses,
-the row stays, and what fails says so.
+are compared. On a GPU, device time is measured with CUDA events around replays of a CUDA graph whose calls use inputs
+that together exceed three L2 caches; latency is the time of single calls after the L2 cache is flushed. Where attnkern
+loses, the row stays; a competitor that fails is listed with its error.
 """
 
 
@@ -406,7 +405,7 @@ def page() -> str:
 
 
 class Pair:
-    """A case that both have run: microseconds by pass."""
+    """A case measured with both: microseconds by pass and backend."""
 
     def __init__(self, case: str, passes: dict[str, dict[str, float]]):
         self.case, self.us = case, {which: {name: ms[name] * 1e3 for name in OURS} for which, ms in passes.items()}
@@ -415,13 +414,13 @@ class Pair:
         self.positions = math.prod(size)
 
     def loss(self, name: str) -> float:
-        """The logarithm of the time with this backend over the time with the faster one, mean of the passes."""
+        """Logarithm of this backend's time over that of the faster one, averaged over the passes."""
         return sum(math.log(us[name] / min(us.values())) for us in self.us.values()) / len(self.us)
 
 
 def _rules(pairs: list[Pair]) -> list[tuple[str, dict[str, str]]]:
-    """(words, backend by case), the simplest first: one backend, or one on each side of a number of positions or
-    channels; never of images."""
+    """(words, backend by case), the simplest first: one backend, or a threshold on positions or channels. The number
+    of images is not used."""
     found = [(name, {pair.case: name for pair in pairs}) for name in OURS]
     for what in ("positions", "channels"):
         for bound in sorted({getattr(pair, what) for pair in pairs})[1:]:
@@ -432,8 +431,8 @@ def _rules(pairs: list[Pair]) -> list[tuple[str, dict[str, str]]]:
 
 
 def choice(rows: list[dict], tolerance: float = 0.01) -> str:
-    """Native beside Triton by device time, and per operator, dtype and layout the simplest rule that costs no more than
-    ``tolerance`` over the best rule."""
+    """Device times of native and Triton, and per operator, dtype and layout the simplest rule within ``tolerance`` of
+    the best one."""
     by_case = {}
     for row in rows:
         if row["pass"] in ("forward", "forward+backward") and set(OURS) <= row.get("device_ms", {}).keys():
@@ -467,8 +466,8 @@ def choice(rows: list[dict], tolerance: float = 0.01) -> str:
 
 
 def slowest(rows: list[dict], count: int) -> list[tuple[str, str, str]]:
-    """(case, pass, the faster of ours) of the rows that are farthest from a copy: large maps first, and one row of each
-    operator and pass."""
+    """(case, pass, the faster of ours) of the rows with the lowest share of a copy's bandwidth: large maps first, one
+    row per operator and pass."""
     found = {}
     known = [row for row in rows if {"share_of_copy", "device_ms"} <= row.keys() and "max" not in row["pass"]]
     for row in sorted(known, key=lambda row: (row["bytes"] < LARGE, row["share_of_copy"])):
@@ -478,7 +477,7 @@ def slowest(rows: list[dict], count: int) -> list[tuple[str, str, str]]:
 
 
 def profile_table(name: str, kernels: list[dict]) -> str:
-    """What ncu has counted in the kernels of a call."""
+    """Metrics of the kernels of a call."""
     columns = list(dict.fromkeys(column for kernel in kernels for column in kernel))
     lines = [[str(kernel.get(column, "–")) for column in columns] for kernel in kernels]
     return f"Kernels of {name}:\n\n{markdown(columns, lines)}"

@@ -1,8 +1,8 @@
 """`make bench`: every competitor of every case in one run, rounds interleaved, medians compared.
 
 Prints one table and writes JSON, a Markdown table and a plot to benchmarks/results/, or to the folder that
-ATTNKERN_RESULTS names. Rows are written as they are measured; a run of the GPU's, the full or the networks' cases goes
-on where one of the same code and options stopped. A competitor that fails leaves its error in its cell.
+ATTNKERN_RESULTS names. Each row is written as soon as it is measured; with --gpu, --full and --networks a run continues
+an earlier one of the same code and options. A competitor that fails is recorded as an error, and the run continues.
 """
 
 import argparse
@@ -30,7 +30,7 @@ DEVICE_BUDGET = 0.1  # seconds a competitor, for its device time and for its cos
 TURN = 0.01  # seconds that a competitor is called in a row
 ROW_LIMIT, TUNED_LIMIT = 120, 300  # seconds, preparation and compilation included
 
-#: Exit codes: a later call has more to measure; a new process has, because the device can do nothing more in this one.
+#: Exit codes: rows are left because the time is up, or because the device is unusable in this process.
 UNFINISHED, RESTART = 3, 4
 
 
@@ -107,7 +107,7 @@ def median_times(ready: dict, budget: float = BUDGET, flush=None) -> dict[str, f
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-# --- on a device: its time, and the host's. In the rehearsal the CPU stands in for it. --------------------------------
+# --- device time and host time. In a rehearsal the CPU stands in for the device. --------------------------------------
 
 
 def cache_bytes(device) -> int:
@@ -118,7 +118,7 @@ def cache_bytes(device) -> int:
 
 
 def captured(call, numbers: list[int], device):
-    """What runs a call on these copies of its inputs, one after the other: the replay of a CUDA graph."""
+    """Capture calls on these copies of the inputs in a CUDA graph. Returns the function that replays it."""
     import torch
 
     if device.type != "cuda":
@@ -126,13 +126,13 @@ def captured(call, numbers: list[int], device):
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        torch.cuda.set_sync_debug_mode("error")  # a call that waits for the device cannot be captured; this says where
+        torch.cuda.set_sync_debug_mode("error")  # names the operation that would break the capture
         try:
             call.run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     stream.synchronize()
-    kept = [None] * (max(numbers) + 1)  # results rotate as the inputs do, else they would stay in the cache
+    kept = [None] * (max(numbers) + 1)  # results rotate like the inputs, otherwise they would stay in the cache
     with torch.cuda.graph(graph, stream=stream):
         for number in numbers:
             kept[number] = call.run(number)
@@ -151,12 +151,12 @@ def mark(device):
 
 
 def between(first, last, device) -> float:
-    """Seconds between two marks that have been reached."""
+    """Seconds between two marks, both of which must have been reached."""
     return first.elapsed_time(last) / 1e3 if device.type == "cuda" else last - first
 
 
 def replay_seconds(replay, count: int, device) -> list[float]:
-    """Seconds of each of so many replays in a row; the device does not wait for the host between them."""
+    """Seconds of each of ``count`` replays in a row; the device does not wait for the host between them."""
     from benchmarks.cases import synchronize
 
     marks = [mark(device)]
@@ -168,7 +168,7 @@ def replay_seconds(replay, count: int, device) -> list[float]:
 
 
 def device_seconds(call, device, budget: float = DEVICE_BUDGET) -> float:
-    """Device time of a call: the median replay over the calls in it. Their inputs together exceed three L2 caches."""
+    """Device time of a call: a replay's median time per call. The inputs in it exceed three L2 caches together."""
     copies = max(2, math.ceil(3 * cache_bytes(device) / call.work.bytes))
     numbers = list(range(copies)) * math.ceil(8 / copies)
     replay = captured(call, numbers, device)
@@ -177,7 +177,7 @@ def device_seconds(call, device, budget: float = DEVICE_BUDGET) -> float:
 
 
 def host_seconds(call, device, budget: float = DEVICE_BUDGET) -> float:
-    """What a call costs the host before the device has done its work: few calls in a row, none waited for."""
+    """Host time of a call: a few calls in a row, without waiting for the device."""
     from benchmarks.cases import synchronize
 
     times, began = [], time.perf_counter()
@@ -204,22 +204,22 @@ def row_of(case: str, which: str, seconds: dict[str, float], **more) -> dict:
 
 
 class OutOfTime(Exception):
-    """This call's time is up; the row is left to the next."""
+    """The time of this run is up; the next run measures the row."""
 
 
 class Attempts:
-    """What a row tries: an exception, or half of the row's time, costs one competitor its cell and not the row."""
+    """Runs the parts of a row. A part that fails, or takes half of the time left, is recorded and the row continues."""
 
     def __init__(self, device, limit: float, end: float):
         self.device, self.end = device, min(time.monotonic() + limit, end)
         self.cut_short = self.end == end
         self.errors = {}
-        self.broken = False  # can the device do nothing more in this process?
+        self.broken = False  # is the device unusable in this process?
 
     def one(self, name: str, function, *arguments):
-        """The function's result; None where it fails, and the error under the name."""
+        """The function's result, or None if it fails; the error is recorded under the name."""
         if self.broken:
-            self.errors[name] = "not measured: the device had failed before"
+            self.errors[name] = "not measured: the device failed before"
             return None
         limit = TimeLimit((self.end - time.monotonic()) / 2)
         try:
@@ -249,7 +249,7 @@ class Attempts:
 
 
 class TimeLimit:
-    """TimeoutError in the block after so many seconds. Libraries wrap what they catch: ``reached`` tells."""
+    """Raises TimeoutError in the block after so many seconds. ``reached`` tells it from errors that wrap it."""
 
     def __init__(self, seconds: float):
         self.seconds, self.reached = max(0.001, seconds), False
@@ -268,7 +268,7 @@ class TimeLimit:
 
 
 class Bench:
-    """How the rows of a run are measured. In a rehearsal the CPU stands in for a device, and nothing takes long."""
+    """Measures rows. In a rehearsal the CPU stands in for the device, and every budget is 0."""
 
     def __init__(self, device, compiled: dict | None, copy_gb_per_s: float = math.nan, rehearsal: bool = False):
         import torch
@@ -280,7 +280,7 @@ class Bench:
             scratch = torch.ones(cache_bytes(device), device=device)  # four times the cache
 
             def flush():
-                """Reading leaves nothing in the cache that has to be written back during the next call."""
+                """Reading leaves no lines in the cache that would be written back during the next call."""
                 scratch.amax()
                 torch.cuda.synchronize(device)
 
@@ -290,7 +290,7 @@ class Bench:
         return 0 if self.rehearsal else seconds
 
     def operator(self, attempts: Attempts, case, which: str) -> dict:
-        """Latency of a call; for a GPU its device time and its cost to the host beside it."""
+        """Latency of a call; on a GPU also its device time and its host time."""
         from benchmarks.cases import AUTOTUNED, TUNED, Call, competitors, workload
 
         compiled = TUNED if which == AUTOTUNED else self.compiled
@@ -343,7 +343,7 @@ def called(call):
 
 
 def measure(store: Store, bench: Bench, work: list, end: float = math.inf, again: bool = False) -> int:
-    """Rows of the (case or network, pass) pairs, those that are stored only if ``again``. Returns the exit code."""
+    """Measure the (case or network, pass) pairs; stored rows only if ``again``. Returns the exit code."""
     import torch
 
     from benchmarks.cases import AUTOTUNED, HOST
@@ -362,7 +362,7 @@ def measure(store: Store, bench: Bench, work: list, end: float = math.inf, again
         torch._dynamo.reset()
         try:
             if tries >= 2:
-                attempts.errors["row"] = "not measured: the process ended in it twice"
+                attempts.errors["row"] = "not measured: it ended the process twice"
                 row = row_of(str(case), which, {})
             elif case == HOST:
                 row = row_of(HOST, "", {}, host_us=bench.host(attempts))
@@ -389,7 +389,7 @@ def measure(store: Store, bench: Bench, work: list, end: float = math.inf, again
 
 
 class Progress:
-    """One line that changes on a terminal, elsewhere a line for each row."""
+    """A line that is overwritten on a terminal; elsewhere a line for each row."""
 
     def __init__(self, rows: int):
         self.rows, self.began, self.terminal = rows, time.monotonic(), sys.stderr.isatty()
@@ -430,10 +430,12 @@ def main() -> int:
     suites.add_argument("--full", action="store_true", help="the GPU's shapes that fit, on the CPU, resumable")
     suites.add_argument("--networks", action="store_true", help="training steps and inference, compiled as well")
     suites.add_argument("--scaling", action="store_true", help="time against images, positions and channels")
-    suites.add_argument("--rehearsal", action="store_true", help="what --gpu does, in small on the CPU")
-    parser.add_argument("--only", default="", help="rows whose name contains this, stored or not")
+    suites.add_argument("--rehearsal", action="store_true", help="the same as --gpu, in small on the CPU")
+    parser.add_argument("--only", default="", help="rows whose name contains this, also if they are stored")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--seconds", type=float, default=math.inf, help=f"then stop, with exit code {UNFINISHED}")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help=f"time limit; exit code {UNFINISHED} if rows are left"
+    )
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
 

@@ -1,4 +1,4 @@
-"""The results file of a run: every row is on disk as soon as it is measured, and the same code goes on with it."""
+"""The results file of a run: each row is written as soon as it is measured, and a later run can continue it."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ COMMITTED = ROOT / "benchmarks/results"
 #: Where results are written.
 RESULTS = Path(os.environ.get("ATTNKERN_RESULTS") or COMMITTED).absolute()
 
-#: What the times depend on.
+#: Files on which the measured times depend.
 MEASURED = ("attnkern/**/*.py", "csrc/**/*", "setup.py", "benchmarks/cases.py", "benchmarks/run.py")
 
 
@@ -24,9 +24,8 @@ def code_version(*patterns: str) -> str:
 
 
 class Store:
-    """Rows of one machine, version of the code and set of options (``about["key"]``), which a later run goes on with.
-
-    Without a key, the rows are those of one run.
+    """A results file. A run continues the file of the same machine, suite and ``about["key"]``, the version of the code
+    and the options; without a key it starts a new one.
     """
 
     def __init__(self, folder: Path, about: dict):
@@ -43,7 +42,7 @@ class Store:
 
     @classmethod
     def of(cls, path: Path):
-        """The store that a file holds."""
+        """The store of an existing file."""
         store = cls.__new__(cls)
         store.path, store.content = path, json.loads(path.read_text())
         return store
@@ -52,7 +51,7 @@ class Store:
         return any(row["case"] == case and row["pass"] == which for row in self.content["rows"])
 
     def add(self, row: dict) -> None:
-        """A new row, or a new measurement of one."""
+        """Append a row, or replace an earlier measurement of it."""
         rows, names = self.content["rows"], [(row["case"], row["pass"]) for row in self.content["rows"]]
         if (row["case"], row["pass"]) in names:
             rows[names.index((row["case"], row["pass"]))] = row

@@ -1,9 +1,10 @@
-"""Everything that needs a GPU, on a machine without a network: `make gpu`.
+"""Builds, tests, measures and profiles attnkern on a machine with a GPU and no network: `make gpu`.
 
-Builds in place with the Python that runs it and installs nothing. A call ends after ``--minutes``; the same command
-again goes on where the last one stopped, until nothing is left. Results, a journal (gpu-run.jsonl) and the output of
-every command (gpu-run.log) lie in benchmarks/results/, or in the folder that ATTNKERN_RESULTS names; another version of
-the code begins anew. Exit codes: 0 all is done, 1 something failed, 3 nothing failed and something is left to do.
+It builds in place with the Python that runs it and installs nothing. A call ends after ``--minutes``; running the same
+command again continues where the last call stopped. Results, a journal (gpu-run.jsonl) and the output of every command
+(gpu-run.log) are written to benchmarks/results/ or to the folder that ATTNKERN_RESULTS names. When the sources change,
+everything starts again. Exit codes: 0 everything is done, 1 something failed, 3 nothing failed so far, but something is
+left to do.
 """
 
 import argparse
@@ -31,20 +32,20 @@ from benchmarks.report import COLUMNS, OURS, slowest, write  # noqa: E402
 from benchmarks.run import RESTART, UNFINISHED  # noqa: E402
 from benchmarks.store import COMMITTED, MEASURED, RESULTS, code_version  # noqa: E402
 
-#: After these two, which each call runs.
+#: Each call runs build and info, and then those of these that are not done.
 STAGES = ("tests", "benchmarks", "ncu", "sanitizer")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TESTS = [
     "tests/test_ops.py", "tests/test_window.py", "tests/test_quantize.py", "tests/test_pool.py",
     "tests/test_promises.py", "tests/test_device.py", "tests/test_faults.py", "tests/test_transforms.py",
 ]  # fmt: skip
-#: A small share of them: the sanitizer slows kernels down a hundredfold.
+#: A small subset, because the sanitizer slows kernels down a hundredfold.
 SANITIZED = ["tests/test_ops.py", "-k", "(golden and float32) or several_programs"]
 REHEARSED = ["tests/test_ops.py", "-k", "golden and float32 and quantize"]
-#: Seconds of a command, at most; what is left of the call if that is less.
+#: Time limit of a command in seconds; the time left in the call applies if it is shorter.
 LIMITS = {"build": 540, "info": 120, "tests": 540, "ncu": 120, "control": 60, "sanitizer": 120}
 PROFILED = 4  # rows
-END = 15  # seconds at the end of a call in which nothing begins
+END = 15  # seconds at the end of a call in which nothing is started
 
 PROBE = """
 import json, torch
@@ -52,7 +53,7 @@ from attnkern import _backend, cli
 print(cli.info())
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needed = ["native", "triton", "reference"]
-if device.type == "cpu" or torch.cuda.get_device_capability() < (8, 0):  # too old for Triton
+if device.type == "cpu" or torch.cuda.get_device_capability() < (8, 0):  # Triton does not support it
     needed.remove("triton")
 missing = {name: _backend.reason(name, device, torch.float32) for name in needed}
 print(json.dumps({"device": device.type, "backends": missing}))
@@ -60,7 +61,7 @@ print(json.dumps({"device": device.type, "backends": missing}))
 
 
 class OutOfTime(Exception):
-    """The rest is left to the next call."""
+    """The next call does the rest."""
 
 
 class Run:
@@ -82,7 +83,7 @@ class Run:
         return self.end - time.monotonic() - END
 
     def command(self, *words, limit: float, quiet: bool = False, **environment) -> tuple[int | None, str]:
-        """Exit code and output; None for the code of a command that took too long."""
+        """Run a command. Returns its exit code, or None if it took too long, and its output."""
         limit = min(limit, self.left())
         if limit < 5:
             raise OutOfTime
@@ -119,7 +120,7 @@ class Run:
 
     @staticmethod
     def _end(process) -> None:
-        """Nothing of a command outlives it, also where this program is interrupted."""
+        """Stop a command and its children, also when this program is interrupted."""
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGINT)
@@ -131,7 +132,7 @@ class Run:
     # --- stages ------------------------------------------------------------------------------------------------------
 
     def build(self) -> None:
-        """Libraries that fit are kept."""
+        """Build the libraries; setup.py keeps those that fit."""
         if self.journal.outcomes("build").get("build") == "failed":
             self.tell('build: failed before, not tried again without GPU="--again build"')
             return
@@ -142,19 +143,19 @@ class Run:
             self.journal.add("build", unit="build", outcome="failed" if code else "passed")
 
     def info(self) -> None:
-        """A backend that is missing is an error, and the others are tested."""
+        """Print what is available. A missing backend is an error; the stages continue with the others."""
         code, output = self.command(sys.executable, "-c", PROBE, limit=LIMITS["info"])
         if code != 0:
             sys.exit("make gpu: attnkern does not run")
         found = json.loads(output.splitlines()[-1])
         if found["device"] == "cpu" and not self.rehearsal:
-            sys.exit("make gpu: PyTorch sees no GPU (`make gpu GPU=--rehearsal` does everything in small on the CPU)")
+            sys.exit("make gpu: PyTorch sees no GPU (`make gpu GPU=--rehearsal` runs everything in small on the CPU)")
         for name, missing in found["backends"].items():
             self.journal.add("info", unit=f"{name} backend", outcome="failed" if missing else "passed", text=missing)
         self.backends = [name for name, missing in found["backends"].items() if missing is None]
 
     def pytest(self, stage: str, *tests: str, backends: list[str], limit: float, before=(), **environment):
-        """Exit code and output; tests that the journal holds are left out."""
+        """Run those of the tests that the journal does not contain. Returns exit code and output."""
         limit = min(limit, self.left())
         return self.command(
             *before, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "resume",
@@ -169,17 +170,17 @@ class Run:
             self.journal.add("tests", unit="pytest", outcome="skipped", text="not installed")
             self.journal.add("tests", unit="all", outcome="passed")
             return
-        # Triton compiles one kernel at a time in each process.
+        # Triton compiles one kernel at a time per process.
         parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
         if not parallel:
-            self.tell("tests: in one process, pytest-xdist is not installed")
+            self.tell("tests: pytest-xdist is not installed, one process runs them all")
         chosen = REHEARSED if self.rehearsal else TESTS
         code = -1
-        while code is not None and code < 0:  # a test that ends the process twice is left out
+        while code is not None and code < 0:  # a test crashed; the journal leaves it out after the second time
             code, output = self.pytest(
                 "tests", *parallel, *chosen, backends=self.backends, limit=LIMITS["tests"], ATTNKERN_TEST_LARGE="1"
             )
-        if code in (0, 1, 5):  # passed, failures, nothing was left
+        if code in (0, 1, 5):  # all passed, some failed, nothing was left to run
             self.journal.add("tests", unit="all", outcome="passed")
         elif code is not None and "time is up" not in output:
             self.journal.add("tests", unit="pytest", outcome="failed", text=f"exit code {code}")
@@ -187,7 +188,7 @@ class Run:
     def benchmarks(self) -> None:
         suite = "--rehearsal" if self.rehearsal else "--gpu"
         before = None
-        while (rows := self.results()) != before:  # else it ends without coming to a row
+        while (rows := self.results()) != before:  # otherwise it crashes before it starts a row
             before = rows
             code, _ = self.command(
                 sys.executable, "-m", "benchmarks.run", suite, "--seconds", self.left() - END, limit=self.left()
@@ -196,11 +197,11 @@ class Run:
                 self.journal.add("benchmarks", unit="all", outcome="passed")
             if code in (0, UNFINISHED):
                 return
-            self.tell(f"benchmarks: {'the device failed' if code == RESTART else f'exit code {code}'}; going on anew")
+            self.tell(f"benchmarks: {'the device failed' if code == RESTART else f'exit code {code}'}; starting again")
         self.journal.add("benchmarks", unit="benchmarks.run", outcome="failed", text=f"exit code {code}")
 
     def results(self) -> tuple[Path | None, dict]:
-        """File and content of the benchmarks of this code."""
+        """File and content of the benchmark results of this version of the code."""
         key = {"version": code_version(*MEASURED), "compiled": True}
         for path in sorted(self.folder.glob("*.json")):
             content = json.loads(path.read_text())
@@ -209,7 +210,7 @@ class Run:
         return None, {"rows": []}
 
     def ncu(self) -> None:
-        """Of the rows that there are: more may come while the benchmarks are not finished."""
+        """Profile the slowest of the rows measured so far."""
         path, content = self.results()
         done = self.journal.outcomes("ncu")
         for case, which, backend in slowest(content["rows"], PROFILED):
@@ -254,7 +255,7 @@ class Run:
             self.tell(f"compute-sanitizer {tool}: {text}")
             self.journal.add("sanitizer", unit=tool, outcome=outcome, text=text)
 
-        # Else what lies behind a tensor belongs to PyTorch's cache, and is no error.
+        # Otherwise the memory behind a tensor belongs to PyTorch's cache, and an access to it is not an error.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         if control is not None:
             command = (sanitizer, "--tool", tool, control, tool)
@@ -263,7 +264,7 @@ class Run:
                 return say("skipped", "not run, it took too long" if code is None else "not run, the host refuses it")
             if "SUMMARY: 0 " in output:
                 return say("failed", "does not find the planted error")
-        # Memory that conftest.py fills is written, and initcheck would see nothing.
+        # conftest.py fills new tensors, which would hide uninitialized reads from initcheck.
         code, output = self.pytest(
             tool, *(REHEARSED if self.rehearsal else SANITIZED), limit=LIMITS["sanitizer"],
             backends=[name for name in self.backends if name != "reference"],
@@ -321,17 +322,17 @@ class Run:
             f"benchmarks: {row['case']} {row['pass']}, {name}: {error}"
             for row in rows
             for name, error in row.get("errors", {}).items()
-            if name.startswith(OURS) or name not in COLUMNS  # a competitor may fail
+            if name.startswith(OURS) or name not in COLUMNS  # the failure of a competitor is not ours
         ]
         for failure in failures[:30]:
             self.tell(f"FAILED {failure}")
         if unfinished:
-            self.tell(f"Not finished: {', '.join(unfinished)}. The same command goes on.")
+            self.tell(f"Not finished: {', '.join(unfinished)}. Run the same command again.")
         return 1 if failures else 3 if unfinished else 0
 
 
 def _paths(*folders: Path) -> str:
-    """Before those that PYTHONPATH names."""
+    """PYTHONPATH with these folders in front."""
     return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
@@ -341,10 +342,12 @@ def _tool(name: str) -> str | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=9.5, help="after which this call ends (default 9.5)")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="instead of all")
-    parser.add_argument("--again", nargs="+", choices=("build", *STAGES), default=(), help="forget their outcomes")
-    parser.add_argument("--rehearsal", action="store_true", help="the same in small, on the CPU")
+    parser.add_argument("--minutes", type=float, default=9.5, help="time limit of this call (default 9.5)")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="run only these stages")
+    parser.add_argument(
+        "--again", nargs="+", choices=("build", *STAGES), default=(), help="forget the outcome of these"
+    )
+    parser.add_argument("--rehearsal", action="store_true", help="run everything in small on the CPU")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = Run(options.minutes, options.rehearsal)

@@ -1,11 +1,11 @@
-"""What the calls of `make gpu` have done."""
+"""The journal of `make gpu`: what its calls have done."""
 
 import json
 from pathlib import Path
 
 
 class Journal:
-    """Lines of JSON, each on disk when it is written; those of other versions of the code stay and do not count."""
+    """Lines of JSON, each written at once. Lines of other versions of the code are kept and ignored."""
 
     def __init__(self, path: Path, version: str):
         self.path, self.version = Path(path), version
@@ -29,7 +29,7 @@ class Journal:
         return found
 
     def outcomes(self, stage: str) -> dict[str, str]:
-        """ "passed", "failed" or "skipped" by unit of the stage; "unfinished" where it was begun twice and no more."""
+        """Outcome by unit of a stage: "passed", "failed", "skipped", or "unfinished" if it was begun twice in vain."""
         found, begun = {}, {}
         for entry in self.entries(stage):
             unit, outcome = entry.get("unit"), entry["outcome"]

@@ -1,4 +1,6 @@
-"""A pytest plugin (``-p resume``): a run that is stopped goes on where it stopped, and a test that ended two runs is
+"""A pytest plugin (``-p resume``): a run continues where the last one stopped.
+
+Outcomes are written to the journal. A test that was begun twice without an outcome, because it ended the process, is
 given up.
 """
 
@@ -13,7 +15,7 @@ def pytest_addoption(parser):
     group.addoption("--journal", help="file of the journal")
     group.addoption("--journal-version", help="version of the code")
     group.addoption("--journal-stage", help="stage that the tests belong to")
-    group.addoption("--until", type=float, help="time (seconds since 1970) after which no test begins")
+    group.addoption("--until", type=float, help="time (seconds since 1970) after which no test is started")
 
 
 def pytest_configure(config):
@@ -26,7 +28,7 @@ class Resume:
         self.config, self.stage = config, config.getoption("journal_stage")
         self.journal = Journal(config.getoption("journal"), config.getoption("journal_version"))
         self.worker = hasattr(config, "workerinput")
-        # Each of xdist's processes must leave out the same tests, whenever it begins.
+        # All processes of xdist must leave out the same tests, whenever they start.
         self.done = set(config.workerinput["done"] if self.worker else self.journal.outcomes(self.stage))
         self.outcomes = {}
 
@@ -49,7 +51,7 @@ class Resume:
             crash = getattr(report.longrepr, "reprcrash", None)
             text = (crash.message if crash else report.longreprtext).split("\n")[0][:200] if report.failed else None
             self.outcomes[report.nodeid] = report.outcome, text
-        if report.when not in ("setup", "call"):  # neither is what xdist reports when its process has died
+        if report.when not in ("setup", "call"):  # xdist reports a crash of its process as another phase
             outcome, text = self.outcomes.pop(report.nodeid, ("passed", None))
             self.journal.add(self.stage, unit=report.nodeid, outcome=outcome, text=text)
             if time.time() > self.config.getoption("until"):

@@ -1,4 +1,4 @@
-"""`make gpu` from end to end on a CPU, in small, with programs in place of NVIDIA's: interrupted, gone on with."""
+"""`make gpu` on a CPU, in small: interrupted, resumed, finished. Scripts stand in for NVIDIA's tools."""
 
 import json
 import os
@@ -12,13 +12,13 @@ from journal import Journal
 
 HERE = Path(__file__).parent
 
-#: The compiler makes what the sanitizer knows as the program with planted errors.
+#: Creates a file in place of the program with planted errors.
 NVCC = """#!/bin/sh
 [ "$1" = -arch=native ] && touch "$3"
 exit 0
 """
 
-#: Each tool another outcome: no errors, errors, refused by the host, blind for the planted error.
+#: A different outcome for each tool: no errors, errors, refused by the host, planted error not found.
 SANITIZER = """#!/bin/sh
 tool=$2
 if [ $# = 4 ]; then
@@ -33,7 +33,7 @@ case $tool in
 esac
 """
 
-#: Runs its program the first time, and writes what ncu has written elsewhere.
+#: Writes a recorded kind of CSV, and runs its program the first time only.
 NCU = f"""#!/bin/sh
 case "$*" in *"--csv --log-file "*"--clock-control none"*) ;; *) exit 1;; esac
 cp {HERE}/data/ncu.csv "$3"
@@ -46,7 +46,7 @@ exec "$@"
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a call; its results go to tmp_path / "results"."""
+    """Starts a call that writes to tmp_path / "results"."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name, text in {"nvcc": NVCC, "compute-sanitizer": SANITIZER, "ncu": NCU}.items():
@@ -79,7 +79,7 @@ def journal(folder):
 def test_rehearsal(start, tmp_path):
     folder = tmp_path / "results"
 
-    # A first call, interrupted while it measures.
+    # The first call is interrupted while it measures.
     process = start()
     lines = []
     for line in process.stdout:
@@ -90,14 +90,14 @@ def test_rehearsal(start, tmp_path):
     first = "".join(lines) + process.stdout.read()
     assert process.wait() == 3, first
     assert "\r" not in first
-    assert "Not finished: benchmarks, ncu, sanitizer. The same command goes on." in first
+    assert "Not finished: benchmarks, ncu, sanitizer. Run the same command again." in first
     _, before = results(folder)
     assert len(before["rows"]) >= 2
     assert "native" in before["host_us"]["window_attention"]
     tested = [entry["unit"] for entry in journal(folder) if entry["stage"] == "tests" and entry["outcome"] == "passed"]
     assert any("quantize" in unit for unit in tested)
 
-    # The second goes on with the next row, and does the rest.
+    # The second continues with the next row and does the rest.
     process = start()
     second = process.communicate()[0]
     assert process.returncode == 1, second  # for the errors that the sanitizer found
@@ -144,7 +144,7 @@ def test_rehearsal(start, tmp_path):
     assert "FAILED sanitizer: racecheck" in third
     assert results(folder)[1] == after
 
-    # Files that may be taken along: few, in one folder.
+    # Few files in one folder, which are easy to copy.
     assert {p.name for p in folder.iterdir()} == {
         "ran", "gpu-run.jsonl", "gpu-run.log", *(path.with_suffix(suffix).name for suffix in (".json", ".md", ".svg")),
     }  # fmt: skip
@@ -159,7 +159,6 @@ def test_a_call_without_time_begins_nothing(start, tmp_path):
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
-    """And does nothing else, but for the build."""
     environment = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
@@ -203,7 +202,7 @@ def test_e(): pass
 
 
 def test_tests_go_on_where_they_stopped(tmp_path):
-    """Those that ended are left out, one that ends the process is left out after the second time, and time is up."""
+    """Finished tests are not repeated, a test that ends the process twice is given up, and the time limit holds."""
     (tmp_path / "test_them.py").write_text(TESTS)
     record = Journal(tmp_path / "journal", "v")
 

@@ -447,7 +447,7 @@ def main() -> int:
     device = torch.device("cuda" if options.gpu else "cpu")
     compiled = None if options.no_compile else cases.REHEARSED if options.rehearsal else cases.COMPILED
     suite = next((name for name in ("scaling", "networks", "full", "rehearsal") if getattr(options, name)), "")
-    about = machine(device) | {"suite": suite}
+    about = machine(device) | {"commit": commit(), "suite": suite}
     if suite != "scaling" and (suite or options.gpu):
         about["key"] = {"version": code_version(*MEASURED), "compiled": compiled is not None}
     RESULTS.mkdir(parents=True, exist_ok=True)

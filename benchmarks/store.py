@@ -24,8 +24,8 @@ def code_version(*patterns: str) -> str:
 
 
 class Store:
-    """A results file. A run continues the file of the same machine, suite and ``about["key"]``, the version of the code
-    and the options; without a key it starts a new one.
+    """A results file. A run with a key, which holds the version of the code and the options, continues the file with the
+    same key, machine, version of PyTorch and suite.
     """
 
     def __init__(self, folder: Path, about: dict):
@@ -33,11 +33,11 @@ class Store:
         self.path = folder / f"{re.sub(r'[^a-z0-9]+', '-', stem.lower()).strip('-')}.json"
         self.content = {**about, "rows": []}
         if "key" in about:
-            key = hashlib.sha256(json.dumps(about["key"]).encode()).hexdigest()[:6]
+            key = hashlib.sha256(json.dumps([about["key"], about["torch"]]).encode()).hexdigest()[:6]
             self.path = self.path.with_stem(f"{self.path.stem}-{key}")
             for path in sorted(folder.glob("*.json")):
                 content = json.loads(path.read_text())
-                if all(content.get(name) == about[name] for name in ("key", "machine", "threads", "suite")):
+                if all(content.get(name) == about[name] for name in ("key", "machine", "threads", "torch", "suite")):
                     self.path, self.content = path, content
 
     @classmethod

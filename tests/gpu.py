@@ -47,7 +47,11 @@ LIMITS = {"build": 540, "info": 120, "tests": 540, "ncu": 120, "control": 60, "s
 PROFILED = 4  # rows
 END = 15  # seconds at the end of a call in which nothing is started
 
-PROBE = """
+MACHINE = """
+import torch
+print("torch", torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+"""
+INFO = """
 import json, torch
 from attnkern import _backend, cli
 print(cli.info())
@@ -55,8 +59,7 @@ device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needed = ["native", "triton", "reference"]
 if device.type == "cpu" or torch.cuda.get_device_capability() < (8, 0):  # Triton does not support it
     needed.remove("triton")
-missing = {name: _backend.reason(name, device, torch.float32) for name in needed}
-print(json.dumps({"device": device.type, "backends": missing}))
+print(json.dumps({name: _backend.reason(name, device, torch.float32) for name in needed}))
 """
 
 
@@ -67,13 +70,13 @@ class OutOfTime(Exception):
 class Run:
     def __init__(self, minutes: float, rehearsal: bool):
         self.end, self.rehearsal = time.monotonic() + 60 * minutes, rehearsal
-        version = code_version(*MEASURED, "tests/**/*") + "-rehearsal" * rehearsal
+        self.version = code_version(*MEASURED, "tests/**/*.py")
         self.folder = ROOT / "build/rehearsal" if rehearsal and RESULTS == COMMITTED else RESULTS
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.journal = Journal(self.folder / "gpu-run.jsonl", version)
+        self.journal = Journal(self.folder / "gpu-run.jsonl", self.version)
         self.log = (self.folder / "gpu-run.log").open("a", buffering=1)
         self.backends: list[str] = []
-        self.tell(f"\n=== make gpu: code {version}, results in {self.folder}, {minutes:g} minutes")
+        self.tell(f"\n=== make gpu: code {self.version}, {minutes:g} minutes, results in {self.folder}")
 
     def tell(self, text: str) -> None:
         print(text, flush=True)
@@ -131,6 +134,16 @@ class Run:
 
     # --- stages ------------------------------------------------------------------------------------------------------
 
+    def identify(self) -> None:
+        """The journal is that of this version of the code, of PyTorch and of this GPU."""
+        code, output = self.command(sys.executable, "-c", MACHINE, limit=LIMITS["info"])
+        if code != 0:
+            sys.exit("make gpu: PyTorch cannot be imported")
+        machine = output.splitlines()[-1]
+        if machine.endswith(" cpu") and not self.rehearsal:
+            sys.exit("make gpu: PyTorch sees no GPU (`make gpu GPU=--rehearsal` runs everything in small on the CPU)")
+        self.journal.version = f"{self.version}, {machine}"
+
     def build(self) -> None:
         """Build the libraries; setup.py keeps those that fit."""
         if self.journal.outcomes("build").get("build") == "failed":
@@ -144,15 +157,13 @@ class Run:
 
     def info(self) -> None:
         """Print what is available. A missing backend is an error; the stages continue with the others."""
-        code, output = self.command(sys.executable, "-c", PROBE, limit=LIMITS["info"])
+        code, output = self.command(sys.executable, "-c", INFO, limit=LIMITS["info"])
         if code != 0:
             sys.exit("make gpu: attnkern does not run")
-        found = json.loads(output.splitlines()[-1])
-        if found["device"] == "cpu" and not self.rehearsal:
-            sys.exit("make gpu: PyTorch sees no GPU (`make gpu GPU=--rehearsal` runs everything in small on the CPU)")
-        for name, missing in found["backends"].items():
+        reasons = json.loads(output.splitlines()[-1])
+        for name, missing in reasons.items():
             self.journal.add("info", unit=f"{name} backend", outcome="failed" if missing else "passed", text=missing)
-        self.backends = [name for name, missing in found["backends"].items() if missing is None]
+        self.backends = [name for name, missing in reasons.items() if missing is None]
 
     def pytest(self, stage: str, *tests: str, backends: list[str], limit: float, before=(), **environment):
         """Run those of the tests that the journal does not contain. Returns exit code and output."""
@@ -203,7 +214,7 @@ class Run:
     def results(self) -> tuple[Path | None, dict]:
         """File and content of the benchmark results of this version of the code."""
         key = {"version": code_version(*MEASURED), "compiled": True}
-        for path in sorted(self.folder.glob("*.json")):
+        for path in sorted(self.folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
             content = json.loads(path.read_text())
             if content.get("key") == key and content["suite"] == ("rehearsal" if self.rehearsal else ""):
                 return path, content
@@ -285,8 +296,12 @@ class Run:
 
     # --- the whole ---------------------------------------------------------------------------------------------------
 
-    def everything(self, stages: list[str]) -> int:
+    def everything(self, stages: list[str], again: list[str]) -> int:
         try:
+            self.identify()
+            for stage in again:
+                for part in (stage, *(TOOLS if stage == "sanitizer" else ())):
+                    self.journal.add(part, outcome="forgotten")
             self.build()
             self.info()
             for stage in stages:
@@ -351,10 +366,7 @@ def main() -> int:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = Run(options.minutes, options.rehearsal)
-    for stage in options.again:
-        for part in (stage, *(TOOLS if stage == "sanitizer" else ())):
-            run.journal.add(part, outcome="forgotten")
-    return run.everything([stage for stage in STAGES if stage in options.stages])
+    return run.everything([stage for stage in STAGES if stage in options.stages], options.again)
 
 
 if __name__ == "__main__":

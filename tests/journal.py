@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 class Journal:
-    """Lines of JSON, each written at once. Lines of other versions of the code are kept and ignored."""
+    """Lines of JSON, each written at once. Lines of other versions are kept and ignored."""
 
     def __init__(self, path: Path, version: str):
         self.path, self.version = Path(path), version

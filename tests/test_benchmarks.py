@@ -56,7 +56,7 @@ def test_losses_stay_in_the_table():
     assert "MISSED: 0.50 × torch.compile at the slowest, pool" in verdict
 
 
-ABOUT = {"machine": "m", "threads": 1, "date": "2026-01-01", "suite": ""}
+ABOUT = {"machine": "m", "threads": 1, "date": "2026-01-01", "torch": "2", "suite": ""}
 KEY = {"version": "a", "compiled": True}
 
 
@@ -70,8 +70,8 @@ def test_store_resumes(tmp_path):
     assert not again.has("window float32 contiguous", "forward")
     again.add(ROWS[1])
     assert len(json.loads(first.path.read_text())["rows"]) == 2
-    for other in ({"version": "b"}, {"compiled": False}):
-        store = Store(tmp_path, {**ABOUT, "key": {**KEY, **other}})
+    for other in ({"key": {**KEY, "version": "b"}}, {"key": {**KEY, "compiled": False}}, {"key": KEY, "machine": "n"}):
+        store = Store(tmp_path, {**ABOUT, **other})
         assert store.content["rows"] == []
         assert store.path != first.path
     assert Store(tmp_path, {**ABOUT}).content["rows"] == []

@@ -24,8 +24,8 @@ def code_version(*patterns: str) -> str:
 
 
 class Store:
-    """A results file. A run with a key, which holds the version of the code and the options, continues the file with the
-    same key, machine, version of PyTorch and suite.
+    """A results file. A run with a key (the version of the code and the options) continues the file that has the same
+    key, machine, version of PyTorch and suite.
     """
 
     def __init__(self, folder: Path, about: dict):

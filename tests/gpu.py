@@ -85,11 +85,15 @@ class Run:
     def left(self) -> float:
         return self.end - time.monotonic() - END
 
+    def need(self, seconds: float) -> None:
+        """Start nothing that could not get anywhere."""
+        if self.left() < seconds:
+            raise OutOfTime
+
     def command(self, *words, limit: float, quiet: bool = False, **environment) -> tuple[int | None, str]:
         """Run a command. Returns its exit code, or None if it took too long, and its output."""
+        self.need(5)
         limit = min(limit, self.left())
-        if limit < 5:
-            raise OutOfTime
         words = [str(word) for word in words]
         print("$", *words, file=self.log)
         if self.rehearsal:
@@ -181,6 +185,7 @@ class Run:
             self.journal.add("tests", unit="pytest", outcome="skipped", text="not installed")
             self.journal.add("tests", unit="all", outcome="passed")
             return
+        self.need(30)
         # Triton compiles one kernel at a time per process.
         parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
         if not parallel:
@@ -201,6 +206,7 @@ class Run:
         before = None
         while (rows := self.results()) != before:  # otherwise it crashes before it starts a row
             before = rows
+            self.need(30)
             code, _ = self.command(
                 sys.executable, "-m", "benchmarks.run", suite, "--seconds", self.left() - END, limit=self.left()
             )
@@ -228,6 +234,7 @@ class Run:
             unit = f"{case}, {which}, {backend}"
             if unit in done:
                 continue
+            self.need(LIMITS["ncu"] / 2)
             self.journal.add("ncu", unit=unit, outcome="begun")
             command = (sys.executable, "-m", "benchmarks.profile", case, which, "--backend", backend, "--store", path)
             code, output = self.command(*command, limit=LIMITS["ncu"])
@@ -275,6 +282,7 @@ class Run:
                 return say("skipped", "not run, it took too long" if code is None else "not run, the host refuses it")
             if "SUMMARY: 0 " in output:
                 return say("failed", "does not find the planted error")
+        self.need(LIMITS["sanitizer"] / 2)
         # conftest.py fills new tensors, which would hide uninitialized reads from initcheck.
         code, output = self.pytest(
             tool, *(REHEARSED if self.rehearsal else SANITIZED), limit=LIMITS["sanitizer"],

@@ -75,9 +75,10 @@ VERSIONS ?= 2.11.0:python3.12 2.13.0:python3.11 2.15.0:python3.13
 compat: setup
 	bash tests/compat.sh $(VERSIONS)
 
-# For a machine with a GPU and no network: builds in place with the Python at hand and installs nothing.
+# For a machine with a GPU and no network: builds in place with the Python at hand and installs nothing. Repeat it until
+# it is finished: docs/gpu-run.md. GPU= passes options to tests/gpu.py.
 gpu:
-	bash tests/gpu.sh $(PYTHON)
+	$(PYTHON) tests/gpu.py $(GPU)
 
 wheel: setup
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -70,14 +70,15 @@ soak: setup
 sanitize: setup
 	bash tests/sanitize.sh
 
-# One wheel under other versions of PyTorch, each in an environment of its own; not part of the tests.
+# The source built under the lowest version of PyTorch, then one wheel under several; not part of the tests.
 VERSIONS ?= 2.11.0:python3.12 2.13.0:python3.11 2.15.0:python3.13
 compat: setup
 	bash tests/compat.sh $(VERSIONS)
 
-# For a machine with a GPU and no network: builds in place with the Python at hand and installs nothing.
+# For a machine with a GPU and no network: builds in place with the Python at hand and installs nothing. Repeat it until
+# it is finished: docs/gpu-run.md. GPU= passes options to tests/gpu.py.
 gpu:
-	bash tests/gpu.sh $(PYTHON)
+	$(PYTHON) tests/gpu.py $(GPU)
 
 wheel: setup
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .

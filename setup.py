@@ -4,11 +4,15 @@ Environment: FORCE_CUDA=1 fails where CUDA cannot be built, FORCE_CUDA=0 leaves 
 neither library (Triton and the reference need no compiler); TORCH_CUDA_ARCH_LIST names the compute capabilities
 (default: the visible GPU's, else 8.0, 9.0 and PTX); MAX_JOBS limits parallel compilers; CUDA_HOME names the toolkit.
 
+In place (build_ext --inplace, an editable install) a library that is already beside the package stays if it was built
+from these sources, loads and serves the GPUs here; neither a build folder nor timestamps are looked at.
+
 Wheels are tagged py3-none: the libraries hold no line of Python's C API, so one file serves every CPython of a
 platform, free-threaded ones too. The build number of one with CUDA kernels names CUDA's major version.
 """
 
 import gzip
+import hashlib
 import os
 import re
 import runpy
@@ -32,6 +36,9 @@ ROOT = Path(__file__).parent
 SCHEMA_HASH = runpy.run_path(str(ROOT / "attnkern/_schemas.py"))["HASH"]
 
 
+NO_TOOLKIT = "no CUDA toolkit with nvcc was found; install one or set CUDA_HOME"
+
+
 def cuda_home() -> str | None:
     """The toolkit's folder: the one with cudart's headers and library, which that of an nvcc launcher need not be."""
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
@@ -51,17 +58,21 @@ def cuda_missing(home: str | None) -> str | None:
     """Why the CUDA library cannot be built here, or None."""
     if os.environ.get("FORCE_CUDA") == "0":
         return "FORCE_CUDA=0"
+    if torch.version.hip:
+        return "this PyTorch is built for ROCm, where the Triton kernels run"
     if not torch.version.cuda:
         return "this PyTorch is a CPU build; install one built for CUDA"
     if home is None:
-        return "no CUDA toolkit with nvcc was found; install one or set CUDA_HOME"
+        return NO_TOOLKIT
     return None
 
 
 home = cuda_home()
 if home:
     os.environ["CUDA_HOME"] = home  # before torch looks for it
-if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
+capabilities = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+if asked is None and not capabilities:
     os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0 9.0+PTX"
 if "MAX_JOBS" not in os.environ and hasattr(os, "sysconf"):
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -69,43 +80,123 @@ if "MAX_JOBS" not in os.environ and hasattr(os, "sysconf"):
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
+MODULES = {"cpu": "attnkern._C", "cuda": "attnkern._C_cuda"}
+# Never -ffast-math: it changes the whole process's floating-point mode and folds NaN checks away. Symbols are hidden:
+# PyTorch loads all libraries into one namespace, where those of one would take the place of the other's.
+COMMON = ["-O3", "-std=c++20"]
+FLAGS = {
+    "cpu": [*COMMON, "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"],
+    "cuda": [*COMMON, "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden"],
+}
+
 
 def sources(kind: str) -> list[str]:
     lines = [line.split() for line in (ROOT / "csrc/sources.txt").read_text().splitlines()]
     return [line[1] for line in lines if line[:1] == [kind]]
 
 
-def extension(kind: str, make, name: str, flags: dict[str, list[str]]):
+def extension(kind: str):
+    # Errors name files as they are called in the projects, not where a wheel was built; the later of two maps wins.
+    homes = (ROOT.absolute(), Path(torch.__file__).absolute().parents[1])
+    maps = [f"-ffile-prefix-map={folder}/=" for folder in homes]
+    if kind == "cuda":  # nvcc splits what it hands on at commas, and hands it on without quotes
+        quoted = ['"' + flag.replace(",", "\\,") + '"' for flag in maps]
+        maps = [part for flag in quoted for part in ("-Xcompiler", flag)]
+    make, compiler = (CppExtension, "cxx") if kind == "cpu" else (CUDAExtension, "nvcc")
     return make(
-        name,
+        MODULES[kind],
         sources(kind),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("ATTNKERN_SCHEMA_HASH", f'"{SCHEMA_HASH}"')],
-        extra_compile_args=flags,
+        extra_compile_args={compiler: FLAGS[kind] + maps},
+        extra_link_args=[f"-Wl,--build-id=0x{build_id(kind).hex()}"],
         depends=["attnkern/_schemas.py", *(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*h"))],
         py_limited_api=True,  # no Python.h at all: one binary for every Python
     )
 
 
-# Never -ffast-math: it changes the whole process's floating-point mode and folds NaN checks away. Symbols are hidden:
-# PyTorch loads all libraries into one namespace, where those of one would take the place of the other's.
-cxx = ["-O3", "-std=c++20", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
-# Errors name files as they are called in the projects, not where a wheel was built; the later of two maps comes first.
-homes = [f"-ffile-prefix-map={folder}/=" for folder in (ROOT.absolute(), Path(torch.__file__).absolute().parents[1])]
-cxx += homes
+# --- libraries that are there already: a build id tells what they were built from ---
+
+
+def architectures(kind: str) -> str:
+    """The compute capabilities that a library is built for here."""
+    if kind == "cpu":
+        return ""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or " ".join(f"{major}.{minor}" for major, minor in capabilities)
+    return " ".join(listed.replace(";", " ").split())
+
+
+def digest(kind: str) -> bytes:
+    """Of what a library is built from, but for compilers, PyTorch's headers and the architectures."""
+    files = sorted(path for path in (*ROOT.glob("csrc/*.h"), *ROOT.glob(f"csrc/{kind}/*")) if path.is_file())
+    texts = [(path.relative_to(ROOT).as_posix(), path.read_bytes()) for path in files]
+    return hashlib.sha256(repr((SCHEMA_HASH, sources(kind), FLAGS[kind], texts)).encode()).digest()[:16]
+
+
+def build_id(kind: str) -> bytes:
+    return digest(kind) + architectures(kind).encode() + b"\0"
+
+
+def library(kind: str) -> Path:
+    """The library beside the package."""
+    return ROOT / (MODULES[kind].replace(".", "/") + ".so")
+
+
+def serves(listed: str, capability: tuple[int, int]) -> bool:
+    """Does code for these compute capabilities run on a GPU? On later minor versions; as PTX on all later ones."""
+    for major, minor, ptx in re.findall(r"\b(\d+)\.(\d)(\+PTX)?(?!\w)", listed):
+        code = int(major), int(minor)
+        if code <= capability and (ptx or code[0] == capability[0]):
+            return True
+    return False
+
+
+def load_error(path: Path) -> str | None:
+    """In a process of its own: a damaged library may end it."""
+    code = "import ctypes, sys, torch; ctypes.CDLL(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    return "it does not load: " + (done.stderr.splitlines() or [f"exit status {done.returncode}"])[-1]
+
+
+def unfit(kind: str) -> str | None:
+    """Why the library beside the package will not do here; None when it will."""
+    path = library(kind)
+    if not path.exists():
+        return "it is not there"
+    found = re.search(b"GNU\0" + re.escape(digest(kind)) + rb"([\w.+ ]*)\0", path.read_bytes())
+    if found is None:
+        return "it was built from other sources"
+    listed = found[1].decode()
+    if kind == "cuda" and asked and listed != architectures(kind):
+        return f"it has code for compute capability {listed}, not for {architectures(kind)}"
+    for capability in capabilities if kind == "cuda" else ():
+        if not serves(listed, capability):
+            return "it has code for compute capability {}, the GPU has {}.{}".format(listed, *capability)
+    return load_error(path)
+
+
+class Build(BuildExtension):
+    def run(self):
+        if self.inplace:
+            reasons = {kind: unfit(kind) for kind in kinds}
+            self.extensions = [ext for ext, kind in zip(self.extensions, kinds, strict=True) if reasons[kind]]
+            if missing == NO_TOOLKIT and library("cuda").exists():  # comes from elsewhere, and would be used
+                reasons["cuda"] = unfit("cuda")
+                if reasons["cuda"]:
+                    sys.exit(f"attnkern: _C_cuda.so does not do: {reasons['cuda']}; to build it: {missing}")
+            for kind, reason in reasons.items():
+                print(f"attnkern: {library(kind).name} {'is built: ' + reason if reason else 'stays'}", file=sys.stderr)
+        super().run()
+
+
 native = os.environ.get("ATTNKERN_NO_NATIVE") != "1"
-extensions = [extension("cpu", CppExtension, "attnkern._C", {"cxx": cxx})] if native else []
 missing = cuda_missing(home) if native else "ATTNKERN_NO_NATIVE=1"
-if missing is None:
-    nvcc = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
-    # nvcc splits what it hands on at commas, and hands it on without quotes.
-    quoted = ['"' + flag.replace(",", "\\,") + '"' for flag in homes]
-    nvcc += [part for flag in ["-fvisibility=hidden", *quoted] for part in ("-Xcompiler", flag)]
-    host = ["-O3", "-std=c++20", "-DUSE_CUDA", "-g0", *homes]
-    extensions.append(extension("cuda", CUDAExtension, "attnkern._C_cuda", {"cxx": host, "nvcc": nvcc}))
-elif os.environ.get("FORCE_CUDA") == "1":
-    sys.exit(f"attnkern: FORCE_CUDA=1, but the CUDA kernels cannot be built: {missing}")
-else:
+kinds = (["cpu"] if native else []) + (["cuda"] if missing is None else [])
+if missing is not None:
+    if os.environ.get("FORCE_CUDA") == "1":
+        sys.exit(f"attnkern: FORCE_CUDA=1, but the CUDA kernels cannot be built: {missing}")
     print(f"attnkern: building {'the CPU library' if native else 'Python'} only: {missing}", file=sys.stderr)
 
 
@@ -142,10 +233,10 @@ class Wheel(bdist_wheel):
 
 
 setup(
-    ext_modules=extensions,
+    ext_modules=[extension(kind) for kind in kinds],
     cmdclass={
         "bdist_wheel": Wheel,
-        "build_ext": BuildExtension.with_options(no_python_abi_suffix=True),
+        "build_ext": Build.with_options(no_python_abi_suffix=True),
         "sdist": SourceArchive,
     },
 )

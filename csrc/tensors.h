@@ -2,6 +2,8 @@
 // where Half and BFloat16 are known, the storage types of the device.
 #pragma once
 
+#include <dlfcn.h>
+
 #include <initializer_list>
 #include <optional>
 #include <type_traits>
@@ -9,12 +11,17 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/DeviceType.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/HeaderOnlyArrayRef.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 namespace attnkern {
 
+using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 template <typename T> constexpr ScalarType scalar_type() {
   if constexpr (std::is_same_v<T, double>)
@@ -37,39 +44,76 @@ template <typename T> const T* data(const std::optional<Tensor>& tensor) {
 }
 template <typename T> T* mutable_data(const Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); }
 
+// Allocates once more, now through PyTorch's C++ functions, so that PyTorch's own exception comes of it: a function of
+// the stable ABI returns an error code only, and what its caller throws is no torch.OutOfMemoryError in Python. These
+// functions are not part of the stable ABI: they are looked up by name, and called only after an allocation failed.
+inline AtenTensorHandle empty_strided_or_throw(Sizes sizes, Sizes strides, ScalarType type, int32_t device_type,
+                                               int32_t device_index) {
+  struct Device { // laid out as c10::Device
+    DeviceType type;
+    int8_t index;
+  };
+  struct Made { // an at::Tensor: one pointer; returned in memory, because moving it is not trivial
+    void* implementation;
+    Made(Made&& from) : implementation(from.implementation) {}
+  };
+  using Cpu = Made(Sizes, Sizes, ScalarType, bool pinned);
+  using Cuda = Made(Sizes, Sizes, ScalarType, std::optional<Device>);
+  const Device device{static_cast<DeviceType>(device_type), static_cast<int8_t>(device_index)};
+  Made* made = nullptr;
+  if (device.type == DeviceType::CPU) {
+    if (void* found = dlsym(RTLD_DEFAULT, "_ZN2at6detail17empty_strided_cpuEN3c108ArrayRefIlEES3_NS1_10ScalarTypeEb"))
+      made = new Made(reinterpret_cast<Cpu*>(found)(sizes, strides, type, false));
+  } else if (void* found = dlsym(RTLD_DEFAULT, "_ZN2at6detail18empty_strided_cudaEN3c108ArrayRefIlEES3_NS1_10"
+                                               "ScalarTypeESt8optionalINS1_6DeviceEE")) {
+    made = new Made(reinterpret_cast<Cuda*>(found)(sizes, strides, type, device));
+  }
+  STD_TORCH_CHECK(made != nullptr, "attnkern: PyTorch could not allocate a tensor");
+  return reinterpret_cast<AtenTensorHandle>(made);
+}
+
 // Uninitialised, on the device of `like`. Straight to the allocator: an operator's way through the dispatcher takes
 // longer than a kernel on a small map.
-inline Tensor empty_strided(const Tensor& like, int64_t dim, const int64_t* sizes, const int64_t* strides,
-                            ScalarType type) {
+inline Tensor empty_strided(const Tensor& like, Sizes sizes, Sizes strides, ScalarType type) {
   int32_t device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle made;
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, code, device_type, device_index, &made));
+  if (aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), code, device_type, device_index, &made) !=
+      TORCH_SUCCESS)
+    made = empty_strided_or_throw(sizes, strides, type, device_type, device_index);
   return Tensor(made);
 }
 
+// The strides of a dense tensor whose dimensions are given from the innermost to the outermost.
+constexpr int64_t kMostDimensions = 64;
+struct Strides {
+  int64_t of[kMostDimensions], next = 1;
+
+  void outwards(Sizes sizes, int64_t dimension) {
+    of[dimension] = next;
+    next *= sizes[dimension] > 1 ? sizes[dimension] : 1;
+  }
+};
+
 // Contiguous.
-template <typename T> Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
-  constexpr int64_t kMostDimensions = 64;
+inline Tensor empty(const Tensor& like, Sizes sizes, ScalarType type) {
   const int64_t dim = sizes.size();
   STD_TORCH_CHECK(dim <= kMostDimensions, "attnkern: at most 64 dimensions");
-  int64_t strides[kMostDimensions], stride = 1;
-  for (int64_t i = dim - 1; i >= 0; --i) {
-    strides[i] = stride;
-    stride *= sizes[i] > 1 ? sizes[i] : 1;
-  }
-  return empty_strided(like, dim, sizes.data(), strides, scalar_type<T>());
+  Strides strides;
+  for (int64_t i = dim - 1; i >= 0; --i)
+    strides.outwards(sizes, i);
+  return empty_strided(like, sizes, {strides.of, sizes.size()}, type);
 }
+template <typename T> Tensor empty(const Tensor& like, Sizes sizes) { return empty(like, sizes, scalar_type<T>()); }
 template <typename T> Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return empty<T>(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()));
+  return empty<T>(like, Sizes(sizes.begin(), sizes.size()));
 }
 
 // In the shape and the layout of `like`, which is dense.
 inline Tensor empty_like(const Tensor& like, ScalarType type) {
-  return empty_strided(like, like.dim(), like.sizes().data(), like.strides().data(), type);
+  return empty_strided(like, like.sizes(), like.strides(), type);
 }
 inline Tensor empty_same(const Tensor& like) { return empty_like(like, like.scalar_type()); }
 template <typename T> Tensor empty_like(const Tensor& like) { return empty_like(like, scalar_type<T>()); }
@@ -97,15 +141,21 @@ inline bool channels_innermost(const Tensor& x) {
   return follows(1) && follows(dim - 1) && (dim == 3 || follows(2)) && follows(0);
 }
 
+inline Tensor copied(Tensor to, const Tensor& from) { return torch::stable::copy_(to, from); }
+
 inline Tensor with_channels_innermost(const Tensor& x) {
-  using torch::stable::contiguous, torch::stable::transpose;
-  return x.dim() == 4 ? contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast)
-                      : transpose(contiguous(transpose(x, 1, 2)), 1, 2);
+  const auto sizes = x.sizes();
+  Strides strides;
+  strides.outwards(sizes, 1);
+  for (int64_t i = x.dim() - 1; i > 1; --i)
+    strides.outwards(sizes, i);
+  strides.outwards(sizes, 0);
+  return copied(empty_strided(x, sizes, {strides.of, sizes.size()}, x.scalar_type()), x);
 }
 
 inline void make_contiguous(Tensor& tensor) {
   if (!tensor.is_contiguous())
-    tensor = torch::stable::contiguous(tensor);
+    tensor = copied(empty(tensor, tensor.sizes(), tensor.scalar_type()), tensor);
 }
 inline void make_contiguous(std::optional<Tensor>& tensor) {
   if (tensor.has_value())
@@ -117,7 +167,10 @@ inline void make_dense(Tensor& x) {
   if (x.is_contiguous() || channels_innermost(x))
     return;
   const bool innermost = (x.dim() == 3 || x.dim() == 4) && x.stride(1) == 1;
-  x = innermost ? with_channels_innermost(x) : torch::stable::contiguous(x);
+  if (innermost)
+    x = with_channels_innermost(x);
+  else
+    make_contiguous(x);
 }
 
 // In the layout of `x`, which is dense.

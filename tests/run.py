@@ -29,7 +29,8 @@ NETWORKS = [
 ]  # fmt: skip
 HOUSE = [
     "test_packaging.py", "test_release.py", "test_report.py", "test_docs.py", "test_viz.py", "test_public_names.py",
-    "test_mutate.py", "test_accuracy.py", "test_large_index.py", "test_types.py", "test_sanitize.py",
+    "test_mutate.py", "test_accuracy.py", "test_large_index.py", "test_types.py", "test_sanitize.py", "test_aarch64.py",
+    "test_gpu_rehearsal.py",
 ]  # fmt: skip
 EVERYTHING_ELSE = sorted({path.name for path in HERE.glob("test_*.py")} - set(CUDA + AHEAD + NETWORKS + HOUSE))
 

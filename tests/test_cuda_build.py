@@ -2,12 +2,14 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 from attnkern import _ops
@@ -69,6 +71,145 @@ TOOLKIT = torch.version.cuda and shutil.which("nvcc")
 def test_force_cuda():
     assert decide("", force_cuda="1")[:2] == (0, "extensions: attnkern._C attnkern._C_cuda")
     assert decide("", force_cuda="0")[:2] == (0, "extensions: attnkern._C")
+
+
+# --- libraries that are beside the package already -------------------------------------------------------------------
+
+
+class Carried:
+    """The sources in a folder of their own, with libraries that were built from them for 8.0 and 9.0+PTX."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.monkeypatch = folder, monkeypatch
+        for name in ("CUDA_HOME", "MAX_JOBS", "FORCE_CUDA"):  # setup.py sets the first two
+            monkeypatch.setenv(name, os.environ.get(name, ""))
+            if name != "CUDA_HOME":
+                monkeypatch.delenv(name)
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+        (folder / "attnkern").mkdir()
+        for name in ("setup.py", "attnkern/_schemas.py"):
+            shutil.copy(ROOT / name, folder / name)
+        self.build("8.0;9.0+PTX")
+
+    def setup(self, capabilities=(), architectures=None):
+        """The names of setup.py where GPUs of these capabilities are and TORCH_CUDA_ARCH_LIST is ``architectures``."""
+        with self.monkeypatch.context() as patch:
+            patch.setattr(setuptools, "setup", lambda **_: None)
+            patch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+            patch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+            patch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+            patch.setenv("TORCH_CUDA_ARCH_LIST", architectures or "")
+            if architectures is None:
+                patch.delenv("TORCH_CUDA_ARCH_LIST")
+            return runpy.run_path(str(self.folder / "setup.py"))
+
+    def build(self, architectures):
+        """Libraries with the build ids that setup.py gives them, and nothing else in them."""
+        with self.monkeypatch.context() as patch:
+            patch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+            names = self.setup(architectures=architectures)
+            for kind in names["MODULES"]:
+                patch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+                build_id = "-Wl,--build-id=0x" + names["build_id"](kind).hex()
+                library = names["library"](kind)
+                subprocess.run(["gcc", "-shared", "-x", "c", "/dev/null", "-o", library, build_id], check=True)
+
+    def unfit(self, *capabilities, architectures=None):
+        """Why either library has to be built again; loading is left out."""
+        names = self.setup(capabilities, architectures)
+        with self.monkeypatch.context() as patch:
+            patch.setitem(names["unfit"].__globals__, "load_error", lambda path: None)
+            patch.setenv("TORCH_CUDA_ARCH_LIST", architectures or "")
+            return [names["unfit"](kind) for kind in ("cpu", "cuda")]
+
+
+@pytest.fixture
+def carried(tmp_path, monkeypatch):
+    if not shutil.which("gcc"):
+        pytest.skip("needs gcc")
+    return Carried(tmp_path, monkeypatch)
+
+
+OTHER = "it was built from other sources"
+
+
+def test_libraries_of_these_sources_stay(carried):
+    for path in carried.folder.rglob("*.*"):  # whatever the timestamps are
+        os.utime(path, (2_000_000_000, 2_000_000_000) if path.suffix != ".so" else (1, 1))
+    assert carried.unfit() == [None, None]
+
+
+@pytest.mark.parametrize(
+    "file, reasons",
+    [
+        ("csrc/cpu/pool.cpp", [OTHER, None]),
+        ("csrc/cuda/common.cuh", [None, OTHER]),
+        ("csrc/pool.h", [OTHER, OTHER]),
+        ("attnkern/_schemas.py", [OTHER, OTHER]),
+    ],
+)
+def test_libraries_of_other_sources_are_built_again(file, reasons, carried):
+    path = carried.folder / file
+    text = path.read_text()
+    path.write_text(text.replace("CONTRACT = ", "CONTRACT = 1") if path.suffix == ".py" else text + "\n")
+    assert carried.unfit() == reasons
+
+
+def test_libraries_that_are_missing_or_damaged_are_built_again(carried):
+    names = carried.setup()
+    assert names["unfit"]("cpu") is None
+    names["library"]("cuda").unlink()
+    assert names["unfit"]("cuda") == "it is not there"
+    content = names["library"]("cpu").read_bytes()
+    names["library"]("cpu").write_bytes(content[:0x600])  # a copy that broke off, with its build id
+    assert names["unfit"]("cpu").startswith("it does not load: ")
+
+
+@pytest.mark.parametrize(
+    "capabilities, architectures, reason",
+    [
+        ([(8, 0)], None, None),
+        ([(8, 6), (9, 0)], None, None),
+        ([(12, 1)], None, None),
+        ([(7, 5)], None, "it has code for compute capability 8.0 9.0+PTX, the GPU has 7.5"),
+        ([], "8.0 9.0+PTX", None),
+        ([(9, 0)], "9.0", "it has code for compute capability 8.0 9.0+PTX, not for 9.0"),
+    ],
+)
+def test_a_library_has_code_for_the_gpus(capabilities, architectures, reason, carried):
+    assert carried.unfit(*capabilities, architectures=architectures) == [None, reason]
+
+
+def test_without_ptx_a_library_serves_one_major_version(carried):
+    carried.build("8.6")
+    assert carried.unfit((8, 9)) == [None, None]
+    assert carried.unfit((9, 0))[1] == "it has code for compute capability 8.6, the GPU has 9.0"
+    assert carried.unfit((8, 0))[1] == "it has code for compute capability 8.6, the GPU has 8.0"
+
+
+@pytest.mark.parametrize(
+    "toolkit", [pytest.param(True, marks=pytest.mark.skipif(not TOOLKIT, reason="needs nvcc")), False]
+)
+def test_building_in_place_compiles_only_what_does_not_fit(toolkit, carried):
+    """No compiler is there that works. Without a toolkit, a library that does not fit is refused: it would be used."""
+
+    def build():
+        environment = {key: value for key, value in os.environ.items() if key != "TORCH_CUDA_ARCH_LIST"}
+        environment |= {"CXX": "/bin/false", "CC": "/bin/false", "FORCE_CUDA": ""}
+        code = "" if toolkit else NO_TOOLKIT
+        code += "import sys; sys.argv = ['setup.py', '--quiet', 'build_ext', '--inplace']; runpy.run_path('setup.py')"
+        done = subprocess.run(
+            [sys.executable, "-c", "import pathlib, runpy, torch\n" + code],
+            cwd=carried.folder, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        return done.returncode, [line for line in done.stderr.splitlines() if line.startswith("attnkern: _C")]
+
+    assert build() == (0, ["attnkern: _C.so stays", "attnkern: _C_cuda.so stays"])
+    (carried.folder / "csrc/cuda/pool.cu").write_text("changed")
+    code, lines = build()
+    assert code != 0
+    said = "is built" if toolkit else "does not do"
+    assert lines[-1].startswith(f"attnkern: _C_cuda.so {said}: {OTHER}")
 
 
 # --- the library -----------------------------------------------------------------------------------------------------

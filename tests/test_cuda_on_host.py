@@ -25,6 +25,8 @@ FEATURES = [
     ((2, 3, 33, 35), False, FLOAT, FLOAT, True),  # more positions than a block takes statistics of
     ((1, 5, 36, 40), True, DOUBLE, DOUBLE, False),
     ((1, 2, 61, 41), False, BF16, FLOAT, True),  # several tiles of columns
+    ((46, 9, 7, 7), False, BF16, FLOAT, True),  # too many elements for one block to quantize, rows of several channels
+    ((1, 65, 48, 47), True, BF16, FLOAT, True),
     ((0, 3, 5, 5), False, FLOAT, FLOAT, True),
     ((2, 0, 5, 5), False, FLOAT, FLOAT, True),
     ((1, 0, 40, 40), False, BF16, FLOAT, True),
@@ -289,9 +291,31 @@ def test_anchor_spreads_nan(poison):
 
 # --- pool ---
 
+# (N, C, H, W), channels_last, dtype of the features, dtype of the query, and what they reach
+POOLED = [
+    ((1, 96, 14, 14), False, BF16, FLOAT, "pieces of half a vector, several tiles in one split"),
+    ((1, 320, 14, 14), False, HALF, HALF, "several splits"),
+    ((1, 320, 14, 14), True, BF16, FLOAT, "five groups of channels"),
+    ((2, 40, 30, 30), True, BF16, FLOAT, "several tiles a split, the last one cut short"),
+    ((2, 40, 30, 31), False, FLOAT, FLOAT, "rows of odd length"),
+    ((1, 1100, 9, 8), False, BF16, FLOAT, "four lanes a row"),
+    ((1, 1100, 9, 9), False, FLOAT, FLOAT, "four lanes a row, one element an access"),
+    ((1, 1500, 5, 5), True, BF16, FLOAT, "one set of positions"),
+    ((1, 600, 9, 9), False, DOUBLE, DOUBLE, "four lanes a row"),
+    ((1, 300, 6, 6), True, DOUBLE, DOUBLE, "two sets of positions"),
+    ((2, 1100, 7, 7), False, HALF, FLOAT, "slices of channels"),
+    ((1, 2100, 17, 17), False, BF16, BF16, "slices of channels, more positions than a block has threads"),
+    ((1, 2100, 7, 7), True, FLOAT, FLOAT, "slices of channels"),
+    ((1, 600, 7, 7), False, DOUBLE, DOUBLE, "slices of channels"),
+]
+
 
 @pytest.mark.parametrize(
-    "case, shared", [*((case, False) for case in FEATURES), *((case, True) for case in (FEATURES[0], FEATURES[4]))]
+    "case, shared",
+    [
+        *((case, False) for case in FEATURES + POOLED),
+        *((case, True) for case in (FEATURES[0], FEATURES[4], POOLED[1], POOLED[10])),
+    ],
 )
 def test_pool(case, shared):
     shape, channels_last, dtype, companion, _ = case
@@ -394,7 +418,12 @@ def test_results_know_nothing_of_batch_place_or_alignment(dtype, channels_last, 
         grads = ops.window_bwd(grad_output, None, x, rectangle, stats, 6.0, True, True, False, True)
         modulated, values, index, _, _, residuals = ops.anchor_fwd(x, a, anchors, True)
         others = ops.anchor_bwd(grad_output, None, None, None, x, a, anchors, index, residuals, True, 1, True)
-        return output, map, *grads, modulated, values, *others[:2]
+        query, grad_pooled = rectangle.repeat(1, 4)[:, : x.shape[1]].contiguous(), x[:, :, 1, 1].contiguous()
+        pooled = ops.pool_fwd(x, query)
+        grads_pool = ops.pool_bwd(
+            grad_pooled, None, None, x, query, pooled[1], pooled[0] if x.dtype == FLOAT else pooled[3], True
+        )
+        return output, map, *grads, modulated, values, *others[:2], *pooled[:3], *grads_pool
 
     def misaligned(tensor):
         moved = torch.empty(tensor.numel() + 1, dtype=dtype)[1:].as_strided(tensor.shape, tensor.stride(), 1)

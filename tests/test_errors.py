@@ -1,5 +1,7 @@
 """What a wrong call says: the argument, what came, what was expected, before any operator runs."""
 
+from importlib import metadata
+
 import numpy
 import pytest
 import torch
@@ -162,6 +164,30 @@ def test_triton_that_cannot_run_says_why(found, message, monkeypatch):
     monkeypatch.setattr(_ops, "TRITON_INTERPRETS", False)
     with pytest.raises(ValueError, match=f"^backend: 'triton' cannot run torch.float32 on cpu: {message}"):
         window_attention(x, rectangle, backend="triton")
+
+
+@pytest.mark.parametrize(
+    "versions, message",
+    [
+        ({"triton": "3.6.0", "numpy": "2.4.0"}, "its interpreter before Triton 3.7 needs a NumPy before 2.4"),
+        ({"triton": "3.8.0"}, "its interpreter needs numpy: pip install numpy"),
+        ({"triton": "3.6.0", "numpy": "2.3.5"}, None),
+        ({"triton": "3.7.0", "numpy": "2.5.0"}, None),
+    ],
+)
+def test_a_triton_that_cannot_interpret_says_why(versions, message, monkeypatch):
+    def version(package):
+        if package not in versions:
+            raise metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(metadata, "version", version)
+    fault = _backend._interpreter_fault()
+    assert fault is None if message is None else fault.startswith(message)
+    monkeypatch.setattr(_backend, "_TRITON_FOUND", True)
+    monkeypatch.setattr(_ops, "TRITON_INTERPRETS", True)
+    monkeypatch.setattr(_backend, "_INTERPRETER_FAULT", fault)
+    assert _backend.reason("triton", torch.device("cpu"), torch.float32) == fault
 
 
 def test_an_unbuilt_library_says_why_and_automatic_goes_on(monkeypatch):

@@ -628,14 +628,17 @@ def _number(text):
 
 
 def _sources(ins):
-    """Registers that an instruction reads; those of pairs and quadruples with their first."""
+    """Registers that an instruction reads: addresses in brackets, and operands of one, two or four registers."""
+    wide = 4 if ins.has("128") else 2 if ins.name[0] == "D" or ins.has("64", "WIDE", "S64", "U64", "F64") else 1
     stores = ins.name in ("STG", "ST", "STS", "STL", "STSM", "ATOM", "ATOMG", "ATOMS", "RED", "REDG", "LDGSTS", "BAR")
-    for i, operand in enumerate(ins.operands):
-        if i == 0 and not stores and REGISTER.match(operand):
+    for place, operand in enumerate(ins.operands):
+        if place == 0 and not stores and REGISTER.match(operand):
             continue
         for name in re.findall(r"\bU?R\d+", operand):
-            yield name
-            yield f"{name.rstrip('0123456789')}{int(name.lstrip('UR')) + 1}"
+            stem, number = name.rstrip("0123456789"), int(name.lstrip("UR"))
+            pair = 2 if f"{name}.64" in operand else 1
+            for i in range(pair if "[" in operand else wide):
+                yield f"{stem}{number + i}"
 
 
 def run(function, parameters, *, grid=(1,), threads=32, block=None, cluster=1, shared=0, regions=()) -> Counts:

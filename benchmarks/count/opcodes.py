@@ -1056,6 +1056,22 @@ def vote(m, ins):
     return run
 
 
+@opcode("MATCH")
+def match(m, ins):
+    if not ins.has("ANY"):
+        raise SassError(f"unknown instruction {ins.text}")
+    to, value = ins.operands
+    value = m.integer(value)
+
+    def run(mask):
+        values, there = np.broadcast_to(value(), m.n).reshape(-1, WARP), m.active_threads.reshape(-1, WARP)
+        alike = (values[:, :, None] == values[:, None, :]) & there[:, None, :]
+        bits = (alike.astype(U32) << np.arange(WARP, dtype=U32)).sum(2, dtype=U32)
+        m.put(to, bits.reshape(-1), mask)
+
+    return run
+
+
 @opcode("ELECT")
 def elect(m, ins):
     def run(mask):

@@ -73,7 +73,7 @@ template <typename A, typename Term> ATTNKERN_INLINE A sum_lanes(int64_t count, 
 // to[i] = value(i) for i in [0, count). With `stream` the stores go past the caches, which saves reading what is about
 // to be overwritten: worth it where the tensor is too large to be found there by whoever reads it next.
 template <typename T, typename Value>
-ATTNKERN_INLINE void write_lanes(int64_t count, T* to, bool stream, const Value& value) {
+ATTNKERN_INLINE void write_lanes(int64_t count, T* to, [[maybe_unused]] bool stream, const Value& value) {
 #if defined(ATTNKERN_X86)
   if (stream) {
     constexpr int64_t segment = 1024, vector = 16 / sizeof(T);

@@ -65,6 +65,18 @@ template <typename T> ATTNKERN_DEVICE T narrow(Wide<T> x) {
     return x;
 }
 
+// Two numbers in the two halves of a word, the first one below.
+template <typename T> ATTNKERN_DEVICE uint32_t narrow_pair(float first, float second) {
+#if defined(ATTNKERN_ON_HOST)
+  return bit_cast<uint16_t>(narrow<T>(first)) | static_cast<uint32_t>(bit_cast<uint16_t>(narrow<T>(second))) << 16;
+#else
+  if constexpr (std::is_same_v<T, Half>)
+    return bit_cast<uint32_t>(__floats2half2_rn(first, second));
+  else
+    return bit_cast<uint32_t>(__floats2bfloat162_rn(first, second));
+#endif
+}
+
 } // namespace attnkern
 
 #include "tensors.h"
@@ -277,7 +289,7 @@ class Queue {
 
 public:
   explicit Queue(const Tensor& like) : guard_(like.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
   }
   cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
 

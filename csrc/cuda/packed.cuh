@@ -1,0 +1,134 @@
+// Vectors of 16 bytes as they lie in memory, which a thread keeps in registers and reads and writes at several widths,
+// and sums over lanes that leave each lane its share.
+#pragma once
+
+#include "cuda/common.cuh"
+
+namespace attnkern {
+
+// kVector<T> elements.
+template <typename T> struct alignas(16) Packed {
+  uint32_t words[4];
+
+  ATTNKERN_DEVICE Wide<T> operator[](int i) const {
+    if constexpr (sizeof(T) == 8)
+      return bit_cast<T>(words[2 * i] | static_cast<uint64_t>(words[2 * i + 1]) << 32);
+    else if constexpr (sizeof(T) == 4)
+      return bit_cast<T>(words[i]);
+    else if constexpr (std::is_same_v<T, BFloat16>) // the upper half of a float, in one instruction
+      return bit_cast<float>(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
+    else
+      return widen(bit_cast<T>(static_cast<uint16_t>(words[i / 2] >> i % 2 * 16)));
+  }
+};
+
+template <typename T> ATTNKERN_DEVICE Packed<T> pack(const Wide<T> (&values)[kVector<T>]) {
+  Packed<T> packed;
+#pragma unroll
+  for (int word = 0; word < 4; ++word) {
+    if constexpr (sizeof(T) == 8)
+      packed.words[word] = static_cast<uint32_t>(bit_cast<uint64_t>(values[word / 2]) >> word % 2 * 32);
+    else if constexpr (sizeof(T) == 4)
+      packed.words[word] = bit_cast<uint32_t>(values[word]);
+    else
+      packed.words[word] = narrow_pair<T>(values[2 * word], values[2 * word + 1]);
+  }
+  return packed;
+}
+
+// Makes the compiler forget how a value came about. What it keeps from one use of a vector to the next (unpacked
+// features) or prepares for many accesses at once (their addresses) fills the registers that other vectors need.
+template <typename T> ATTNKERN_DEVICE void forget(Packed<T>& packed) {
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+  for (int word = 0; word < 4; ++word)
+    asm volatile("" : "+r"(packed.words[word]));
+#endif
+}
+template <typename T> ATTNKERN_DEVICE void forget(T*& global) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(global));
+  __builtin_assume(__isGlobal(global));
+#endif
+}
+
+// kWidth elements in one access: nvcc does not merge accesses of narrower members under a predicate.
+template <int kBytes> struct PieceOf;
+template <> struct PieceOf<2> { using type = uint16_t; };
+template <> struct PieceOf<4> { using type = uint32_t; };
+template <> struct PieceOf<8> { using type = uint2; };
+template <> struct PieceOf<16> { using type = uint4; };
+template <typename T, int kWidth> using Piece = typename PieceOf<kWidth * sizeof(T)>::type;
+
+// Offset of a vector's i-th element from the first one, where kLanes threads read a row together in pieces of `width`
+// elements: the pieces of the others lie in between, so that all of them together read without gaps, however short a
+// piece has to be.
+template <int kLanes> ATTNKERN_DEVICE constexpr int element_offset(int i, int width) {
+  return (i & -width) * kLanes + (i & (width - 1));
+}
+
+// Reads and writes a vector in pieces of kWidth elements, if it exists. It ends at offset `valid`, a multiple of kWidth and
+// at least one; zeros stand for what does not exist.
+template <int kWidth, int kLanes, typename T>
+ATTNKERN_DEVICE Packed<T> load_packed(const T* from, bool exists, int valid) {
+  union {
+    Packed<T> packed;
+    Piece<T, kWidth> pieces[kVector<T> / kWidth];
+  } both = {};
+#pragma unroll
+  for (int i = 0; i < kVector<T>; i += kWidth)
+    if (const int offset = element_offset<kLanes>(i, kWidth); exists && (i == 0 || offset < valid))
+      both.pieces[i / kWidth] = *reinterpret_cast<const Piece<T, kWidth>*>(from + offset);
+  return both.packed;
+}
+template <int kWidth, int kLanes, typename T>
+ATTNKERN_DEVICE void store_packed(const Packed<T>& packed, T* to, bool exists, int valid) {
+  union {
+    Packed<T> packed;
+    Piece<T, kWidth> pieces[kVector<T> / kWidth];
+  } both = {packed};
+#pragma unroll
+  for (int i = 0; i < kVector<T>; i += kWidth)
+    if (const int offset = element_offset<kLanes>(i, kWidth); exists && (i == 0 || offset < valid))
+      *reinterpret_cast<Piece<T, kWidth>*>(to + offset) = both.pieces[i / kWidth];
+}
+
+// The widest piece that rows of a length consist of: a vector, half of one in half precision (14x14), or an element.
+template <typename T> int widest_piece(int64_t row) {
+  constexpr int V = kVector<T>;
+  return row % V == 0 ? V : V == 8 && row % 4 == 0 ? 4 : 1;
+}
+// Calls body with that width as a constant.
+template <typename T, typename Body> ATTNKERN_DEVICE void with_width(int width, const Body& body) {
+  constexpr int V = kVector<T>;
+  if (width == V)
+    body(std::integral_constant<int, V>{});
+  else if (V == 8 && width == 4)
+    body(std::integral_constant<int, V == 8 ? 4 : 1>{});
+  else
+    body(std::integral_constant<int, 1>{});
+}
+
+// Sums the first kLeft numbers of each lane over kCount lanes, kStride apart. A lane is left with
+// max(1, kLeft / kCount) of the sums, in front; the first of them is the returned one. Half of what is left is exchanged
+// at each step, so that all steps take about kLeft shuffles.
+template <int kLeft, int kCount, int kStride, int K, typename A>
+ATTNKERN_DEVICE int scatter_sums(A (&values)[K], int first = 0) {
+  if constexpr (kCount == 1) {
+    return first;
+  } else if constexpr (kLeft == 1) {
+    values[0] += __shfl_xor_sync(kAllLanes, values[0], kCount / 2 * kStride);
+    return scatter_sums<1, kCount / 2, kStride>(values, first);
+  } else {
+    const bool upper = threadIdx.x / kStride % kCount >= kCount / 2;
+#pragma unroll
+    for (int k = 0; k < kLeft / 2; ++k) {
+      const A given = upper ? values[k] : values[k + kLeft / 2];
+      const A kept = upper ? values[k + kLeft / 2] : values[k];
+      values[k] = kept + __shfl_xor_sync(kAllLanes, given, kCount / 2 * kStride);
+    }
+    return scatter_sums<kLeft / 2, kCount / 2, kStride>(values, first + (upper ? kLeft / 2 : 0));
+  }
+}
+
+} // namespace attnkern

@@ -1,0 +1,489 @@
+// Pooling with the features read once. A block walks over its split of an image, a tile of positions at a time, with all
+// channels of a tile in registers: partial scores meet in shared memory, every warp adds them and forms the weights of
+// the tile's positions, and the threads add what they keep times these weights to sums of their own.
+//
+// Tiles and the order of sums follow from C, the positions, the dtype and the layout, never from the batch.
+#pragma once
+
+#include "cuda/pool_passes.cuh"
+
+namespace attnkern {
+
+constexpr int kMostThreads = 512;            // of a block: 128 registers for each thread
+constexpr int kMostSplits = 64;              // of an image
+constexpr int64_t kOneBlock = 32768;         // an image of at most as many elements is one split
+constexpr int kFewestSplits = 4;             // of another one, if halved tiles can make them
+constexpr int kSplitThreads = 256;           // for small blocks several tiles pay for the start and the sums of a split
+constexpr int kGroup = 8;                    // neighbouring threads with the channels of one position, or positions of one channel
+template <typename T> constexpr int kKept = sizeof(T) == 8 ? 8 : 16;              // vectors that a thread keeps of a tile
+template <typename T> constexpr int kPositions = std::max(1, kVector<T> / 4);     // of a tile, at most, for each lane
+
+struct Walk {
+  Shape shape;
+  int threads;  // of a block
+  int tile;     // positions
+  int lanes = kGroup; // threads that share a row of positions; with channels innermost the vectors of a group
+  int parts;    // partial scores of each position
+  int sets = 1; // groups of threads with positions of their own
+  int channels; // of all threads together: at least C
+  int width;    // elements of an access
+  int64_t splits, tiles_per_split;
+
+  // Can the threads of a block keep all channels, in enough blocks?
+  template <typename T> static bool fits(const Shape& shape) {
+    if (shape.channels_inner)
+      return shape.channels <= kMostThreads * kVector<T>;
+    const int64_t most = kMostThreads / kGroup * kKept<T>;
+    return shape.channels <= most || (shape.channels <= 2 * most && shape.positions > 64);
+  }
+
+  // For features of type T, which is that of the argument.
+  template <typename T> Walk(const Shape& features, T) : shape(features) {
+    constexpr int kMost = kMostThreads / kGroup;
+    const int64_t wanted = std::max<int64_t>(1, shape.channels);
+    if (shape.channels_inner) {
+      width = widest_piece<T>(shape.channels);
+      parts = static_cast<int>(ceil_div(wanted, kGroup * kVector<T>));
+      sets = kWarp * kPositions<T> / kKept<T>;
+      while (sets > 1 && sets * parts > kMost)
+        sets /= 2;
+    } else {
+      width = widest_piece<T>(shape.positions);
+      lanes = ceil_div(wanted, kKept<T>) <= kMost ? kGroup : kGroup / 2;
+    }
+    const bool one = shape.image_size() <= kOneBlock;
+    shape_block<T>();
+    while (!one && ceil_div(shape.positions, tile) < kFewestSplits && halve())
+      shape_block<T>();
+    const int64_t tiles = ceil_div(shape.positions, tile);
+    const int64_t several = std::clamp(kSplitThreads / threads, 1, 4);
+    tiles_per_split = one ? tiles : std::max(std::min(tiles, several), ceil_div(tiles, kMostSplits));
+    splits = ceil_div(tiles, tiles_per_split);
+  }
+
+private:
+  template <typename T> void shape_block() {
+    if (shape.channels_inner) {
+      threads = static_cast<int>(ceil_div(sets * parts * kGroup, kWarp)) * kWarp;
+      tile = sets * kKept<T>;
+      channels = parts * kGroup * kVector<T>;
+    } else {
+      const int64_t rows = ceil_div(std::max<int64_t>(1, shape.channels), kKept<T>);
+      threads = static_cast<int>(ceil_div(rows * lanes, kWarp)) * kWarp;
+      tile = lanes * kVector<T>;
+      parts = threads / kWarp;
+      channels = threads / lanes * kKept<T>;
+    }
+  }
+  bool halve() {
+    int& divided = shape.channels_inner ? sets : lanes;
+    if (divided == (shape.channels_inner ? 1 : kGroup / 2))
+      return false;
+    divided /= 2;
+    return true;
+  }
+};
+
+// The block's shared memory.
+template <typename A> struct Workspace {
+  A *score_vector, *query; // (channels): what scores are formed with; in the backward pass also the query
+  A* partial;              // (2, parts, tile): scores, for two tiles in turn, so that a tile takes one barrier
+  A *weight, *attention;   // (tile), for each warp; attention in the backward pass
+
+  static size_t bytes(const Walk& walk, bool backward) {
+    const size_t vectors = walk.channels, tile = walk.tile;
+    return sizeof(A) * ((1 + backward) * (vectors + walk.threads / kWarp * tile) + 2 * walk.parts * tile);
+  }
+  ATTNKERN_DEVICE Workspace(const Walk& walk, bool backward) {
+    score_vector = dynamic_shared<A>();
+    query = score_vector + walk.channels;
+    partial = query + (backward ? walk.channels : 0);
+    weight = partial + 2 * walk.parts * walk.tile + threadIdx.x / kWarp * ((1 + backward) * walk.tile);
+    attention = weight + walk.tile;
+  }
+};
+
+// Adds the i-th of numbers in shared memory that 16 bytes are read of at a time.
+template <typename A> struct Vectors {
+  const Packed<A>* of;
+  ATTNKERN_DEVICE explicit Vectors(const A* from) : of(reinterpret_cast<const Packed<A>*>(from)) {}
+  ATTNKERN_DEVICE A operator[](int i) const { return of[i / kVector<A>][i % kVector<A>]; }
+};
+
+// A thread's part of a tile where positions are innermost: one vector of positions, shared with the `lanes` threads
+// beside it, of kKept channels that follow each other.
+template <typename T, int kLanes> struct RowTile {
+  using A = Wide<T>;
+  static constexpr int V = kVector<T>, K = kKept<T>, kSums = K / kLanes, kRows = kWarp / kLanes;
+
+  const Walk& walk;
+  const int lane, column, channel; // the first position, and the first channel
+  int64_t offset = 0;              // of the first element, in all features
+  int valid = 0;                   // positions from the first one on
+  int channels = 0;                // and channels, none where there is no position
+  Packed<T> kept[K];
+  A sums[kSums] = {};
+
+  ATTNKERN_DEVICE explicit RowTile(const Walk& walk)
+      : walk(walk), lane(threadIdx.x % kLanes), column(lane * walk.width),
+        channel(threadIdx.x / kLanes * K) {}
+
+  ATTNKERN_DEVICE void load(const T* local, int64_t image, int64_t position, int count) {
+    const int64_t positions = walk.shape.positions;
+    offset = image * walk.shape.image_size() + channel * positions + position + column;
+    valid = count - column;
+    channels = valid > 0 ? static_cast<int>(walk.shape.channels) - channel : 0;
+    with_width<T>(walk.width, [&](auto width) {
+      const T* from = local + offset;
+#pragma unroll
+      for (int i = 0; i < K; ++i, from += positions) {
+        forget(from);
+        kept[i] = load_packed<width(), kLanes>(from, i < channels, valid);
+      }
+    });
+  }
+  ATTNKERN_DEVICE void score(const A* score_vector, A* partial) const {
+    const Vectors<A> vector(score_vector + channel);
+    A dot[V] = {};
+#pragma unroll
+    for (int i = 0; i < K; ++i)
+#pragma unroll
+      for (int k = 0; k < V; ++k)
+        dot[k] = std::fma(vector[i], kept[i][k], dot[k]);
+    const int first = scatter_sums<V, kRows, kLanes>(dot);
+    if (V < kRows && threadIdx.x / kLanes % (kRows / std::min(V, kRows)) != 0)
+      return; // another lane has the same sums
+#pragma unroll
+    for (int k = 0; k < std::max(1, V / kRows); ++k)
+      partial[threadIdx.x / kWarp * walk.tile + column + element_offset<kLanes>(first + k, walk.width)] = dot[k];
+  }
+  // Adds the tile to the sums, which shrink before.
+  ATTNKERN_DEVICE void add(const Workspace<A>& memory, A shrink) {
+#pragma unroll
+    for (int i = 0; i < K; ++i)
+      forget(kept[i]);
+    A weight[V], sum[K] = {};
+#pragma unroll
+    for (int k = 0; k < V; ++k)
+      weight[k] = memory.weight[column + element_offset<kLanes>(k, walk.width)];
+#pragma unroll
+    for (int i = 0; i < K; ++i)
+#pragma unroll
+      for (int k = 0; k < V; ++k)
+        sum[i] = std::fma(weight[k], kept[i][k], sum[i]);
+    scatter_sums<K, kLanes, 1>(sum);
+#pragma unroll
+    for (int j = 0; j < kSums; ++j)
+      sums[j] = std::fma(sums[j], shrink, sum[j]);
+  }
+  // dℓ = a·dg + dc·q.
+  ATTNKERN_DEVICE void store_gradient(const Workspace<A>& memory, T* grad_local) const {
+    const Vectors<A> grad_pooled(memory.score_vector + channel), query(memory.query + channel);
+    A weight[V], attention[V];
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      weight[k] = memory.weight[column + element_offset<kLanes>(k, walk.width)];
+      attention[k] = memory.attention[column + element_offset<kLanes>(k, walk.width)];
+    }
+    T* to = grad_local + offset;
+#pragma unroll
+    for (int i = 0; i < K; ++i, to += walk.shape.positions) {
+      A grad[V];
+#pragma unroll
+      for (int k = 0; k < V; ++k)
+        grad[k] = std::fma(attention[k], grad_pooled[i], weight[k] * query[i]);
+      forget(to);
+      with_width<T>(walk.width, [&](auto width) {
+        store_packed<width(), kLanes>(pack<T>(grad), to, i < channels, valid);
+      });
+    }
+  }
+  // The block's sums by channel.
+  ATTNKERN_DEVICE void collect(A* to) const {
+#pragma unroll
+    for (int j = 0; j < kSums; ++j)
+      to[channel + lane * kSums + j] = sums[j];
+  }
+};
+
+// A thread's part of a tile where channels are innermost: one vector of channels of kKept positions that follow each
+// other. A group of threads has neighbouring vectors, `parts` groups have all channels, and `sets` of them the tile.
+template <typename T> struct ColumnTile {
+  using A = Wide<T>;
+  static constexpr int V = kVector<T>, K = kKept<T>, kDots = K / kGroup;
+
+  const Walk& walk;
+  int set, part, row, channel; // the first position, and the first channel
+  int64_t offset = 0;          // of the first element, in all features
+  int valid = 0;               // channels from the first one on
+  int rows = 0;                // and positions, none where there is no channel
+  Packed<T> kept[K];
+  A sums[V] = {};
+
+  ATTNKERN_DEVICE explicit ColumnTile(const Walk& walk) : walk(walk) {
+    const int group = threadIdx.x / kGroup;
+    set = group / walk.parts;
+    part = group - set * walk.parts;
+    row = (set < walk.sets ? set : 0) * K;
+    channel = (part * kGroup + threadIdx.x % kGroup) * V;
+  }
+  ATTNKERN_DEVICE void load(const T* local, int64_t image, int64_t position, int count) {
+    const int64_t channels = walk.shape.channels;
+    offset = image * walk.shape.image_size() + (position + row) * channels + channel;
+    valid = static_cast<int>(channels) - channel;
+    rows = valid > 0 && set < walk.sets ? count - row : 0;
+    with_width<T>(walk.width, [&](auto width) {
+      const T* from = local + offset;
+#pragma unroll
+      for (int i = 0; i < K; ++i, from += channels) {
+        forget(from);
+        kept[i] = load_packed<width(), 1>(from, i < rows, valid);
+      }
+    });
+  }
+  ATTNKERN_DEVICE void score(const A* score_vector, A* partial) const {
+    const Vectors<A> vector(score_vector + channel);
+    A dot[K] = {};
+#pragma unroll
+    for (int i = 0; i < K; ++i)
+#pragma unroll
+      for (int k = 0; k < V; ++k)
+        dot[i] = std::fma(vector[k], kept[i][k], dot[i]);
+    const int first = scatter_sums<K, kGroup, 1>(dot);
+    if (set < walk.sets)
+#pragma unroll
+      for (int i = 0; i < kDots; ++i)
+        partial[part * walk.tile + row + first + i] = dot[i];
+  }
+  ATTNKERN_DEVICE void add(const Workspace<A>& memory, A shrink) {
+#pragma unroll
+    for (int i = 0; i < K; ++i)
+      forget(kept[i]);
+    const Vectors<A> weight(memory.weight + row);
+#pragma unroll
+    for (int k = 0; k < V; ++k)
+      sums[k] *= shrink;
+#pragma unroll
+    for (int i = 0; i < K; ++i)
+#pragma unroll
+      for (int k = 0; k < V; ++k)
+        sums[k] = std::fma(weight[i], kept[i][k], sums[k]);
+  }
+  ATTNKERN_DEVICE void store_gradient(const Workspace<A>& memory, T* grad_local) const {
+    const Vectors<A> grad_pooled(memory.score_vector + channel), query(memory.query + channel);
+    const Vectors<A> weight(memory.weight + row), attention(memory.attention + row);
+    T* to = grad_local + offset;
+#pragma unroll
+    for (int i = 0; i < K; ++i, to += walk.shape.channels) {
+      A grad[V];
+#pragma unroll
+      for (int k = 0; k < V; ++k)
+        grad[k] = std::fma(attention[i], grad_pooled[k], weight[i] * query[k]);
+      forget(to);
+      with_width<T>(walk.width, [&](auto width) { store_packed<width(), 1>(pack<T>(grad), to, i < rows, valid); });
+    }
+  }
+  ATTNKERN_DEVICE void collect(A* to) const {
+    for (int s = 0; s < walk.sets; ++s) {
+      if (set == s)
+#pragma unroll
+        for (int k = 0; k < V; ++k)
+          to[channel + k] = s == 0 ? sums[k] : to[channel + k] + sums[k];
+      __syncthreads();
+    }
+  }
+};
+
+template <typename T, typename Tile, typename Pass>
+__global__ void __launch_bounds__(kMostThreads, 1) pool_walk(Walk walk, Pass pass, const T* __restrict__ local) {
+  using A = Wide<T>;
+  constexpr int S = kPositions<T>;
+  const Shape& shape = walk.shape;
+  const int64_t block = block_index(), image = divide(block, walk.splits);
+  if (image >= shape.images)
+    return;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const Workspace<A> memory(walk, Pass::kBackward);
+  const int64_t span = walk.tiles_per_split * walk.tile, begin = (block - image * walk.splits) * span;
+  const int64_t end = std::min(shape.positions, begin + span);
+  A* partial = memory.partial;
+  A max = -INFINITY, sum = 0, delta = 0;
+  Tile tile(walk);
+#pragma unroll 1
+  for (int64_t position = begin; position < end; position += walk.tile) {
+    const int count = static_cast<int>(std::min<int64_t>(walk.tile, end - position));
+    const int64_t p = image * shape.positions + position + lane;
+    tile.load(local, image, position, count);
+    if (position == begin) { // while the first tile is on its way
+      for (int c = threadIdx.x; c < walk.channels; c += walk.threads) {
+        memory.score_vector[c] = c < shape.channels ? pass.score_vector(shape, image, c) : A(0);
+        if constexpr (Pass::kBackward)
+          memory.query[c] = c < shape.channels ? pass.query.template load<A>(shape, image, c) : A(0);
+      }
+      if constexpr (Pass::kBackward)
+        delta = pass.delta(shape, image);
+      __syncthreads();
+    }
+    Position<A> given[S] = {};
+    if constexpr (Pass::kBackward)
+#pragma unroll
+      for (int s = 0; s < S; ++s)
+        if (lane + s * kWarp < count)
+          given[s] = Position<A>::load(pass, p + s * kWarp);
+    tile.score(memory.score_vector, partial);
+    __syncthreads();
+
+    A dot[S] = {}, shrink = 1;
+#pragma unroll
+    for (int s = 0; s < S; ++s)
+      if (lane + s * kWarp < walk.tile)
+        for (int part = 0; part < walk.parts; ++part)
+          dot[s] += partial[part * walk.tile + lane + s * kWarp];
+    if constexpr (!Pass::kBackward) {
+      A highest = max, total = 0;
+#pragma unroll
+      for (int s = 0; s < S; ++s)
+        if (lane + s * kWarp < count) {
+          highest = Max()(highest, dot[s]);
+          if (warp == 0)
+            pass.scores[p + s * kWarp] = dot[s];
+        }
+      highest = warp_reduce<Max>(highest);
+#pragma unroll
+      for (int s = 0; s < S; ++s)
+        if (lane + s * kWarp < walk.tile) {
+          const A weight = lane + s * kWarp < count ? softmax_weight(dot[s], highest) : A(0);
+          memory.weight[lane + s * kWarp] = weight;
+          total += weight;
+        }
+      shrink = softmax_weight(max, highest);
+      sum = std::fma(sum, shrink, warp_reduce(total));
+      max = highest;
+    } else {
+#pragma unroll
+      for (int s = 0; s < S; ++s)
+        if (lane + s * kWarp < walk.tile) {
+          memory.weight[lane + s * kWarp] = lane + s * kWarp < count ? given[s].weight(dot[s], delta) : A(0);
+          memory.attention[lane + s * kWarp] = given[s].attention;
+        }
+    }
+    __syncwarp();
+    tile.add(memory, shrink);
+    if constexpr (Pass::kBackward)
+      if (pass.grad_local != nullptr)
+        tile.store_gradient(memory, pass.grad_local);
+    partial = partial == memory.partial ? partial + walk.parts * walk.tile : memory.partial;
+  }
+
+  __syncthreads(); // the vectors in shared memory have been read
+  A* sums = memory.score_vector;
+  tile.collect(sums);
+  __syncthreads();
+  const bool only = walk.splits == 1;
+  for (int c = threadIdx.x; c < shape.channels; c += walk.threads) {
+    if constexpr (Pass::kBackward) {
+      if (pass.direct)
+        pass.grad_query.store(image * shape.channels + c, sums[c]);
+      else
+        pass.sums[block * shape.channels + c] = sums[c];
+    } else if (only) {
+      pass.store_pooled(image * shape.channels + c, sums[c] / sum);
+    } else {
+      pass.sums[block * shape.channels + c] = sums[c];
+    }
+  }
+  if constexpr (!Pass::kBackward) {
+    if (only) {
+      for (int64_t p = image * shape.positions + threadIdx.x; p < (image + 1) * shape.positions; p += walk.threads)
+        pass.attention[p] = softmax_weight(pass.scores[p], max) / sum;
+    } else if (threadIdx.x == 0) {
+      pass.moments[2 * block] = max;
+      pass.moments[2 * block + 1] = sum;
+    }
+  }
+}
+
+// How blocks of 256 threads add up rows: few rows by a thread for each channel, many by eight.
+struct RowSums {
+  static constexpr int kThreads = 256;
+  int64_t channels;
+  int threads; // for each channel
+
+  RowSums(int64_t channels, int64_t rows) : channels(channels), threads(rows > 8 ? 8 : 1) {}
+  ATTNKERN_INLINE int64_t width() const { return kThreads / threads; } // channels of a block
+  ATTNKERN_INLINE int64_t blocks() const { return channels > 0 ? (channels + width() - 1) / width() : 1; }
+
+  // term(row, channel), summed over the rows for this thread's channel; meant for the first thread of each. By the whole
+  // block.
+  template <typename A, typename Term> ATTNKERN_DEVICE A sum(int64_t c, int64_t rows, const Term& term) const {
+    struct Threads {
+      A of[kThreads];
+    };
+    A* sums = shared<Threads>().of;
+    A sum = 0;
+    if (c < channels)
+#pragma unroll 4
+      for (int64_t row = threadIdx.x / width(); row < rows; row += threads)
+        sum = term(sum, row);
+    if (threads == 1)
+      return sum;
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    for (int i = 1; i < threads && threadIdx.x < width(); ++i)
+      sum += sums[i * width() + threadIdx.x];
+    return sum;
+  }
+};
+
+// An image's outputs from its splits, by some blocks that share the work.
+template <typename T>
+__global__ void __launch_bounds__(RowSums::kThreads)
+    pool_finish(Shape shape, int64_t splits, Forward<T> pass, RowSums rows) {
+  using A = Wide<T>;
+  struct Factors { // that bring a split's sums to the image's largest score
+    A of[kMostSplits];
+  };
+  static_assert(kMostSplits <= 2 * kWarp, "a lane has two splits");
+  const int64_t image = divide(block_index(), rows.blocks()), slice = block_index() - image * rows.blocks();
+  if (image >= shape.images)
+    return;
+  A* factors = shared<Factors>().of;
+  const A* moments = pass.moments + 2 * image * splits;
+  const int lane = threadIdx.x % kWarp, other = lane + kWarp;
+  const A max = lane < splits ? moments[2 * lane] : -A(INFINITY);
+  const A other_max = other < splits ? moments[2 * other] : -A(INFINITY);
+  const A highest = warp_reduce<Max>(Max()(max, other_max));
+  const A factor = lane < splits ? softmax_weight(max, highest) : A(0);
+  const A other_factor = other < splits ? softmax_weight(other_max, highest) : A(0);
+  const A total = warp_reduce((lane < splits ? moments[2 * lane + 1] * factor : A(0)) +
+                              (other < splits ? moments[2 * other + 1] * other_factor : A(0)));
+  if (threadIdx.x < kWarp)
+    factors[lane] = factor, factors[other] = other_factor;
+  __syncthreads();
+  const int64_t c = slice * rows.width() + threadIdx.x % rows.width();
+  const A* sums = pass.sums + image * splits * shape.channels + c;
+  const A value = rows.template sum<A>(
+      c, splits, [&](A sum, int64_t s) { return std::fma(sums[s * shape.channels], factors[s], sum); });
+  if (threadIdx.x < rows.width() && c < shape.channels)
+    pass.store_pooled(image * shape.channels + c, value / total);
+  for (int64_t p = slice * RowSums::kThreads + threadIdx.x; p < shape.positions; p += rows.blocks() * RowSums::kThreads)
+    pass.attention[image * shape.positions + p] =
+        softmax_weight(pass.scores[image * shape.positions + p], highest) / total;
+}
+
+// Σ over the rows of each group of (groups, rows, C).
+template <typename A>
+__global__ void __launch_bounds__(RowSums::kThreads)
+    add_rows(const A* from, int64_t groups, int64_t count, RowSums rows, MutableCompanion to) {
+  const int64_t group = divide(block_index(), rows.blocks()), slice = block_index() - group * rows.blocks();
+  if (group >= groups)
+    return;
+  const int64_t c = slice * rows.width() + threadIdx.x % rows.width();
+  from += group * count * rows.channels + c;
+  const A value =
+      rows.template sum<A>(c, count, [&](A sum, int64_t row) { return sum + from[row * rows.channels]; });
+  if (threadIdx.x < rows.width() && c < rows.channels)
+    to.store(group * rows.channels + c, value);
+}
+
+} // namespace attnkern

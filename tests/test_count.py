@@ -437,11 +437,12 @@ def test_a_launch_is_written_down_instead_of_run(tmp_path, monkeypatch):
     monkeypatch.setenv("ATTNKERN_HOST_RECORD", str(tmp_path / "launches"))
     x = torch.ones(64)
     result = operators.faulty_sum(x, 7)
-    offset, blocks, threads, shared, cluster, parameters = (tmp_path / "launches").read_text().split()
+    offset, blocks, threads, shared, cluster, parameters, *pointers = (tmp_path / "launches").read_text().split()
     assert launches._symbols()[int(offset)] == "faulty_sum_kernel"
     assert (blocks, threads, shared, cluster) == ("1", "64", "0", "1")
     assert struct.unpack("<QQi", bytes.fromhex(parameters)) == (x.data_ptr(), result.data_ptr(), 7)
-    packed, regions = launches._canonical(bytes.fromhex(parameters), [x])
+    assert pointers == ["0", "8"]
+    packed, regions = launches._canonical(bytes.fromhex(parameters), [0, 8], [x])
     assert struct.unpack("<QQi", packed)[2] == 7
     assert regions[0][1:] == (256, "float32", False)
     assert regions[1].scratch  # not among the tensors that are known

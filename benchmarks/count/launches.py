@@ -181,17 +181,15 @@ class _NativeHandles(_Handles):
         self.lines[self.current] += self.file.read().splitlines()
 
 
-def _canonical(parameters: bytes, tensors: list[torch.Tensor]) -> tuple[bytes, tuple[Region, ...]]:
-    """Parameters with every pointer moved to a place that is the same in each run, and the regions there.
+def _canonical(parameters: bytes, pointers: list[int], tensors: list[torch.Tensor]) -> tuple[bytes, tuple[Region, ...]]:
+    """Parameters with their pointers moved to places that are the same in each run, and the regions there.
 
-    A word of 64 bits is a pointer if it lies where a process has its memory; no size, number or flag does.
+    ``pointers``: where they are among the parameters. ``tensors``: arguments and results; other memory is scratch.
     """
     known = sorted({(t.data_ptr(), t.numel() * t.itemsize, t.dtype) for t in tensors if t.numel()}, key=lambda k: k[:2])
     packed, bases, regions = bytearray(parameters), {}, []
-    for at in range(0, len(packed) - 7, 8):
+    for at in pointers:
         (word,) = struct.unpack_from("<Q", packed, at)
-        if not 1 << 40 <= word < 1 << 47:
-            continue
         start, size, dtype = next(
             (region for region in known if region[0] <= word < region[0] + region[1]), (word, 0, None)
         )
@@ -218,11 +216,11 @@ def native(case: cases.Case, sources: tuple[Path, ...] = ()) -> dict[str, Record
 
 
 def _native(line: str, kernels, tensors) -> Launch:
-    offset, grid, threads, shared, cluster, parameters = (line + " ").split(" ")[:6]
+    offset, grid, threads, shared, cluster, parameters, *pointers = line.split(" ")
     name = _symbols()[int(offset)]
     if name not in kernels:
         raise LookupError(f"the library has no {name}: it was built from other sources")
-    packed, regions = _canonical(bytes.fromhex(parameters), tensors)
+    packed, regions = _canonical(bytes.fromhex(parameters), list(map(int, pointers)), tensors)
     return Launch(name, kernels[name], (int(grid),), int(threads), packed, regions, int(shared), int(cluster))
 
 

@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -258,10 +259,20 @@ template <typename... Parameters> std::vector<unsigned char> packed(const Parame
   return bytes;
 }
 
+// Whether memory of this process lies there.
+inline bool is_mapped(uint64_t address) {
+  std::ifstream maps("/proc/self/maps");
+  unsigned long long begin, end;
+  for (std::string line; std::getline(maps, line);)
+    if (std::sscanf(line.c_str(), "%llx-%llx", &begin, &end) == 2 && begin <= address && address < end)
+      return true;
+  return false;
+}
+
 inline const char* record_file() { return std::getenv("ATTNKERN_HOST_RECORD"); }
 
 // Appends a line to the file: the kernel's offset in this library, blocks, threads, bytes of dynamic shared memory,
-// blocks of a cluster, and the parameters in hexadecimal.
+// blocks of a cluster, the parameters in hexadecimal, and the places of the pointers among them.
 template <typename... Parameters, typename... Arguments>
 void record(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, int cluster,
             Arguments&&... arguments) {
@@ -273,8 +284,15 @@ void record(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t s
     throw std::runtime_error("ATTNKERN_HOST_RECORD cannot be written");
   const size_t offset = reinterpret_cast<char*>(kernel) - static_cast<char*>(library.dli_fbase);
   std::fprintf(file, "%zu %lld %d %zu %d ", offset, static_cast<long long>(blocks), threads, shared_bytes, cluster);
-  for (const unsigned char byte : packed<std::decay_t<Parameters>...>(arguments...))
+  const std::vector<unsigned char> bytes = packed<std::decay_t<Parameters>...>(arguments...);
+  for (const unsigned char byte : bytes)
     std::fprintf(file, "%02x", byte);
+  for (size_t place = 0; place + sizeof(uint64_t) <= bytes.size(); place += sizeof(uint64_t)) {
+    uint64_t word;
+    std::memcpy(&word, &bytes[place], sizeof(word));
+    if (is_mapped(word))
+      std::fprintf(file, " %zu", place);
+  }
   std::fprintf(file, "\n");
   std::fclose(file);
 }

@@ -4,7 +4,8 @@ Tensors come in any strides. Outputs and gradients of features lie as the featur
 or channels innermost (see attnkern/_layout.py); all else is contiguous.
 "Wide" means float64 for float64 features and float32 for all others; maps, statistics, losses and residuals are wide.
 
-``stats``      (N, 7): max z, Σ exp(z - max z), and Σ π ∂z/∂β for the five rectangle parameters; (N, 0) without rescale.
+``stats``      (N, 7): max z or a bound near it, Σ exp(z - that), and Σ π ∂z/∂β for the five rectangle parameters;
+               (N, 0) without rescale.
 ``loss``       (): Σ (v - a)², not yet divided by anything.
 ``residuals``  (Q,): Σ (v - a) over the elements that chose anchor k, so that the anchors' gradient is 2·residuals.
 ``divisor``    what the sums of the two losses were divided by.

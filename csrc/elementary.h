@@ -73,4 +73,27 @@ ATTNKERN_INLINE float log1p_unit(float y) {
 #endif
 }
 
+// 1/x to 1 ulp, for x of ordinary size.
+ATTNKERN_INLINE float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
+#else
+  return 1.0f / x;
+#endif
+}
+
+template <typename T> ATTNKERN_INLINE void sine_cosine(T x, T& sine, T& cosine) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == sizeof(float))
+    sincosf(x, &sine, &cosine); // half of what they cost one by one
+  else
+    sincos(x, &sine, &cosine);
+#else
+  cosine = std::cos(x);
+  sine = std::sin(x);
+#endif
+}
+
 } // namespace attnkern

@@ -16,6 +16,22 @@ template <typename T> ATTNKERN_INLINE T coordinate(int64_t i, int64_t length) {
   return length == 1 ? T(0.5) : T(i) / T(length - 1);
 }
 
+// The same, digit by digit, where coordinate()'s division takes too long.
+template <typename T> struct Axis {
+  T begin, last, inverse; // coordinate of the first pixel, number of the last, and 1 / last
+
+  // A quotient's error is known exactly, and correcting it once rounds it correctly (Markstein).
+  ATTNKERN_INLINE T at(int64_t i) const {
+    const T quotient = T(i) * inverse;
+    return begin + std::fma(std::fma(-quotient, last, T(i)), inverse, quotient);
+  }
+};
+
+template <typename T> ATTNKERN_INLINE Axis<T> make_axis(int64_t length) {
+  const T last = length == 1 ? T(1) : T(length - 1);
+  return {length == 1 ? T(0.5) : T(0), last, T(1) / last};
+}
+
 // One image's rectangle, ready to be evaluated.
 template <typename T> struct Frame {
   T mu1, mu2, cosine, sine;
@@ -36,8 +52,7 @@ ATTNKERN_INLINE Frame<T> make_frame(const T (&rectangle)[kParameters], int64_t h
   frame.inverse2 = T(1) / (floored2 ? T(kSigmaFloor) : rectangle[3]);
   frame.moves1 = floored1 ? T(0) : T(1);
   frame.moves2 = floored2 ? T(0) : T(1);
-  frame.cosine = std::cos(rectangle[4]);
-  frame.sine = std::sin(rectangle[4]);
+  sine_cosine(rectangle[4], frame.sine, frame.cosine);
   const int64_t longest = (height > width ? height : width) - 1;
   frame.row = aspect && longest > 0 ? T(height - 1) / T(longest) : T(1);
   frame.column = aspect && longest > 0 ? T(width - 1) / T(longest) : T(1);
@@ -52,28 +67,82 @@ template <typename T> ATTNKERN_INLINE T log_sigmoid(T p, T& complement) {
   return (p < T(0) ? p : T(0)) - log1p_unit(e);
 }
 
-// z at the coordinates (t1, t2), and its derivatives by the five parameters.
-template <typename T>
-ATTNKERN_INLINE T log_window(const Frame<T>& frame, T t1, T t2, T (&slope)[kParameters]) {
+// A point seen from the centre along the rectangle's axes, as it is and in half extents.
+template <typename T> struct Offset {
+  T u, v, u_sigma, v_sigma;
+};
+
+template <typename T> ATTNKERN_INLINE Offset<T> offset_at(const Frame<T>& frame, T t1, T t2) {
   const T d1 = (t1 - frame.mu1) * frame.row, d2 = (t2 - frame.mu2) * frame.column;
   const T u = frame.cosine * d1 + frame.sine * d2, v = frame.cosine * d2 - frame.sine * d1;
-  const T u_sigma = u * frame.inverse1, v_sigma = v * frame.inverse2;
-  T outside1, outside2;
-  const T z = log_sigmoid(frame.scale * (T(1) - u_sigma * u_sigma), outside1) +
-              log_sigmoid(frame.scale * (T(1) - v_sigma * v_sigma), outside2);
-  const T by_u = T(-2) * frame.scale * outside1 * u_sigma * frame.inverse1; // ∂z/∂u
-  const T by_v = T(-2) * frame.scale * outside2 * v_sigma * frame.inverse2; // ∂z/∂v
+  return {u, v, u * frame.inverse1, v * frame.inverse2};
+}
+
+// The derivatives of z by the five parameters, from Λ(-p) and Λ(-q).
+template <typename T>
+ATTNKERN_INLINE void window_slopes(const Frame<T>& frame, const Offset<T>& at, T outside1, T outside2,
+                                   T (&slope)[kParameters]) {
+  const T by_u = T(-2) * frame.scale * outside1 * at.u_sigma * frame.inverse1; // ∂z/∂u
+  const T by_v = T(-2) * frame.scale * outside2 * at.v_sigma * frame.inverse2; // ∂z/∂v
   slope[0] = -frame.row * (frame.cosine * by_u - frame.sine * by_v);
   slope[1] = -frame.column * (frame.sine * by_u + frame.cosine * by_v);
-  slope[2] = -frame.moves1 * by_u * u_sigma;
-  slope[3] = -frame.moves2 * by_v * v_sigma;
-  slope[4] = by_u * v - by_v * u;
+  slope[2] = -frame.moves1 * by_u * at.u_sigma;
+  slope[3] = -frame.moves2 * by_v * at.v_sigma;
+  slope[4] = by_u * at.v - by_v * at.u;
+}
+
+// z at the coordinates (t1, t2), and its derivatives.
+template <typename T>
+ATTNKERN_INLINE T log_window(const Frame<T>& frame, T t1, T t2, T (&slope)[kParameters]) {
+  const Offset<T> at = offset_at(frame, t1, t2);
+  T outside1, outside2;
+  const T z = log_sigmoid(frame.scale * (T(1) - at.u_sigma * at.u_sigma), outside1) +
+              log_sigmoid(frame.scale * (T(1) - at.v_sigma * at.v_sigma), outside2);
+  window_slopes(frame, at, outside1, outside2, slope);
   return z;
 }
 
 template <typename T> ATTNKERN_INLINE T log_window(const Frame<T>& frame, T t1, T t2) {
   T slope[kParameters];
   return log_window(frame, t1, t2, slope);
+}
+
+// Λ(p) = e^exponent · fraction, and Λ(-p). Without a logarithm: the exponent is at most 0 and the fraction at least 1/2, so
+// that a softmax over the exponents alone neither overflows nor loses all of its weights.
+ATTNKERN_INLINE void split_sigmoid(float p, float& exponent, float& fraction, float& complement) {
+  const float e = exponential(-std::fabs(p));
+  exponent = p < 0.0f ? p : 0.0f;
+  fraction = reciprocal(1.0f + e);
+  complement = (p < 0.0f ? 1.0f : e) * fraction;
+}
+// Time does not matter here, and logarithms round as they do everywhere else.
+ATTNKERN_INLINE void split_sigmoid(double p, double& exponent, double& fraction, double& complement) {
+  exponent = log_sigmoid(p, complement);
+  fraction = 1.0;
+}
+
+// The window at a point: e^z = e^exponent · fraction.
+template <typename T> struct Window {
+  Offset<T> at;
+  T exponent, fraction;
+  T outside1, outside2; // Λ(-p), Λ(-q)
+};
+
+template <typename T> ATTNKERN_INLINE Window<T> window_at(const Frame<T>& frame, T t1, T t2) {
+  Window<T> window;
+  window.at = offset_at(frame, t1, t2);
+  T exponent, fraction;
+  split_sigmoid(frame.scale * (T(1) - window.at.u_sigma * window.at.u_sigma), exponent, fraction, window.outside1);
+  split_sigmoid(frame.scale * (T(1) - window.at.v_sigma * window.at.v_sigma), window.exponent, window.fraction,
+                window.outside2);
+  window.exponent = exponent + window.exponent;
+  window.fraction = fraction * window.fraction;
+  return window;
+}
+
+template <typename T>
+ATTNKERN_INLINE void window_slopes(const Frame<T>& frame, const Window<T>& window, T (&slope)[kParameters]) {
+  window_slopes(frame, window.at, window.outside1, window.outside2, slope);
 }
 
 } // namespace attnkern

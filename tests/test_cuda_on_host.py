@@ -25,6 +25,8 @@ FEATURES = [
     ((2, 3, 33, 35), False, FLOAT, FLOAT, True),  # more positions than a block takes statistics of
     ((1, 5, 36, 40), True, DOUBLE, DOUBLE, False),
     ((1, 2, 61, 41), False, BF16, FLOAT, True),  # several tiles of columns
+    ((46, 9, 7, 7), False, BF16, FLOAT, True),  # too many elements for one block to quantize, rows of several channels
+    ((1, 65, 48, 47), True, BF16, FLOAT, True),
     ((0, 3, 5, 5), False, FLOAT, FLOAT, True),
     ((2, 0, 5, 5), False, FLOAT, FLOAT, True),
     ((1, 0, 40, 40), False, BF16, FLOAT, True),

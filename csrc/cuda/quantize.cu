@@ -1,7 +1,7 @@
 // Nearest-anchor quantization on CUDA. A block sorts the anchors in shared memory and finds each of its elements by the
-// thresholds between them; every warp keeps bins of its own, each bin written by one lane only, and all are added in
-// order: by the block itself where it is the only one, else by the next launch, the one that multiplies features by
-// the map if there are any.
+// thresholds between them. Lanes of a warp with the same anchor add what they have in a tree and put it into the warp's
+// bins; bins are added in order: by the block itself where it is the only one, else by the next launch, the one that
+// multiplies features by the map if there are any.
 
 #include "cuda/modulate.cuh"
 #include "quantize.h"
@@ -13,6 +13,8 @@ constexpr int kWarps = kThreads / kWarp;
 
 // Up to this many anchors are sorted and binned in shared memory; more of them in global memory, a part for each block.
 template <typename A> constexpr int kShared = 2048 / sizeof(A);
+constexpr int64_t kTileAnchors = 128; // up to so many every tile of features sorts them
+constexpr int64_t kMostOwners = 4096; // tiles whose sums one launch adds
 
 // --- anchors in ascending order, equal ones as the first of them; thresholds[i] parts the i-th from the next ---
 
@@ -20,35 +22,52 @@ template <typename A> struct Table {
   A *values, *thresholds;
   int* indices; // of the original anchor
 
-  static ATTNKERN_INLINE int64_t bytes(int64_t slots) { return slots * (2 * sizeof(A) + sizeof(int)); }
-  ATTNKERN_DEVICE Table(char* memory, int64_t slots)
+  static ATTNKERN_INLINE int64_t bytes(int slots) { return slots * (2 * sizeof(A) + sizeof(int)); }
+  ATTNKERN_DEVICE Table(char* memory, int slots)
       : values(reinterpret_cast<A*>(memory)), thresholds(values + slots),
         indices(reinterpret_cast<int*>(thresholds + slots)) {}
 
-  // By the whole block. An anchor's place is how many stand before it, and its threshold parts it from the one behind
-  // it. NaN has no place, and a table with NaN is not looked at.
-  ATTNKERN_DEVICE void fill(const Companion& anchors, int count) {
+  // By the whole block; true where some anchor is NaN, which has no place: such a table is not looked at. An anchor's
+  // place is how many stand before it.
+  ATTNKERN_DEVICE bool fill(const Companion& anchors, int count) const {
+    A* given = thresholds; // as they came, until they are sorted
+    bool nan = false;
     for (int k = threadIdx.x; k < count; k += kThreads) {
-      const A anchor = anchors.load<A>(k);
-      A next = INFINITY;
-      int rank = 0, first = k, first_next = -1; // of the equal ones the first
-      bool last_equal = true;
-      for (int other = 0; other < count; ++other) {
-        const A value = anchors.load<A>(other);
-        rank += value < anchor || (value == anchor && other < k);
-        first = value == anchor && other < first ? other : first;
-        last_equal &= value != anchor || other <= k;
-        if (value > anchor && (first_next < 0 || value < next))
-          next = value, first_next = other;
-      }
-      values[rank] = anchor;
-      indices[rank] = first;
-      // Between equal ones any threshold does: they are the same anchor.
-      thresholds[rank] = !last_equal ? anchor
-                         : first_next < 0 ? A(INFINITY)
-                                          : round_up<A>(threshold(anchor, next, first_next < first));
+      given[k] = anchors.load<A>(k);
+      nan |= given[k] != given[k];
+    }
+    if (__syncthreads_or(nan))
+      return true;
+    int bits = 5; // 2^bits threads count for an anchor
+    while (bits > 0 && count > kThreads >> bits)
+      --bits;
+    const int parts = 1 << bits, part = threadIdx.x & (parts - 1);
+    for (int first = 0; first < count; first += kThreads >> bits) {
+      const int k = first + (threadIdx.x >> bits);
+      const A anchor = k < count ? given[k] : A(0);
+      int before = 0;
+      for (int other = part; other < count; other += parts)
+        before += given[other] < anchor || (given[other] == anchor && other < k);
+      before = warp_reduce(before, parts);
+      if (k < count && part == 0)
+        values[before] = anchor, indices[before] = k;
     }
     __syncthreads();
+    for (int k = threadIdx.x; k < count; k += kThreads) {
+      const A anchor = values[k];
+      int first = k;
+      while (first > 0 && values[first - 1] == anchor)
+        --first;
+      // Between equal ones any threshold does: they are the same anchor.
+      thresholds[k] = k + 1 == count             ? A(INFINITY)
+                      : values[k + 1] == anchor ? anchor
+                                                : round_up<A>(threshold(anchor, values[k + 1],
+                                                                        indices[k + 1] < indices[first]));
+      if (first != k) // which nobody reads here
+        indices[k] = indices[first];
+    }
+    __syncthreads();
+    return false;
   }
   // Number of thresholds that an element reaches; 0 for NaN.
   ATTNKERN_DEVICE int rank(A element, int count) const {
@@ -69,10 +88,27 @@ template <typename A> struct Bins {
   A* residuals;
   int* counts;
 
-  static ATTNKERN_INLINE int64_t bytes(int64_t slots) { return kWarps * slots * (sizeof(A) + sizeof(int)); }
-  ATTNKERN_DEVICE Bins(char* memory, int64_t slots)
+  static ATTNKERN_INLINE int64_t bytes(int slots) { return kWarps * slots * (sizeof(A) + sizeof(int)); }
+  ATTNKERN_DEVICE Bins(char* memory, int slots)
       : residuals(reinterpret_cast<A*>(memory)), counts(reinterpret_cast<int*>(residuals + kWarps * slots)) {}
 };
+
+// Adds the values of lanes with the same key, in a tree over their places among each other. The lowest of them gets the
+// sum and the number of its lanes, the others 0 lanes.
+template <typename A> ATTNKERN_DEVICE int add_alike(int key, A& value) {
+  const unsigned alike = __match_any_sync(kAllLanes, key), below = (1u << threadIdx.x % kWarp) - 1;
+  unsigned place = __popc(alike & below), behind = alike & ~below & ~(below + 1);
+#pragma unroll
+  for (int lanes = kWarp; lanes > 1; lanes /= 2) { // that are left, at most
+    const int next = __ffs(behind) - 1;
+    const A other = __shfl_sync(kAllLanes, value, std::max(next, 0));
+    if (next >= 0)
+      value += other;
+    behind &= ~__ballot_sync(kAllLanes, place & 1); // these have been added
+    place /= 2;
+  }
+  return (alike & below) == 0 ? __popc(alike) : 0;
+}
 
 // Sums of blocks, (anchors, blocks) and (blocks), to be added in order.
 template <typename A> struct Partial {
@@ -92,15 +128,11 @@ ATTNKERN_DEVICE bool any_nan(const Companion& anchors, int count) {
 // Where a block's table and bins lie: in shared memory, or in its part of the launch's scratch.
 template <typename A> struct Scratch {
   char* memory = nullptr; // null: shared
-  int64_t slots;          // for anchors: even, so that what follows integers stays aligned
+  int slots;              // for anchors: even, so that what follows integers stays aligned
 
-  explicit Scratch(int64_t anchors) : slots(ceil_div(anchors, 2) * 2) {}
-  int64_t bytes() const { return Table<A>::bytes(slots) + Bins<A>::bytes(slots); }
+  explicit Scratch(int64_t anchors) : slots(static_cast<int>(ceil_div(anchors, 2) * 2)) {}
+  ATTNKERN_INLINE int64_t bytes() const { return Table<A>::bytes(slots) + Bins<A>::bytes(slots); }
   bool fits_shared() const { return slots <= kShared<A>; }
-  ATTNKERN_DEVICE char* of_block(int64_t block) const {
-    return memory == nullptr ? dynamic_shared<char>()
-                             : memory + block * (Table<A>::bytes(slots) + Bins<A>::bytes(slots));
-  }
 };
 
 // What quantization reads and writes. An element belongs to the `element / chunk`-th of `blocks` blocks.
@@ -122,11 +154,13 @@ template <typename A> ATTNKERN_DEVICE void add_blocks(const Quantization<A>& q, 
   if (anchor > q.anchor_count || q.blocks == 1) // left over, or its sums are the results
     return;
   const bool is_loss = anchor == q.anchor_count;
+  const A* sums = is_loss ? q.partial.loss : q.partial.residuals + anchor * q.blocks;
   double sum[1] = {};
   int64_t number[1] = {};
-  for (int64_t block = threadIdx.x; block < q.blocks; block += kThreads) {
-    sum[0] += is_loss ? q.partial.loss[block] : q.partial.residuals[anchor * q.blocks + block];
-    number[0] += is_loss ? 0 : q.partial.counts[anchor * q.blocks + block];
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < q.blocks; i += kThreads) {
+    sum[0] += sums[i];
+    number[0] += is_loss ? 0 : q.partial.counts[anchor * q.blocks + i];
   }
   block_reduce(sum);
   block_reduce(number);
@@ -138,122 +172,186 @@ template <typename A> ATTNKERN_DEVICE void add_blocks(const Quantization<A>& q, 
     q.residuals[anchor] = static_cast<A>(sum[0]), q.counts[anchor] = number[0];
 }
 
-// Quantizes a block's elements. Where it is the only one its sums are the results, else they go to `partial`.
-template <typename A> ATTNKERN_DEVICE void quantize_chunk(const Quantization<A>& q, int64_t block) {
-  struct Found { // of a warp's elements, for the owners of the bins
-    int index[kThreads];
-    A difference[kThreads];
-  };
-  const int64_t slots = q.scratch.slots;
-  const bool poisoned = any_nan(q.anchors, q.anchor_count);
-  char* memory = q.scratch.of_block(block);
-  Table<A> table(memory, slots);
-  const Bins<A> bins(memory + Table<A>::bytes(slots), slots);
-  if (!poisoned)
-    table.fill(q.anchors, q.anchor_count);
-  const int lane = threadIdx.x % kWarp, first_of_warp = threadIdx.x - lane;
-  A* residuals = bins.residuals + threadIdx.x / kWarp * slots;
-  int* counts = bins.counts + threadIdx.x / kWarp * slots;
-  for (int k = lane; k < q.anchor_count; k += kWarp)
-    residuals[k] = 0, counts[k] = 0;
-  Found& found = shared<Found>();
-  A loss[1] = {};
-  bool saw_nan = false;
+// What a block quantizes with: the table, and each warp's bins. It is made and used by the whole block.
+template <typename A> class Quantizer {
+  const Quantization<A>& q_;
+  const Table<A> table_;
+  const Bins<A> bins_;
+  const bool poisoned_; // by a NaN among the anchors
+  A loss_ = 0;
+
+  ATTNKERN_DEVICE int bin(int k, int warp) const { return warp * q_.scratch.slots + k; }
+
+public:
+  ATTNKERN_DEVICE Quantizer(const Quantization<A>& q, char* memory)
+      : q_(q), table_(memory, q.scratch.slots), bins_(memory + Table<A>::bytes(q.scratch.slots), q.scratch.slots),
+        poisoned_(table_.fill(q.anchors, q.anchor_count)) {
+    for (int k = threadIdx.x % kWarp; k < q.anchor_count; k += kWarp) {
+      const int own = bin(k, threadIdx.x / kWarp);
+      bins_.residuals[own] = 0, bins_.counts[own] = 0;
+    }
+  }
+  // The value of an element, and the index of its anchor: -1 for none.
+  ATTNKERN_DEVICE A value(A element, int& index) const {
+    index = -1;
+    if (poisoned_ || element != element)
+      return A(NAN);
+    const int rank = table_.rank(element, q_.anchor_count);
+    index = table_.indices[rank];
+    return table_.values[rank];
+  }
+  // Quantizes the i-th element, unless it is not `valid`; by whole warps.
+  ATTNKERN_DEVICE A take(int64_t i, A element, bool valid) {
+    int index = -1;
+    A quantized = 0, difference = 0;
+    if (valid) {
+      quantized = value(element, index);
+      difference = quantized - element;
+      q_.values.store(i, quantized);
+      q_.indices[i] = index < 0 ? 0 : index;
+      loss_ += difference * difference;
+    }
+    const bool spoilt = __ballot_sync(kAllLanes, valid && index < 0) != 0; // by an element without an anchor: index 0
+    const int lanes = add_alike(index, difference), warp = threadIdx.x / kWarp;
+    if (index >= 0 && lanes > 0)
+      bins_.residuals[bin(index, warp)] += difference, bins_.counts[bin(index, warp)] += lanes;
+    __syncwarp();
+    if (spoilt && threadIdx.x % kWarp == 0)
+      bins_.residuals[bin(0, warp)] = NAN;
+    __syncwarp();
+    return quantized;
+  }
+  // The sums of what was taken, which are the `block`-th of `blocks`, or the results where there are no others.
+  ATTNKERN_DEVICE void finish(int64_t block) {
+    struct Losses { // of the warps
+      A of[kWarps];
+    };
+    Losses& losses = shared<Losses>();
+    loss_ = warp_reduce(loss_);
+    if (threadIdx.x % kWarp == 0)
+      losses.of[threadIdx.x / kWarp] = loss_;
+    __syncthreads();
+    const bool only = q_.blocks == 1;
+    for (int k = threadIdx.x; k <= q_.anchor_count; k += kThreads) {
+      const bool is_loss = k == q_.anchor_count;
+      A sum = 0;
+      int number = 0;
+      for (int warp = 0; warp < kWarps; ++warp) {
+        sum += is_loss ? losses.of[warp] : bins_.residuals[bin(k, warp)];
+        number += is_loss ? 0 : bins_.counts[bin(k, warp)];
+      }
+      if (is_loss)
+        *(only ? q_.loss : q_.partial.loss + block) = sum;
+      else if (only)
+        q_.residuals[k] = sum, q_.counts[k] = number;
+      else
+        q_.partial.residuals[k * q_.blocks + block] = sum, q_.partial.counts[k * q_.blocks + block] = number;
+    }
+  }
+};
+
+// Quantizes a block's chunk of the elements.
+template <typename A> ATTNKERN_DEVICE void quantize_chunk(const Quantization<A>& q, int64_t block, char* memory) {
   const int64_t last = std::min(q.count, (block + 1) * q.chunk);
+  const auto element_at = [&](int64_t i) { return i < last ? q.a.template load<A>(i) : A(0); };
+  A next = element_at(block * q.chunk + threadIdx.x); // which comes while the table is being made
+  Quantizer<A> quantizer(q, memory);
   for (int64_t first = block * q.chunk; first < last; first += kThreads) {
     const int64_t i = first + threadIdx.x;
-    int index = -1;
-    A difference = 0;
-    if (i < last) {
-      const A element = q.a.template load<A>(i);
-      A value = NAN;
-      if (element == element && !poisoned) {
-        const int rank = table.rank(element, q.anchor_count);
-        value = table.values[rank];
-        index = table.indices[rank];
-      }
-      difference = value - element;
-      saw_nan |= index < 0;
-      q.values.store(i, value);
-      q.indices[i] = index < 0 ? 0 : index;
-      loss[0] += difference * difference;
-    }
-    found.index[threadIdx.x] = index;
-    found.difference[threadIdx.x] = difference;
-    __syncwarp();
-    for (int of = first_of_warp; of < first_of_warp + kWarp; ++of) {
-      const int chosen = found.index[of];
-      if (chosen >= 0 && chosen % kWarp == lane)
-        residuals[chosen] += found.difference[of], ++counts[chosen];
-    }
-    __syncwarp();
+    const A element = next;
+    next = element_at(i + kThreads);
+    quantizer.take(i, element, i < last);
   }
-  block_reduce(loss);
-  const bool spoilt = __syncthreads_or(saw_nan) != 0; // by an element of no anchor: its index is 0
-  const bool only = q.blocks == 1;
-  if (threadIdx.x == 0)
-    *(only ? q.loss : q.partial.loss + block) = loss[0];
-  for (int k = threadIdx.x; k < q.anchor_count; k += kThreads) {
-    A residual = k == 0 && spoilt ? A(NAN) : A(0);
-    int number = 0;
-    for (int warp = 0; warp < kWarps; ++warp)
-      residual += bins.residuals[warp * slots + k], number += bins.counts[warp * slots + k];
-    if (only)
-      q.residuals[k] = residual, q.counts[k] = number;
-    else
-      q.partial.residuals[k * q.blocks + block] = residual, q.partial.counts[k * q.blocks + block] = number;
-  }
+  quantizer.finish(block);
 }
 
 template <typename A> __global__ void __launch_bounds__(kThreads) quantize_kernel(Quantization<A> q) {
-  if (block_index() < q.blocks)
-    quantize_chunk(q, block_index());
+  const int64_t block = block_index();
+  if (block >= q.blocks)
+    return;
+  if (q.scratch.memory == nullptr) // written twice, so that the compiler knows which memory it is
+    quantize_chunk(q, block, dynamic_shared<char>());
+  else
+    quantize_chunk(q, block, q.scratch.memory + block * q.scratch.bytes());
 }
 
 template <typename A> __global__ void __launch_bounds__(kThreads) add_blocks_kernel(Quantization<A> q) {
   add_blocks(q, block_index());
 }
 
-// The map of a tile: the anchors' values, NaN where the element or any anchor is. Without `indices` they are looked
-// up here, in shared memory for `slots` anchors.
+// The map of a tile from the indices of its elements: the anchors' values, NaN where the element or any anchor is.
 template <typename T>
 ATTNKERN_DEVICE void fill_map(const Tiling& tiling, const Tile& tile, const Companion& a, const Companion& anchors,
-                              int anchor_count, const int64_t* indices, int64_t slots) {
+                              int anchor_count, const int64_t* indices) {
   using A = Wide<T>;
   A* map = shared<MapTile<T>>().of;
   const bool poisoned = any_nan(anchors, anchor_count);
-  Table<A> table(indices == nullptr ? dynamic_shared<char>() : nullptr, slots);
-  if (indices == nullptr && !poisoned)
-    table.fill(anchors, anchor_count);
   for (int i = threadIdx.x; i < tile.width; i += kThreads) {
     const int64_t at = tile.image * tiling.shape.positions + tile.position(tiling, i);
     const A element = a.load<A>(at);
-    if (poisoned || element != element)
-      map[i] = A(NAN);
-    else
-      map[i] = indices == nullptr ? table.values[table.rank(element, anchor_count)]
-                                  : anchors.load<A>(kept_within(indices[at], anchor_count));
+    const bool lost = poisoned || element != element;
+    map[i] = lost ? A(NAN) : anchors.load<A>(kept_within(indices[at], anchor_count));
   }
   __syncthreads();
 }
 
-// Features times the map. The blocks behind the tiles do what is left of quantization: all of it in `one_launch`, else
-// they add the sums of quantize_kernel.
+// Where the forward pass quantizes.
+enum class Quantizing {
+  before, // in a launch of its own: there are too many anchors for every tile to sort them
+  beside, // in one block behind the tiles, which look up their elements: there are few
+  within, // in the tiles: what a tile owns becomes the outputs. The next launch adds their sums
+};
+
+// The map of a tile, looked up; where the tile owns its elements they are quantized.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    anchor_forward_kernel(const T* x, Quantization<Wide<T>> q, bool one_launch, bool residual, T* output,
+ATTNKERN_DEVICE void look_up_map(const Quantization<Wide<T>>& q, bool within, const Tiling& tiling, const Tile& tile) {
+  using A = Wide<T>;
+  A* map = shared<MapTile<T>>().of;
+  const int64_t beyond = tiling.shape.positions - tile.column;
+  const int owned = within && tile.row == 0 && beyond > 0 ? static_cast<int>(std::min<int64_t>(beyond, tile.width)) : 0;
+  const auto place = [&](int i) { return tile.image * tiling.shape.positions + tile.position(tiling, i); };
+  const auto element_at = [&](int i) { return i < tile.width ? q.a.template load<A>(place(i)) : A(0); };
+  A next = element_at(threadIdx.x); // which comes while the table is being made
+  Quantizer<A> quantizer(q, dynamic_shared<char>());
+  for (int first = 0; first < tile.width; first += kThreads) {
+    const int i = first + threadIdx.x;
+    const A element = next;
+    next = element_at(i + kThreads);
+    A value = 0;
+    int index;
+    if (first < owned)
+      value = quantizer.take(place(i), element, i < owned);
+    if (i >= owned)
+      value = quantizer.value(element, index);
+    if (i < tile.width)
+      map[i] = value;
+  }
+  if (owned > 0)
+    quantizer.finish(tile.image * ceil_div(tiling.shape.positions, tiling.width) + tile.in_image);
+  else
+    __syncthreads();
+}
+
+// Features times the map. Blocks behind the tiles quantize, or add the sums of quantize_kernel.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    anchor_forward_kernel(const T* x, Quantization<Wide<T>> q, Quantizing quantizing, bool residual, T* output,
                           Tiling tiling) {
   const int64_t tiles = tiling.shape.images * tiling.tiles(), behind = block_index() - tiles;
   if (behind >= 0) {
-    if (!one_launch)
+    if (quantizing == Quantizing::before)
       add_blocks(q, behind);
-    else if (behind == 0)
-      quantize_chunk(q, 0);
+    else if (quantizing == Quantizing::beside && behind == 0)
+      quantize_chunk(q, 0, dynamic_shared<char>());
     return;
   }
   const Tile tile(tiling, block_index());
-  fill_map<T>(tiling, tile, q.a, q.anchors, q.anchor_count, one_launch ? nullptr : q.indices, q.scratch.slots);
-  modulate(tiling, tile, x, Wide<T>(residual), output);
+  Walk<T, 1> walk(tiling, tile, {x});
+  if (quantizing == Quantizing::before)
+    fill_map<T>(tiling, tile, q.a, q.anchors, q.anchor_count, q.indices);
+  else
+    look_up_map<T>(q, quantizing == Quantizing::within, tiling, tile);
+  modulate(tiling, walk, Wide<T>(residual), output);
 }
 
 // The gradients of a and of the anchors.
@@ -298,6 +396,7 @@ template <typename A> struct GradMap {
   ATTNKERN_DEVICE A at(int64_t element) const {
     const int64_t image = divide(element, positions), position = element - image * positions;
     A sum = 0;
+#pragma unroll 4
     for (int64_t tile = image * row_tiles; tile < (image + 1) * row_tiles; ++tile)
       for (int64_t column = position; column < columns; column += positions)
         sum += pointer[tile * columns + column];
@@ -308,7 +407,7 @@ template <typename A> struct GradMap {
 // The gradient of the features, and Σ dy·x: of an image that is one tile it completes the gradients of a, and blocks
 // behind the tiles make those of the anchors; else it goes to `grad_map`.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     anchor_backward_kernel(const T* grad_output, const T* x, Gradients<Wide<T>> gradients, bool residual, T* grad_x,
                            Wide<T>* grad_map, Tiling tiling) {
   using A = Wide<T>;
@@ -318,9 +417,10 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   const Tile tile(tiling, block_index());
+  Walk<T, 2> walk(tiling, tile, {grad_output, x});
   const Companion &a = gradients.a, &anchors = gradients.anchors;
-  fill_map<T>(tiling, tile, a, anchors, gradients.anchor_count, gradients.indices, 0);
-  modulate_backward(tiling, tile, grad_output, x, Wide<T>(residual), grad_x);
+  fill_map<T>(tiling, tile, a, anchors, gradients.anchor_count, gradients.indices);
+  modulate_backward(tiling, tile, walk, Wide<T>(residual), grad_x);
   const A* sums = shared<SumTile<T>>().of;
   if (tiling.tiles() == 1) {
     const A grad_loss = gradients.grad_loss();
@@ -339,9 +439,7 @@ __global__ void __launch_bounds__(kThreads)
     to[tile.column + i] = sums[i];
 }
 
-constexpr int64_t kGradChunk = 4 * kThreads; // elements of a block
-
-// The gradients of a by chunks; the blocks behind them make those of the anchors.
+// The gradients of a, one of each thread; the blocks behind them make those of the anchors.
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
     quantize_backward_kernel(Gradients<A> gradients, GradMap<A> grad_map, int64_t blocks) {
@@ -352,33 +450,38 @@ __global__ void __launch_bounds__(kThreads)
   }
   const A grad_loss = gradients.grad_loss();
   const bool poisoned = grad_loss != A(0) && any_nan(gradients.anchors, gradients.anchor_count);
-  const int64_t last = std::min(gradients.count, (block + 1) * kGradChunk);
-  for (int64_t i = block * kGradChunk + threadIdx.x; i < last; i += kThreads)
+  if (const int64_t i = block * kThreads + threadIdx.x; i < gradients.count)
     gradients.write_element(i, grad_map.pointer == nullptr ? A(0) : grad_map.at(i), grad_loss, poisoned);
 }
 
 // --- launches ---
 
-// Elements of one block: enough to pay for the anchors' sorting, and at most 1024 blocks' sums to add.
+// Few elements are all one block's, which saves a launch. Others are so many of a block's: one of each thread's, more to
+// pay for sorting many anchors and for at most 1024 blocks' sums.
+constexpr int64_t kFewElements = 8 * kThreads;
 int64_t chunk_size(int64_t count, int64_t anchors) {
-  return kThreads * std::max({int64_t(4), ceil_div(count, 1024 * kThreads), ceil_div(16 * anchors, kThreads)});
+  if (count <= kFewElements)
+    return kFewElements;
+  return kThreads * std::max({int64_t(1), ceil_div(count, 1024 * kThreads), ceil_div(4 * anchors, kThreads)});
 }
 
-// The outputs of quantization, and what its blocks work with.
+// The outputs of quantization, and what its blocks work with: `blocks` of them, or as many as chunk_size() makes.
 template <typename A> struct Quantized {
   Tensor values, indices, loss, counts, residuals;
   Tensor sums, numbers, tables;
   Quantization<A> q;
 
-  Quantized(const Tensor& a, const Tensor& anchors)
+  Quantized(const Tensor& a, const Tensor& anchors, int64_t blocks = 0)
       : values(empty_same(a)), indices(empty_like<int64_t>(a)), loss(empty<A>(a, {})),
-        counts(empty_like<int64_t>(anchors)), residuals(empty_like<A>(anchors)), q(make(a, anchors)) {}
+        counts(empty_like<int64_t>(anchors)), residuals(empty_like<A>(anchors)), q(make(a, anchors, blocks)) {}
   size_t shared_bytes() const { return q.scratch.fits_shared() ? q.scratch.bytes() : 0; }
 
 private:
-  Quantization<A> make(const Tensor& a, const Tensor& anchors) {
+  Quantization<A> make(const Tensor& a, const Tensor& anchors, int64_t blocks) {
     const int64_t count = a.numel(), anchor_count = anchors.numel(), chunk = chunk_size(count, anchor_count);
-    const int64_t blocks = std::max<int64_t>(1, ceil_div(count, chunk)), shared_by = blocks == 1 ? 0 : blocks;
+    if (blocks == 0)
+      blocks = std::max<int64_t>(1, ceil_div(count, chunk));
+    const int64_t shared_by = blocks == 1 ? 0 : blocks;
     sums = empty<A>(a, {(anchor_count + 1) * shared_by});
     numbers = empty<int32_t>(a, {anchor_count * shared_by});
     A* residual_sums = mutable_data<A>(sums);
@@ -404,7 +507,7 @@ Gradients<A> make_gradients(const std::optional<Tensor>& grad_values, const std:
 }
 
 template <typename A> void launch_backward(const Queue& queue, const Gradients<A>& gradients, const GradMap<A>& map) {
-  const int64_t blocks = ceil_div(gradients.count, kGradChunk);
+  const int64_t blocks = ceil_div(gradients.count, kThreads);
   queue.launch(quantize_backward_kernel<A>, blocks + gradients.anchor_blocks(), kThreads, 0, gradients, map, blocks);
 }
 
@@ -447,16 +550,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, 
     using T = decltype(t);
     using A = Wide<T>;
     const Queue queue(x);
-    const Quantized<A> out(a, anchors);
     Tensor output = empty_same(x);
     const auto tiling = Tiling::of<T>(Shape(x), data<T>(x), data<T>(output));
-    // Few elements and anchors: one block quantizes them all while every tile looks up its own.
-    const bool one_launch = out.q.blocks == 1 && 2 * out.q.scratch.slots <= kShared<A>;
-    queue.launch(quantize_kernel<A>, one_launch ? 0 : out.q.blocks, kThreads, out.shared_bytes(), out.q);
+    const int64_t owners = tiling.shape.images * ceil_div(tiling.shape.positions, tiling.width);
+    const auto quantizing = anchors.numel() > kTileAnchors    ? Quantizing::before
+                            : a.numel() <= kFewElements       ? Quantizing::beside
+                            : owners <= kMostOwners           ? Quantizing::within
+                                                              : Quantizing::before;
+    const bool before = quantizing == Quantizing::before, within = quantizing == Quantizing::within;
+    const Quantized<A> out(a, anchors, within ? owners : 0);
+    const int64_t adding = out.q.blocks == 1 ? 0 : anchors.numel() + 1;
+    queue.launch(quantize_kernel<A>, before ? out.q.blocks : 0, kThreads, out.shared_bytes(), out.q);
     queue.launch(anchor_forward_kernel<T>,
-                 tiling.shape.images * tiling.tiles() + (out.q.blocks == 1 ? one_launch : anchors.numel() + 1), kThreads,
-                 one_launch ? out.shared_bytes() : 0, data<T>(x), out.q, one_launch, residual, mutable_data<T>(output),
+                 tiling.shape.images * tiling.tiles() + (before ? adding : quantizing == Quantizing::beside), kThreads,
+                 before ? 0 : out.shared_bytes(), data<T>(x), out.q, quantizing, residual, mutable_data<T>(output),
                  tiling);
+    queue.launch(add_blocks_kernel<A>, within ? adding : 0, kThreads, 0, out.q);
     return std::tuple(output, out.values, out.indices, out.loss, out.counts, out.residuals);
   });
 }

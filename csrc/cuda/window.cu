@@ -4,6 +4,8 @@
 #include "cuda/modulate.cuh"
 #include "window.h"
 
+#include <limits>
+
 // Marks this library as built for these schemas; one for another version is refused before it is loaded.
 extern "C" __attribute__((used, visibility("default"))) const char attnkern_schema[] =
     "attnkern-schema:" ATTNKERN_SCHEMA_HASH;
@@ -11,8 +13,8 @@ extern "C" __attribute__((used, visibility("default"))) const char attnkern_sche
 namespace attnkern {
 namespace {
 
-constexpr int kChunk = 1024;                  // positions that one block takes statistics of
-constexpr int kPerThread = kChunk / kThreads; // of them
+constexpr int kChunk = 1024; // positions that one block takes statistics of
+constexpr int kWarps = kThreads / kWarp;
 
 // A batch of rectangles on one grid.
 struct Windows {
@@ -27,189 +29,201 @@ struct Windows {
   ATTNKERN_INLINE bool one_launch() const { return !rescale || chunks() == 1; }
 };
 
-// The frame of an image, made once for the block: sine and cosine are long.
-template <typename A> ATTNKERN_DEVICE const Frame<A>& shared_frame(const Windows& windows, int64_t image) {
-  Frame<A>& frame = shared<Frame<A>>();
+// An image's frame and coordinates, made once for the block: sine, cosine and divisions are long.
+template <typename A> struct Plane {
+  Frame<A> frame;
+  Axis<A> rows, columns;
+
+  ATTNKERN_DEVICE Window<A> window(const Windows& windows, int64_t position) const {
+    const int64_t row = divide(position, windows.width);
+    return window_at(frame, rows.at(row), columns.at(position - row * windows.width));
+  }
+};
+
+template <typename A> ATTNKERN_DEVICE const Plane<A>& shared_plane(const Windows& windows, int64_t image) {
+  Plane<A>& plane = shared<Plane<A>>();
   if (threadIdx.x == 0) {
     A rectangle[kParameters];
+#pragma unroll
     for (int k = 0; k < kParameters; ++k)
       rectangle[k] = windows.rectangle.load<A>(image * kParameters + k);
-    frame = make_frame(rectangle, windows.height, windows.width, static_cast<A>(windows.scale), windows.aspect);
+    plane.frame = make_frame(rectangle, windows.height, windows.width, static_cast<A>(windows.scale), windows.aspect);
+    plane.rows = make_axis<A>(windows.height), plane.columns = make_axis<A>(windows.width);
   }
   __syncthreads();
-  return frame;
+  return plane;
 }
 
-// z at a position, and its slopes.
-template <typename A>
-ATTNKERN_DEVICE A log_window_at(const Windows& windows, const Frame<A>& frame, int64_t position,
-                                A (&slope)[kParameters]) {
-  const int64_t row = divide(position, windows.width);
-  const int64_t column = position - row * windows.width;
-  return log_window(frame, coordinate<A>(row, windows.height), coordinate<A>(column, windows.width), slope);
-}
-template <typename A> ATTNKERN_DEVICE A log_window_at(const Windows& windows, const Frame<A>& frame, int64_t position) {
-  A slope[kParameters];
-  return log_window_at(windows, frame, position, slope);
-}
+// What a softmax is made of: the largest exponent, Σ f over it, and with kSlopes Σ f ∂z/∂β over it, which only the
+// backward pass wants.
+template <typename A, bool kSlopes> struct Statistics {
+  static constexpr int kSums = kSlopes ? 1 + kParameters : 1;
+  A max, sum[kSums];
 
-// What a softmax is made of: max z, Σ exp(z - max z), and Σ exp(z - max z) ∂z/∂β.
-template <typename A> struct Statistics {
-  A max, sum[1 + kParameters];
-
-  ATTNKERN_DEVICE void load(const A* from) {
-    max = from[0];
-    for (int k = 0; k <= kParameters; ++k)
-      sum[k] = from[1 + k];
+  // The maximum is finite, so that differences of two are numbers.
+  static ATTNKERN_DEVICE Statistics of_nothing() { return {std::numeric_limits<A>::lowest(), {}}; }
+  // Adds `weight` times some sums over another maximum.
+  ATTNKERN_DEVICE void add(A other_max, A weight, const A* sums) {
+    const A larger = Max()(max, other_max), own_weight = exponential(max - larger);
+    weight *= exponential(other_max - larger);
+    max = larger;
+#pragma unroll
+    for (int k = 0; k < kSums; ++k)
+      sum[k] = own_weight * sum[k] + weight * sums[k];
   }
-  ATTNKERN_DEVICE void store(A* to) const {
-    to[0] = max;
-    for (int k = 0; k <= kParameters; ++k)
-      to[1 + k] = sum[k];
+  ATTNKERN_DEVICE void add(const Frame<A>& frame, const Window<A>& window) {
+    A sums[1 + kParameters] = {A(1)}, slope[kParameters];
+    if constexpr (kSlopes) {
+      window_slopes(frame, window, slope);
+#pragma unroll
+      for (int k = 0; k < kParameters; ++k)
+        sums[1 + k] = slope[k];
+    }
+    add(window.exponent, window.fraction, sums);
+  }
+  // Over `lanes` neighbours.
+  ATTNKERN_DEVICE void reduce(int lanes) {
+    const A largest = warp_reduce<Max>(max, lanes), weight = exponential(max - largest);
+    max = largest;
+#pragma unroll
+    for (int k = 0; k < kSums; ++k)
+      sum[k] = warp_reduce(weight * sum[k], lanes);
   }
   // As the backward pass wants them: means.
   ATTNKERN_DEVICE void store_means(A* to) const {
     to[0] = max;
     to[1] = sum[0];
-    for (int k = 1; k <= kParameters; ++k)
+#pragma unroll
+    for (int k = 1; k < kSums; ++k)
       to[1 + k] = sum[k] / sum[0];
   }
 };
 
-// Over a chunk of positions, by the whole block.
-template <typename A>
-ATTNKERN_DEVICE Statistics<A> chunk_statistics(const Windows& windows, const Frame<A>& frame, int64_t chunk) {
-  A z[kPerThread], slope[kPerThread][kParameters], max[1] = {-A(INFINITY)};
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int64_t position = chunk * kChunk + i * kThreads + threadIdx.x;
-    if (position < windows.positions()) {
-      z[i] = log_window_at(windows, frame, position, slope[i]);
-      max[0] = Max()(max[0], z[i]);
-    }
-  }
-  block_reduce<Max>(max);
-  Statistics<A> statistics{max[0], {}};
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    const int64_t position = chunk * kChunk + i * kThreads + threadIdx.x;
-    if (position < windows.positions()) {
-      const A weight = exponential(z[i] - max[0]);
-      statistics.sum[0] += weight;
-#pragma unroll
-      for (int k = 0; k < kParameters; ++k)
-        statistics.sum[1 + k] += weight * slope[i][k];
-    }
-  }
-  block_reduce(statistics.sum);
-  return statistics;
+// Of a chunk of positions, by the whole block.
+template <bool kSlopes, typename A>
+ATTNKERN_DEVICE Statistics<A, kSlopes> chunk_statistics(const Windows& windows, const Plane<A>& plane, int64_t chunk) {
+  struct Warps {
+    Statistics<A, kSlopes> of[kWarps];
+  };
+  Warps& warps = shared<Warps>();
+  auto own = Statistics<A, kSlopes>::of_nothing();
+  const int64_t end = std::min(windows.positions(), (chunk + 1) * kChunk);
+#pragma unroll 1
+  for (int64_t position = chunk * kChunk + threadIdx.x; position < end; position += kThreads)
+    own.add(plane.frame, plane.window(windows, position));
+  own.reduce(kWarp);
+  if (threadIdx.x % kWarp == 0)
+    warps.of[threadIdx.x / kWarp] = own;
+  __syncthreads();
+  own = warps.of[threadIdx.x % kWarps];
+  own.reduce(kWarps);
+  return own;
 }
 
-// Of an image, from those of its chunks.
-template <typename A> ATTNKERN_DEVICE Statistics<A> combined(const Windows& windows, const A* chunks) {
-  A max[1] = {-A(INFINITY)};
-  for (int64_t i = threadIdx.x; i < windows.chunks(); i += kThreads)
-    max[0] = Max()(max[0], chunks[i * kStats]);
-  block_reduce<Max>(max);
-  Statistics<A> total{max[0], {}}, chunk;
-  for (int64_t i = threadIdx.x; i < windows.chunks(); i += kThreads) {
-    chunk.load(chunks + i * kStats);
-    const A weight = exponential(chunk.max - max[0]);
-    for (int k = 0; k <= kParameters; ++k)
-      total.sum[k] += weight * chunk.sum[k];
-  }
-  block_reduce(total.sum);
-  return total;
+// Of an image, from those of its chunks, by each warp for itself.
+template <bool kSlopes, typename A>
+ATTNKERN_DEVICE Statistics<A, kSlopes> image_statistics(const Windows& windows, const Statistics<A, true>* chunks) {
+  auto own = Statistics<A, kSlopes>::of_nothing();
+  for (int64_t i = threadIdx.x % kWarp; i < windows.chunks(); i += kWarp)
+    own.add(chunks[i].max, A(1), chunks[i].sum);
+  own.reduce(kWarp);
+  return own;
 }
 
 template <typename A>
-__global__ void __launch_bounds__(kThreads) window_statistics_kernel(Windows windows, A* chunks, int64_t items) {
+__global__ void __launch_bounds__(kThreads)
+    window_statistics_kernel(Windows windows, Statistics<A, true>* chunks, int64_t items) {
   const int64_t item = block_index();
   if (item >= items)
     return;
   const int64_t image = divide(item, windows.chunks());
-  const Frame<A>& frame = shared_frame<A>(windows, image);
-  const Statistics<A> statistics = chunk_statistics(windows, frame, item - image * windows.chunks());
+  const Plane<A>& plane = shared_plane<A>(windows, image);
+  const auto statistics = chunk_statistics<true>(windows, plane, item - image * windows.chunks());
   if (threadIdx.x == 0)
-    statistics.store(chunks + item * kStats);
+    chunks[item] = statistics;
 }
 
-// f = factor·exp(z - max), the map at a position.
-template <typename A> struct Exponent {
-  A max = 0, factor = 1;
-};
+// f = factor · e^-max · the window, the map at a tile's columns; goes to `map` where the tile owns them.
+template <typename T>
+ATTNKERN_DEVICE void fill_map(const Windows& windows, const Plane<Wide<T>>& plane, const Tiling& tiling,
+                              const Tile& tile, Wide<T> max, Wide<T> factor, Wide<T>* map) {
+  using A = Wide<T>;
+  A* values = shared<MapTile<T>>().of;
+  for (int i = threadIdx.x; i < tile.width; i += kThreads) {
+    const int64_t position = tile.position(tiling, i);
+    const Window<A> window = plane.window(windows, position);
+    values[i] = factor * window.fraction * exponential(window.exponent - max);
+    if (map != nullptr && tile.owns(tiling, i))
+      map[tile.image * windows.positions() + position] = values[i];
+  }
+  __syncthreads();
+}
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    window_forward_kernel(const T* x, Windows windows, const Wide<T>* chunks, bool residual, T* output, Wide<T>* map,
-                          Wide<T>* stats, Tiling tiling) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    window_forward_kernel(const T* x, Windows windows, const Statistics<Wide<T>, true>* chunks, bool residual,
+                          T* output, Wide<T>* map, Wide<T>* stats, Tiling tiling) {
   using A = Wide<T>;
   if (block_index() >= tiling.shape.images * tiling.tiles())
     return;
   const Tile tile(tiling, block_index());
-  const Frame<A>& frame = shared_frame<A>(windows, tile.image);
-  Exponent<A> exponent;
+  Walk<T, 1> walk(tiling, tile, {x});
+  const Plane<A>& plane = shared_plane<A>(windows, tile.image);
+  chunks += tile.image * windows.chunks();
+  A max = 0, factor = 1;
   if (windows.rescale) {
-    const Statistics<A> statistics = windows.one_launch()
-                                         ? chunk_statistics(windows, frame, 0)
-                                         : combined(windows, chunks + tile.image * windows.chunks() * kStats);
-    exponent = {statistics.max, windows.positions() / statistics.sum[0]};
-    if (tile.in_image == 0 && threadIdx.x == 0)
-      statistics.store_means(stats + tile.image * kStats);
+    const auto statistics = windows.one_launch() ? chunk_statistics<false>(windows, plane, 0)
+                                                 : image_statistics<false>(windows, chunks);
+    max = statistics.max, factor = windows.positions() / statistics.sum[0];
   }
-  A* values = shared<MapTile<T>>().of;
-  for (int i = threadIdx.x; i < tile.width; i += kThreads) {
-    const int64_t position = tile.position(tiling, i);
-    const A value = exponent.factor * exponential(log_window_at(windows, frame, position) - exponent.max);
-    values[i] = value;
-    if (tile.owns(tiling, i))
-      map[tile.image * windows.positions() + position] = value;
-  }
-  __syncthreads();
-  modulate(tiling, tile, x, residual ? A(1) : A(0), output);
+  fill_map<T>(windows, plane, tiling, tile, max, factor, map);
+  modulate(tiling, walk, residual ? A(1) : A(0), output);
+  if (!windows.rescale || tile.in_image + 1 < tiling.tiles())
+    return;
+  // What the backward pass wants, by one of an image's tiles: the others do without the slopes.
+  const auto statistics = windows.one_launch() ? chunk_statistics<true>(windows, plane, 0)
+                                               : image_statistics<true>(windows, chunks);
+  if (threadIdx.x == 0)
+    statistics.store_means(stats + tile.image * kStats);
 }
 
 // dβ = Σ G·f·∂z, or with rescale HW·Σ (G - Σ π G)·π·(∂z - Σ π ∂z): centred twice, so that neither a large mean of G nor
 // the steep slopes of a thin window cost digits. What Σ π G multiplies is zero but for rounding; that rounding goes.
 constexpr int kSums = 2 * kParameters + 1; // Σ G·f·(∂z - mean) of the tiles, Σ G·f, and once an image Σ f·(∂z - mean)
 
-template <typename S, typename A>
-ATTNKERN_DEVICE void store_gradients(const S (&sum)[kSums], const Windows& windows, int64_t image,
-                                     MutableCompanion grad_rectangle) {
-  const S mean = windows.rescale ? sum[kParameters] / windows.positions() : S(0);
-#pragma unroll
-  for (int k = 0; k < kParameters; ++k) {
-    const S noise = windows.rescale ? mean * sum[kParameters + 1 + k] : S(0);
-    grad_rectangle.store(image * kParameters + k, static_cast<A>(sum[k] - noise));
-  }
+// The k-th number of an image's gradient; sum(i) is the i-th of its sums.
+template <typename Sum>
+ATTNKERN_DEVICE auto rectangle_gradient(const Sum& sum, const Windows& windows, int k) {
+  auto gradient = sum(k);
+  if (windows.rescale)
+    gradient -= sum(kParameters) / windows.positions() * sum(kParameters + 1 + k);
+  return gradient;
 }
 
 // One tile's sums go to `partial`; where an image is one tile, `grad_rectangle` gets what they come to at once.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     window_backward_kernel(const T* grad_output, const Wide<T>* grad_map, const T* x, Windows windows,
                            const Wide<T>* stats, bool residual, T* grad_x, Wide<T>* partial,
                            MutableCompanion grad_rectangle, Tiling tiling) {
   using A = Wide<T>;
+  struct Warps {
+    A of[kWarps][kSums];
+  };
   if (block_index() >= tiling.shape.images * tiling.tiles())
     return;
   const Tile tile(tiling, block_index());
-  const Frame<A>& frame = shared_frame<A>(windows, tile.image);
-  Exponent<A> exponent;
-  A mean[kParameters] = {};
-  if (windows.rescale) {
-    const A* stat = stats + tile.image * kStats;
-    exponent = {stat[0], windows.positions() / stat[1]};
-    for (int k = 0; k < kParameters; ++k)
-      mean[k] = stat[2 + k];
-  }
-  A *values = shared<MapTile<T>>().of, *sums = shared<SumTile<T>>().of;
-  for (int i = threadIdx.x; i < tile.width; i += kThreads)
-    values[i] = exponent.factor *
-                exponential(log_window_at(windows, frame, tile.position(tiling, i)) - exponent.max);
-  __syncthreads();
-  modulate_backward(tiling, tile, grad_output, x, residual ? A(1) : A(0), grad_x);
-  A sum[kSums] = {};
+  Walk<T, 2> walk(tiling, tile, {grad_output, x});
+  const Plane<A>& plane = shared_plane<A>(windows, tile.image);
+  const A* stat = stats + tile.image * kStats;
+  const A max = windows.rescale ? stat[0] : A(0), factor = windows.rescale ? windows.positions() / stat[1] : A(1);
+  fill_map<T>(windows, plane, tiling, tile, max, factor, nullptr);
+  const A *values = shared<MapTile<T>>().of, *sums = shared<SumTile<T>>().of;
+  modulate_backward(tiling, tile, walk, residual ? A(1) : A(0), grad_x);
+  A sum[kSums] = {}, mean[kParameters];
+#pragma unroll
+  for (int k = 0; k < kParameters; ++k)
+    mean[k] = windows.rescale ? stat[2 + k] : A(0);
   for (int i = threadIdx.x; i < tile.width; i += kThreads) {
     const int64_t position = tile.position(tiling, i);
     const bool owned = tile.owns(tiling, i);
@@ -217,7 +231,7 @@ __global__ void __launch_bounds__(kThreads)
     if (grad_map != nullptr && owned)
       reached += grad_map[tile.image * windows.positions() + position];
     A slope[kParameters];
-    log_window_at(windows, frame, position, slope);
+    window_slopes(plane.frame, plane.window(windows, position), slope);
     const A weight = reached * values[i], once = owned ? values[i] : A(0);
     sum[kParameters] += weight;
 #pragma unroll
@@ -226,14 +240,25 @@ __global__ void __launch_bounds__(kThreads)
       sum[kParameters + 1 + k] += once * (slope[k] - mean[k]);
     }
   }
-  block_reduce(sum);
-  if (threadIdx.x != 0)
-    return;
-  if (tiling.tiles() == 1)
-    store_gradients<A, A>(sum, windows, tile.image, grad_rectangle);
-  else
-    for (int k = 0; k < kSums; ++k)
-      partial[block_index() * kSums + k] = sum[k];
+  Warps& warps = shared<Warps>();
+#pragma unroll
+  for (int k = 0; k < kSums; ++k) {
+    sum[k] = warp_reduce(sum[k]);
+    if (threadIdx.x % kWarp == 0)
+      warps.of[threadIdx.x / kWarp][k] = sum[k];
+  }
+  __syncthreads();
+  const auto total = [&](int k) {
+    A all = warps.of[0][k];
+    for (int warp = 1; warp < kWarps; ++warp)
+      all += warps.of[warp][k];
+    return all;
+  };
+  const int k = threadIdx.x;
+  if (tiling.tiles() > 1 && k < kSums)
+    partial[block_index() * kSums + k] = total(k);
+  else if (tiling.tiles() == 1 && k < kParameters)
+    grad_rectangle.store(tile.image * kParameters + k, rectangle_gradient(total, windows, k));
 }
 
 // One warp per image adds its tiles' sums.
@@ -252,8 +277,11 @@ __global__ void __launch_bounds__(kWarp)
 #pragma unroll
   for (int k = 0; k < kSums; ++k)
     sum[k] = warp_reduce(sum[k]);
+  const auto total = [&](int k) { return sum[k]; };
   if (threadIdx.x == 0)
-    store_gradients<double, A>(sum, windows, image, grad_rectangle);
+#pragma unroll
+    for (int k = 0; k < kParameters; ++k)
+      grad_rectangle.store(image * kParameters + k, static_cast<A>(rectangle_gradient(total, windows, k)));
 }
 
 // --- launches; the map alone is the map of features that have no channels ---
@@ -265,10 +293,11 @@ void forward(const Tensor& like, const Windows& windows, const Shape& shape, con
   const Queue queue(like);
   const auto tiling = Tiling::of<T>(shape, x, output);
   const int64_t items = windows.one_launch() ? 0 : shape.images * windows.chunks();
-  const Tensor chunks = empty<A>(like, {items * kStats});
-  queue.launch(window_statistics_kernel<A>, items, kThreads, 0, windows, mutable_data<A>(chunks), items);
-  queue.launch(window_forward_kernel<T>, shape.images * tiling.tiles(), kThreads, 0, x, windows, data<A>(chunks),
-               residual, output, mutable_data<A>(map), mutable_data<A>(stats), tiling);
+  const Tensor scratch = empty<A>(like, {items * kStats});
+  auto* chunks = reinterpret_cast<Statistics<A, true>*>(mutable_data<A>(scratch));
+  queue.launch(window_statistics_kernel<A>, items, kThreads, 0, windows, chunks, items);
+  queue.launch(window_forward_kernel<T>, shape.images * tiling.tiles(), kThreads, 0, x, windows, chunks, residual,
+               output, mutable_data<A>(map), mutable_data<A>(stats), tiling);
 }
 
 template <typename T>

@@ -9,6 +9,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -335,6 +336,17 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
     votes |= unsigned((mask >> lane & 1) && (received[lane] & 1)) << lane;
   return votes;
 }
+
+template <typename T> unsigned __match_any_sync(unsigned mask, T value) {
+  const uint64_t* received = cuda_on_host::exchange(mask, value);
+  const uint64_t own = received[cuda_on_host::lane()];
+  unsigned alike = 0;
+  for (int lane = 0; lane < cuda_on_host::kLanes; ++lane)
+    alike |= unsigned((mask >> lane & 1) && received[lane] == own) << lane;
+  return alike;
+}
+inline int __popc(unsigned bits) { return std::popcount(bits); }
+inline int __ffs(int bits) { return bits == 0 ? 0 : std::countr_zero(unsigned(bits)) + 1; }
 
 template <typename T> T atomicAdd(T* address, T value) {
   static_assert(std::is_integral_v<T>, "floating-point atomics add in no order");

@@ -118,12 +118,9 @@ def extension(kind: str):
 # --- libraries that are there already: a build id tells what they were built from ---
 
 
-def architectures(kind: str) -> str:
-    """The compute capabilities that a library is built for here."""
-    if kind == "cpu":
-        return ""
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or " ".join(f"{major}.{minor}" for major, minor in capabilities)
-    return " ".join(listed.replace(";", " ").split())
+listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or " ".join(f"{major}.{minor}" for major, minor in capabilities)
+#: The compute capabilities that a library is built for here.
+ARCHITECTURES = {"cpu": "", "cuda": " ".join(listed.replace(";", " ").split())}
 
 
 def digest(kind: str) -> bytes:
@@ -134,7 +131,7 @@ def digest(kind: str) -> bytes:
 
 
 def build_id(kind: str) -> bytes:
-    return digest(kind) + architectures(kind).encode() + b"\0"
+    return digest(kind) + ARCHITECTURES[kind].encode() + b"\0"
 
 
 def library(kind: str) -> Path:
@@ -142,9 +139,9 @@ def library(kind: str) -> Path:
     return ROOT / (MODULES[kind].replace(".", "/") + ".so")
 
 
-def serves(listed: str, capability: tuple[int, int]) -> bool:
+def serves(held: str, capability: tuple[int, int]) -> bool:
     """Does code for these compute capabilities run on a GPU? On later minor versions; as PTX on all later ones."""
-    for major, minor, ptx in re.findall(r"\b(\d+)\.(\d)(\+PTX)?(?!\w)", listed):
+    for major, minor, ptx in re.findall(r"\b(\d+)\.(\d)(\+PTX)?(?!\w)", held):
         code = int(major), int(minor)
         if code <= capability and (ptx or code[0] == capability[0]):
             return True
@@ -168,12 +165,12 @@ def unfit(kind: str) -> str | None:
     found = re.search(b"GNU\0" + re.escape(digest(kind)) + rb"([\w.+ ]*)\0", path.read_bytes())
     if found is None:
         return "it was built from other sources"
-    listed = found[1].decode()
-    if kind == "cuda" and asked and listed != architectures(kind):
-        return f"it has code for compute capability {listed}, not for {architectures(kind)}"
+    held = found[1].decode()
+    if kind == "cuda" and asked and held != ARCHITECTURES[kind]:
+        return f"it has code for compute capability {held}, not for {ARCHITECTURES[kind]}"
     for capability in capabilities if kind == "cuda" else ():
-        if not serves(listed, capability):
-            return "it has code for compute capability {}, the GPU has {}.{}".format(listed, *capability)
+        if not serves(held, capability):
+            return "it has code for compute capability {}, the GPU has {}.{}".format(held, *capability)
     return load_error(path)
 
 

@@ -29,13 +29,16 @@ def _interpreter_fault() -> str | None:
     from importlib import metadata
 
     def version(package):
-        return tuple(map(int, metadata.version(package).split(".")[:2]))
+        try:
+            return tuple(map(int, metadata.version(package).split(".")[:2]))
+        except metadata.PackageNotFoundError:  # Triton has other names, too
+            return None
 
-    try:
-        if version("numpy") >= (2, 4) and version("triton") < (3, 7):
-            return "its interpreter before Triton 3.7 needs a NumPy before 2.4: pip install 'numpy<2.4'"
-    except metadata.PackageNotFoundError as missing:
-        return f"its interpreter needs {missing.name}: pip install {missing.name}"
+    numpy, triton = version("numpy"), version("triton")
+    if numpy is None:
+        return "its interpreter needs NumPy: pip install numpy"
+    if numpy >= (2, 4) and triton is not None and triton < (3, 7):
+        return "its interpreter before Triton 3.7 needs a NumPy before 2.4: pip install 'numpy<2.4'"
     return None
 
 

@@ -81,10 +81,6 @@ class Carried:
 
     def __init__(self, folder, monkeypatch):
         self.folder, self.monkeypatch = folder, monkeypatch
-        for name in ("CUDA_HOME", "MAX_JOBS", "FORCE_CUDA"):  # setup.py sets the first two
-            monkeypatch.setenv(name, os.environ.get(name, ""))
-            if name != "CUDA_HOME":
-                monkeypatch.delenv(name)
         shutil.copytree(ROOT / "csrc", folder / "csrc")
         (folder / "attnkern").mkdir()
         for name in ("setup.py", "attnkern/_schemas.py"):
@@ -93,34 +89,33 @@ class Carried:
 
     def setup(self, capabilities=(), architectures=None):
         """The names of setup.py where GPUs of these capabilities are and TORCH_CUDA_ARCH_LIST is ``architectures``."""
+        environment = {
+            key: value for key, value in os.environ.items() if key not in ("TORCH_CUDA_ARCH_LIST", "FORCE_CUDA")
+        }
+        if architectures is not None:
+            environment["TORCH_CUDA_ARCH_LIST"] = architectures
         with self.monkeypatch.context() as patch:
+            patch.setattr(os, "environ", environment)
             patch.setattr(setuptools, "setup", lambda **_: None)
             patch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
             patch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
             patch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
-            patch.setenv("TORCH_CUDA_ARCH_LIST", architectures or "")
-            if architectures is None:
-                patch.delenv("TORCH_CUDA_ARCH_LIST")
             return runpy.run_path(str(self.folder / "setup.py"))
 
     def build(self, architectures):
         """Libraries with the build ids that setup.py gives them, and nothing else in them."""
-        with self.monkeypatch.context() as patch:
-            patch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
-            names = self.setup(architectures=architectures)
-            for kind in names["MODULES"]:
-                patch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
-                build_id = "-Wl,--build-id=0x" + names["build_id"](kind).hex()
-                library = names["library"](kind)
-                subprocess.run(["gcc", "-shared", "-x", "c", "/dev/null", "-o", library, build_id], check=True)
+        names = self.setup(architectures=architectures)
+        for kind in names["MODULES"]:
+            build_id = "-Wl,--build-id=0x" + names["build_id"](kind).hex()
+            subprocess.run(
+                ["gcc", "-shared", "-x", "c", "/dev/null", "-o", names["library"](kind), build_id], check=True
+            )
 
     def unfit(self, *capabilities, architectures=None):
         """Why either library has to be built again; loading is left out."""
-        names = self.setup(capabilities, architectures)
-        with self.monkeypatch.context() as patch:
-            patch.setitem(names["unfit"].__globals__, "load_error", lambda path: None)
-            patch.setenv("TORCH_CUDA_ARCH_LIST", architectures or "")
-            return [names["unfit"](kind) for kind in ("cpu", "cuda")]
+        unfit = self.setup(capabilities, architectures)["unfit"]
+        unfit.__globals__["load_error"] = lambda path: None
+        return [unfit(kind) for kind in ("cpu", "cuda")]
 
 
 @pytest.fixture

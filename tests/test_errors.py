@@ -170,7 +170,8 @@ def test_triton_that_cannot_run_says_why(found, message, monkeypatch):
     "versions, message",
     [
         ({"triton": "3.6.0", "numpy": "2.4.0"}, "its interpreter before Triton 3.7 needs a NumPy before 2.4"),
-        ({"triton": "3.8.0"}, "its interpreter needs numpy: pip install numpy"),
+        ({"triton": "3.8.0"}, "its interpreter needs NumPy: pip install numpy"),
+        ({"pytorch-triton-rocm": "3.6.0", "numpy": "2.4.0"}, None),
         ({"triton": "3.6.0", "numpy": "2.3.5"}, None),
         ({"triton": "3.7.0", "numpy": "2.5.0"}, None),
     ],

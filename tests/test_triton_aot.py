@@ -1,11 +1,12 @@
-"""Triton kernels compiled ahead of time, without a GPU: no spills, shared memory that the chip has, 128-bit loads,
-barriers between what one thread stores and another loads.
+"""Triton kernels compiled ahead of time for NVIDIA and AMD, without a GPU: no spills, shared memory that the chip has,
+features loaded and stored by whole vectors, barriers between what one thread stores and another loads.
 
 The launchers run on meta tensors and a recorder stands in for the launch, so what is compiled here is exactly what
 they would launch: the same kernels, argument types, constants and warps.
 """
 
 import itertools
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -24,12 +25,21 @@ from attnkern import _ops  # noqa: E402
 if _ops.TRITON_INTERPRETS:
     pytest.skip("the interpreter replaces the compiler in this process", allow_module_level=True)
 
-from attnkern._triton import pool, quantize, window  # noqa: E402
+from attnkern._triton import common, pool, quantize, window  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-#: bytes of shared memory that a block may have
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+#: what is compiled for, and the bytes of shared memory that a block may have there
+NVIDIA = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+}
+AMD = {
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+    "gfx1100": (GPUTarget("hip", "gfx1100", 32), 64 * 1024),
+}
+TARGETS = NVIDIA | AMD
 
 FLOAT, HALF = torch.float32, torch.bfloat16
 
@@ -107,16 +117,23 @@ RUNS = {
 # --- compiling it ----------------------------------------------------------------------------------------------------
 
 
-class Cubin(NamedTuple):
+class Code(NamedTuple):
     registers: int
-    stack: int  #: bytes that something is stored to, spilled registers among them
+    spilled: int  #: bytes of stack that something is stored to; registers, on AMD
     shared: int  #: bytes
     loads: list  #: widths in bits of the loads from global memory
+    stores: list  #: widths in bits of the stores to it
     unordered: set  #: arguments that are loaded from after a store, with no barrier between
 
     def row(self):
-        widths = ", ".join(f"{self.loads.count(width)} x {width}" for width in sorted(set(self.loads), reverse=True))
-        return f"{self.registers:5} registers {self.stack:4} stack {self.shared:6} shared   loads {widths}"
+        return (
+            f"{self.registers} registers, {self.spilled} spilled, {self.shared} bytes shared, "
+            f"loads of {widths(self.loads)} bits, stores of {widths(self.stores)}"
+        )
+
+
+def widths(found):
+    return ", ".join(f"{found.count(width)} x {width}" for width in sorted(set(found), reverse=True))
 
 
 POINTERS = {FLOAT: "*fp32", HALF: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32"}
@@ -148,22 +165,53 @@ def tool(name, *arguments):
     return subprocess.run([TOOLS / name, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
 
 
-def cubin(launch, capability, folder):
-    """The kernel's resources; each distinct one is compiled once."""
+def nvidia_code(compiled, path):
+    path.write_bytes(compiled.asm["cubin"])
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage", path)).groups()
+    code = tool("nvdisasm", "-c", path)
+    stack = stack if "STL" in code else 0  # capability 10.0 reserves some for calls that are never made
+
+    def accesses(name):
+        found = re.findall(rf"\b{name}\.E(?:\.([US]?\d+))?[\w.]*", code)
+        return [int(width.strip("US")) if width else 32 for width in found]
+
+    return int(registers), int(stack), accesses("LDG"), accesses("STG")
+
+
+#: bits of an access by what its name in AMD's assembly ends with
+AMD_WIDTHS = {
+    "ubyte": 8, "byte": 8, "short": 16, "ushort": 16, "short_d16": 16, "short_d16_hi": 16, "d16_b16": 16,
+    "d16_hi_b16": 16, "b16": 16, "u16": 16, "dword": 32, "b32": 32, "dwordx2": 64, "b64": 64, "dwordx3": 96,
+    "b96": 96, "dwordx4": 128, "b128": 128,
+}  # fmt: skip
+
+
+def amd_code(compiled, path):
+    code = compiled.asm["amdgcn"]
+
+    def number(name):
+        return int(re.search(rf"\.{name}:\s+(\d+)", code)[1])
+
+    def accesses(kind):
+        return [AMD_WIDTHS[width] for width in re.findall(rf"^\s+(?:global|buffer|flat)_{kind}_(\w+)", code, re.M)]
+
+    # Scalar registers spill to lanes of vector registers, not to memory.
+    spilled = number("vgpr_spill_count") + number("private_segment_fixed_size")
+    return number("vgpr_count"), spilled, accesses("load"), accesses("store")
+
+
+def code_of(launch, name, folder):
+    """What a launch's kernel is made of on a target; each distinct one is compiled once."""
+    target, _ = TARGETS[name]
     options = {k: v for k, v in launch.options.items() if k not in launch.kernel.arg_names}
     ast = source(launch)
-    key = launch.name, capability, ast.hash(), str(sorted(options.items()))
+    key = launch.name, name, ast.hash(), str(sorted(options.items()))
     if key not in _compiled:
-        compiled = triton.compile(ast, target=GPUTarget("cuda", capability, 32), options=options)
-        path = folder / f"{launch.name}.cubin"
-        path.write_bytes(compiled.asm["cubin"])
-        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage", path)).groups()
-        code = tool("nvdisasm", "-c", path)
-        stack = stack if "STL" in code else 0  # capability 10.0 reserves some for calls that are never made
-        loads = re.findall(r"\bLDG\.E(?:\.(U?\d+))?[\w.]*", code)
-        widths = [int(width.strip("U")) if width else 32 for width in loads]
+        compiled = triton.compile(ast, target=target, options=options)
+        read = nvidia_code if target.backend == "cuda" else amd_code
+        registers, spilled, loads, stores = read(compiled, folder / f"{launch.name}.cubin")
         races = unordered(compiled.asm["ttir"])
-        _compiled[key] = Cubin(int(registers), int(stack), compiled.metadata.shared, widths, races)
+        _compiled[key] = Code(registers, spilled, compiled.metadata.shared, loads, stores, races)
     return _compiled[key]
 
 
@@ -197,12 +245,12 @@ def table(request):
     """Prints the largest resource use of each kernel when all is compiled."""
     yield
     groups = {}
-    for (name, capability), found in sorted(_by_kernel().items()):
-        groups.setdefault(name, {})[capability] = found
-    lines = [f"\n\n{'registers / bytes of shared memory, at most':44}" + "".join(f"{c:>16}" for c in SHARED_MEMORY)]
-    for name, found in groups.items():
-        cells = [f"{found[c][0]} / {found[c][1]}" if c in found else "" for c in SHARED_MEMORY]
-        lines.append(f"{name:44}" + "".join(f"{cell:>16}" for cell in cells))
+    for (kernel, target), found in sorted(_by_kernel().items()):
+        groups.setdefault(kernel, {})[target] = found
+    lines = [f"\n\n{'registers / bytes of shared memory, at most':44}" + "".join(f"{name:>14}" for name in TARGETS)]
+    for kernel, found in groups.items():
+        cells = [f"{found[name][0]} / {found[name][1]}" if name in found else "" for name in TARGETS]
+        lines.append(f"{kernel:44}" + "".join(f"{cell:>14}" for cell in cells))
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print("\n".join(lines))
 
@@ -217,29 +265,52 @@ def _by_kernel():
 
 # --- tests -----------------------------------------------------------------------------------------------------------
 
-#: features that a kernel reads; the others read maps, statistics and partial sums only
-FEATURES_READ = {
-    "_window_fwd_kernel": 1,
-    "_window_bwd_kernel": 2,
-    "_anchor_fwd_kernel": 1,
-    "_anchor_bwd_kernel": 2,
-    "_pool_fwd_kernel": 1,
-    "_pool_bwd_kernel": 1,
+#: features that a kernel reads and writes; the others have maps, statistics and partial sums only
+FEATURES = {
+    "_window_fwd_kernel": (1, 1),
+    "_window_bwd_kernel": (2, 1),
+    "_anchor_fwd_kernel": (1, 1),
+    "_anchor_bwd_kernel": (2, 1),
+    "_pool_fwd_kernel": (1, 0),
+    "_pool_bwd_kernel": (1, 1),
+    "_pool_score_kernel": (1, 0),
+    "_pool_average_kernel": (1, 0),
+    "_pool_grad_kernel": (1, 1),
 }
 #: cos and sin bring a stack frame for huge arguments; whatever lies above it is spilled registers
 STACK_OF_COSINE = 32
 
 
-def check(launch, x, capability, folder):
-    found, constants = cubin(launch, capability, folder), launch.options
-    where = f"{launch.name}, {tuple(x.shape)}, {x.dtype}, sm_{capability}: {found.row()}"
-    assert found.stack <= (STACK_OF_COSINE if launch.name.startswith("_window") else 0), where
-    assert found.shared <= SHARED_MEMORY[capability], where
+def vector(constants, itemsize):
+    """Numbers in a vector that all rows of features are made of, as the kernel can know."""
+    if constants["CHANNELS_LAST"]:
+        return constants["VEC_C"]
+    return constants.get("VEC_P") or math.gcd(constants["P"], 16 // itemsize)
+
+
+def check(launch, x, name, folder):
+    found, constants = code_of(launch, name, folder), launch.options
+    target, shared = TARGETS[name]
+    where = f"{launch.name}, {tuple(x.shape)}, {x.dtype}, {name}: {found.row()}"
+    cosine = launch.name.startswith("_window") and target.backend == "cuda"
+    assert found.spilled <= (STACK_OF_COSINE if cosine else 0), where
+    assert found.shared <= shared, where
     assert not found.unordered, f"{where}: no barrier before {found.unordered} is read again"
-    vector = constants.get("VEC_C", 1) * constants.get("VEC_P", 1)
-    if vector * x.itemsize == 16:
-        tile = constants["BLOCK_C"] * constants["BLOCK_P"] * x.itemsize // (32 * constants["num_warps"])
-        assert 16 * found.loads.count(128) >= FEATURES_READ[launch.name] * tile, where
+    if launch.name in FEATURES and launch.arguments[0] is not None:
+        numbers = constants["BLOCK_C"] * constants["BLOCK_P"] // (target.warp_size * constants["num_warps"])
+        wide = min(vector(constants, x.itemsize), max(1, numbers))
+        for accesses, features in zip((found.loads, found.stores), FEATURES[launch.name], strict=True):
+            enough = accesses.count(8 * wide * x.itemsize) >= features * max(1, numbers // wide)
+            assert enough, f"{where}: expected {features} x {numbers} numbers, {wide} at a time"
+
+
+def check_all(run, shapes, name, launches, folder, dtypes=(FLOAT, HALF)):
+    for shape, dtype, channels_last in itertools.product(shapes, dtypes, (False, True)):
+        x = meta(*shape, dtype=dtype, channels_last=channels_last)
+        run(x, FLOAT)
+        assert launches
+        while launches:
+            check(launches.pop(), x, name, folder)
 
 
 SHAPES = [
@@ -247,32 +318,41 @@ SHAPES = [
     (32, 64, 128, 128),
     (32, 512, 32, 32),
     (32, 512, 14, 14),
+    (256, 320, 10, 10),
     (32, 512, 7, 7),
     (32, 2048, 7, 7),
 ]
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_fits(run, capability, shape, launches, tmp_path):
-    """No spills, no more shared memory than there is, features loaded by 128 bits where rows are whole vectors."""
-    for dtype, channels_last in itertools.product((FLOAT, HALF), (False, True)):
-        x = meta(*shape, dtype=dtype, channels_last=channels_last)
-        run(x, FLOAT)
-        assert launches
-        while launches:
-            check(launches.pop(), x, capability, tmp_path)
+def test_fits(run, shape, launches, tmp_path):
+    """No spills, no more shared memory than there is, features loaded and stored by the widest vectors of rows."""
+    check_all(run, [shape], "sm_90", launches, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_100"])
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_fits_other_nvidia_gpus(run, name, launches, tmp_path):
+    check_all(run, [(32, 256, 56, 56), (256, 320, 10, 10), (32, 2048, 7, 7)], name, launches, tmp_path)
+
+
+@pytest.mark.parametrize("name", AMD)
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_fits_amd_gpus(run, name, launches, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "warp_size", lambda device: AMD[name][0].warp_size)
+    check_all(run, [(32, 256, 56, 56)], name, launches, tmp_path)
+    check_all(run, [(32, 2048, 7, 7)], name, launches, tmp_path, (HALF,))
 
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_half_precision_companions_fit(run, launches, tmp_path):
     """Rectangle, map, anchors and query in the features' type; channels that fill no vector."""
-    for shape in ((32, 320, 10, 10), (2, 3, 5, 5)):
+    for shape in ((32, 320, 10, 10), (32, 512, 14, 14), (32, 512, 7, 7), (2, 3, 5, 5)):
         x = meta(*shape, dtype=torch.float16)
         run(x, torch.float16)
         while launches:
-            check(launches.pop(), x, 90, tmp_path)
+            check(launches.pop(), x, "sm_90", tmp_path)
 
 
 @pytest.mark.parametrize("shape", [(2, 4096, 20, 20), (2, 3000, 7, 7)])
@@ -281,14 +361,30 @@ def test_more_channels_than_a_tile_fit(shape, channels_last, launches, tmp_path)
     x = meta(*shape, channels_last=channels_last)
     run_pool(x, FLOAT)
     for launch in launches:
-        check(launch, x, 90, tmp_path)
+        check(launch, x, "sm_90", tmp_path)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_offsets_within_a_tile_have_32_bits(channels_last, launches):
+    """Of the largest images, too: 2**32 numbers."""
+    for run, shape in itertools.product(
+        (run_window, run_anchor_attention, run_pool), [(2048, 1 << 21), (1 << 23, 512)]
+    ):
+        channels, positions = shape
+        run(meta(1, channels, positions // 16, 16, dtype=HALF, channels_last=channels_last), FLOAT)
+        tiles = [launch.options for launch in launches if launch.name in FEATURES]
+        assert tiles
+        for tile in tiles:
+            rows, length = (tile["BLOCK_P"], channels) if channels_last else (tile["BLOCK_C"], positions)
+            assert rows * length <= 2**31, (run.__name__, channels, positions, tile)
+        launches.clear()
 
 
 def test_a_missing_barrier_shows(launches):
-    run_pool(meta(2, 3000, 7, 7), FLOAT)
-    ir = triton.compile(source(launches[0]), target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ttir"]
+    run_pool(meta(2, 64, 7, 7), FLOAT)
+    ir = triton.compile(source(launches[0]), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ttir"]
     assert not unordered(ir)
-    assert unordered(ir.replace("ttg.barrier all", "")) == {"%sums"}
+    assert unordered(ir.replace("ttg.barrier all", "")) == {"%scores"}
 
 
 def test_at_most_two_launches(launches):

@@ -343,6 +343,11 @@ def _part_constants(x: Features) -> dict:
     }  # fmt: skip
 
 
+def _part_warps(channels: int) -> int:
+    """Of the second pass. Where channels are no multiple of 16, each row of a tile has its own mask, in registers."""
+    return 4 if channels % 16 == 0 else 8
+
+
 def _partials(local, vector, x: Features):
     """Products of each position's features with a vector (N, C) or (C,) over groups of channels."""
     n, constants = local.shape[0], _part_constants(x)
@@ -368,7 +373,7 @@ def pool_fwd(local, query):
         programs = n * triton.cdiv(c, constants["BLOCK_C"])
         launch(
             _pool_average_kernel, programs, local, partials, scores, *results, x.sizes[0],
-            BLOCK_S=min(1024, ceil_power(x.positions)), **constants,
+            BLOCK_S=min(1024, ceil_power(x.positions)), num_warps=_part_warps(c), **constants,
         )  # fmt: skip
         return pooled, attention, scores, pooled_wide
     splits = triton.cdiv(x.positions, plan.split)
@@ -406,7 +411,7 @@ def pool_bwd(grad_pooled, grad_attention, grad_scores, local, query, attention, 
         launch(
             _pool_grad_kernel, n * triton.cdiv(c, constants["BLOCK_C"]),
             *grads, local, query, partials, attention, pooled_wide, grad_local, sums, x.sizes[0], _stride_n(query),
-            BLOCK_S=min(1024, ceil_power(c)), **constants,
+            BLOCK_S=min(1024, ceil_power(c)), num_warps=_part_warps(c), **constants,
         )  # fmt: skip
     else:
         launch(

@@ -145,7 +145,7 @@ template <typename T, int kInputs> class Walk {
 
   // With channels innermost all threads of a warp go on until the last one is done.
   template <bool kInner> ATTNKERN_DEVICE int bound() const { return kInner ? end_ + group_ : end_; }
-  ATTNKERN_DEVICE int step() const { return tiling_.lanes * kLength; }
+  ATTNKERN_DEVICE int64_t step() const { return tiling_.lanes * kLength; }
   template <bool kInner> ATTNKERN_DEVICE bool ends_item(const Cursor& at) const {
     return !kInner || at.pass + 1 == tiling_.passes;
   }

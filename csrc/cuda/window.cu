@@ -293,6 +293,7 @@ void forward(const Tensor& like, const Windows& windows, const Shape& shape, con
   const Queue queue(like);
   const auto tiling = Tiling::of<T>(shape, x, output);
   const int64_t items = windows.one_launch() ? 0 : shape.images * windows.chunks();
+  static_assert(sizeof(Statistics<A, true>) == kStats * sizeof(A), "numbers and nothing else");
   const Tensor scratch = empty<A>(like, {items * kStats});
   auto* chunks = reinterpret_cast<Statistics<A, true>*>(mutable_data<A>(scratch));
   queue.launch(window_statistics_kernel<A>, items, kThreads, 0, windows, chunks, items);

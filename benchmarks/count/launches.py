@@ -190,7 +190,7 @@ def _canonical(parameters: bytes, tensors: list[torch.Tensor]) -> tuple[bytes, t
     packed, bases, regions = bytearray(parameters), {}, []
     for at in range(0, len(packed) - 7, 8):
         (word,) = struct.unpack_from("<Q", packed, at)
-        if not 1 << 40 <= word < 1 << 47:
+        if not 1 << 46 <= word < 1 << 47:
             continue
         start, size, dtype = next(
             (region for region in known if region[0] <= word < region[0] + region[1]), (word, 0, None)

@@ -9,7 +9,7 @@ ifeq ($(strip $(TORCH_CUDA_ARCH_LIST)),)
 unexport TORCH_CUDA_ARCH_LIST
 endif
 
-.PHONY: setup bench accuracy test docs reproduce gallery fuzz mutate soak sanitize compat gpu wheel sdist sbom release release-check clean
+.PHONY: setup bench accuracy count test docs reproduce gallery fuzz mutate soak sanitize compat gpu wheel sdist sbom release release-check clean
 
 setup: .venv/ready
 
@@ -33,6 +33,10 @@ bench: setup
 # Errors in ulp beside eager's and torch.compile's, a quarter of an hour: docs/accuracy.md.
 accuracy: setup
 	$(PY) -m benchmarks.accuracy
+
+# What the GPU kernels execute, counted from their machine code without a GPU, beside torch.compile's: docs/gpu.md.
+count: setup
+	$(PY) -m benchmarks.count
 
 test: setup
 	$(PY) tests/run.py
@@ -71,9 +75,10 @@ VERSIONS ?= 2.11.0:python3.12 2.13.0:python3.11 2.15.0:python3.13
 compat: setup
 	bash tests/compat.sh $(VERSIONS)
 
-# For a machine with a GPU and no network: builds in place with the Python at hand and installs nothing.
+# For a machine with a GPU and no network: builds in place with the Python at hand and installs nothing. Repeat it until
+# it is finished: docs/gpu-run.md. GPU= passes options to tests/gpu.py.
 gpu:
-	bash tests/gpu.sh $(PYTHON)
+	$(PYTHON) tests/gpu.py $(GPU)
 
 wheel: setup
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -18,7 +18,7 @@ from attnkern._common import came
 
 NAMES = ("triton", "native", "reference")
 
-#: Lowest compute capability of each backend's kernels.
+#: Lowest compute capability of each backend's kernels on NVIDIA GPUs.
 _LOWEST_CAPABILITY = {"triton": (8, 0), "native": (7, 5)}
 
 _TRITON_FOUND = importlib.util.find_spec("triton") is not None
@@ -104,7 +104,8 @@ def reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         known = kind in _ops.NATIVE_REASON
         missing = _ops.NATIVE_REASON[kind] if known else f"it has kernels for cpu and cuda, not for {kind}"
     elif not _TRITON_FOUND:
-        missing = "Triton is not installed: pip install triton"
+        package = "pytorch-triton-rocm, which PyTorch's wheels for ROCm bring" if torch.version.hip else "triton"
+        missing = f"Triton is not installed: pip install {package}"
     elif dtype == torch.float64:
         missing = "its kernels compute in float32 and do not take float64"
     elif kind == "cpu" and not _ops.TRITON_INTERPRETS:
@@ -115,8 +116,10 @@ def reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         missing = f"it has kernels for cuda, not for {kind}"
     else:
         missing = None
-    # The device is not asked while compiling: what is traced must not depend on the machine that traces it.
-    if missing is None and kind == "cuda" and not torch.compiler.is_compiling():
+    # AMD GPUs are of type cuda, too, and their numbers mean something else. The device is not asked while compiling:
+    # what is traced must not depend on the machine that traces it.
+    nvidia = kind == "cuda" and not torch.version.hip
+    if missing is None and nvidia and not torch.compiler.is_compiling():
         capability = _capability(torch.cuda.current_device() if device.index is None else device.index)
         if capability < _LOWEST_CAPABILITY[name]:
             missing = "it needs compute capability {}.{}, {} has {}.{}".format(

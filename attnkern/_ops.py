@@ -162,8 +162,14 @@ def _load(stem: str) -> str | None:
     return None
 
 
+def _load_cuda() -> str | None:
+    """Load the CUDA library where PyTorch is built for CUDA. Returns as :func:`_load` does."""
+    if torch.version.cuda:
+        return _load("_C_cuda")
+    if torch.version.hip:
+        return "its CUDA kernels are for NVIDIA GPUs and this PyTorch is built for ROCm: Triton runs there"
+    return "this PyTorch is a CPU build: install one built for CUDA"
+
+
 #: Why the compiled kernels cannot be used on a device type; None when they can.
-NATIVE_REASON = {"cpu": _load("_C")}
-NATIVE_REASON["cuda"] = (
-    _load("_C_cuda") if torch.version.cuda else "this PyTorch is a CPU build: install one built for CUDA"
-)
+NATIVE_REASON = {"cpu": _load("_C"), "cuda": _load_cuda()}

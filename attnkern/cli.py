@@ -15,20 +15,25 @@ from attnkern._common import device_of
 def info() -> str:
     """Versions, what is available here, and for each backend that is not, why and how to get it."""
 
-    def version(package):
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return "not installed"
+    def version(*packages):
+        for package in packages:
+            try:
+                return metadata.version(package)
+            except metadata.PackageNotFoundError:
+                pass
+        return "not installed"
 
+    rocm = torch.version.hip
+    runtime = f"ROCm of torch {rocm}" if rocm else f"CUDA of torch {torch.version.cuda or 'none'}"
     lines = [
         f"attnkern {attnkern.__version__} (schemas {_ops.HASH})",
-        f"python {platform.python_version()}, torch {torch.__version__}, triton {version('triton')}, "
-        f"CUDA of torch {torch.version.cuda or 'none'}, {platform.machine()} {platform.system()}",
+        f"python {platform.python_version()}, torch {torch.__version__}, "
+        f"triton {version('triton', 'pytorch-triton-rocm')}, {runtime}, {platform.machine()} {platform.system()}",
     ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        lines.append(f"cuda:{index} {properties.name}, compute capability {properties.major}.{properties.minor}")
+        kind = properties.gcnArchName if rocm else f"compute capability {properties.major}.{properties.minor}"
+        lines.append(f"cuda:{index} {properties.name}, {kind}")
     lines.append("")
     lines += [
         f"{name:9} on {device:6} {'available' if missing is None else 'not available: ' + missing}"

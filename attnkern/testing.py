@@ -57,7 +57,10 @@ def literal_anchor_quantize(a, anchors, *, reduction="mean"):
     divisor = reference.loss_divisor(a, reduction)
     anchor_loss = (a.detach() - nearest).square().sum() / divisor
     commitment_loss = (a - nearest.detach()).square().sum() / divisor
-    counts = indices.flatten().bincount(minlength=len(anchors))
+    # bincount would wait for the device, to learn how long its result is.
+    counts = torch.zeros_like(anchors, dtype=torch.int64).scatter_add_(
+        0, indices.flatten(), indices.new_ones(()).expand(indices.numel())
+    )
     return attnkern.AnchorQuantized(a + (nearest - a).detach(), indices, anchor_loss, commitment_loss, counts)
 
 

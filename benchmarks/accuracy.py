@@ -22,9 +22,10 @@ from unittest import mock
 import numpy as np
 
 from benchmarks import truth
-from benchmarks.report import RESULTS, ROOT, markdown
+from benchmarks.report import markdown
+from benchmarks.store import COMMITTED, ROOT
 
-FOLDER = RESULTS / "accuracy"
+FOLDER = COMMITTED / "accuracy"
 PAGE = ROOT / "docs/accuracy.md"
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")

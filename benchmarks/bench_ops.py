@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.cases import CPU_CASES, GPU_CASES, PASSES, calls, competitors
+from benchmarks.cases import CPU_CASES, GPU_CASES, PASSES, Call, competitors, workload
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = GPU_CASES if DEVICE.type == "cuda" else CPU_CASES
@@ -16,7 +16,7 @@ CASES = GPU_CASES if DEVICE.type == "cuda" else CPU_CASES
     ids=str,
 )
 def test_latency(benchmark, case, name, which):
-    call = calls(case, which, DEVICE)[name]
+    call = Call(name, competitors(case, DEVICE)[name], workload(case, DEVICE), which)
     benchmark.group = f"{case} {which}"
     benchmark.extra_info["bytes"] = case.bytes(which)
     benchmark(call)

@@ -1,6 +1,7 @@
 """What is measured: ops and training steps, and who competes in each. One source for run.py and pytest-benchmark."""
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -13,11 +14,13 @@ import torch.nn.functional as F
 import attnkern
 from attnkern._ops import BACKENDS
 from attnkern.testing import OPS, available_backends, make_inputs, output_gradients
-from benchmarks.report import TRAINING
+from benchmarks.report import NETWORK_PASSES, TRAINING
 
 PASSES = ("forward", "forward+backward")
-#: forward+backward with the compiled competitor tuned at length: last, because that takes minutes
+#: forward+backward with the compiled competitor tuned at length
 AUTOTUNED = "forward+backward, max-autotune"
+#: measured beside the cases: host time of calls on tiny tensors
+HOST = "host costs"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,13 @@ class Case:
         size = "x".join(map(str, self.shape))
         many = "" if self.anchors == 20 else f" Q={self.anchors}"
         return f"{self.op} {size} {str(self.dtype).split('.')[-1]} {self.layout}{many}"
+
+    @classmethod
+    def parse(cls, text: str):
+        """The case of that name."""
+        op, shape, dtype, layout, *more = text.split()
+        anchors = int(more[0].removeprefix("Q=")) if more else 20
+        return cls(op, tuple(map(int, shape.split("x"))), getattr(torch, dtype), layout, anchors)
 
     def bytes(self, which: str) -> int:
         """Bytes that the pass must move: features read and written once."""
@@ -72,6 +82,8 @@ GPU_CASES = [
     *_grid(_GPU_SHAPES, (torch.bfloat16, torch.float32), ("channels_last",)),
 ]
 GPU_AUTOTUNED = _grid(_GPU_SHAPES[:2], (torch.bfloat16,), ("contiguous",))
+#: What the rehearsal of a GPU's run measures on a CPU.
+TINY_CASES = [Case("anchor_quantize", (2, 1, 4, 4)), Case("window_attention", (2, 4, 3, 5), torch.bfloat16)]
 
 #: The GPU's shapes on a CPU, those of at most 64 MiB, and a single image.
 CPU_FULL_CASES = [
@@ -111,16 +123,21 @@ def _sdpa(local, query):
     return attnkern.CompatibilityPooled(pooled, None, None)
 
 
-def competitors(case: Case, device: torch.device, compiled: bool | str = True) -> dict[str, Callable]:
+#: Options of torch.compile: those of the usual competitor, and of the one that is tuned at length.
+COMPILED = {"dynamic": False, "fullgraph": True}
+TUNED = {**COMPILED, "mode": "max-autotune-no-cudagraphs"}
+REHEARSED = {**COMPILED, "backend": "aot_eager"}  # a rehearsal compiles no code
+
+
+def competitors(case: Case, device: torch.device, compiled: dict | None = COMPILED) -> dict[str, Callable]:
     """Functions of the op's inputs by name: literal formula in eager, compiled, other libraries, then our backends.
 
-    ``compiled`` may name a mode of torch.compile.
+    ``compiled`` are options of torch.compile; None leaves it out.
     """
     literal = OPS[case.op].literal
     found = {"eager": literal}
-    if compiled:
-        mode = compiled if isinstance(compiled, str) else None
-        found["compile"] = torch.compile(literal, dynamic=False, mode=mode)
+    if compiled is not None:
+        found["compile"] = torch.compile(literal, **compiled)
     if case.op == "compatibility_pool":
         found["sdpa"] = _sdpa
     for backend in reversed(available_backends(device, case.dtype)):
@@ -128,51 +145,77 @@ def competitors(case: Case, device: torch.device, compiled: bool | str = True) -
     return found
 
 
-def calls(case: Case, which: str, device: torch.device, compiled: bool | str = True) -> dict[str, Callable[[], None]]:
-    """Ready calls of every competitor, each checked against the reference in float64 before it is returned."""
-    inputs = _inputs(case, device)
-    used = _USED[case.op]
-    truth = OPS[case.op].function(**{k: v.double() for k, v in inputs.items()}, backend="reference")._asdict()
-    outputs = {key: getattr(OPS[case.op].function(**inputs), key) for key in used}
-    # Each in its output's layout, as a network's next layer sends it back.
-    grads = {k: torch.empty_like(outputs[k]).copy_(grad) for k, grad in output_gradients(outputs).items()}
-    ready = {}
-    for name, function in competitors(case, device, compiled).items():
-        result = function(**inputs)
-        error = (getattr(result, used[0]).double() - truth[used[0]]).abs().max()
+class Workload:
+    """Inputs and output gradients of a case, in several copies, and the expected result."""
+
+    def __init__(self, case: Case, device: torch.device):
+        self.case, self.device, self.used = case, device, _USED[case.op]
+        function = functools.partial(OPS[case.op].function, backend="reference")
+        inputs = _inputs(case, device)
+        self.truth = getattr(function(**{k: v.double() for k, v in inputs.items()}), self.used[0])
+        outputs = {key: getattr(function(**inputs), key) for key in self.used}
+        # Each in its output's layout, as a network's next layer sends it back.
+        grads = {k: torch.empty_like(outputs[k]).copy_(grad) for k, grad in output_gradients(outputs).items()}
+        self._copies = [(inputs, [grads[key] for key in self.used])]
+
+    @property
+    def bytes(self) -> int:
+        """Of one copy."""
+        inputs, grads = self._copies[0]
+        return sum(tensor.nbytes for tensor in (*inputs.values(), *grads))
+
+    def copy(self, number: int) -> tuple[dict, list]:
+        while len(self._copies) <= number:
+            inputs, grads = self._copies[0]
+            self._copies.append(({key: value.clone() for key, value in inputs.items()}, [g.clone() for g in grads]))
+        return self._copies[number]
+
+
+#: Both passes of a case share its inputs.
+workload = functools.lru_cache(maxsize=1)(Workload)
+
+
+class Call:
+    """A pass of one competitor, checked against the reference in float64."""
+
+    def __init__(self, name: str, function: Callable, work: Workload, which: str):
+        self.function, self.work, self.which, self._leaves = function, work, which, {}
+        key, truth = work.used[0], work.truth
+        error = (getattr(function(**work.copy(0)[0]), key).double() - truth).abs().max()
         # The literal formulas round every step to the features' type.
-        allowed = 0.02 if name in BACKENDS or case.dtype == torch.float32 else 0.2
-        assert error <= allowed * truth[used[0]].abs().max().clamp(min=1), f"{name} computes {case} wrong by {error}"
-        ready[name] = _call(function, inputs, used, grads, which, device)
-    return ready
+        allowed = 0.02 if name in BACKENDS or work.case.dtype == torch.float32 else 0.2
+        if not error <= allowed * truth.abs().max().clamp(min=1):
+            raise AssertionError(f"{name} computes {work.case} wrong by {error}")
+        self()
 
+    def __call__(self) -> None:
+        """Run and wait for the device."""
+        self.run()
+        synchronize(self.work.device)
 
-def _call(function, inputs, used, grads, which, device):
-    def synchronised(body):
-        def call():
-            body()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-        call.body = body  # what a CUDA graph captures
-        return call
-
-    if which == "forward":
-
-        def forward():
+    def run(self, number: int = 0) -> tuple:
+        """Run on a copy of the inputs. Returns all results; their memory may be reused once they are dropped."""
+        inputs, grads = self.work.copy(number)
+        if self.which == "forward":
             with torch.no_grad():
-                function(**inputs)
+                return self.function(**inputs)
+        if number not in self._leaves:
+            self._leaves[number] = {key: value.detach().requires_grad_() for key, value in inputs.items()}
+        leaves = self._leaves[number]
+        result = self.function(**leaves)
+        outputs = [getattr(result, key) for key in self.work.used]
+        return *result, *torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
 
-        return synchronised(forward)
-    leaves = {key: value.detach().requires_grad_() for key, value in inputs.items()}
-    upstream = [grads[key] for key in used]
 
-    def step():
-        result = function(**leaves)
-        outputs = [getattr(result, key) for key in used]
-        torch.autograd.grad(outputs, list(leaves.values()), upstream, allow_unused=True)
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
-    return synchronised(step)
+
+def calls(case: Case, which: str, device: torch.device, compiled: dict | None = COMPILED) -> dict[str, Call]:
+    """Ready calls of every competitor."""
+    work = workload(case, device)
+    return {name: Call(name, function, work, which) for name, function in competitors(case, device, compiled).items()}
 
 
 #: name: (options, side of the images, batch). The frozen trunk of the pc network is skipped on every side alike.
@@ -187,7 +230,29 @@ MORE_MODELS = {
     "wrn28_10_aib_qt": ({"width": 0.2, "blocks": 2}, 32, 32),
     "mobilenet_v3_large_window": ({"width": 1.0}, 96, 16),
 }
-NETWORKS = MODELS | MORE_MODELS
+TINY_MODELS = {"vgg_aib_qt tiny": ({"width": 0.05}, 32, 2)}
+NETWORKS = MODELS | MORE_MODELS | TINY_MODELS
+
+
+def work(suite: str, gpu: bool, compiled: bool) -> list[tuple[Case | str, str]]:
+    """What a run measures, (case or network, pass), most valuable first."""
+    if suite == "rehearsal":
+        return [(HOST, ""), *itertools.product(TINY_CASES, PASSES), *((name, TRAINING) for name in TINY_MODELS)]
+    if suite == "networks":
+        return [(name, which) for which in NETWORK_PASSES for name in MODELS | MORE_MODELS]
+    if suite == "full":
+        return list(itertools.product(CPU_FULL_CASES, PASSES))
+    networks = [(name, TRAINING) for name in MODELS]
+    if not gpu:
+        return [*itertools.product(CPU_CASES, PASSES), *networks, (HOST, "")]
+    layouts = {layout: [case for case in GPU_CASES if case.layout == layout] for layout in _LAYOUTS}
+    return [
+        (HOST, ""),
+        *itertools.product(layouts["contiguous"], PASSES),
+        *networks,
+        *itertools.product(layouts["channels_last"], PASSES),
+        *((case, AUTOTUNED) for case in GPU_AUTOTUNED if compiled),
+    ]
 
 
 def network_calls(name: str, which: str, device: torch.device, compiled: bool) -> dict[str, Callable[[], None]]:
@@ -210,8 +275,7 @@ def network_calls(name: str, which: str, device: torch.device, compiled: bool) -
                     optimizer.zero_grad()
                     network.loss(output, digits.labels).backward()
                     optimizer.step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
 
         found[backend + " compiled" * compiles] = step
     return found
@@ -240,8 +304,7 @@ def attention_calls(name: str, device: torch.device) -> dict[str, Callable[[], N
                 result = function(*leaves, **options, backend=backend)
                 outputs = [getattr(result, key) for key in _USED[function.__name__]]
                 torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs])
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
 
         found[backend] = attend
     return found
@@ -258,7 +321,7 @@ def _digits(name, device):
 def _network(name, device):
     from attnkern.models import create_model
 
-    return create_model(name, 10, **NETWORKS[name][0]).to(device)
+    return create_model(name.split()[0], 10, **NETWORKS[name][0]).to(device)
 
 
 class _Nothing(torch.autograd.Function):
@@ -278,8 +341,8 @@ def host_calls(device: torch.device) -> dict[str, dict[str, Callable[[], None]]]
     cases = [Case(op, (2, 8, 2, 2)) for op in FEATURE_OPS] + [Case("anchor_quantize", (2, 1, 2, 2))]
     found = {}
     for case in cases:
-        ready = calls(case, "forward+backward", device, compiled=False)
-        found[case.op] = {name: ready[name].body for name in ("eager", "native", "triton") if name in ready}
+        ready = calls(case, "forward+backward", device, compiled=None)
+        found[case.op] = {name: ready[name].run for name in ("eager", "native", "triton") if name in ready}
     x, companion = (torch.zeros(2, 8, 2, 2, device=device, requires_grad=True) for _ in range(2))
     grad = torch.ones_like(x)
 

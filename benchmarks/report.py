@@ -1,17 +1,25 @@
 """Results as tables and pictures: each run beside its JSON, all of them in docs/performance.md.
 
-``python -m benchmarks.report`` writes everything again from the committed JSON.
+``python -m benchmarks.report`` writes everything again from the committed JSON. With ``--choice FILE`` it compares the
+native kernels with Triton's, row by row, and prints the rule for the automatic choice that follows.
 """
 
+import argparse
+import itertools
 import json
 import math
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results"
+from benchmarks.store import COMMITTED, ROOT
+
 PAGE = ROOT / "docs/performance.md"
 #: Passes of a network, and the attention in the first of them alone.
 TRAINING, INFERENCE, ATTENTION = NETWORK_PASSES = ("training step", "inference", "attention of a training step")
+
+#: above the latencies of a GPU
+LATENCY = (
+    "Latency of a single call, launch and wait included, after the L2 cache is flushed, and the host's time for a call:"
+)
 
 #: geometric means over eager and over torch.compile in forward and backward, by suite
 TARGETS = {"": (3, 1.3), "full": (4, 1.5)}
@@ -29,36 +37,70 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
     )
 
 
+def _cell(row: dict, key: str, name: str, digits: int, factor: float = 1) -> str:
+    found = row.get(key, {})
+    return f"{found[name] * factor:.{digits}f}" if name in found else "error" if name in row.get("errors", ()) else "–"
+
+
+def _columns(rows: list[dict], key: str) -> list[str]:
+    return [name for name in COLUMNS if any(name in row.get(key, ()) for row in rows)]
+
+
 def table(rows: list[dict]) -> str:
-    """Rows as aligned Markdown: milliseconds, and how many times faster the best of ours is."""
-    columns = [name for name in COLUMNS if any(name in row["ms"] for row in rows)]
+    """Rows as aligned Markdown: milliseconds, how many times faster the best of ours is, and host time if measured."""
+    columns, host = _columns(rows, "ms"), _columns(rows, "host_us")
     ratios = [name for name in ("eager", "compile") if name in columns]
     ratios = ratios or [name for name in ("reference", "reference compiled") if name in columns]
-    graphs = [name for name in columns if any(name in row.get("graph_ms", ()) for row in rows)]
     head = ["case", "pass", *(f"{name} ms" for name in columns), *(f"× {name}" for name in ratios)]
-    head += [*(f"{name} in a graph ms" for name in graphs), *(["share of copy"] if graphs else [])]
+    head += [f"{name} host µs" for name in host]
     lines = []
     for row in rows:
-        times = [f"{row['ms'][name]:.3f}" if name in row["ms"] else "–" for name in columns]
-        faster = [f"{row['times'][name]:.2f}" if name in row["times"] else "–" for name in ratios]
-        inside = [f"{row['graph_ms'][name]:.3f}" if name in row.get("graph_ms", ()) else "–" for name in graphs]
-        share = [f"{row['share_of_copy']:.0%}"] if graphs else []
-        lines.append([row["case"], row["pass"], *times, *faster, *inside, *share])
+        times = [_cell(row, "ms", name, 3) for name in columns]
+        faster = [_cell(row, "times", name, 2) for name in ratios]
+        costs = [_cell(row, "host_us", name, 1) for name in host]
+        lines.append([row["case"], row["pass"], *times, *faster, *costs])
     return markdown(head, lines)
+
+
+def device_table(rows: list[dict]) -> str:
+    """Device time in microseconds, how many times faster the best of ours is, and its share of a copy's bandwidth."""
+    columns = _columns(rows, "device_ms")
+    ratios = [name for name in ("eager", "compile") if name in columns]
+    head = ["case", "pass", *(f"{name} µs" for name in columns), *(f"× {name}" for name in ratios), "share of copy"]
+    lines = []
+    for row in rows:
+        best = min((row["device_ms"][name] for name in OURS if name in row["device_ms"]), default=math.nan)
+        times = [_cell(row, "device_ms", name, 1, 1e3) for name in columns]
+        faster = [_cell(row, "device_ms", name, 2, 1 / best) for name in ratios]
+        share = f"{row['share_of_copy']:.0%}" if "share_of_copy" in row else "–"
+        lines.append([row["case"], row["pass"], *times, *faster, share])
+    return markdown(head, lines)
+
+
+def failures(rows: list[dict]) -> list[str]:
+    lines = [
+        f"- {row['case']}, {row['pass']}, {name}: {error}"
+        for row in rows
+        for name, error in row.get("errors", {}).items()
+    ]
+    return ["Failed:\n" + "\n".join(lines)] if lines else []
 
 
 def tables(rows: list[dict]) -> str:
     """Operators, then networks."""
     networks = [row for row in rows if row["pass"] in NETWORK_PASSES]
-    parts = [[row for row in rows if row["pass"] not in NETWORK_PASSES], networks]
-    return "\n\n".join([*(table(part) for part in parts if part), *speeds(networks), *shares(networks)])
+    operators = [row for row in rows if row["pass"] not in NETWORK_PASSES]
+    on_device = [row for row in operators if "device_ms" in row]
+    parts = [f"Device time:\n\n{device_table(on_device)}", LATENCY] if on_device else []
+    parts += [table(part) for part in (operators, networks) if part]
+    return "\n\n".join([*parts, *failures(rows), *speeds(networks), *shares(networks)])
 
 
 def speeds(rows: list[dict]) -> list[str]:
     """Images a second of training, by backend."""
     lines = []
     for row in rows:
-        if row["pass"] == TRAINING and "images" in row:
+        if row["pass"] == TRAINING and "images" in row and row["ms"]:
             found = [f"{row['images'] / ms * 1e3:.0f} with {name}" for name, ms in row["ms"].items()]
             lines.append(f"- {row['case']}: {', '.join(found)}")
     return ["Images a second of a training step:\n" + "\n".join(lines)] if lines else []
@@ -69,9 +111,9 @@ def shares(rows: list[dict]) -> list[str]:
     ms = {(row["case"], row["pass"]): row["ms"] for row in rows}
     lines = []
     for name, which in ms:
-        if which == ATTENTION:
+        if which == ATTENTION and (name, TRAINING) in ms:
             part, whole = ms[name, which], ms[name, TRAINING]
-            found = [f"{part[b] / whole[b]:.1%} with {b}" for b in ("reference", *OURS) if b in part]
+            found = [f"{part[b] / whole[b]:.1%} with {b}" for b in ("reference", *OURS) if b in part and b in whole]
             lines.append(f"- {name}: {', '.join(found)}")
     return ["Share of a training step that the attention operators take:\n" + "\n".join(lines)] if lines else []
 
@@ -109,13 +151,14 @@ def verdict(rows: list[dict], suite: str = "") -> str:
 
 LARGE = 2**26  # bytes of a working set that no L2 cache holds
 #: On a GPU, by what is looked at: the least that every row of it should reach. "copy" is the share of the bandwidth of
-#: a copy in the same run, forward and backward apart; the others are times faster. Graphs leave out the launches.
+#: a copy in the same run, forward and backward apart; the others are times faster, launches included where nothing else
+#: is said.
 GPU_TARGETS = {
     "large maps, window and anchor attention": {
         "copy, forward": 0.9, "copy, backward": 0.85, "eager": 2.5, "compile": 1.15
     },
     "large maps, compatibility_pool": {"copy, forward": 0.9, "copy, backward": 0.85, "eager": 4, "compile": 1.6},
-    "small maps": {"eager": 5, "compile": 1.3, "compile, in graphs": 1.2},
+    "small maps": {"eager": 5, "compile": 1.3, "compile, on the device": 1.2},
     "anchor_quantize": {"eager": 8, "compile": 2},
 }  # fmt: skip
 #: microseconds of the host for forward and backward of tiny tensors, at most
@@ -139,17 +182,18 @@ def gpu_figures(rows: list[dict], copy_gb_per_s: float) -> dict[str, dict[str, l
     found = {group: {name: [] for name in targets} for group, targets in GPU_TARGETS.items()}
     for case, passes in by_case.items():
         forward, both = passes.get("forward"), passes.get("forward+backward")
-        if forward is None or both is None or "graph_ms" not in both:
+        if forward is None or both is None or "device_ms" not in both:
             continue
         figures = {name: both["times"].get(name) for name in ("eager", "compile")}
-        ours = [name for name in OURS if name in forward["graph_ms"] and name in both["graph_ms"]]
+        ours = [name for name in OURS if name in forward["device_ms"] and name in both["device_ms"]]
         if ours:
-            seconds = [min(row["graph_ms"][name] for name in ours) / 1e3 for row in (forward, both)]
+            seconds = [min(row["device_ms"][name] for name in ours) / 1e3 for row in (forward, both)]
             per_second = copy_gb_per_s * 1e9
             figures["copy, forward"] = forward["bytes"] / seconds[0] / per_second
-            figures["copy, backward"] = (both["bytes"] - forward["bytes"]) / (seconds[1] - seconds[0]) / per_second
-            if "compile" in both["graph_ms"]:
-                figures["compile, in graphs"] = both["graph_ms"]["compile"] / 1e3 / seconds[1]
+            if seconds[1] > seconds[0]:  # noise may be larger than a tiny backward
+                figures["copy, backward"] = (both["bytes"] - forward["bytes"]) / (seconds[1] - seconds[0]) / per_second
+            if "compile" in both["device_ms"]:
+                figures["compile, on the device"] = both["device_ms"]["compile"] / 1e3 / seconds[1]
         for name, figure in found[_gpu_group(case, forward["bytes"])].items():
             if figures.get(name) is not None:
                 figure.append((figures[name], case))
@@ -204,13 +248,16 @@ def _finish(figure, path):
 
 def plot(rows: list[dict], path: Path) -> None:
     """Speed over eager PyTorch, forward and backward, one group of bars a case."""
-    chosen = [row for row in rows if row["pass"] == "forward+backward" and "eager" in row["ms"]]
-    names = [name for name in COLUMNS[1:] if any(name in row["ms"] for row in chosen)]
+    key = "device_ms" if any("device_ms" in row for row in rows) else "ms"
+    chosen = [row for row in rows if row["pass"] == "forward+backward" and "eager" in row.get(key, ())]
+    names = _columns(chosen, key)[1:]
+    if not names:
+        return
     figure, axes = _pyplot().subplots(figsize=(9, 0.45 * len(chosen) + 1.5))
     height = 0.8 / len(names)
     for k, name in enumerate(names):
-        places = [i + k * height for i, row in enumerate(chosen) if name in row["ms"]]
-        values = [row["ms"]["eager"] / row["ms"][name] for row in chosen if name in row["ms"]]
+        places = [i + k * height for i, row in enumerate(chosen) if name in row[key]]
+        values = [row[key]["eager"] / row[key][name] for row in chosen if name in row[key]]
         axes.barh(places, values, height, label=name)
     axes.axvline(1, color=GREY, linewidth=1)
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(chosen))], [row["case"] for row in chosen], fontsize=7)
@@ -259,6 +306,7 @@ def scaling_table(rows: list[dict]) -> str:
 
 
 def host_table(costs: dict[str, dict[str, float]]) -> str:
+    """Host time of calls on tiny tensors."""
     names = [name for name in COLUMNS if any(name in found for found in costs.values())]
     lines = [f"| forward and backward of tiny tensors | {' | '.join(f'{name} µs' for name in names)} |"]
     lines.append("|---" * (1 + len(names)) + "|")
@@ -295,9 +343,9 @@ def body(content: dict) -> str:
     if suite == "scaling":
         note = "The exponent is that of the last doubling; it is above 1 where the bytes leave the caches."
         return "\n\n".join([heading, scaling_table(rows), note])
-    on_gpu = any("graph_ms" in row for row in rows)
+    on_gpu = any("device_ms" in row for row in rows)
     judged = gpu_verdict(rows, content["copy_gb_per_s"]) if on_gpu else verdict(rows, suite)
-    parts = [heading, tables(rows), judged]
+    parts = [heading, tables(rows), judged, *(profile_table(*found) for found in content.get("profiles", {}).items())]
     parts.append(host_table(content["host_us"]) if "host_us" in content else "")
     return "\n\n".join(filter(None, parts))
 
@@ -308,9 +356,12 @@ def write(path: Path) -> str:
     text = body(content)
     path.with_suffix(".md").write_text(text + "\n")
     if content.get("suite") != "networks":
-        (plot_scaling if content.get("suite") == "scaling" else plot)(content["rows"], path.with_suffix(".svg"))
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page())
+        try:
+            (plot_scaling if content.get("suite") == "scaling" else plot)(content["rows"], path.with_suffix(".svg"))
+        except ImportError as error:
+            print(f"no picture: {error}")
+    if path.parent == COMMITTED:
+        PAGE.write_text(page())
     return text
 
 
@@ -319,16 +370,20 @@ INTRODUCTION = """# Performance
 
 Written by `python -m benchmarks.report` from the runs in `benchmarks/results/`. Competitors are the papers' literal
 formulas in eager PyTorch and under `torch.compile`, and scaled_dot_product_attention for pooling; every result is
-checked against the reference in float64 before it is timed. Competitors take turns of ten milliseconds (on a GPU: of
-one call after the L2 cache is flushed), and medians are compared. Where attnkern loses, the row stays.
+checked against the reference in float64 before it is timed. Competitors take turns of ten milliseconds, and medians
+are compared. On a GPU, device time is measured with CUDA events around replays of a CUDA graph whose calls use inputs
+that together exceed three L2 caches; latency is the time of single calls after the L2 cache is flushed. Where attnkern
+loses, the row stays; a competitor that fails is listed with its error.
 """
 
 
 def page() -> str:
     """Every machine's newest run of each suite, and what it lost since the one before."""
-    runs = [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    runs = [(path, json.loads(path.read_text())) for path in sorted(COMMITTED.glob("*.json"))]
     groups = {}
     for path, content in sorted(runs, key=lambda run: run[1]["date"]):
+        if content.get("suite", "") not in TITLES:
+            continue  # a rehearsal
         groups.setdefault((content["machine"], content["threads"], content.get("suite", "")), []).append(
             (path, content)
         )
@@ -341,12 +396,104 @@ def page() -> str:
         lost = regressions(content, found[-2][1]) if len(found) > 1 else []
         if lost:
             parts.append("Slower than in the run before:\n\n" + "\n".join(lost) + "\n")
-    if not any("graph_ms" in row for _, content in runs for row in content["rows"]):
+    if not any("device_ms" in row for _, content in runs for row in content["rows"]):
         parts.append(f"## GPU\n\nNothing has been measured on a GPU yet: `make gpu` does.\n\n{gpu_verdict([], 1)}\n")
     return "\n".join(parts)
 
 
-if __name__ == "__main__":
-    for results in sorted(RESULTS.glob("*.json")):
-        write(results)
+# --- native or Triton -------------------------------------------------------------------------------------------------
+
+
+class Pair:
+    """A case measured with both: microseconds by pass and backend."""
+
+    def __init__(self, case: str, passes: dict[str, dict[str, float]]):
+        self.case, self.us = case, {which: {name: ms[name] * 1e3 for name in OURS} for which, ms in passes.items()}
+        self.op, shape, self.dtype, self.layout, *_ = case.split()
+        _, self.channels, *size = map(int, shape.split("x"))
+        self.positions = math.prod(size)
+
+    def loss(self, name: str) -> float:
+        """Logarithm of this backend's time over that of the faster one, averaged over the passes."""
+        return sum(math.log(us[name] / min(us.values())) for us in self.us.values()) / len(self.us)
+
+
+def _rules(pairs: list[Pair]) -> list[tuple[str, dict[str, str]]]:
+    """(words, backend by case), the simplest first: one backend, or a threshold on positions or channels. The number
+    of images is not used."""
+    found = [(name, {pair.case: name for pair in pairs}) for name in OURS]
+    for what in ("positions", "channels"):
+        for bound in sorted({getattr(pair, what) for pair in pairs})[1:]:
+            for above, below in (OURS, OURS[::-1]):
+                chosen = {pair.case: above if getattr(pair, what) >= bound else below for pair in pairs}
+                found.append((f"{above} from {bound} {what} on, {below} below", chosen))
+    return found
+
+
+def choice(rows: list[dict], tolerance: float = 0.01) -> str:
+    """Device times of native and Triton, and per operator, dtype and layout the simplest rule within ``tolerance`` of
+    the best one."""
+    by_case = {}
+    for row in rows:
+        if row["pass"] in ("forward", "forward+backward") and set(OURS) <= row.get("device_ms", {}).keys():
+            by_case.setdefault(row["case"], {})[row["pass"]] = row["device_ms"]
+    pairs = [Pair(case, passes) for case, passes in by_case.items()]
+    if not pairs:
+        return "No row has device times of both native and Triton."
+    lines = []
+    for pair in pairs:
+        for which, us in pair.us.items():
+            faster = min(us, key=us.get)
+            cells = [f"{us[name]:.1f}" for name in OURS]
+            lines.append([pair.case, which, *cells, faster, f"{max(us.values()) / us[faster]:.2f}"])
+    head = ["case", "pass", *(f"{name} µs" for name in OURS), "faster", "times"]
+    text = [markdown(head, lines), "", "Time over that of the faster backend in each row, geometric mean:", ""]
+
+    def cost(group, chosen):
+        return math.exp(sum(pair.loss(chosen[pair.case]) for pair in group) / len(group))
+
+    def key(pair):
+        return pair.op, pair.dtype, pair.layout
+
+    for name, group in itertools.groupby(sorted(pairs, key=key), key):
+        group = list(group)
+        costs = [(words, cost(group, chosen)) for words, chosen in _rules(group)]
+        least = min(value for _, value in costs)
+        words, value = next((words, value) for words, value in costs if value <= least + tolerance)
+        alone = ", ".join(f"{words} alone {value:.3f}" for words, value in costs[: len(OURS)])
+        text.append(f"- {', '.join(name)}: {words} ({value:.3f}; {alone}; {len(group)} cases)")
+    return "\n".join(text)
+
+
+def slowest(rows: list[dict], count: int) -> list[tuple[str, str, str]]:
+    """(case, pass, the faster of ours) of the rows with the lowest share of a copy's bandwidth: large maps first, one
+    row per operator and pass."""
+    found = {}
+    known = [row for row in rows if {"share_of_copy", "device_ms"} <= row.keys() and "max" not in row["pass"]]
+    for row in sorted(known, key=lambda row: (row["bytes"] < LARGE, row["share_of_copy"])):
+        ours = {name: ms for name, ms in row["device_ms"].items() if name in OURS}
+        found.setdefault((row["case"].split()[0], row["pass"]), (row["case"], row["pass"], min(ours, key=ours.get)))
+    return list(found.values())[:count]
+
+
+def profile_table(name: str, kernels: list[dict]) -> str:
+    """Metrics of the kernels of a call."""
+    columns = list(dict.fromkeys(column for kernel in kernels for column in kernel))
+    lines = [[str(kernel.get(column, "–")) for column in columns] for kernel in kernels]
+    return f"Kernels of {name}:\n\n{markdown(columns, lines)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--choice", metavar="FILE", type=Path, help="compare native with Triton in this results file")
+    options = parser.parse_args()
+    if options.choice:
+        print(choice(json.loads(options.choice.read_text())["rows"]))
+        return
+    for path in sorted(COMMITTED.glob("*.json")):
+        write(path)
     print(f"written: {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,28 +1,37 @@
 """`make bench`: every competitor of every case in one run, rounds interleaved, medians compared.
 
-Prints one table and writes JSON, a Markdown table and a plot to benchmarks/results/. With ``--gpu`` the GPU's cases:
-each row is appended to the results file as it is measured, rows that are there already are skipped, and GPU_SHARD=i/n
-takes every n-th case, so that the run fits into pieces.
+Prints one table and writes JSON, a Markdown table and a plot to benchmarks/results/, or to the folder that
+ATTNKERN_RESULTS names. Each row is written as soon as it is measured; with --gpu, --full and --networks a run continues
+an earlier one of the same code and options. A competitor that fails is recorded as an error, and the run continues.
 """
 
 import argparse
+import contextlib
 import datetime
-import json
+import itertools
 import math
 import os
 import platform
 import re
+import signal
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-from benchmarks.report import ATTENTION, NETWORK_PASSES, OURS, RESULTS, TRAINING, write
+from benchmarks.report import ATTENTION, OURS, write
+from benchmarks.store import MEASURED, RESULTS, ROOT, Store, code_version
 
 # glibc gives large blocks back to the kernel and takes them again at every call: keep them, for every competitor alike.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 BUDGET, FLUSHED_BUDGET = 1.5, 0.5  # seconds a case and pass
+DEVICE_BUDGET = 0.1  # seconds a competitor, for its device time and for its cost to the host
 TURN = 0.01  # seconds that a competitor is called in a row
+ROW_LIMIT, TUNED_LIMIT = 120, 300  # seconds, preparation and compilation included
+
+#: Exit codes: rows are left because the time is up, or because the device is unusable in this process.
+UNFINISHED, RESTART = 3, 4
 
 
 def processor() -> str:
@@ -31,6 +40,13 @@ def processor() -> str:
         if found:
             return found[1].strip()
     return platform.machine()
+
+
+def commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+    return None
 
 
 def machine(device) -> dict:
@@ -58,10 +74,12 @@ def copy_bandwidth(device) -> float:
 
     def copy():
         target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
-    return 2 * source.numel() * source.itemsize / median_times({"copy": copy})["copy"] / 1e9
+    if device.type == "cuda":
+        seconds = statistics.median(replay_seconds(copy, 30, device))
+    else:
+        seconds = median_times({"copy": copy})["copy"]
+    return 2 * source.numel() * source.itemsize / seconds / 1e9
 
 
 def median_times(ready: dict, budget: float = BUDGET, flush=None) -> dict[str, float]:
@@ -78,7 +96,7 @@ def median_times(ready: dict, budget: float = BUDGET, flush=None) -> dict[str, f
         calls_a_turn[name] = 1 if flush else math.ceil(TURN / (time.perf_counter() - start))
     times = {name: [] for name in ready}
     began = time.perf_counter()
-    while len(next(iter(times.values()))) < 7 or time.perf_counter() - began < budget:
+    while ready and (len(next(iter(times.values()))) < 7 or time.perf_counter() - began < budget):
         for name, call in ready.items():
             if flush is not None:
                 flush()
@@ -89,35 +107,91 @@ def median_times(ready: dict, budget: float = BUDGET, flush=None) -> dict[str, f
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def graph_times(ready: dict, device) -> dict[str, float]:
-    """Seconds of a replay from a CUDA graph: kernel time without the cost of launching from Python."""
+# --- device time and host time. In a rehearsal the CPU stands in for the device. --------------------------------------
+
+
+def cache_bytes(device) -> int:
+    """The L2 cache of a GPU."""
     import torch
 
-    found = {}
-    for name, call in ready.items():
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+
+
+def captured(call, numbers: list[int], device):
+    """Capture calls on these copies of the inputs in a CUDA graph. Returns the function that replays it."""
+    import torch
+
+    if device.type != "cuda":
+        return lambda: [call.run(number) for number in numbers]
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        torch.cuda.set_sync_debug_mode("error")  # names the operation that would break the capture
         try:
-            with torch.cuda.stream(stream):
-                call.body()
-            with torch.cuda.graph(graph, stream=stream):
-                call.body()
-        except RuntimeError:
-            continue  # this competitor cannot be captured: its column stays empty
-
-        def replay(graph=graph):
-            graph.replay()
-            torch.cuda.synchronize(device)
-
-        found[name] = median_times({name: replay}, 0.1)[name]
-    return found
+            call.run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    kept = [None] * (max(numbers) + 1)  # results rotate like the inputs, otherwise they would stay in the cache
+    with torch.cuda.graph(graph, stream=stream):
+        for number in numbers:
+            kept[number] = call.run(number)
+    return graph.replay
 
 
-def shard(cases: list, text: str) -> list:
-    """Every n-th case from the i-th: "1/3", "2/3", "3/3" cover all."""
-    index, count = map(int, text.split("/"))
-    if not 1 <= index <= count:
-        raise ValueError(f"GPU_SHARD must be i/n with 1 <= i <= n, got {text!r}")
-    return cases[index - 1 :: count]
+def mark(device):
+    """A moment in the device's time."""
+    import torch
+
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(first, last, device) -> float:
+    """Seconds between two marks, both of which must have been reached."""
+    return first.elapsed_time(last) / 1e3 if device.type == "cuda" else last - first
+
+
+def replay_seconds(replay, count: int, device) -> list[float]:
+    """Seconds of each of ``count`` replays in a row; the device does not wait for the host between them."""
+    from benchmarks.cases import synchronize
+
+    marks = [mark(device)]
+    for _ in range(count):
+        replay()
+        marks.append(mark(device))
+    synchronize(device)
+    return [between(first, last, device) for first, last in itertools.pairwise(marks)]
+
+
+def device_seconds(call, device, budget: float = DEVICE_BUDGET) -> float:
+    """Device time of a call: a replay's median time per call. The inputs in it exceed three L2 caches together."""
+    copies = max(2, math.ceil(3 * cache_bytes(device) / call.work.bytes))
+    numbers = list(range(copies)) * math.ceil(8 / copies)
+    replay = captured(call, numbers, device)
+    samples = min(100, max(5, math.ceil(budget / replay_seconds(replay, 2, device)[1])))
+    return statistics.median(replay_seconds(replay, samples, device)) / len(numbers)
+
+
+def host_seconds(call, device, budget: float = DEVICE_BUDGET) -> float:
+    """Host time of a call: a few calls in a row, without waiting for the device."""
+    from benchmarks.cases import synchronize
+
+    times, began = [], time.perf_counter()
+    while len(times) < 7 or time.perf_counter() - began < budget:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(10):
+            call.run()
+        times.append((time.perf_counter() - start) / 10)
+    synchronize(device)
+    return statistics.median(times)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 def row_of(case: str, which: str, seconds: dict[str, float], **more) -> dict:
@@ -129,137 +203,270 @@ def row_of(case: str, which: str, seconds: dict[str, float], **more) -> dict:
     return {"case": case, "pass": which, "ms": {k: v * 1e3 for k, v in seconds.items()}, "times": times, **more}
 
 
-class Store:
-    """The results file: every row is on disk as soon as it is measured."""
-
-    def __init__(self, path: Path, about: dict, resume: bool):
-        self.path = path
-        self.content = json.loads(path.read_text()) if resume and path.exists() else {**about, "rows": []}
-
-    def has(self, case: str, which: str) -> bool:
-        return any(row["case"] == case and row["pass"] == which for row in self.content["rows"])
-
-    def add(self, row: dict) -> None:
-        self.put("rows", [*self.content["rows"], row])
-
-    def put(self, key: str, value) -> None:
-        self.content[key] = value
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
-        partial.replace(self.path)
+class OutOfTime(Exception):
+    """The time of this run is up; the next run measures the row."""
 
 
-def measure(store: Store, device, cases: list, networks: list[tuple[str, str]], compiled: bool) -> None:
-    """Rows of the cases, then of the (network, pass) pairs."""
+class Attempts:
+    """Runs the parts of a row. A part that fails, or takes half of the time left, is recorded and the row continues."""
+
+    def __init__(self, device, limit: float, end: float):
+        self.device, self.end = device, min(time.monotonic() + limit, end)
+        self.cut_short = self.end == end
+        self.errors = {}
+        self.broken = False  # is the device unusable in this process?
+
+    def one(self, name: str, function, *arguments):
+        """The function's result, or None if it fails; the error is recorded under the name."""
+        if self.broken:
+            self.errors[name] = "not measured: the device failed before"
+            return None
+        limit = TimeLimit((self.end - time.monotonic()) / 2)
+        try:
+            with limit:
+                return function(*arguments)
+        except Exception as error:
+            if limit.reached and self.cut_short:
+                raise OutOfTime from None
+            self.errors[name] = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+            self._recover()
+            return None
+
+    def each(self, function, items: dict, *arguments) -> dict:
+        """The function's results by name, without those that fail."""
+        found = {name: self.one(name, function, item, *arguments) for name, item in items.items()}
+        return {name: result for name, result in found.items() if result is not None}
+
+    def _recover(self):
+        import torch
+
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self.device)
+                torch.cuda.empty_cache()
+            except RuntimeError:
+                self.broken = True
+
+
+class TimeLimit:
+    """Raises TimeoutError in the block after so many seconds. ``reached`` tells it from errors that wrap it."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.reached = max(0.001, seconds), False
+
+    def __enter__(self):
+        self._before = signal.signal(signal.SIGALRM, self._stop)
+        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+
+    def __exit__(self, *_):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self._before)
+
+    def _stop(self, *_):
+        self.reached = True
+        raise TimeoutError(f"it took more than {self.seconds:.0f} s")
+
+
+class Bench:
+    """Measures rows. In a rehearsal the CPU stands in for the device, and every budget is 0."""
+
+    def __init__(self, device, compiled: dict | None, copy_gb_per_s: float = math.nan, rehearsal: bool = False):
+        import torch
+
+        self.device, self.compiled, self.copy_gb_per_s, self.rehearsal = device, compiled, copy_gb_per_s, rehearsal
+        self.on_gpu = device.type == "cuda"
+        self.flush = None
+        if self.on_gpu:
+            scratch = torch.ones(cache_bytes(device), device=device)  # four times the cache
+
+            def flush():
+                """Reading leaves no lines in the cache that would be written back during the next call."""
+                scratch.amax()
+                torch.cuda.synchronize(device)
+
+            self.flush = flush
+
+    def budget(self, seconds: float) -> float:
+        return 0 if self.rehearsal else seconds
+
+    def operator(self, attempts: Attempts, case, which: str) -> dict:
+        """Latency of a call; on a GPU also its device time and its host time."""
+        from benchmarks.cases import AUTOTUNED, TUNED, Call, competitors, workload
+
+        compiled = TUNED if which == AUTOTUNED else self.compiled
+        work = attempts.one("inputs", workload, case, self.device)
+        ready = {}
+        for name, function in (competitors(case, self.device, compiled) if work else {}).items():
+            ready[name] = attempts.one(name, Call, name, function, work, which)
+        ready = {name: call for name, call in ready.items() if call is not None}
+        budget = self.budget(FLUSHED_BUDGET if self.on_gpu else BUDGET)
+        seconds = attempts.one("latency", median_times, ready, budget, self.flush) or {}
+        more, best = {"bytes": case.bytes(which)}, seconds
+        if self.on_gpu or self.rehearsal:
+            budget = self.budget(DEVICE_BUDGET)
+            host = attempts.each(host_seconds, ready, self.device, budget)
+            best = attempts.each(device_seconds, ready, self.device, budget)
+            more["host_us"] = {name: value * 1e6 for name, value in host.items()}
+            more["device_ms"] = {name: value * 1e3 for name, value in best.items()}
+        ours = min((best[name] for name in OURS if name in best), default=None)
+        if ours is not None:
+            more["gb_per_s"] = more["bytes"] / ours / 1e9
+            more["share_of_copy"] = more["gb_per_s"] / self.copy_gb_per_s
+        return row_of(str(case), which, seconds, **more)
+
+    def network(self, attempts: Attempts, name: str, which: str, compile_too: bool) -> dict:
+        from benchmarks.cases import NETWORKS, attention_calls, network_calls
+
+        if which == ATTENTION:
+            ready = attempts.one("inputs", attention_calls, name, self.device)
+        else:
+            compiled = compile_too and self.compiled is not None
+            ready = attempts.one("inputs", network_calls, name, which, self.device, compiled)
+        ready = attempts.each(called, ready or {})
+        seconds = attempts.one("latency", median_times, ready, self.budget(4)) or {}
+        return row_of(name, which, seconds, images=NETWORKS[name][2])
+
+    def host(self, attempts: Attempts) -> dict[str, dict[str, float]]:
+        """Microseconds of the host for forward and backward on tiny tensors, by what is called and backend."""
+        from benchmarks.cases import host_calls
+
+        found = {}
+        for what, ready in (attempts.one("inputs", host_calls, self.device) or {}).items():
+            seconds = attempts.one(what, median_times, ready, self.budget(0.3)) or {}
+            found[what] = {name: value * 1e6 for name, value in seconds.items()}
+        return found
+
+
+def called(call):
+    call()
+    return call
+
+
+def measure(store: Store, bench: Bench, work: list, end: float = math.inf, again: bool = False) -> int:
+    """Measure the (case or network, pass) pairs; stored rows only if ``again``. Returns the exit code."""
     import torch
 
-    from benchmarks.cases import AUTOTUNED, GPU_AUTOTUNED, NETWORKS, PASSES, attention_calls, calls, network_calls
+    from benchmarks.cases import AUTOTUNED, HOST
 
-    flush = None
-    if device.type == "cuda":
-        scratch = torch.empty(2**28, dtype=torch.uint8, device=device)  # larger than any L2
-
-        def flush():
-            scratch.zero_()
-            torch.cuda.synchronize(device)
-
-    work = [(case, which) for case in cases for which in PASSES] + networks
-    if compiled:
-        work += [(case, AUTOTUNED) for case in cases if device.type == "cuda" and case in GPU_AUTOTUNED]
-    began = time.monotonic()
-    for done, (case, which) in enumerate(work):
-        text = case if isinstance(case, str) else str(case)
-        place = f"[{done + 1}/{len(work)}, {time.monotonic() - began:.0f} s] {text} {which}"
-        print(f"\r\033[K{place}", end="", file=sys.stderr, flush=True)
-        if store.has(text, which):
+    content, progress = store.content, Progress(len(work))
+    for number, (case, which) in enumerate(work):
+        name = f"{case} {which}".strip()
+        progress.begin(number, name)
+        if not again and ("host_us" in content if case == HOST else store.has(str(case), which)):
             continue
+        if end - time.monotonic() < (10 if bench.on_gpu else 0):
+            return UNFINISHED
+        tries = content.get("begun", {}).get(name, 0)
+        store.put("begun", {name: tries + 1})
+        attempts = Attempts(bench.device, TUNED_LIMIT if which == AUTOTUNED else ROW_LIMIT, end)
         torch._dynamo.reset()
-        if isinstance(case, str):
-            if which == ATTENTION:
-                ready = attention_calls(case, device)
+        try:
+            if tries >= 2:
+                attempts.errors["row"] = "not measured: it ended the process twice"
+                row = row_of(str(case), which, {})
+            elif case == HOST:
+                row = row_of(HOST, "", {}, host_us=bench.host(attempts))
+            elif isinstance(case, str):
+                row = bench.network(attempts, case, which, content["suite"] == "networks")
             else:
-                ready = network_calls(case, which, device, compiled and store.content["suite"] == "networks")
-            store.add(row_of(text, which, median_times(ready, budget=4), images=NETWORKS[case][2]))
-            continue
-        ready = calls(case, which, device, "max-autotune-no-cudagraphs" if which == AUTOTUNED else compiled)
-        seconds = median_times(ready, BUDGET if flush is None else FLUSHED_BUDGET, flush)
-        ours = min((seconds[name] for name in OURS if name in seconds), default=math.nan)
-        speed = case.bytes(which) / ours / 1e9
-        share = speed / store.content["copy_gb_per_s"]
-        more = {"bytes": case.bytes(which), "gb_per_s": speed, "share_of_copy": share}
-        if device.type == "cuda":
-            more["graph_ms"] = {k: v * 1e3 for k, v in graph_times(ready, device).items()}
-        store.add(row_of(text, which, seconds, **more))
-    print("\r\033[K", end="", file=sys.stderr)
+                row = bench.operator(attempts, case, which)
+        except OutOfTime:
+            store.put("begun", {})
+            return UNFINISHED
+        if attempts.errors:
+            row["errors"] = attempts.errors
+        content["begun"] = {}
+        if case == HOST:
+            store.put("host_us", row.pop("host_us", {}))
+        if case != HOST or attempts.errors:
+            store.add(row)
+        progress.end(row)
+        if attempts.broken:
+            return RESTART
+        if bench.on_gpu:
+            torch.cuda.empty_cache()
+    return 0
 
 
-def host_costs(device) -> dict[str, dict[str, float]]:
-    """Microseconds of the host for forward and backward on tiny tensors, by what is called and backend."""
-    from benchmarks.cases import host_calls
+class Progress:
+    """A line that is overwritten on a terminal; elsewhere a line for each row."""
 
-    return {
-        what: {name: seconds * 1e6 for name, seconds in median_times(ready, 0.3).items()}
-        for what, ready in host_calls(device).items()
-    }
+    def __init__(self, rows: int):
+        self.rows, self.began, self.terminal = rows, time.monotonic(), sys.stderr.isatty()
+
+    def begin(self, number: int, name: str) -> None:
+        self.text = f"[{number + 1}/{self.rows}, {time.monotonic() - self.began:.0f} s] {name}"
+        if self.terminal:
+            print(f"\r\033[K{self.text}", end="", file=sys.stderr, flush=True)
+
+    def end(self, row: dict) -> None:
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr)
+        else:
+            cells = [f"{name} {ms:.4f}" for name, ms in row.get("device_ms", row["ms"]).items()]
+            cells += [f"{name}: {error}" for name, error in row.get("errors", {}).items()]
+            print(f"{self.text}: {', '.join(cells) or 'measured'}", file=sys.stderr, flush=True)
 
 
 def measure_scaling(store: Store, device) -> None:
     """Forward and backward along one axis at a time, eager against ours."""
     from benchmarks.cases import FEATURE_OPS, SCALING, Case, calls
 
-    for axis, shapes in SCALING.items():
-        for op in FEATURE_OPS:
-            for shape in shapes:
-                case = Case(op, shape)
-                print(f"\r\033[K{axis}: {case}", end="", file=sys.stderr, flush=True)
-                ready = calls(case, "forward+backward", device, compiled=False)
-                chosen = {name: ready[name] for name in ("eager", *OURS) if name in ready}
-                seconds = median_times(chosen, 0.5)
-                store.add(row_of(str(case), axis, seconds, op=op, bytes=case.bytes("forward+backward")))
-    print("\r\033[K", end="", file=sys.stderr)
+    work = [(axis, Case(op, shape)) for axis, shapes in SCALING.items() for op in FEATURE_OPS for shape in shapes]
+    progress = Progress(len(work))
+    for number, (axis, case) in enumerate(work):
+        progress.begin(number, f"{axis}: {case}")
+        ready = calls(case, "forward+backward", device, compiled=None)
+        chosen = {name: ready[name] for name in ("eager", *OURS) if name in ready}
+        row = row_of(str(case), axis, median_times(chosen, 0.5), op=case.op, bytes=case.bytes("forward+backward"))
+        store.add(row)
+        progress.end(row)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--gpu", action="store_true", help="the GPU's cases, resumable")
-    parser.add_argument("--full", action="store_true", help="the GPU's shapes that fit, on the CPU, resumable")
-    parser.add_argument("--networks", action="store_true", help="training steps and inference, compiled as well")
-    parser.add_argument("--scaling", action="store_true", help="time against images, positions and channels")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    suites = parser.add_mutually_exclusive_group()
+    suites.add_argument("--gpu", action="store_true", help="the GPU's cases, resumable")
+    suites.add_argument("--full", action="store_true", help="the GPU's shapes that fit, on the CPU, resumable")
+    suites.add_argument("--networks", action="store_true", help="training steps and inference, compiled as well")
+    suites.add_argument("--scaling", action="store_true", help="time against images, positions and channels")
+    suites.add_argument("--rehearsal", action="store_true", help="the same as --gpu, in small on the CPU")
+    parser.add_argument("--only", default="", help="rows whose name contains this, also if they are stored")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help=f"time limit; exit code {UNFINISHED} if rows are left"
+    )
     options = parser.parse_args()
+    end = time.monotonic() + options.seconds
 
     import torch
 
-    from benchmarks.cases import CPU_CASES, CPU_FULL_CASES, GPU_CASES, MODELS, NETWORKS
+    from benchmarks import cases
 
     torch.manual_seed(0)
     device = torch.device("cuda" if options.gpu else "cpu")
-    piece = os.environ.get("GPU_SHARD", "1/1") if options.gpu else "1/1"
-    cases = shard(GPU_CASES, piece) if options.gpu else CPU_FULL_CASES if options.full else CPU_CASES
-    cases = [case for case in cases if options.only in str(case) and not options.networks]
-    first = piece.startswith("1/") and not options.full
-    names = NETWORKS if options.networks else MODELS
-    networks = [(name, which) for which in NETWORK_PASSES for name in names if first and options.only in name]
-    if not options.networks:
-        networks = [(name, which) for name, which in networks if which == TRAINING]
-    about = machine(device)
-    about["copy_gb_per_s"] = copy_bandwidth(device)
-    suite = next((name for name in ("scaling", "networks", "full") if getattr(options, name)), "")
-    RESULTS.mkdir(exist_ok=True)
-    words = f"{about['machine']} {about['threads']} threads {about['date']} {suite}"
-    stem = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
-    resume = options.gpu or options.full or options.networks
-    store = Store(RESULTS / f"{stem}.json", about | {"suite": suite}, resume)
+    compiled = None if options.no_compile else cases.REHEARSED if options.rehearsal else cases.COMPILED
+    suite = next((name for name in ("scaling", "networks", "full", "rehearsal") if getattr(options, name)), "")
+    about = machine(device) | {"commit": commit(), "suite": suite}
+    if suite != "scaling" and (suite or options.gpu):
+        about["key"] = {"version": code_version(*MEASURED), "compiled": compiled is not None}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    store = Store(RESULTS, about)
+    if "copy_gb_per_s" not in store.content:
+        store.put("copy_gb_per_s", copy_bandwidth(device))
+    code = 0
     if options.scaling:
         measure_scaling(store, device)
     else:
-        measure(store, device, cases, networks, not options.no_compile)
-        if first and not options.networks:
-            store.put("host_us", host_costs(device))
-    print(write(store.path))
-    print(f"\nwritten: benchmarks/results/{stem}.json, .md, .svg")
-    return 0
+        bench = Bench(device, compiled, store.content["copy_gb_per_s"], options.rehearsal)
+        work = cases.work(suite, options.gpu, compiled is not None)
+        work = [(case, which) for case, which in work if options.only in f"{case} {which}"]
+        code = measure(store, bench, work, end, again=bool(options.only))
+    text = write(store.path)
+    if not (options.gpu or options.rehearsal):
+        print(text)
+    print(f"written: {store.path}{' (unfinished)' if code else ''}")
+    return code
 
 
 if __name__ == "__main__":

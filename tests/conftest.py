@@ -16,8 +16,8 @@ from attnkern import _backend, _ops
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not _ops.TRITON_INTERPRETS else "cpu")
 
 # Deterministic mode fills what torch.empty and its kind return with NaN, in kernels too. What has no deterministic
-# implementation in PyTorch only warns: here it is about the filling.
-torch.utils.deterministic.fill_uninitialized_memory = True
+# implementation in PyTorch only warns: here it is about the filling, which ATTNKERN_TEST_FILL=0 leaves out.
+torch.utils.deterministic.fill_uninitialized_memory = os.environ.get("ATTNKERN_TEST_FILL") != "0"
 torch.use_deterministic_algorithms(True, warn_only=True)
 
 

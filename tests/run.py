@@ -2,7 +2,7 @@
 
 native        compiled CPU kernels and references
 networks      what is built on them: models, data, training, evaluation
-ahead         Triton kernels compiled ahead of time for three GPUs, resources and spills
+ahead         Triton kernels compiled ahead of time for three GPUs, resources and spills; counted instructions
 interpreted   Triton kernels in Triton's interpreter, small shapes
 house         archives, pages, pictures, tools, sanitizers
 cuda          CUDA C++: the built library and its resources; kernels run on the CPU under the host emulation
@@ -20,7 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CUDA = ["test_cuda_build.py", "test_cuda_on_host.py"]
-AHEAD = ["test_triton_aot.py"]
+AHEAD = ["test_triton_aot.py", "test_count.py"]
 OPS = ["test_ops.py", "test_window.py", "test_quantize.py", "test_pool.py", "test_promises.py", "test_faults.py"]
 NETWORKS = [
     "test_training.py", "test_models.py", "test_recipes.py", "test_evaluation.py", "test_evaluation_rectangles.py",
@@ -29,7 +29,8 @@ NETWORKS = [
 ]  # fmt: skip
 HOUSE = [
     "test_packaging.py", "test_release.py", "test_report.py", "test_docs.py", "test_viz.py", "test_public_names.py",
-    "test_mutate.py", "test_accuracy.py", "test_large_index.py", "test_types.py", "test_sanitize.py",
+    "test_mutate.py", "test_accuracy.py", "test_large_index.py", "test_types.py", "test_sanitize.py", "test_aarch64.py",
+    "test_gpu_rehearsal.py",
 ]  # fmt: skip
 EVERYTHING_ELSE = sorted({path.name for path in HERE.glob("test_*.py")} - set(CUDA + AHEAD + NETWORKS + HOUSE))
 

@@ -1,25 +1,48 @@
 """The benchmark's bookkeeping; no timing."""
 
+import itertools
 import json
+import math
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import report, run
+from benchmarks import cases, profile, report, run
 from benchmarks.cases import CPU_CASES, GPU_CASES, PASSES, Case, calls
+from benchmarks.store import COMMITTED, Store, code_version
 
+CPU = torch.device("cpu")
 ROWS = [
     run.row_of("window float32 contiguous", "forward+backward", {"eager": 6e-3, "compile": 3e-3, "native": 1e-3}),
     run.row_of("pool float32 contiguous", "forward+backward", {"eager": 4e-3, "compile": 1e-3, "native": 2e-3}),
 ]
 
 
-def test_shards_cover_every_case_once():
-    parts = [run.shard(GPU_CASES, f"{i}/3") for i in (1, 2, 3)]
-    assert sorted(str(case) for part in parts for case in part) == sorted(map(str, GPU_CASES))
-    assert parts[0][0] == GPU_CASES[0]
-    with pytest.raises(ValueError, match="GPU_SHARD must be i/n"):
-        run.shard(GPU_CASES, "4/3")
+def test_the_order_of_a_gpu_run():
+    """Every case in both passes, once; the most valuable first."""
+    work = cases.work("", gpu=True, compiled=True)
+    assert len(set(work)) == len(work)
+    assert set(itertools.product(GPU_CASES, PASSES)) <= set(work)
+
+    def kind(case, which):
+        if not isinstance(case, Case):
+            return case if case == cases.HOST else "network"
+        if which == cases.AUTOTUNED:
+            return "autotuned"
+        return case.op if case.op == "anchor_quantize" else f"{case.layout} {case.dtype}"
+
+    order = [kind for kind, _ in itertools.groupby(kind(*item) for item in work)]
+    assert order == [
+        cases.HOST, "anchor_quantize", "contiguous torch.bfloat16", "contiguous torch.float32", "network",
+        "channels_last torch.bfloat16", "channels_last torch.float32", "autotuned",
+    ]  # fmt: skip
+
+
+def test_a_case_is_found_by_its_name():
+    for case in (*GPU_CASES, *CPU_CASES):
+        assert Case.parse(str(case)) == case
 
 
 def test_losses_stay_in_the_table():
@@ -33,15 +56,44 @@ def test_losses_stay_in_the_table():
     assert "MISSED: 0.50 × torch.compile at the slowest, pool" in verdict
 
 
+ABOUT = {"machine": "m", "threads": 1, "date": "2026-01-01", "torch": "2", "suite": ""}
+KEY = {"version": "a", "compiled": True}
+
+
 def test_store_resumes(tmp_path):
-    path = tmp_path / "results.json"
-    run.Store(path, {"machine": "m"}, resume=True).add(ROWS[0])
-    again = run.Store(path, {"machine": "m"}, resume=True)
+    """By version of the code and options, whatever the date; the files of others stay."""
+    first = Store(tmp_path, {**ABOUT, "key": KEY})
+    first.add(ROWS[0])
+    again = Store(tmp_path, {**ABOUT, "key": KEY, "date": "2026-01-02"})
+    assert again.path == first.path
     assert again.has("window float32 contiguous", "forward+backward")
     assert not again.has("window float32 contiguous", "forward")
     again.add(ROWS[1])
-    assert len(json.loads(path.read_text())["rows"]) == 2
-    assert run.Store(path, {"machine": "m"}, resume=False).content["rows"] == []
+    assert len(json.loads(first.path.read_text())["rows"]) == 2
+    for other in ({"key": {**KEY, "version": "b"}}, {"key": {**KEY, "compiled": False}}, {"key": KEY, "machine": "n"}):
+        store = Store(tmp_path, {**ABOUT, **other})
+        assert store.content["rows"] == []
+        assert store.path != first.path
+    assert Store(tmp_path, {**ABOUT}).content["rows"] == []
+
+
+def test_a_row_that_is_measured_again_takes_its_place(tmp_path):
+    store = Store(tmp_path, ABOUT)
+    for row in (*ROWS, {**ROWS[0], "ms": {"native": 5.0}}):
+        store.add(row)
+    assert [row["ms"]["native"] for row in store.content["rows"]] == [5.0, 2.0]
+    assert Store.of(store.path).content == store.content
+
+
+def test_the_version_of_the_code_follows_its_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.store.ROOT", tmp_path)
+    (tmp_path / "a").write_text("1")
+    (tmp_path / "b").write_text("2")
+    before = code_version("a")
+    (tmp_path / "b").write_text("3")
+    assert code_version("a") == before
+    (tmp_path / "a").write_text("2")
+    assert code_version("a") != before
 
 
 def test_regressions_are_flagged():
@@ -54,9 +106,9 @@ def test_regressions_are_flagged():
 def test_targets_of_a_gpu():
     """1 GB forward at 0.5 ms and 2.5 GB in all at 1.5 ms, beside a copy of 2,000 GB/s: 100 % and 75 % of it."""
 
-    def row(case, which, size, graph_ms):
+    def row(case, which, size, device_ms):
         ms = {"eager": 4e-3, "compile": 2e-3, "native": 1e-3}
-        return run.row_of(case, which, ms, bytes=size, graph_ms=graph_ms)
+        return run.row_of(case, which, ms, bytes=size, device_ms=device_ms)
 
     rows = [
         row("window_attention big", "forward", 1e9, {"native": 0.5}),
@@ -69,7 +121,7 @@ def test_targets_of_a_gpu():
     assert "| large maps, window and anchor attention | 85% of a copy, backward | 0 of 1 | 0.75, window_att" in text
     assert "| large maps, window and anchor attention | 2.5 × eager | 1 of 1 | 4.00, window_attention big |" in text
     assert "| small maps | 5 × eager | 0 of 1 | 4.00, compatibility_pool small |" in text
-    assert "| small maps | 1.2 × compile, in graphs | 1 of 1 | 1.50, compatibility_pool small |" in text
+    assert "| small maps | 1.2 × compile, on the device | 1 of 1 | 1.50, compatibility_pool small |" in text
     assert "| anchor_quantize | 8 × eager | not measured | – |" in text
 
 
@@ -91,7 +143,7 @@ def test_scaling_shows_the_exponent(tmp_path):
 
 def test_every_committed_run_is_on_the_page():
     page = report.page()
-    for path in report.RESULTS.glob("*.json"):
+    for path in COMMITTED.glob("*.json"):
         assert json.loads(path.read_text())["machine"] in page
     assert report.PAGE.read_text() == page, "run `python -m benchmarks.report`"
 
@@ -103,25 +155,255 @@ def test_plot(tmp_path):
     assert "legend" in drawn
 
 
-@pytest.mark.parametrize("op", sorted({case.op for case in CPU_CASES}))
+def small(op, dtype=torch.float32):
+    return Case(op, (2, 1, 4, 4) if op == "anchor_quantize" else (2, 6, 5, 7), dtype)
+
+
+every_op = pytest.mark.parametrize("op", sorted({case.op for case in CPU_CASES}))
+
+
+@every_op
 def test_every_competitor_computes_the_same(op):
     """`calls` refuses a competitor whose result is wrong; here each of them runs."""
-    case = Case(op, (2, 1, 4, 4) if op == "anchor_quantize" else (2, 6, 5, 7))
     for which in PASSES:
-        for call in calls(case, which, torch.device("cpu"), compiled=False).values():
+        for call in calls(small(op), which, CPU, compiled=None).values():
             call()
 
 
-@pytest.mark.parametrize("which", report.NETWORK_PASSES)
-def test_passes_of_a_network(which, monkeypatch):
-    from benchmarks import cases
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_literal_formulas_compile_without_a_break(op, dtype):
+    """The competitor is one graph, forward and backward."""
+    torch._dynamo.reset()
+    for which in PASSES:
+        calls(small(op, dtype), which, CPU, {"fullgraph": True, "dynamic": False, "backend": "aot_eager"})["compile"]()
 
-    monkeypatch.setitem(cases.MODELS, "vgg_aib_qt", ({"width": 0.05}, 32, 2))
-    device = torch.device("cpu")
+
+@every_op
+def test_passes_of_copies_are_the_same(op):
+    """Each copy of the inputs lies elsewhere and gives the same results and gradients."""
+    for call in calls(small(op), "forward+backward", CPU, compiled=None).values():
+        first, second = call.run(0), call.run(1)
+        assert len(first) == len(second)
+        for a, b in zip(first, second, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+        copies = [[*inputs.values(), *grads] for inputs, grads in map(call.work.copy, (0, 1))]
+        assert all(a.data_ptr() != b.data_ptr() for a, b in zip(*copies, strict=True))
+
+
+# --- what a run on a device does, counted on the CPU ----------------------------------------------------------------
+
+
+class Counted:
+    """A call that counts the copies on which it runs."""
+
+    def __init__(self, size):
+        self.work = types.SimpleNamespace(bytes=size)
+        self.numbers = []
+
+    def run(self, number=0):
+        self.numbers.append(number)
+
+
+@pytest.mark.parametrize("size, copies", [(1000, 2), (100, 3), (7, 43)])
+def test_inputs_rotate_through_three_caches(size, copies, monkeypatch):
+    monkeypatch.setattr(run, "cache_bytes", lambda device: 100)
+    call = Counted(size)
+    run.device_seconds(call, CPU, budget=0)
+    assert call.numbers[: max(8, copies)] == list(itertools.islice(itertools.cycle(range(copies)), max(8, copies)))
+    assert set(call.numbers) == set(range(copies))
+    assert copies * size >= 300
+
+
+def test_device_time_is_that_of_one_call(monkeypatch):
+    """A clock that goes on by one second a call."""
+    call = Counted(100)
+    monkeypatch.setattr(run, "mark", lambda device: float(len(call.numbers)))
+    assert run.device_seconds(call, CPU, budget=0) == 1
+
+
+def bench(**options):
+    return run.Bench(CPU, None, copy_gb_per_s=1.0, rehearsal=True, **options)
+
+
+def fail(*arguments, **inputs):
+    raise RuntimeError("no luck\nat all")
+
+
+def test_a_competitor_that_fails_leaves_its_error_in_its_cell(tmp_path, monkeypatch):
+    competitors = cases.competitors
+    monkeypatch.setattr(cases, "competitors", lambda *arguments: {"compile": fail, **competitors(*arguments)})
+    store = Store(tmp_path, ABOUT)
+    assert run.measure(store, bench(), [(small("compatibility_pool"), "forward")]) == 0
+    (row,) = json.loads(store.path.read_text())["rows"]
+    assert row["errors"] == {"compile": "RuntimeError: no luck"}
+    assert {"eager", "sdpa", "native"} <= row["ms"].keys() == row["device_ms"].keys() == row["host_us"].keys()
+    text = report.tables([row])
+    assert text.count("| error ") == 0  # its columns are missing altogether
+    assert f"- {row['case']}, forward, compile: RuntimeError: no luck" in text
+    other = {**row, "errors": {}, "device_ms": {**row["device_ms"], "compile": 1.0}}
+    assert report.device_table([row, other]).count("| error ") == 2  # time and ratio
+
+
+def test_a_case_without_inputs_is_an_error_and_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "workload", fail)
+    store = Store(tmp_path, ABOUT)
+    work = [(small(op), "forward") for op in ("window_attention", "anchor_quantize")]
+    assert run.measure(store, bench(), work) == 0
+    assert [list(row["errors"]) for row in store.content["rows"]] == [["inputs"]] * 2
+    assert "- anchor_quantize 2x1x4x4 float32 contiguous, forward, inputs: RuntimeError: no luck" in report.tables(
+        store.content["rows"]
+    )
+
+
+def test_host_costs_are_stored_apart(tmp_path, monkeypatch):
+    """And what fails of them is a row."""
+    monkeypatch.setattr(cases, "host_calls", lambda device: {"empty": {"eager": int}, "broken": {"native": fail}})
+    store = Store(tmp_path, ABOUT)
+    for _ in range(2):
+        assert run.measure(store, bench(), [(cases.HOST, "")]) == 0
+    assert store.content["host_us"]["empty"]["eager"] > 0
+    assert [row["errors"] for row in store.content["rows"]] == [{"broken": "RuntimeError: no luck"}]
+
+
+def endless(**inputs):
+    while True:
+        pass
+
+
+def test_a_competitor_that_does_not_end_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "ROW_LIMIT", 0.5)
+    monkeypatch.setattr(cases, "competitors", lambda *arguments: {"compile": endless})
+    store = Store(tmp_path, ABOUT)
+    assert run.measure(store, bench(), [(small("window_attention"), "forward")]) == 0
+    assert store.content["rows"][0]["errors"]["compile"].startswith("TimeoutError: it took more than")
+
+
+def test_a_row_that_the_end_of_a_call_cuts_short_is_left_to_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "competitors", lambda *arguments: {"compile": endless})
+    store = Store(tmp_path, ABOUT)
+    work = [(small("window_attention"), "forward")]
+    assert run.measure(store, bench(), work, end=run.time.monotonic() + 0.5) == run.UNFINISHED
+    assert store.content["rows"] == []
+    assert store.content["begun"] == {}
+    assert run.measure(store, bench(), work, end=run.time.monotonic() - 1) == run.UNFINISHED
+
+
+def test_a_row_that_ended_the_process_twice_is_given_up(tmp_path, monkeypatch):
+    """And no other is: its begin is on disk before it is measured, and gone afterwards."""
+    store = Store(tmp_path, ABOUT)
+    first, second = ((small(op), "forward") for op in ("window_attention", "anchor_quantize"))
+
+    def end_process(*arguments):
+        raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run.Bench, "operator", end_process)
+        for _ in range(2):
+            with pytest.raises(SystemExit):
+                run.measure(Store.of(store.path) if store.path.exists() else store, bench(), [first, second])
+    store = Store.of(store.path)
+    assert run.measure(store, bench(), [first, second]) == 0
+    assert [list(row.get("errors", {})) for row in store.content["rows"]] == [["row"], []]
+    assert store.content["begun"] == {}
+
+
+def test_stored_rows_are_measured_again_only_when_asked(tmp_path, monkeypatch):
+    store, work = Store(tmp_path, ABOUT), [(small("anchor_quantize"), "forward")]
+    measured = []
+
+    def operator(self, attempts, case, which):
+        measured.append(case)
+        return run.row_of(str(case), which, {})
+
+    monkeypatch.setattr(run.Bench, "operator", operator)
+    for again in (False, False, True):
+        assert run.measure(store, bench(), work, again=again) == 0
+    assert len(measured) == 2
+    assert len(store.content["rows"]) == 1
+
+
+# --- native or Triton ------------------------------------------------------------------------------------------------
+
+
+def pair(op, shape, native, triton, which="forward+backward"):
+    return run.row_of(f"{op} {shape} float32 contiguous", which, {}, device_ms={"native": native, "triton": triton})
+
+
+def test_the_choice_follows_from_the_rows():
+    """A bound on positions, one backend alone, and nothing that depends on the number of images."""
+    rows = [
+        pair("window_attention", "32x256x7x7", 1.0, 2.0),
+        pair("window_attention", "64x256x14x14", 1.0, 1.5),
+        pair("window_attention", "32x256x32x32", 3.0, 1.0),
+        pair("window_attention", "1x256x56x56", 3.0, 1.0),
+        pair("compatibility_pool", "32x256x7x7", 3.0, 1.0, "forward"),
+        pair("compatibility_pool", "32x256x7x7", 2.0, 1.0),
+        run.row_of("compatibility_pool 9x9x9x9 float32 contiguous", "forward", {}, device_ms={"native": 1.0}),
+    ]
+    text = report.choice(rows)
+    rule = "triton from 1024 positions on, native below (1.000; native alone 1.732, triton alone 1.316; 4 cases)"
+    assert f"- window_attention, float32, contiguous: {rule}" in text
+    alone = f"triton (1.000; native alone {math.sqrt(6):.3f}, triton alone 1.000; 1 cases)"
+    assert f"- compatibility_pool, float32, contiguous: {alone}" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| window_attention 32x256x32x32")]
+    assert [cell.strip() for cell in line.split("|")[2:-1]] == [
+        "forward+backward",
+        "3000.0",
+        "1000.0",
+        "triton",
+        "3.00",
+    ]
+    assert "9x9x9x9" not in text
+    assert "both native and Triton" in report.choice([])
+
+
+def test_the_simplest_choice_within_the_tolerance():
+    def rows(few, many):
+        return [pair("window_attention", "8x64x7x7", 1.0, few), pair("window_attention", "8x512x7x7", 1.0, many)]
+
+    assert "contiguous: native (1.003; " in report.choice(rows(0.995, 2.0))
+    assert "contiguous: triton from 512 channels on, native below (" in report.choice(rows(2.0, 0.5))
+
+
+def test_the_slowest_rows():
+    """Large maps first, the farthest from a copy, one of each operator and pass, with the faster of ours."""
+
+    def row(op, shape, share, size=2 * report.LARGE, which="forward"):
+        ms = {"native": 2.0, "triton": 1.0, "eager": 0.5}
+        return run.row_of(f"{op} {shape}", which, {}, device_ms=ms, share_of_copy=share, bytes=size)
+
+    rows = [
+        row("window", "big", 0.5), row("window", "bigger", 0.4), row("window", "big", 0.9, which="forward+backward"),
+        row("pool", "small", 0.1, size=10), run.row_of("net", report.TRAINING, {"native": 1.0}),
+    ]  # fmt: skip
+    assert report.slowest(rows, 9) == [
+        ("window bigger", "forward", "triton"), ("window big", "forward+backward", "triton"),
+        ("pool small", "forward", "triton"),
+    ]  # fmt: skip
+    assert len(report.slowest(rows, 2)) == 2
+
+
+def test_what_ncu_writes_is_read():
+    """A line for each metric, among lines of its own and of the program."""
+    kernels = profile.parse((Path(__file__).parent / "data/ncu.csv").read_text())
+    assert kernels == [
+        {"kernel": "attnkern::window_fwd", "µs": "53.2", "MB read": "51.4", "registers": "96"},
+        {"kernel": "_anchor_fwd_kernel", "µs": "2.5"},
+    ]
+    table = report.profile_table("a row", kernels)
+    assert "| attnkern::window_fwd | 53.2 | 51.4    | 96        |" in table
+    assert "| _anchor_fwd_kernel   | 2.5  | –       | –         |" in table
+    assert profile.parse("==ERROR== ERR_NVGPUCTRPERM") == []
+
+
+@pytest.mark.parametrize("which", report.NETWORK_PASSES)
+def test_passes_of_a_network(which):
+    (name,) = cases.TINY_MODELS
     if which == report.ATTENTION:
-        ready = cases.attention_calls("vgg_aib_qt", device)
+        ready = cases.attention_calls(name, CPU)
     else:
-        ready = cases.network_calls("vgg_aib_qt", which, device, compiled=False)
+        ready = cases.network_calls(name, which, CPU, compiled=False)
     assert {"reference", "native"} <= ready.keys()
     for call in ready.values():
         call()
@@ -136,8 +418,6 @@ def test_shares_of_attention():
 
 
 def test_a_wrong_competitor_is_refused(monkeypatch):
-    from benchmarks import cases
-
     monkeypatch.setattr(cases, "_sdpa", lambda local, query: cases.attnkern.CompatibilityPooled(query, None, None))
     with pytest.raises(AssertionError, match="sdpa computes compatibility_pool"):
-        calls(Case("compatibility_pool", (2, 6, 5, 7)), "forward", torch.device("cpu"), compiled=False)
+        calls(small("compatibility_pool"), "forward", CPU, compiled=None)

@@ -92,7 +92,10 @@ def test_the_source_archive_names_no_machine(archive):
         members = tar.getmembers()
     assert members == sorted(members, key=lambda member: member.name.split("/"))
     assert {(m.uid, m.gid, m.uname, m.gname, m.mtime) for m in members} == {(0, 0, "", "", MOMENT)}
-    assert {m.name.partition("/")[2] for m in members if m.isfile() and m.mode == 0o755} >= {".ci/run", "tests/gpu.sh"}
+    assert {m.name.partition("/")[2] for m in members if m.isfile() and m.mode == 0o755} >= {
+        ".ci/run",
+        "tests/compat.sh",
+    }
     assert {m.mode for m in members} == {0o755, 0o644}
 
 

@@ -63,9 +63,10 @@ def test_an_empty_batch_gives_a_shared_query_no_gradient(backend, device):
     assert torch.equal(found["grad_query"], torch.zeros(4, device=device))
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 200, 7, 7)], ids=case_id)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_nan_stays_in_its_image(value, backend, device):
-    local, query = torch.randn(2, 3, 4, 5, device=device), torch.randn(2, 3, device=device)
+def test_nan_stays_in_its_image(value, shape, backend, device):
+    local, query = torch.randn(shape, device=device), torch.randn(shape[:2], device=device)
     clean = run("compatibility_pool", {"local": local, "query": query}, backend=backend)
     local[0, 1, 2, 3] = value
     found = run("compatibility_pool", {"local": local, "query": query}, backend=backend)
@@ -102,16 +103,16 @@ def test_parametrised_compatibility_is_this_function(backend, device):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("size", [(4, 6), (128, 72)], ids=case_id)
-def test_parts_of_a_map_without_a_finite_score(size, layout, backend, device):
+@pytest.mark.parametrize("channels, size", [(32, (4, 6)), (32, (128, 72)), (200, (7, 7))], ids=case_id)
+def test_parts_of_a_map_without_a_finite_score(channels, size, layout, backend, device):
     """Scores of half of the positions overflow to -Inf, whole tiles of them: all weight lies on the others. Where there
     are no others, nothing has a weight: NaN."""
-    local = torch.zeros(3, 32, *size, device=device)
+    local = torch.zeros(3, channels, *size, device=device)
     local[:, :, : size[0] // 2] = -1e20
     local[2] = -1e20
     local = lay(local, layout)
     pooled, attention, scores = attnkern.compatibility_pool(
-        local, torch.full((3, 32), 1e20, device=device), backend=backend
+        local, torch.full((3, channels), 1e20, device=device), backend=backend
     )
     assert scores[:, 0, 0].isneginf().all()
     assert not attention[:2, : size[0] // 2].any()

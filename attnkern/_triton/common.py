@@ -6,6 +6,7 @@ those of an image do not depend on the batch: tiles follow from C, H, W, dtype a
 order, and no kernel sees a misaligned pointer, since that would change how a tile lies in registers.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -23,11 +24,15 @@ _INTERPRETED = tl.constexpr(TRITON_INTERPRETS)
 
 
 def launch(kernel, programs: int, *arguments, num_warps: int = 4, **constants) -> None:
-    """Run ``kernel`` in ``programs`` programs on its tensors' device; no launch where there are none."""
+    """Run ``kernel`` in ``programs`` programs on its tensors' device; no launch where there are none.
+
+    ``num_warps`` counts 32 threads each.
+    """
     if programs == 0:
         return
     arguments = [_aligned(argument) if isinstance(argument, torch.Tensor) else argument for argument in arguments]
     device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+    num_warps = max(1, 32 * num_warps // warp_size(device))
     # Pipelining over shared memory (num_stages) only adds instructions to loops without matrix products.
     options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": True}
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -35,6 +40,16 @@ def launch(kernel, programs: int, *arguments, num_warps: int = 4, **constants) -
             kernel[(programs,)](*arguments, **constants, **options)
     else:
         kernel[(programs,)](*arguments, **constants, **options)
+
+
+def warp_size(device: torch.device) -> int:
+    """Threads of a warp: 32, or 64 on AMD's GPUs for data centres (CDNA)."""
+    return 32 if torch.version.hip is None else _hip_warp_size(device)
+
+
+@functools.cache
+def _hip_warp_size(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).warp_size
 
 
 def _aligned(tensor):
@@ -56,6 +71,13 @@ class Features(NamedTuple):
     positions: int
     fold: int  #: channels in a row: a row of several lets odd maps such as 7x7 have rows of whole vectors
     vector: int  #: numbers in a vector of at most 16 bytes that every row starts and ends with
+
+    @property
+    def scalar(self) -> bool:
+        """Are rows of positions loaded by less than 8 bytes at a time, in an image so large that this costs more than
+        a second launch?"""
+        short = not self.channels_last and self.vector * self.itemsize < 8
+        return short and self.channels * self.positions > 8192
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -102,25 +124,47 @@ class Tile(NamedTuple):
         return {"BLOCK_C": self.block_c, "BLOCK_P": self.block_p, "GROUP": self.group}
 
 
-def fwd_tile(x: Features) -> Tile:
-    """Of a pass that multiplies features by a map: 16 numbers a thread, and four steps over channels share the map.
+def addressable(x: Features, block: int) -> int:
+    """At most ``block`` rows of a tile, channels or positions: so few that offsets between them have 32 bits."""
+    length = x.channels if x.channels_last else x.positions
+    while block > 1 and block * length > 2**31:
+        block //= 2
+    return block
 
-    Half-precision channels innermost take 32: then a thread forms the map of fewer positions per number.
-    """
+
+def share(x: Features, block_c: int, block_p: int, numbers: int) -> Tile:
+    """The tile of a program that takes about ``numbers`` features, in steps over channels that share their positions'
+    values of the map."""
     if x.channels_last:
-        block_c = min(256, ceil_power(x.channels))
-        block_p = min(8192 // x.itemsize // block_c, ceil_power(x.positions))
+        block_p = addressable(x, block_p)
     else:
-        block_p = min(256, ceil_power(x.positions))
-        block_c = min(2048 // block_p, ceil_power(x.channels))
-    return Tile(block_c, block_p, 4 * block_c)
+        block_c = addressable(x, block_c)
+    return Tile(block_c, block_p, max(block_c, min(ceil_power(x.channels), numbers // block_p)))
+
+
+def tile_last(x: Features, step: int, numbers: int) -> Tile:
+    """With channels innermost, ``step`` numbers in a step: whole sectors of memory, but of few channels, because each
+    thread that has channels of a position forms its value of the map."""
+    block_c = min(32, ceil_power(x.channels))
+    return share(x, block_c, min(step // block_c, 256, ceil_power(x.positions)), numbers)
+
+
+def fwd_tile(x: Features) -> Tile:
+    """Of a pass that multiplies features by a map: 16 numbers a thread, or 32 in half precision."""
+    # Between 256 and 1024 positions the statistics of the map take each program longest: fewer programs.
+    middle = 256 < x.positions // x.fold <= 1024
+    numbers = 32768 if middle else 16384
+    if x.channels_last:
+        return tile_last(x, 8192 // x.itemsize, numbers)
+    block_p = min(1024 if middle and x.fold == 1 else 256, ceil_power(x.positions))
+    return share(x, min(2048 // block_p, ceil_power(x.channels)), block_p, numbers)
 
 
 # --- device functions ------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def place(C, P, GROUP: tl.constexpr, BLOCK_P: tl.constexpr):
+def place(C, P, GROUP, BLOCK_P):
     """Image (int64), channel group and position tile of this program."""
     tiles = tl.cdiv(P, BLOCK_P)
     groups = tl.maximum(tl.cdiv(C, GROUP), 1)
@@ -188,6 +232,6 @@ def sum_rows(partials: torch.Tensor, output: torch.Tensor) -> None:
     k = output.shape[-1]
     n = output.numel() // max(1, k)
     rows = partials.numel() // max(1, n * k)
-    # 64 columns are full sectors of memory; 16 rows at a time hide its latency.
-    block_k = min(64, ceil_power(k))
+    # 16 rows at a time hide the latency of memory.
+    block_k = min(64 if k <= 1024 else 128, ceil_power(k))
     launch(_sum_rows_kernel, n * triton.cdiv(k, block_k), partials, output, rows, k, BLOCK_R=16, BLOCK_K=block_k)

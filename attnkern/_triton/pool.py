@@ -1,15 +1,31 @@
 """Triton kernels of softmax compatibility pooling. Formulas: attnkern/pool.py.
 
 A program has all channels of some positions of an image, its split, and reads them once: scores and weighted sum come
-from one tile in registers. Only beyond 2048 channels is a tile read a second time, from a cache. A second launch adds
-the splits in order; a small image is one split and needs none.
+from one tile in registers. A second launch adds the splits in order; a small image is one split and needs none.
+
+Beyond 2048 channels, and where rows of a small map are not whole vectors (7x7), programs have a part of the channels
+and all positions instead. A first launch leaves scores over groups of channels, a second reads features again, mostly
+from a cache.
 """
+
+from typing import NamedTuple, Self
 
 import torch
 import triton
 import triton.language as tl
 
-from attnkern._triton.common import Features, ceil_power, features, launch, load_tile, store, store_tile, sum_rows
+from attnkern._triton.common import (
+    Features,
+    addressable,
+    ceil_power,
+    features,
+    launch,
+    load_tile,
+    place,
+    store,
+    store_tile,
+    sum_rows,
+)
 
 # --- mathematics -----------------------------------------------------------------------------------------------------
 
@@ -18,12 +34,6 @@ from attnkern._triton.common import Features, ceil_power, features, launch, load
 def _shift(largest):
     """What to subtract from scores: their maximum, or 0 where all are -Inf so far, for -Inf - -Inf is NaN."""
     return tl.where(largest == -float("inf"), 0.0, largest)
-
-
-@triton.jit
-def _score_grad(attention, s, delta):
-    """∂/∂c_i through the softmax: a(s - Δ) with s = ⟨ℓ, dg⟩ + da and Δ = ⟨dg, pooled⟩ + Σ a·da."""
-    return attention * (s - delta)
 
 
 @triton.jit
@@ -36,39 +46,63 @@ def _channels(vector, c, C, BLOCK_C: tl.constexpr):
         return tl.load(vector + c, c < C, other=0.0).to(tl.float32)
 
 
-# --- kernels ---------------------------------------------------------------------------------------------------------
+@triton.jit
+def _row(tensor, n, length):
+    """Where row n of a tensor begins; None for None."""
+    if tensor is not None:
+        tensor += n * length
+    return tensor
+
+
+@triton.jit
+def _delta(grad_pooled, grad_attention, attention, pooled, n, C, P, BLOCK_C: tl.constexpr):
+    """Δ = ⟨dg, pooled⟩ + Σ a·da of image n."""
+    delta = 0.0
+    if grad_pooled is not None:
+        for c in range(0, C, BLOCK_C):
+            dg = _channels(grad_pooled + n * C, c, C, BLOCK_C)
+            delta += tl.sum(dg * _channels(pooled + n * C, c, C, BLOCK_C))
+    if grad_attention is not None:
+        for first_p in range(0, P, 1024):
+            p = first_p + tl.arange(0, 1024)
+            da = tl.load(grad_attention + n * P + p, p < P, other=0.0)
+            delta += tl.sum(tl.load(attention + n * P + p, p < P, other=0.0) * da)
+    return delta
+
+
+@triton.jit
+def _score_grad(s, grad_attention, grad_scores, attention, delta, n, p, P):
+    """Attention, and ∂/∂c through the softmax: a(s - Δ) with s = ⟨ℓ, dg⟩, to which da is added here."""
+    a = tl.load(attention + n * P + p, p < P, other=0.0)
+    if grad_attention is not None:
+        s += tl.load(grad_attention + n * P + p, p < P, other=0.0)
+    dc = a * (s - delta)
+    if grad_scores is not None:
+        dc += tl.load(grad_scores + n * P + p, p < P, other=0.0)
+    return a, dc
+
+
+# --- kernels with all channels ---------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _pool_fwd_kernel(
     local, query, scores, attention, pooled, pooled_wide, peaks, sums, C, P, stride_qn, SPLIT,
     CHANNELS_LAST: tl.constexpr, VEC_C: tl.constexpr, VEC_P: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    C, P = C * VEC_C, P * VEC_P
-    splits = tl.cdiv(P, SPLIT)
-    n = (tl.program_id(0) // splits).to(tl.int64)
-    begin = tl.program_id(0) % splits * SPLIT
-    end = tl.minimum(begin + SPLIT, P)
-    query += n * stride_qn
+    C, P, SPLIT = C * VEC_C, P * VEC_P, SPLIT * VEC_P
+    n, _, split = place(C, P, BLOCK_C, SPLIT)
+    begin = split * SPLIT
     scores += n * P
-    if sums is not None:
-        sums += tl.program_id(0).to(tl.int64) * C
+    q = _channels(query + n * stride_qn, 0, C, BLOCK_C)
     largest = -float("inf")
     total = 0.0
     weighted = tl.zeros((BLOCK_C,), tl.float32)
-    if WHOLE:
-        q = _channels(query, 0, C, BLOCK_C)
-    for first_p in range(begin, end, BLOCK_P):
+    for first_p in range(begin, tl.minimum(begin + SPLIT, P), BLOCK_P):
         p = first_p + tl.arange(0, BLOCK_P)
-        if WHOLE:
-            tile = load_tile(local, n, 0, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            score = tl.sum(tile * q[:, None], 0)
-        else:
-            score = tl.zeros((BLOCK_P,), tl.float32)
-            for c in range(0, C, BLOCK_C):
-                tile = load_tile(local, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-                score += tl.sum(tile * _channels(query, c, C, BLOCK_C)[:, None], 0)
+        tile = load_tile(local, n, 0, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        score = tl.sum(tile * q[:, None], 0)
         tl.store(scores + p, score, p < P)
         score = tl.where(p < P, score, -float("inf"))
         # Online softmax: sums so far are relative to the largest score so far.
@@ -77,15 +111,7 @@ def _pool_fwd_kernel(
         decay = tl.exp(largest - shift)
         weight = tl.exp(score - shift)
         total = total * decay + tl.sum(weight)
-        if WHOLE:
-            weighted = weighted * decay + tl.sum(tile * weight[None, :], 1)
-        else:
-            for c in range(0, C, BLOCK_C):
-                tile = load_tile(local, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-                at = c + tl.arange(0, BLOCK_C)
-                before = tl.load(sums + at, (at < C) & (first_p > begin), other=0.0)
-                tl.store(sums + at, before * decay + tl.sum(tile * weight[None, :], 1), at < C)
-            tl.debug_barrier()  # the next tile's threads may read what others stored
+        weighted = weighted * decay + tl.sum(tile * weight[None, :], 1)
         largest = new_largest
     c = tl.arange(0, BLOCK_C)
     if peaks is None:  # the image is one split
@@ -93,138 +119,206 @@ def _pool_fwd_kernel(
         if pooled_wide is not None:
             tl.store(pooled_wide + n * C + c, weighted / total, c < C)
         tl.debug_barrier()  # scores were stored by other threads
-        for first_p in range(begin, end, 128):
+        for first_p in range(0, P, 128):
             p = first_p + tl.arange(0, 128)
             weight = tl.exp(tl.load(scores + p, p < P, other=0.0) - _shift(largest))
             tl.store(attention + n * P + p, weight / total, p < P)
     else:
-        peaks += tl.program_id(0).to(tl.int64) * 2
-        tl.store(peaks, largest)
-        tl.store(peaks + 1, total)
-        if WHOLE:
-            tl.store(sums + c, weighted, c < C)
+        row = tl.program_id(0).to(tl.int64)
+        tl.store(peaks + row * 2, largest)
+        tl.store(peaks + row * 2 + 1, total)
+        tl.store(sums + row * C + c, weighted, c < C)
 
 
 @triton.jit
 def _pool_combine_kernel(
     scores, peaks, sums, attention, pooled, pooled_wide, C, P, SPLITS,
-    BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.maximum(tl.cdiv(C, BLOCK), tl.cdiv(P, BLOCK))
+    channel_blocks = tl.cdiv(C, BLOCK_C)
+    blocks = channel_blocks + tl.cdiv(P, BLOCK_P)
     n = (tl.program_id(0) // blocks).to(tl.int64)
-    k = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)  # channels, and positions
+    block = tl.program_id(0) % blocks
     peaks += n * SPLITS * 2
-    sums += n * SPLITS * C
     s = tl.arange(0, BLOCK_S)
     largest = tl.load(peaks + s * 2, s < SPLITS, other=-float("inf"))
     shift = _shift(tl.max(largest))
     total = tl.sum(tl.exp(largest - shift) * tl.load(peaks + s * 2 + 1, s < SPLITS, other=0.0))
-    weighted = tl.zeros((BLOCK_R, BLOCK), tl.float32)
-    for start in range(0, SPLITS, BLOCK_R):
-        r = start + tl.arange(0, BLOCK_R)
-        decay = tl.exp(tl.load(peaks + r * 2, r < SPLITS, other=-float("inf")) - shift)
-        mask = (r < SPLITS)[:, None] & (k < C)[None, :]
-        weighted += decay[:, None] * tl.load(sums + r[:, None] * C + k[None, :], mask, other=0.0)
-    average = tl.sum(weighted, 0) / total
-    store(pooled + n * C + k, average, k < C)
-    if pooled_wide is not None:
-        tl.store(pooled_wide + n * C + k, average, k < C)
-    score = tl.load(scores + n * P + k, k < P, other=0.0)
-    tl.store(attention + n * P + k, tl.exp(score - shift) / total, k < P)
+    if block < channel_blocks:
+        c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+        weighted = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+        for start in range(0, SPLITS, BLOCK_R):
+            r = start + tl.arange(0, BLOCK_R)
+            decay = tl.exp(tl.load(peaks + r * 2, r < SPLITS, other=-float("inf")) - shift)
+            mask = (r < SPLITS)[:, None] & (c < C)[None, :]
+            weighted += decay[:, None] * tl.load(sums + (n * SPLITS + r)[:, None] * C + c[None, :], mask, other=0.0)
+        average = tl.sum(weighted, 0) / total
+        store(pooled + n * C + c, average, c < C)
+        if pooled_wide is not None:
+            tl.store(pooled_wide + n * C + c, average, c < C)
+    else:
+        p = (block - channel_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
+        score = tl.load(scores + n * P + p, p < P, other=0.0)
+        tl.store(attention + n * P + p, tl.exp(score - shift) / total, p < P)
 
 
 @triton.jit
 def _pool_bwd_kernel(
     grad_pooled, grad_attention, grad_scores, local, query, attention, pooled, grad_local, grad_query,
     C, P, stride_qn, SPLIT, CHANNELS_LAST: tl.constexpr, VEC_C: tl.constexpr, VEC_P: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    C, P = C * VEC_C, P * VEC_P
-    splits = tl.cdiv(P, SPLIT)
-    n = (tl.program_id(0) // splits).to(tl.int64)
-    begin = tl.program_id(0) % splits * SPLIT
-    end = tl.minimum(begin + SPLIT, P)
-    query += n * stride_qn
-    attention += n * P
-    grad_query += tl.program_id(0).to(tl.int64) * C
-    delta = 0.0
-    if grad_pooled is not None:
-        grad_pooled += n * C
-        for c in range(0, C, BLOCK_C):
-            delta += tl.sum(_channels(grad_pooled, c, C, BLOCK_C) * _channels(pooled + n * C, c, C, BLOCK_C))
-    if grad_attention is not None:
-        grad_attention += n * P
-        for first_p in range(0, P, 1024):
-            p = first_p + tl.arange(0, 1024)
-            da = tl.load(grad_attention + p, p < P, other=0.0)
-            delta += tl.sum(tl.load(attention + p, p < P, other=0.0) * da)
-    if grad_scores is not None:
-        grad_scores += n * P
-    if WHOLE:
-        q = _channels(query, 0, C, BLOCK_C)
-        dg = _channels(grad_pooled, 0, C, BLOCK_C)
+    C, P, SPLIT = C * VEC_C, P * VEC_P, SPLIT * VEC_P
+    n, _, split = place(C, P, BLOCK_C, SPLIT)
+    begin = split * SPLIT
+    delta = _delta(grad_pooled, grad_attention, attention, pooled, n, C, P, BLOCK_C)
+    q = _channels(query + n * stride_qn, 0, C, BLOCK_C)
+    dg = _channels(_row(grad_pooled, n, C), 0, C, BLOCK_C)
     dq = tl.zeros((BLOCK_C,), tl.float32)
-    for first_p in range(begin, end, BLOCK_P):
+    for first_p in range(begin, tl.minimum(begin + SPLIT, P), BLOCK_P):
         p = first_p + tl.arange(0, BLOCK_P)
-        if WHOLE:
-            tile = load_tile(local, n, 0, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            s = tl.sum(tile * dg[:, None], 0)
-        else:
-            s = tl.zeros((BLOCK_P,), tl.float32)
-            for c in range(0, C, BLOCK_C):
-                tile = load_tile(local, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-                s += tl.sum(tile * _channels(grad_pooled, c, C, BLOCK_C)[:, None], 0)
-        a = tl.load(attention + p, p < P, other=0.0)
-        if grad_attention is not None:
-            s += tl.load(grad_attention + p, p < P, other=0.0)
-        dc = _score_grad(a, s, delta)
-        if grad_scores is not None:
-            dc += tl.load(grad_scores + p, p < P, other=0.0)
-        if WHOLE:
-            if grad_local is not None:
-                dl = a[None, :] * dg[:, None] + dc[None, :] * q[:, None]
-                store_tile(grad_local, dl, n, 0, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            dq += tl.sum(tile * dc[None, :], 1)
-        else:
-            for c in range(0, C, BLOCK_C):
-                if grad_local is not None:
-                    dl = a[None, :] * _channels(grad_pooled, c, C, BLOCK_C)[:, None]
-                    dl += dc[None, :] * _channels(query, c, C, BLOCK_C)[:, None]
-                    store_tile(grad_local, dl, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-                tile = load_tile(local, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-                at = c + tl.arange(0, BLOCK_C)
-                before = tl.load(grad_query + at, (at < C) & (first_p > begin), other=0.0)
-                store(grad_query + at, before + tl.sum(tile * dc[None, :], 1), at < C)
-            tl.debug_barrier()  # the next tile's threads may read what others stored
-    if WHOLE:
-        c = tl.arange(0, BLOCK_C)
-        store(grad_query + c, dq, c < C)
+        tile = load_tile(local, n, 0, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        s = tl.sum(tile * dg[:, None], 0)
+        a, dc = _score_grad(s, grad_attention, grad_scores, attention, delta, n, p, P)
+        if grad_local is not None:
+            dl = a[None, :] * dg[:, None] + dc[None, :] * q[:, None]
+            store_tile(grad_local, dl, n, 0, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        dq += tl.sum(tile * dc[None, :], 1)
+    c = tl.arange(0, BLOCK_C)
+    store(grad_query + tl.program_id(0).to(tl.int64) * C + c, dq, c < C)
+
+
+# --- kernels with a part of the channels -----------------------------------------------------------------------------
+
+
+@triton.jit
+def _pool_score_kernel(
+    local, vector, partials, C, stride_vn, P: tl.constexpr, CHANNELS_LAST: tl.constexpr, VEC_C: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    C = C * VEC_C
+    n, group, tile = place(C, P, GROUP, BLOCK_P)
+    first_p = tile * BLOCK_P
+    products = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
+        features = load_tile(local, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        products += features * _channels(vector + n * stride_vn, c, C, BLOCK_C)[:, None]
+    p = first_p + tl.arange(0, BLOCK_P)
+    tl.store(partials + (n * tl.cdiv(C, GROUP) + group) * P + p, tl.sum(products, 0), p < P)
+
+
+@triton.jit
+def _sum_groups(partials, n, p, C, P, GROUP: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Products ⟨ℓ_i, vector⟩ at positions p, from those of groups of channels."""
+    groups = tl.cdiv(C, GROUP)
+    total = tl.zeros((BLOCK_P,), tl.float32)
+    for group in range(groups):
+        total += tl.load(partials + (n * groups + group) * P + p, p < P, other=0.0)
+    return total
+
+
+@triton.jit
+def _pool_average_kernel(
+    local, partials, scores, attention, pooled, pooled_wide, C, P: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, VEC_C: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    C = C * VEC_C
+    n, block, _ = place(C, P, BLOCK_C, P)
+    largest = -float("inf")
+    total = 0.0
+    for first_p in range(0, P, BLOCK_S):
+        p = first_p + tl.arange(0, BLOCK_S)
+        score = _sum_groups(partials, n, p, C, P, GROUP, BLOCK_S)
+        tl.store(scores + n * P + p, score, (p < P) & (block == 0))
+        score = tl.where(p < P, score, -float("inf"))
+        new_largest = tl.maximum(largest, tl.max(score))
+        shift = _shift(new_largest)
+        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(score - shift))
+        largest = new_largest
+    weighted = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    for first_p in range(0, P, BLOCK_P):
+        p = first_p + tl.arange(0, BLOCK_P)
+        score = tl.where(p < P, _sum_groups(partials, n, p, C, P, GROUP, BLOCK_P), -float("inf"))
+        weight = tl.exp(score - _shift(largest)) / total
+        tl.store(attention + n * P + p, weight, (p < P) & (block == 0))
+        tile = load_tile(local, n, block * BLOCK_C, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        weighted += tile * weight[None, :]
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    average = tl.sum(weighted, 1)
+    store(pooled + n * C + c, average, c < C)
+    if pooled_wide is not None:
+        tl.store(pooled_wide + n * C + c, average, c < C)
+
+
+@triton.jit
+def _pool_grad_kernel(
+    grad_pooled, grad_attention, grad_scores, local, query, partials, attention, pooled, grad_local, grad_query,
+    C, stride_qn, P: tl.constexpr, CHANNELS_LAST: tl.constexpr, VEC_C: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    C = C * VEC_C
+    n, block, _ = place(C, P, BLOCK_C, P)
+    first_c = block * BLOCK_C
+    delta = _delta(grad_pooled, grad_attention, attention, pooled, n, C, P, BLOCK_S)
+    q = _channels(query + n * stride_qn, first_c, C, BLOCK_C)
+    dg = _channels(_row(grad_pooled, n, C), first_c, C, BLOCK_C)
+    dq = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    for first_p in range(0, P, BLOCK_P):
+        p = first_p + tl.arange(0, BLOCK_P)
+        s = tl.zeros((BLOCK_P,), tl.float32)
+        if partials is not None:
+            s = _sum_groups(partials, n, p, C, P, GROUP, BLOCK_P)
+        a, dc = _score_grad(s, grad_attention, grad_scores, attention, delta, n, p, P)
+        dq += load_tile(local, n, first_c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P) * dc[None, :]
+        if grad_local is not None:
+            dl = a[None, :] * dg[:, None] + dc[None, :] * q[:, None]
+            store_tile(grad_local, dl, n, first_c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    c = first_c + tl.arange(0, BLOCK_C)
+    store(grad_query + n * C + c, tl.sum(dq, 1), c < C)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
-def _tiles(x: Features) -> tuple[int, dict, int]:
-    """Positions of a split, tile constants, and warps.
+class _Plan(NamedTuple):
+    """How programs share an image where they have all channels of their positions, ``block_p`` at a time.
 
-    A tile has all channels and at least 8 positions, or 16 where rows of half-precision positions fill a sector of
-    memory only then. 32 numbers a thread, 64 at 2048 channels; 16 where rows are not whole vectors, because addresses
-    of single numbers take registers as well. More channels than that are read in pieces.
-    A split is 64 positions, fewer where there are few of them, more where there would be very many partial sums; all
-    of a small image, which takes about as long as a second launch.
+    A tile has at least 8 positions, or 16 where rows of half-precision positions fill a sector of memory only then, and
+    32 numbers a thread, up to 64 with 1024 channels or more. A split is all of a small image, which takes about as long
+    as a second launch; else few positions, for many programs, unless that makes very many sums to add.
     """
-    numbers, most = (32, 2048) if x.vector >= 4 else (16, 512)
-    channels = ceil_power(x.channels)
-    whole = channels <= most
-    block_c = channels if whole else most // 2
-    rows = 8 if x.itemsize == 4 or x.channels_last else 16
-    warps = 4 if block_c * rows <= 128 * numbers else 8
-    block_p = min(128, max(8, 32 * numbers * warps // block_c), ceil_power(x.positions))
-    if whole and x.channels * x.positions <= 32768:
-        split = x.positions
-    else:
-        split = max(block_p, 32 if x.positions <= 256 else 64 if x.positions <= 4096 else 256)
-    return split, {"BLOCK_C": block_c, "BLOCK_P": block_p, "WHOLE": whole}, warps
+
+    split: int  #: positions of a program
+    block_p: int
+    warps: int
+
+    @classmethod
+    def of(cls, x: Features, backward: bool) -> Self | None:
+        """None where a program had too many channels, or would load single numbers of a small map."""
+        channels, positions = ceil_power(x.channels), ceil_power(x.positions)
+        numbers, most = (32, 2048) if x.vector >= 4 else (16, 512)  # the addresses of single numbers take registers
+        if not x.channels_last:
+            most = addressable(x, most)
+        if channels > most or (x.scalar and x.positions <= 256):
+            return None
+        if x.itemsize == 2 and not backward and channels <= 512 and (x.channels_last or positions > 128):
+            numbers = 64  # in half precision a thread's sums cost more instructions than its registers cost warps
+        sector = 8 if x.itemsize == 4 or x.channels_last else 16  # positions that memory is read by
+        warps = 4 if channels * sector <= 128 * numbers else 8
+        block_p = min(128, max(8, 32 * numbers * warps // channels), positions)
+        if x.channels * x.positions <= 32768:
+            return cls(x.positions, block_p, warps)
+        split = 64 if x.positions <= 4096 else 256
+        if x.positions <= 256:
+            split = 16 if backward or x.channels <= 1024 else 8
+        return cls(max(block_p, split), block_p, warps)
+
+    def arguments(self, x: Features, query) -> tuple:
+        return *x.sizes, _stride_n(query), triton.cdiv(self.split, x.constants["VEC_P"])
+
+    def constants(self, x: Features) -> dict:
+        return {**x.constants, "BLOCK_C": ceil_power(x.channels), "BLOCK_P": self.block_p, "num_warps": self.warps}
 
 
 def _stride_n(query: torch.Tensor) -> int:
@@ -232,48 +326,93 @@ def _stride_n(query: torch.Tensor) -> int:
     return query.stride(0) if query.dim() == 2 else 0
 
 
+#: Channels over which the first pass sums, where programs have a part of the channels.
+_GROUP = 512
+
+
+def _part_constants(x: Features) -> dict:
+    """Positions are a constant, with which the rows of a tile share an address: they need not be whole vectors."""
+    block_c, block_p = min(128, ceil_power(x.channels)), min(16, ceil_power(x.positions))
+    if x.channels_last:
+        block_p = addressable(x, block_p)
+    else:
+        block_c = addressable(x, block_c)
+    return {
+        "P": x.positions, "CHANNELS_LAST": x.channels_last, "VEC_C": x.constants["VEC_C"],
+        "BLOCK_C": block_c, "BLOCK_P": block_p, "GROUP": _GROUP,
+    }  # fmt: skip
+
+
+def _partials(local, vector, x: Features):
+    """Products of each position's features with a vector (N, C) or (C,) over groups of channels."""
+    n, constants = local.shape[0], _part_constants(x)
+    groups = triton.cdiv(x.channels, _GROUP)
+    partials = local.new_empty((n, groups, x.positions), dtype=torch.float32)
+    programs = n * groups * triton.cdiv(x.positions, constants["BLOCK_P"])
+    launch(_pool_score_kernel, programs, local, vector, partials, x.sizes[0], _stride_n(vector), **constants)
+    return partials
+
+
 def pool_fwd(local, query):
     n, c, *sizes = local.shape
-    seen = features(local)
-    split, tile, warps = _tiles(seen)
-    splits = triton.cdiv(seen.positions, split)
+    x = features(local)
+    plan = _Plan.of(x, backward=False)
     pooled = local.new_empty((n, c))
     half = local.dtype != torch.float32
     pooled_wide = local.new_empty((n, c) if half else (0,), dtype=torch.float32)
     attention = local.new_empty((n, *sizes), dtype=torch.float32)
     scores = torch.empty_like(attention)
     results = attention, pooled, pooled_wide if half else None
-    one = tile["WHOLE"] and splits == 1
-    peaks = None if one else attention.new_empty((n, splits, 2))
-    sums = None if one else attention.new_empty((n, splits, c))
+    if plan is None:
+        partials, constants = _partials(local, query, x), _part_constants(x)
+        programs = n * triton.cdiv(c, constants["BLOCK_C"])
+        launch(
+            _pool_average_kernel, programs, local, partials, scores, *results, x.sizes[0],
+            BLOCK_S=min(1024, ceil_power(x.positions)), **constants,
+        )  # fmt: skip
+        return pooled, attention, scores, pooled_wide
+    splits = triton.cdiv(x.positions, plan.split)
+    peaks = None if splits == 1 else attention.new_empty((n, splits, 2))
+    sums = None if splits == 1 else attention.new_empty((n, splits, c))
     launch(
         _pool_fwd_kernel, n * splits, local, query, scores, *results, peaks, sums,
-        *seen.sizes, _stride_n(query), split, **seen.constants, **tile, num_warps=warps,
+        *plan.arguments(x, query), **plan.constants(x),
     )  # fmt: skip
-    if not one:
-        blocks = max(triton.cdiv(c, 128), triton.cdiv(seen.positions, 128))
+    if splits > 1:
+        block_c = 64 if c <= 1024 else 128
+        blocks = triton.cdiv(c, block_c) + triton.cdiv(x.positions, 512)
         launch(
-            _pool_combine_kernel, n * blocks, scores, peaks, sums, *results, c, seen.positions, splits,
-            BLOCK_S=ceil_power(splits), BLOCK_R=16, BLOCK=128,
+            _pool_combine_kernel, n * blocks, scores, peaks, sums, *results, c, x.positions, splits,
+            BLOCK_S=ceil_power(splits), BLOCK_R=16, BLOCK_C=block_c, BLOCK_P=512,
         )  # fmt: skip
     return pooled, attention, scores, pooled_wide
 
 
 def pool_bwd(grad_pooled, grad_attention, grad_scores, local, query, attention, pooled_wide, need_grad_local):
     n, c = local.shape[:2]
-    seen = features(local)
-    split, tile, warps = _tiles(seen)
-    splits = triton.cdiv(seen.positions, split)
+    x = features(local)
+    plan = _Plan.of(x, backward=True)
+    splits = 1 if plan is None else triton.cdiv(x.positions, plan.split)
     grad_local = torch.empty_like(local) if need_grad_local else None
     grad_query = torch.empty_like(query)
-    # One launch where each program has the only term of a query's gradient, and rounds it once.
-    one = tile["WHOLE"] and splits == 1 and query.dim() == 2
+    # Each program may have the only term of a query's gradient: it rounds it once.
+    one = splits == 1 and query.dim() == 2
     sums = grad_query if one else attention.new_empty((n, splits, c))
-    launch(
-        _pool_bwd_kernel, n * splits,
-        grad_pooled, grad_attention, grad_scores, local, query, attention, pooled_wide, grad_local, sums,
-        *seen.sizes, _stride_n(query), split, **seen.constants, **tile, num_warps=warps,
-    )  # fmt: skip
+    grads = grad_pooled, grad_attention, grad_scores
+    if plan is None:
+        partials, constants = None, _part_constants(x)
+        if grad_pooled is not None:
+            partials = _partials(local, grad_pooled, x)
+        launch(
+            _pool_grad_kernel, n * triton.cdiv(c, constants["BLOCK_C"]),
+            *grads, local, query, partials, attention, pooled_wide, grad_local, sums, x.sizes[0], _stride_n(query),
+            BLOCK_S=min(1024, ceil_power(c)), **constants,
+        )  # fmt: skip
+    else:
+        launch(
+            _pool_bwd_kernel, n * splits, *grads, local, query, attention, pooled_wide, grad_local, sums,
+            *plan.arguments(x, query), **plan.constants(x),
+        )  # fmt: skip
     if not one:
         sum_rows(sums, grad_query)
     return (grad_local if need_grad_local else local.new_empty((0,))), grad_query

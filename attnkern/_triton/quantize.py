@@ -20,6 +20,7 @@ from attnkern._triton.common import (
     launch,
     load_tile,
     place,
+    share,
     store,
     store_tile,
 )
@@ -68,7 +69,7 @@ def _closer(best, best_index, values, candidates, j):
 
 @triton.jit
 def _intervals(anchors, k, Q, BLOCK_J: tl.constexpr):
-    """Anchors k, and for each the numbers nearest to it: those that reach `lower` and do not reach `upper`.
+    """The numbers nearest to each of anchors k: those that reach `lower` and do not reach `upper`; is any anchor NaN?
 
     NaN is reached by no number: it is the lower end of an anchor that is never chosen (because an equal one comes
     before it, or because some anchor is NaN), and the upper end of the largest.
@@ -92,31 +93,24 @@ def _intervals(anchors, k, Q, BLOCK_J: tl.constexpr):
     above = -above
     lower = tl.where(below_index == _NOBODY, -float("inf"), _threshold(below, value, k < below_index))
     upper = tl.where(above_index == _NOBODY, float("nan"), _threshold(value, above, above_index < k))
-    return value, tl.where(chosen & (poisoned == 0), lower, float("nan")), upper, poisoned
+    return tl.where(chosen & (poisoned == 0), lower, float("nan")), upper, poisoned
 
 
 @triton.jit
-def _nearest(a, inside, anchors, counts, residuals, Q, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr):
-    """Index and value of the anchor nearest to each a, (BLOCK_P,); NaN is nothing's neighbour: index 0, value NaN.
+def _nearest(a, anchors, Q, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr):
+    """Index + 1 and value of the anchor nearest to each a, (BLOCK_P,), and whether any anchor is NaN.
 
-    Unless None, counts and residuals (Q,) take how many of those inside chose each anchor, and Σ (value - a) over them.
+    NaN is nothing's neighbour: 0 and NaN.
     """
-    rank = tl.zeros(a.shape, tl.int32)  # index + 1, 0 for none
-    stray = tl.max((inside & (a != a)).to(tl.int32))
+    rank = tl.zeros(a.shape, tl.int32)
+    poisoned = 0
     for start in range(0, Q, BLOCK_Q):
         k = start + tl.arange(0, BLOCK_Q)
-        value, lower, upper, poisoned = _intervals(anchors, k, Q, BLOCK_J)
+        lower, upper, poisoned = _intervals(anchors, k, Q, BLOCK_J)
         chosen = (a[None, :] >= lower[:, None]) & ~(a[None, :] >= upper[:, None])  # (BLOCK_Q, BLOCK_P)
         rank += tl.sum(tl.where(chosen, k[:, None] + 1, 0), 0)
-        if counts is not None:
-            chosen &= inside[None, :]
-            residual = tl.sum(tl.where(chosen, value[:, None] - a[None, :], 0.0), 1)
-            # An element without a neighbour has index 0: its distance to that anchor is NaN.
-            residual = tl.where((k == 0) & ((stray | poisoned) != 0), float("nan"), residual)
-            tl.store(counts + k, tl.sum(chosen.to(tl.int32), 1), k < Q)
-            tl.store(residuals + k, residual, k < Q)
-    index = tl.maximum(rank - 1, 0)
-    return index, tl.where(rank > 0, tl.load(anchors + index).to(tl.float32), float("nan"))
+    value = tl.load(anchors + tl.maximum(rank - 1, 0)).to(tl.float32)
+    return rank, tl.where(rank > 0, value, float("nan")), poisoned
 
 
 @triton.jit
@@ -124,15 +118,28 @@ def _quantize(
     a, anchors, values, indices, loss, counts, residuals, first, SIZE, Q,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Quantize BLOCK_P elements of a from `first` on: everything elementwise, and their sums."""
+    """Quantize BLOCK_P elements of a from `first` on: everything elementwise, and their sums.
+
+    counts and residuals (Q,) take how many chose each anchor, and Σ (value - a) over them.
+    """
     p = first + tl.arange(0, BLOCK_P)
     inside = p < SIZE
     element = tl.load(a + p, inside, other=0.0).to(tl.float32)
-    index, value = _nearest(element, inside, anchors, counts, residuals, Q, BLOCK_Q, BLOCK_J)
+    rank, value, poisoned = _nearest(element, anchors, Q, BLOCK_Q, BLOCK_J)
     store(values + p, value, inside)
-    tl.store(indices + p, index.to(tl.int64), inside)
+    tl.store(indices + p, tl.maximum(rank - 1, 0).to(tl.int64), inside)
     difference = tl.where(inside, value - element, 0.0)
     tl.store(loss, tl.sum(difference * difference))
+    # An element without a neighbour has index 0: its distance to that anchor is NaN.
+    stray = tl.max((inside & (rank == 0)).to(tl.int32)) | poisoned
+    rank = tl.where(inside, rank, 0)
+    for start in range(0, Q, BLOCK_Q):
+        k = start + tl.arange(0, BLOCK_Q)
+        # (BLOCK_P, BLOCK_Q): neighbouring threads have neighbouring anchors, so that they exchange no sums.
+        chosen = rank[:, None] == k[None, :] + 1
+        residual = tl.sum(tl.where(chosen, difference[:, None], 0.0), 0)
+        tl.store(residuals + k, tl.where((k == 0) & (stray != 0), float("nan"), residual), k < Q)
+        tl.store(counts + k, tl.sum(chosen.to(tl.int32), 0), k < Q)
 
 
 @triton.jit
@@ -247,7 +254,7 @@ def _anchor_fwd_kernel(
         if tl.program_id(0) == 0:
             _quantize(a, anchors, values, indices, loss, counts, residuals, 0, SIZE, Q, BLOCK_A, BLOCK_Q, BLOCK_J)
         element = tl.load(a + at_map, p < P, other=0.0).to(tl.float32)
-        _, v = _nearest(element, p < P, anchors, None, None, Q, BLOCK_Q, BLOCK_J)
+        _, v, _ = _nearest(element, anchors, Q, BLOCK_Q, BLOCK_J)
     else:
         for block in range(tl.program_id(0), tl.cdiv(Q, BLOCK_K), tl.num_programs(0)):
             _add_partials(
@@ -266,7 +273,8 @@ def _anchor_fwd_kernel(
 @triton.jit(do_not_specialize=["SIZE", "Q"])
 def _quantize_bwd_kernel(
     through, grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors, indices, residuals,
-    grad_a, grad_anchors, SIZE, Q, HW, divisor, GROUPS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
+    grad_a, grad_anchors, SIZE, Q, HW, divisor,
+    GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     mask = p < SIZE
@@ -275,8 +283,10 @@ def _quantize_bwd_kernel(
     grad = tl.zeros((BLOCK_P,), tl.float32)
     if through is not None:  # (N, GROUPS, HW)
         at = p // HW * (GROUPS * HW) + p % HW
-        for group in range(GROUPS):
-            grad += tl.load(through + at + group * HW, mask, other=0.0)
+        for start in range(0, GROUPS, BLOCK_G):
+            group = start + tl.arange(0, BLOCK_G)
+            valid = (group < GROUPS)[:, None] & mask[None, :]
+            grad += tl.sum(tl.load(through + at[None, :] + group[:, None] * HW, valid, other=0.0), 0)
     grad = _grad_element(grad, element, value, grad_values, grad_commitment_loss, p, mask, divisor)
     store(grad_a + p, grad, mask)
     _grad_anchors(grad_anchor_loss, residuals, grad_anchors, Q, divisor, BLOCK_J)
@@ -285,7 +295,7 @@ def _quantize_bwd_kernel(
 @triton.jit(do_not_specialize=["Q"])
 def _anchor_bwd_kernel(
     grad_output, grad_values, grad_anchor_loss, grad_commitment_loss, x, a, anchors, indices, residuals,
-    grad_x, grad_a, grad_anchors, through, Q, C, P, divisor, RESIDUAL: tl.constexpr,
+    grad_x, grad_a, grad_anchors, through, Q, C, P, divisor, RESIDUAL: tl.constexpr, FOLD: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, VEC_C: tl.constexpr, VEC_P: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
@@ -293,8 +303,9 @@ def _anchor_bwd_kernel(
     n, group, tile = place(C, P, GROUP, BLOCK_P)
     first_p = tile * BLOCK_P
     p = first_p + tl.arange(0, BLOCK_P)
-    element = tl.load(a + n * P + p, p < P, other=0.0).to(tl.float32)
-    v = _chosen(anchors, indices, element, _poisoned(anchors, Q, BLOCK_J), n * P + p, p < P, Q)
+    at_map = n * (P // FOLD) + (p % (P // FOLD) if FOLD > 1 else p)
+    element = tl.load(a + at_map, p < P, other=0.0).to(tl.float32)
+    v = _chosen(anchors, indices, element, _poisoned(anchors, Q, BLOCK_J), at_map, p < P, Q)
     products = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
         dy = load_tile(grad_output, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -304,8 +315,8 @@ def _anchor_bwd_kernel(
             store_tile(grad_x, dx + dy if RESIDUAL else dx, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     grad = tl.sum(products, 0)
     if through is None:
-        grad = _grad_element(grad, element, v, grad_values, grad_commitment_loss, n * P + p, p < P, divisor)
-        store(grad_a + n * P + p, grad, p < P)
+        grad = _grad_element(grad, element, v, grad_values, grad_commitment_loss, at_map, p < P, divisor)
+        store(grad_a + at_map, grad, p < P)
         _grad_anchors(grad_anchor_loss, residuals, grad_anchors, Q, divisor, BLOCK_J)
     else:
         groups = tl.cdiv(C, GROUP)
@@ -316,7 +327,7 @@ def _anchor_bwd_kernel(
 
 #: Elements of a batch that one program quantizes alone, so that no second launch adds anything. (A batch may choose
 #: this: what belongs to one image has no sums.)
-_WHOLE = 2048
+_WHOLE = 512
 #: Elements that one of many programs quantizes.
 _PART = 256
 
@@ -335,10 +346,16 @@ class _Sums(NamedTuple):
         return cls(loss, like.new_empty((*parts, q), dtype=dtype), residuals)
 
 
-def _blocks(elements: int, q: int) -> dict:
-    """At most 8192 pairs of elements and anchors at a time, and 4096 of anchors and anchors."""
+def _part(size: int) -> tuple[int, int]:
+    """Elements that one of many programs quantizes, and its warps: few, unless there are programs enough to share the
+    work on the anchors among more."""
+    return (256, 8) if size <= 131072 else (1024, 4)
+
+
+def _blocks(elements: int, q: int, warps: int) -> dict:
+    """At most 32 pairs of elements and anchors a thread at a time."""
     return {
-        "BLOCK_Q": min(16, ceil_power(q), 8192 // elements),
+        "BLOCK_Q": min(32, ceil_power(q), max(1, 1024 * warps // elements)),
         "BLOCK_J": _anchor_block(q),
     }
 
@@ -364,11 +381,12 @@ def _results(a, anchors):
 def _launch_parts(a, anchors, values, indices):
     """Quantize in many programs; their sums."""
     size, q = a.numel(), anchors.shape[0]
-    programs = triton.cdiv(size, _PART)
+    part, warps = _part(size)
+    programs = triton.cdiv(size, part)
     parts = _Sums.empty(a, (programs,), q, torch.int32)
     launch(
         _quantize_fwd_kernel, programs, a, anchors, values, indices, *parts, size, q,
-        BLOCK_P=_PART, **_blocks(_PART, q), num_warps=8,
+        BLOCK_P=part, **_blocks(part, q, warps), num_warps=warps,
     )  # fmt: skip
     return parts
 
@@ -385,7 +403,7 @@ def quantize_fwd(a, anchors):
         block = ceil_power(size)
         launch(
             _quantize_fwd_kernel, 1, a, anchors, values, indices, *sums, size, q,
-            BLOCK_P=block, **_blocks(block, q), num_warps=8,
+            BLOCK_P=block, **_blocks(block, q, 8), num_warps=8,
         )  # fmt: skip
     return values, indices, *sums
 
@@ -398,13 +416,13 @@ def anchor_fwd(x, a, anchors, residual):
     tile = fwd_tile(seen)
     whole = size <= _WHOLE
     parts = _Sums(None, None, None) if whole else _launch_parts(a, anchors, values, indices)
-    block = ceil_power(size) if whole else _PART
+    block = ceil_power(size) if whole else 1
     launch(
         _anchor_fwd_kernel, x.shape[0] * tile.programs(seen),
         x, a, anchors, *parts, output, values, indices, *sums,
         0 if whole else parts.loss.shape[0], q, size, *seen.sizes, seen.positions // seen.fold,
         WHOLE=whole, ROUNDED=a.dtype != torch.float32 and a.dtype != anchors.dtype, RESIDUAL=residual, FOLD=seen.fold,
-        BLOCK_A=block, **_blocks(block, q), **_add_blocks(q), **seen.constants, **tile.constants,
+        BLOCK_A=block, **_blocks(max(block, tile.block_p), q, 8), **_add_blocks(q), **seen.constants, **tile.constants,
         num_warps=8 if whole else 4,
     )  # fmt: skip
     return output, values, indices, *sums
@@ -414,11 +432,13 @@ def _launch_quantize_bwd(grads, quantized, grad_a, grad_anchors, divisor, throug
     """The gradients of a and the anchors; ``through`` (N, groups, positions) is what came through the features."""
     a, anchors, _, _ = quantized
     q = anchors.shape[0]
+    groups = 0 if through is None else through.shape[1]
+    block_p = 512 if groups == 0 else 128  # a program reads 16 numbers a thread at a time
     # One program at least: an empty batch still gives the anchors their zeros.
     launch(
-        _quantize_bwd_kernel, max(1, triton.cdiv(a.numel(), 512)), through, *grads, *quantized,
+        _quantize_bwd_kernel, max(1, triton.cdiv(a.numel(), block_p)), through, *grads, *quantized,
         grad_a, grad_anchors, a.numel(), q, positions, float(divisor),
-        GROUPS=0 if through is None else through.shape[1], BLOCK_P=512, BLOCK_J=_anchor_block(q),
+        GROUPS=groups, BLOCK_G=min(16, ceil_power(groups)), BLOCK_P=block_p, BLOCK_J=_anchor_block(q),
     )  # fmt: skip
 
 
@@ -434,13 +454,17 @@ def _bwd_tile(x: Features) -> Tile:
 
     Where positions lie innermost, 32 of them at least: whole sectors of memory.
     """
+    channels, positions = ceil_power(x.channels), ceil_power(x.positions)
+    if x.fold > 1:  # a second launch adds in any case
+        block_p = min(128, positions)
+        return share(x, min(2048 // block_p, channels), block_p, 16384)
     if x.channels_last:
-        block_c = min(256, ceil_power(x.channels))
-        block_p = min(2048 // block_c, ceil_power(x.positions))
+        block_c = min(256, channels)
+        block_p = min(2048 // block_c, positions)
     else:
-        block_p = min(256, max(32, 16384 // ceil_power(x.channels)), ceil_power(x.positions))
-        block_c = min(2048 // block_p, ceil_power(x.channels))
-    return Tile(block_c, block_p, min(ceil_power(x.channels), 32768 // block_p))
+        block_p = min(256, max(32, 16384 // channels), positions)
+        block_c = min(2048 // block_p, channels)
+    return share(x, block_c, block_p, 32768)
 
 
 def anchor_bwd(
@@ -451,15 +475,17 @@ def anchor_bwd(
     grad_x = torch.empty_like(x) if need_grad_x else None
     grad_a, grad_anchors = torch.empty_like(a), torch.empty_like(anchors)
     seen = features(x)
+    if seen.scalar:  # several channels in a row, which take a second launch
+        seen = features(x, foldable=True)
     tile = _bwd_tile(seen)
-    groups = triton.cdiv(seen.channels, tile.group)
-    through = x.new_empty((x.shape[0], groups, seen.positions), dtype=torch.float32) if groups > 1 else None
+    groups, positions = triton.cdiv(seen.channels, tile.group) * seen.fold, seen.positions // seen.fold
+    through = x.new_empty((x.shape[0], groups, positions), dtype=torch.float32) if groups > 1 else None
     launch(
         _anchor_bwd_kernel, x.shape[0] * tile.programs(seen),
         grad_output, *grads, x, *quantized, grad_x, grad_a, grad_anchors, through,
         anchors.shape[0], *seen.sizes, float(divisor),
-        RESIDUAL=residual, BLOCK_J=_anchor_block(anchors.shape[0]), **seen.constants, **tile.constants,
+        RESIDUAL=residual, FOLD=seen.fold, BLOCK_J=_anchor_block(anchors.shape[0]), **seen.constants, **tile.constants,
     )  # fmt: skip
     if through is not None or a.numel() == 0:
-        _launch_quantize_bwd(grads, quantized, grad_a, grad_anchors, divisor, through, seen.positions)
+        _launch_quantize_bwd(grads, quantized, grad_a, grad_anchors, divisor, through, positions)
     return (grad_x if need_grad_x else x.new_empty((0,))), grad_a, grad_anchors

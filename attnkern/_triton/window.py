@@ -18,14 +18,16 @@ from attnkern._triton.common import (
     launch,
     load_tile,
     place,
+    share,
     store,
     store_tile,
+    tile_last,
 )
 from attnkern.reference import SIGMA_FLOOR, aspect_factors
 
 _SIGMA_FLOOR = tl.constexpr(SIGMA_FLOOR)
-#: Positions whose statistics one program forms in one go: 8 each for 128 threads.
-_CHUNK = tl.constexpr(1024)
+#: Positions of a map whose statistics every program forms for itself: 8 each for 128 threads.
+_SMALL = 1024
 
 
 # --- mathematics -----------------------------------------------------------------------------------------------------
@@ -55,37 +57,41 @@ def _frame(rectangle, n):
 @triton.jit
 def _coordinate(i, length):
     """Pixel centres of an axis, from 0 to 1 with corners aligned; 0.5 for an axis of length 1."""
-    last = tl.maximum(length - 1, 1).to(tl.float32)
-    return tl.where(length == 1, 0.5, tl.div_rn(i.to(tl.float32), last))
+    i, last = i.to(tl.float32), tl.maximum(length - 1, 1).to(tl.float32)
+    inverse = 1.0 / last  # the same for all: a product and its correction round like a division, which is a branch each
+    t = i * inverse
+    return tl.where(length == 1, 0.5, tl.fma(tl.fma(-t, last, i), inverse, t))
 
 
 @triton.jit
-def _log_sigmoid(p):
-    """log Λ(p), and 1 - Λ(p), its derivative."""
-    e = tl.exp(-tl.abs(p))
-    return tl.minimum(p, 0.0) - tl.log(1.0 + e), tl.where(p < 0, 1.0, e) / (1.0 + e)
+def _log_sigmoids(p, q):
+    """log Λ(p) + log Λ(q), and 1 - Λ(p) and 1 - Λ(q), its derivatives."""
+    e_p = tl.exp(-tl.abs(p))
+    e_q = tl.exp(-tl.abs(q))
+    z = tl.minimum(p, 0.0) + tl.minimum(q, 0.0) - tl.log((1.0 + e_p) * (1.0 + e_q))
+    return z, tl.where(p < 0, 1.0, e_p) / (1.0 + e_p), tl.where(q < 0, 1.0, e_q) / (1.0 + e_q)
 
 
 @triton.jit
 def _log_window(position, frame, H, W, scale, row, column):
     """z = log Λ(p) + log Λ(q) at positions of the map, and its derivatives by the five parameters."""
     mu1, mu2, inverse1, inverse2, cosine, sine, moves1, moves2 = frame
-    i = position // W
+    i = position.to(tl.uint32) // W.to(tl.uint32)
+    j = position.to(tl.uint32) - i * W.to(tl.uint32)
     d1 = (_coordinate(i, H) - mu1) * row
-    d2 = (_coordinate(position - i * W, W) - mu2) * column
+    d2 = (_coordinate(j, W) - mu2) * column
     u = cosine * d1 + sine * d2
     v = cosine * d2 - sine * d1
     u_sigma = u * inverse1
     v_sigma = v * inverse2
-    z1, outside1 = _log_sigmoid(scale * (1.0 - u_sigma * u_sigma))
-    z2, outside2 = _log_sigmoid(scale * (1.0 - v_sigma * v_sigma))
+    z, outside1, outside2 = _log_sigmoids(scale * (1.0 - u_sigma * u_sigma), scale * (1.0 - v_sigma * v_sigma))
     by_u = -2.0 * scale * outside1 * u_sigma * inverse1  # ∂z/∂u
     by_v = -2.0 * scale * outside2 * v_sigma * inverse2  # ∂z/∂v
     by_mu1 = -row * (cosine * by_u - sine * by_v)
     by_mu2 = -column * (sine * by_u + cosine * by_v)
     by_sigma1 = -moves1 * by_u * u_sigma
     by_sigma2 = -moves2 * by_v * v_sigma
-    return z1 + z2, by_mu1, by_mu2, by_sigma1, by_sigma2, by_u * v - by_v * u
+    return z, by_mu1, by_mu2, by_sigma1, by_sigma2, by_u * v - by_v * u
 
 
 @triton.jit
@@ -123,10 +129,10 @@ def _gradient(sums, once, HW, RESCALE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["H", "W"])
-def _window_chunk_kernel(rectangle, chunks, H, W, scale, row, column):
-    per_image = tl.cdiv(H * W, _CHUNK)
+def _window_chunk_kernel(rectangle, chunks, H, W, scale, row, column, CHUNK: tl.constexpr):
+    per_image = tl.cdiv(H * W, CHUNK)
     n = (tl.program_id(0) // per_image).to(tl.int64)
-    position = tl.program_id(0) % per_image * _CHUNK + tl.arange(0, _CHUNK)
+    position = tl.program_id(0) % per_image * CHUNK + tl.arange(0, CHUNK)
     row8 = _statistics(position, _frame(rectangle, n), H, W, scale, row, column)
     tl.store(chunks + tl.program_id(0).to(tl.int64) * 8 + tl.arange(0, 8), row8)
 
@@ -136,7 +142,7 @@ def _window_fwd_kernel(
     x, rectangle, chunks, output, map, stats, C, P, H, W, scale, row, column,
     RESCALE: tl.constexpr, RESIDUAL: tl.constexpr, FOLD: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, VEC_C: tl.constexpr, VEC_P: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     C, P, HW = C * VEC_C, P * VEC_P, H * W
     n, group, tile = place(C, P, GROUP, BLOCK_P)
@@ -144,20 +150,26 @@ def _window_fwd_kernel(
     p = first_p + tl.arange(0, BLOCK_P)
     frame = _frame(rectangle, n)
     position = p % HW if FOLD > 1 else p
+    z, _, _, _, _, _ = _log_window(position, frame, H, W, scale, row, column)
     if RESCALE:
-        s = tl.arange(0, BLOCK_S)
-        if chunks is None:
-            z_s, _, _, _, _, _ = _log_window(s, frame, H, W, scale, row, column)
-            z_s = tl.where(s < HW, z_s, -float("inf"))
-            largest = tl.max(z_s)
-            total = tl.sum(tl.exp(z_s - largest))
-        else:
-            per_image = tl.cdiv(HW, _CHUNK)
+        if chunks is not None:
+            s = tl.arange(0, BLOCK_S)
+            per_image = tl.cdiv(HW, CHUNK)
             chunks += n * per_image * 8
             largest_s = tl.load(chunks + s * 8, s < per_image, other=-float("inf"))
             largest = tl.max(largest_s)
             weight = tl.exp(largest_s - largest)
             total = tl.sum(weight * tl.load(chunks + s * 8 + 1, s < per_image, other=0.0))
+        else:
+            if BLOCK_S == 0:  # the tile has the whole map
+                s = p
+                z_s = z
+            else:
+                s = tl.arange(0, BLOCK_S)
+                z_s, _, _, _, _, _ = _log_window(s, frame, H, W, scale, row, column)
+            z_s = tl.where(s < HW, z_s, -float("inf"))
+            largest = tl.max(z_s)
+            total = tl.sum(tl.exp(z_s - largest))
         if (group == 0) & (tile == 0):
             k = tl.arange(0, 8)
             if chunks is None:
@@ -167,7 +179,6 @@ def _window_fwd_kernel(
                 sums = tl.sum(weight[:, None] * tl.load(chunks + s[:, None] * 8 + k[None, :], mask, other=0.0), 0)
             row8 = tl.where(k == 0, largest, tl.where(k == 1, total, sums / total))
             tl.store(stats + n * 7 + k, row8, k < 7)
-    z, _, _, _, _, _ = _log_window(position, frame, H, W, scale, row, column)
     if RESCALE:
         f = tl.exp(z - largest) * (HW / total)
     else:
@@ -262,6 +273,11 @@ def _window_rectangle_kernel(partials, grad_rectangle, R, HW, RESCALE: tl.conste
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
+def _chunk(positions):
+    """Positions of a chunk: few, for many programs to share the work, unless that makes too many chunks to add."""
+    return 256 if positions <= 4096 else 1024
+
+
 def _features(x, height, width):
     """How the kernels see x; without features, rows of a map alone."""
     return Features(False, 4, 0, height * width, 1, 1) if x is None else features(x, foldable=True)
@@ -279,12 +295,9 @@ def _bwd_tile(x: Features) -> tuple[Tile, int]:
         block_c = min((2048 if x.channels_last else 4096) // block_p, ceil_power(x.channels))
         return Tile(block_c, block_p, ceil_power(x.channels)), 8
     if x.channels_last:
-        block_c = min(256, ceil_power(x.channels))
-        block_p = min(2048 // block_c, block_p)
-    else:
-        block_p = min(128, block_p)
-        block_c = min(2048 // block_p, ceil_power(x.channels))
-    return Tile(block_c, block_p, 4 * block_c), 4
+        return tile_last(x, 2048, 16384), 4
+    block_p = min(128, block_p)
+    return share(x, min(2048 // block_p, ceil_power(x.channels)), block_p, 8192), 4
 
 
 def _forward(x, rectangle, height, width, scale, rescale, residual, aspect):
@@ -295,15 +308,17 @@ def _forward(x, rectangle, height, width, scale, rescale, residual, aspect):
     seen = _features(x, height, width)
     tile = fwd_tile(seen)
     geometry = (height, width, scale, *aspect_factors(height, width, aspect))
-    chunks, block_s = None, ceil_power(height * width)
-    if rescale and height * width > _CHUNK.value:
-        per_image = triton.cdiv(height * width, _CHUNK.value)
+    positions, chunk, chunks = height * width, _chunk(height * width), None
+    block_s = 0 if seen.positions <= tile.block_p else ceil_power(positions)
+    if rescale and positions > _SMALL:
+        per_image = triton.cdiv(positions, chunk)
         chunks, block_s = map.new_empty((n, per_image, 8)), ceil_power(per_image)
-        launch(_window_chunk_kernel, n * per_image, rectangle, chunks, *geometry)
+        launch(_window_chunk_kernel, n * per_image, rectangle, chunks, *geometry, CHUNK=chunk)
     launch(
         _window_fwd_kernel, n * tile.programs(seen),
         x, rectangle, chunks, output, map, stats, *seen.sizes, *geometry,
-        RESCALE=rescale, RESIDUAL=residual, FOLD=seen.fold, BLOCK_S=block_s, **seen.constants, **tile.constants,
+        RESCALE=rescale, RESIDUAL=residual, FOLD=seen.fold, BLOCK_S=block_s, CHUNK=chunk,
+        **seen.constants, **tile.constants,
     )  # fmt: skip
     return output, map, stats
 

@@ -12,8 +12,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from benchmarks.cases import GPU_CASES
-from benchmarks.count import counting, estimate
-from benchmarks.count.launches import BACKENDS, PASSES
+from benchmarks.count import choice, estimate, page, rows
+from benchmarks.count.launches import PASSES
 from benchmarks.count.sass import SassError
 
 
@@ -21,7 +21,7 @@ def _arguments():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.count", description=__doc__.split("\n")[0])
     operators = sorted({case.op for case in GPU_CASES})
     parser.add_argument("--op", action="append", choices=operators)
-    parser.add_argument("--backend", action="append", choices=list(BACKENDS))
+    parser.add_argument("--backend", action="append", choices=list(rows.BACKENDS))
     parser.add_argument("--shape", action="append", help="such as 32x256x56x56")
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
     parser.add_argument("--layout", action="append", choices=["contiguous", "channels_last"])
@@ -29,6 +29,7 @@ def _arguments():
     parser.add_argument("--library", action="append", type=Path, help="native machine code of another build")
     parser.add_argument("--cubin", action="append", type=Path, help="native machine code of a cubin")
     parser.add_argument("--kernels", action="store_true", help="a line for each launch")
+    parser.add_argument("--page", action="store_true", help="write docs/gpu.md from the committed counts")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     return parser.parse_args()
 
@@ -48,7 +49,7 @@ def _rows(task):
     torch.set_num_threads(1)
     case, backend, sources = task
     try:
-        return counting.rows(case, backend, **({"sources": sources} if backend == "native" else {}))
+        return rows.rows(case, backend, **({"sources": sources} if backend == "native" else {}))
     except (SassError, LookupError) as error:
         return [f"{case} {backend}: {error}"]
 
@@ -58,12 +59,12 @@ def count_all(cases, backends, sources=(), jobs=1):
     tasks = [(case, backend, sources) for case, backend in itertools.product(cases, backends)]
     if jobs == 1 or len(tasks) == 1:
         found = map(_rows, tasks)
-        for rows in found:
-            yield from rows
+        for counted in found:
+            yield from counted
         return
     with ProcessPoolExecutor(jobs) as pool:
-        for rows in pool.map(_rows, tasks):
-            yield from rows
+        for counted in pool.map(_rows, tasks):
+            yield from counted
 
 
 HEAD = (
@@ -72,25 +73,17 @@ HEAD = (
 )
 
 
-def _widest(shares):
-    """The width that most bytes have."""
-    if not shares:
-        return "–"
-    width = max(shares, key=shares.get)
-    return f"{width} ({shares[width]:.0%})"
-
-
 def line(row):
-    case = counting.case_of(row)
-    main = max(row["launches"], key=lambda launch: launch["instructions"] * launch["grid"])
+    case = rows.case_of(row)
+    main = rows.main_launch(row)
     name = f"{case} {row['pass']} {row['backend']}"
     launches = len(row["launches"]) + len(row["others"])
     times = {device: estimate.row(row, device) for device in ("H200", "H100")}
     return (
-        f"{name:66} {launches:8} {counting.per_element(row):8.1f} {main['registers']:5}"
-        f" {main['stack']:5} {main['resident']:6} {_widest(counting.widths(row, 'loads')):>10}"
-        f" {_widest(counting.widths(row, 'stores')):>10} {times['H200'].seconds * 1e6:8.1f}"
-        f" {times['H100'].seconds * 1e6:8.1f} {times['H200'].limit:>7} {estimate.goal(row, 'H200') * 1e6:6.1f}"
+        f"{name:66} {launches:8} {rows.per_element(row):8.1f} {main['registers']:5}"
+        f" {main['stack']:5} {main['resident']:6} {page.widest(row, 'loads'):>10}"
+        f" {page.widest(row, 'stores'):>10} {times['H200'].seconds * 1e6:8.1f}"
+        f" {times['H100'].seconds * 1e6:8.1f} {times['H200'].limit:>7} {rows.goal(row, 'H200') * 1e6:6.1f}"
     )
 
 
@@ -114,22 +107,38 @@ def detail(launch):
     return "\n".join(lines)
 
 
+def versions():
+    import torch
+    import triton
+
+    return {"torch": torch.__version__, "triton": triton.__version__}
+
+
 def main():
     arguments = _arguments()
+    if arguments.page:
+        page.write()
+        return
     sources = tuple((arguments.library or []) + (arguments.cubin or []))
-    cases = list(chosen(arguments))
+    cases, backends = list(chosen(arguments)), arguments.backend or list(rows.BACKENDS)
     if not cases:
         sys.exit("no case is left")
     print(HEAD)
-    errors = []
-    for row in count_all(cases, arguments.backend or list(BACKENDS), sources, arguments.jobs):
+    counted, errors = [], []
+    for row in count_all(cases, backends, sources, arguments.jobs):
         if isinstance(row, str):
             errors.append(row)
             print(row, file=sys.stderr, flush=True)
         elif arguments.passes is None or row["pass"] in arguments.passes:
+            counted.append(row)
             print(line(row), flush=True)
             if arguments.kernels:
                 print("\n".join(detail(launch) for launch in row["launches"]), flush=True)
+    for op, rule in choice.rules(counted).items():
+        print(f"{op}: {rule}; {rule.mean:.2f} × the better one's time, at most {rule.worst:.2f} × ({rule.worst_at})")
+    if cases == GPU_CASES and backends == list(rows.BACKENDS) and not (sources or arguments.passes or errors):
+        page.save(counted, versions())
+        page.write()
     sys.exit(len(errors) > 0)
 
 

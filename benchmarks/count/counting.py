@@ -1,19 +1,18 @@
-"""Counts of a launch, and of every launch of a row: an operator's pass at a shape, dtype and layout, on a backend."""
+"""Counts of a launch, with the resources that it takes."""
 
 import dataclasses
 import json
 from functools import cache
 from pathlib import Path
 
-import torch
-
-from benchmarks import cases
-from benchmarks.count import launches, machine, opcodes, sass
+from benchmarks.count import machine, opcodes, sass
 from benchmarks.count.code import CACHE, digest
 from benchmarks.count.launches import Launch
 
 #: What a multiprocessor of compute capability 9.0 has.
 REGISTERS, THREADS, BLOCKS, SHARED = 65536, 2048, 32, 233472
+#: Bytes of scratch that stay in the second-level cache until they are read.
+CACHED_SCRATCH = 32 << 20
 
 
 @cache
@@ -57,7 +56,7 @@ def _count(launch: Launch) -> dict:
     warps, read, written = found.pop("warps"), found.pop("read"), found.pop("written")
     return {
         "kernel": launch.name,
-        "grid": launch.grid,
+        "grid": launch.blocks,
         "threads": launch.threads,
         "cluster": launch.cluster,
         "registers": kernel.registers,
@@ -66,66 +65,22 @@ def _count(launch: Launch) -> dict:
         "resident": blocks_per_multiprocessor(kernel.registers, launch.threads, shared),
         "instructions": counts.total,
         "longest_warp": max(warps),
-        "bytes": _bytes(launch, read, scratch=False) + _bytes(launch, written, scratch=True),
+        "bytes": _bytes(launch, read, read=True) + _bytes(launch, written, read=False),
         "opcodes": found.pop("instructions"),
-        **{
-            f"{key}_by": {str(width): n for width, n in by.items()} for key, by in found.items() if isinstance(by, dict)
-        },
+        **{f"{key}_by": by for key, by in found.items() if isinstance(by, dict)},
+        "l2_sectors": counts.l2_sectors,
         "waits": round(counts.waits, 2),
     }
 
 
-def _bytes(launch, of_block: dict[int, int], scratch: bool) -> int:
-    """Bytes of all blocks, at most each tensor once. Scratch is read from the cache that it was just written to."""
+def _bytes(launch, of_block: dict[int, int], read: bool) -> int:
+    """Bytes of all blocks, each tensor at most once. Scratch that fits is read from the cache it was written to."""
     total = 0
     for region, size in of_block.items():
         if region < 0:
             continue
         tensor = launch.regions[region]
-        if scratch or not tensor.scratch:
-            total += min(size * launch.grid, tensor.size)
+        moved = min(size * launch.blocks, tensor.size)
+        if not (read and tensor.scratch and moved <= CACHED_SCRATCH):
+            total += moved
     return total
-
-
-def rows(case: cases.Case, backend: str, **options) -> list[dict]:
-    """The counted rows of a case, forward and backward."""
-    found = []
-    for which, recorded in launches.BACKENDS[backend](case, **options).items():
-        row = {
-            "op": case.op,
-            "shape": list(case.shape),
-            "dtype": str(case.dtype).removeprefix("torch."),
-            "layout": case.layout,
-            "anchors": case.anchors,
-            "pass": which,
-            "backend": backend,
-            "others": recorded.others,
-            "launches": [count(launch) for launch in recorded.launches],
-        }
-        found.append(row)
-    return found
-
-
-def case_of(row: dict) -> cases.Case:
-    return cases.Case(row["op"], tuple(row["shape"]), getattr(torch, row["dtype"]), row["layout"], row["anchors"])
-
-
-def floor_bytes(row: dict) -> int:
-    """Bytes that the pass must move: features read and written once."""
-    case = case_of(row)
-    forward = case.bytes("forward")
-    return forward if row["pass"] == "forward" else case.bytes("forward+backward") - forward
-
-
-def per_element(row: dict) -> float:
-    """Executed instructions of threads for each element of the features."""
-    executed = sum(launch["instructions"] * launch["grid"] for launch in row["launches"])
-    return executed * sass.WARP / torch.Size(row["shape"]).numel()
-
-
-def widths(row: dict, kind: str) -> dict[str, float]:
-    """The share of the bytes that the main kernel loads or stores by width in bits."""
-    main = max(row["launches"], key=lambda launch: launch["instructions"] * launch["grid"])
-    moved = {width: n * (1024 if width == "bulk" else int(width)) for width, n in main[f"{kind}_by"].items()}
-    total = sum(moved.values()) or 1
-    return {width: n / total for width, n in moved.items()}

@@ -12,7 +12,6 @@ and for each launch a fixed time.
 
 from typing import NamedTuple
 
-from benchmarks.count.counting import floor_bytes
 from benchmarks.count.sass import MEMORY_LATENCY, SECTOR
 
 MULTIPROCESSORS = 132
@@ -55,7 +54,7 @@ def kernel(counts: dict, device: str) -> Estimate:
         "issue": blocks * counts["instructions"] / (SCHEDULERS * ISSUE * CLOCK),
         "chain": rounds * waiting,
         "memory": counts["bytes"] / min(BANDWIDTH[device] * SHARE, used * OF_MULTIPROCESSOR),
-        "l2": grid * sectors * SECTOR / L2,
+        "l2": grid * counts["l2_sectors"] * SECTOR / L2,
         "shared": blocks * cycles / CLOCK,
     }
     limit = max(limits, key=limits.get)
@@ -67,9 +66,3 @@ def row(counted: dict, device: str) -> Estimate:
     launches = [kernel(launch, device) for launch in counted["launches"]]
     seconds = sum(launch.seconds + LAUNCH for launch in launches) + (LAUNCH + FILL) * len(counted["others"])
     return Estimate(seconds, max(launches).limit if launches else "launch")
-
-
-def goal(counted: dict, device: str) -> float:
-    """Seconds at 93 % of a copy's bandwidth for the bytes that must be moved, and the launches."""
-    launches = len(counted["launches"]) + len(counted["others"])
-    return floor_bytes(counted) / (BANDWIDTH[device] * SHARE) + LAUNCH * launches

@@ -8,6 +8,7 @@ parameters are those of the code as it is, and nothing here knows a kernel.
 
 import contextlib
 import hashlib
+import math
 import os
 import struct
 import subprocess
@@ -39,18 +40,22 @@ class Launch(NamedTuple):
 
     name: str
     kernel: Kernel
-    grid: int
+    grid: tuple[int, ...]  #: blocks along each axis
     threads: int
     parameters: bytes
     regions: tuple[Region, ...]
     shared: int = 0  #: bytes of a block that are asked for at the launch
     cluster: int = 1
 
+    @property
+    def blocks(self) -> int:
+        return math.prod(self.grid)
+
 
 class Recorded(NamedTuple):
     """What one pass of a call launches."""
 
-    launches: list[Launch]
+    launches: list[list[Launch]]  #: of each, what it may be: one, or what a tuner would choose from
     others: list[str]  #: PyTorch's own operators that launch kernels beside them
 
 
@@ -58,7 +63,7 @@ class Recorded(NamedTuple):
 
 
 @contextlib.contextmanager
-def _nothing_filled():
+def nothing_filled():
     """Uninitialised memory stays untouched."""
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -78,7 +83,7 @@ def inputs(case: cases.Case, device: str) -> dict[str, torch.Tensor]:
     return empty
 
 
-class _Others(TorchDispatchMode):
+class Others(TorchDispatchMode):
     """Lists the operators that launch kernels: all that make or change numbers of a tensor that is not empty."""
 
     _ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias")
@@ -108,13 +113,13 @@ def _call(case: cases.Case, device: str, handles) -> tuple[list[str], list[str]]
         mock.patch.dict(_ops.BACKENDS, {"native": handles}),
         mock.patch.object(_backend, "choose", return_value="native"),
     ):
-        with _Others() as forward:
+        with Others() as forward:
             results = op.function(**leaves)
         outputs = [getattr(results, key) for key in used]
         gradients = [torch.empty_like(output) for output in outputs]
         handles.tensors += [*leaves.values(), *gradients]
         handles.current = "backward"
-        with _Others() as backward:
+        with Others() as backward:
             torch.autograd.grad(outputs, list(leaves.values()), gradients, allow_unused=True)
     return forward.found, backward.found
 
@@ -185,7 +190,7 @@ def _canonical(parameters: bytes, tensors: list[torch.Tensor]) -> tuple[bytes, t
     packed, bases, regions = bytearray(parameters), {}, []
     for at in range(0, len(packed) - 7, 8):
         (word,) = struct.unpack_from("<Q", packed, at)
-        if not 1 << 40 <= word < 1 << 47:
+        if not 1 << 46 <= word < 1 << 47:
             continue
         start, size, dtype = next(
             (region for region in known if region[0] <= word < region[0] + region[1]), (word, 0, None)
@@ -204,11 +209,11 @@ def native(case: cases.Case, sources: tuple[Path, ...] = ()) -> dict[str, Record
     with (
         tempfile.NamedTemporaryFile("r") as file,
         mock.patch.dict(os.environ, {"ATTNKERN_HOST_RECORD": file.name}),
-        _nothing_filled(),
+        nothing_filled(),
     ):
         handles = _NativeHandles(operators, file)
         others = dict(zip(PASSES, _call(case, "cpu", handles), strict=True))
-    return {which: Recorded([_native(line, kernels, handles.tensors) for line in handles.lines[which]], others[which])
+    return {which: Recorded([[_native(line, kernels, handles.tensors)] for line in handles.lines[which]], others[which])
             for which in PASSES}  # fmt: skip
 
 
@@ -218,8 +223,7 @@ def _native(line: str, kernels, tensors) -> Launch:
     if name not in kernels:
         raise LookupError(f"the library has no {name}: it was built from other sources")
     packed, regions = _canonical(bytes.fromhex(parameters), tensors)
-    short = name[: name.rindex("(")] if name.endswith(")") else name
-    return Launch(short, kernels[name], int(grid), int(threads), packed, regions, int(shared), int(cluster))
+    return Launch(name, kernels[name], (int(grid),), int(threads), packed, regions, int(shared), int(cluster))
 
 
 # --- Triton ----------------------------------------------------------------------------------------------------------
@@ -247,7 +251,7 @@ def triton(case: cases.Case) -> dict[str, Recorded]:
     with mock.patch.object(JITFunction, "__getitem__", lambda kernel, grid: handles.record(kernel, grid)):
         others = dict(zip(PASSES, _call(case, "meta", handles), strict=True))
     known = {tensor.untyped_storage()._cdata for tensor in handles.tensors}
-    return {which: Recorded([_triton(*launch, known) for launch in handles.launched[which]], others[which])
+    return {which: Recorded([[_triton(*launch, known)] for launch in handles.launched[which]], others[which])
             for which in PASSES}  # fmt: skip
 
 
@@ -255,8 +259,7 @@ def _triton(kernel, grid, arguments, options, known) -> Launch:
     from triton.compiler import ASTSource
 
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | options
-    signature, constants, attributes = {}, {}, {}
-    packed, bases, regions = bytearray(), {}, []
+    signature, constants, attributes, typed = {}, {}, {}, []
     for i, parameter in enumerate(kernel.params):
         name, value = parameter.name, values[parameter.name]
         special = not parameter.do_not_specialize
@@ -265,41 +268,50 @@ def _triton(kernel, grid, arguments, options, known) -> Launch:
             continue
         if isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
-            storage = value.untyped_storage()
-            if storage._cdata not in bases:
-                bases[storage._cdata] = _FIRST + _APART * len(bases)
-                dtype = str(value.dtype).removeprefix("torch.")
-                size = max(1, value.numel() * value.itemsize)
-                regions.append(Region(bases[storage._cdata], size, dtype, storage._cdata not in known))
-            _pack(packed, "Q", bases[storage._cdata] + value.storage_offset() * value.itemsize)
         elif isinstance(value, float):
             signature[name] = "fp32"
-            _pack(packed, "f", value)
         else:
-            signature[name], kind = ("i32", "i") if -(2**31) <= value < 2**31 else ("i64", "q")
-            _pack(packed, kind, value)
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
         if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0 and special):
             attributes[(i,)] = [["tt.divisibility", 16]]
+        typed.append((signature[name], value))
+    source = ASTSource(kernel, signature, constants, attributes)
     compiler = {key: value for key, value in options.items() if key not in kernel.arg_names}
-    compiled = compile_ahead(ASTSource(kernel, signature, constants, attributes), compiler)
-    (machine_code,) = of_cubin(_kept(compiled.asm["cubin"])).values()
-    return Launch(
-        kernel.fn.__name__, machine_code, grid[0], 32 * compiled.metadata.num_warps, bytes(packed), tuple(regions),
-        compiled.metadata.shared,
-    )  # fmt: skip
+    return cubin_launch(kernel.fn.__name__, source, compiler, tuple(grid), typed, known)
 
 
-def _pack(packed: bytearray, kind: str, value) -> None:
-    packed += bytes(-len(packed) % struct.calcsize(kind)) + struct.pack("<" + kind, value)
+#: How parameters of a Triton kernel are packed.
+_PACKED = {"i1": "b", "i8": "b", "i32": "i", "u32": "I", "i64": "q", "u64": "Q", "fp32": "f", "fp64": "d"}
 
 
-def compile_ahead(source, options: dict):
-    """Triton's compiler for compute capability 9.0; what it made before comes from its cache."""
+def cubin_launch(name, source, options, grid, typed, known) -> Launch:
+    """The launch of a Triton kernel, compiled ahead of time for compute capability 9.0.
+
+    ``typed``: types and values of the parameters that are no constants. ``known``: storages of arguments and results.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
     os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    (machine_code,) = of_cubin(_kept(compiled.asm["cubin"])).values()
+    packed, bases, regions = bytearray(), {}, []
+    for kind, value in typed:
+        if not isinstance(value, torch.Tensor):
+            _pack(packed, _PACKED[kind], value)
+            continue
+        storage = value.untyped_storage()._cdata
+        if storage not in bases:
+            bases[storage] = _FIRST + _APART * len(bases)
+            dtype = str(value.dtype).removeprefix("torch.")
+            regions.append(Region(bases[storage], max(1, value.numel() * value.itemsize), dtype, storage not in known))
+        _pack(packed, "Q", bases[storage] + value.storage_offset() * value.itemsize)
+    threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
+    return Launch(name, machine_code, grid, threads, bytes(packed), tuple(regions), shared)
+
+
+def _pack(packed: bytearray, kind: str, value) -> None:
+    packed += bytes(-len(packed) % struct.calcsize(kind)) + struct.pack("<" + kind, value)
 
 
 def _kept(cubin: bytes) -> Path:
@@ -311,6 +323,3 @@ def _kept(cubin: bytes) -> Path:
         partial.write_bytes(cubin)
         partial.replace(path)
     return path
-
-
-BACKENDS = {"native": native, "triton": triton}

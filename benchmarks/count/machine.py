@@ -84,7 +84,9 @@ class Machine:
         self.P, self.UP = np.zeros((8, n), bool), np.zeros((8, n), bool)
         self.P[7] = self.UP[7] = True
         self.constants = bytearray(PARAMETERS + 0x1000 + 16)
-        for at, value in {0x0: threads, 0x4: 1, 0x8: 1, 0xC: grid, 0x10: 1, 0x14: 1, 0x28: STACK_TOP}.items():
+        self.grid = (*grid, 1, 1)[:3]
+        sizes = dict(zip((0xC, 0x10, 0x14), self.grid, strict=True))
+        for at, value in {0x0: threads, 0x4: 1, 0x8: 1, 0x28: STACK_TOP, **sizes}.items():
             self.constants[at : at + 4] = value.to_bytes(4, "little")
         self.constants[PARAMETERS : PARAMETERS + len(parameters)] = parameters
         self.constant_bytes = np.frombuffer(bytes(self.constants), np.uint8)
@@ -485,11 +487,16 @@ class Machine:
         sectors, distinct = _warp_sectors(addresses, addresses + U64(width - 1), warps)
         counts, touched = self.counting, self.touched["read" if kind == "loads" else "written"]
         of, in_sectors = getattr(counts, kind), getattr(counts, kind[:-1] + "_sectors")
-        of[width * 8] = of.get(width * 8, 0) + requests
-        in_sectors[width * 8] = in_sectors.get(width * 8, 0) + sectors
+        key = str(8 * width)
+        of[key] = of.get(key, 0) + requests
+        in_sectors[key] = in_sectors.get(key, 0) + sectors
         region = self.region_of(addresses[0])
         touched[region].append(distinct)
-        self.latency = self.latency_of(region, distinct) if kind == "loads" else MEMORY_LATENCY
+        if kind == "loads":
+            self.latency = self.read_sectors(region, distinct)
+        else:
+            counts.l2_sectors += sectors
+            self.latency = MEMORY_LATENCY
 
     def bulk(self, kind, addresses, size):
         """Count a bulk copy of ``size`` bytes: a request of 128 bytes at a time."""
@@ -498,13 +505,16 @@ class Machine:
         of["bulk"] = of.get("bulk", 0) + size / 128
         in_sectors["bulk"] = in_sectors.get("bulk", 0) + len(sectors)
         self.touched["read" if kind == "loads" else "written"][self.region_of(addresses[0])].append(sectors)
+        self.counting.l2_sectors += len(sectors)
         self.latency = MEMORY_LATENCY
 
-    def latency_of(self, region, sectors):
-        sectors = sectors.tolist()
-        if self.seen.issuperset(sectors):
+    def read_sectors(self, region, sectors):
+        """How long a load takes: its sectors may be in the first-level cache, if the block has read them before."""
+        new = set(sectors.tolist()) - self.seen
+        if not new:
             return L1_LATENCY
-        self.seen.update(sectors)
+        self.seen |= new
+        self.counting.l2_sectors += len(new)
         cached = region >= 0 and (self.regions[region].scratch or self.regions[region].size <= IN_L2)
         return L2_LATENCY if cached else MEMORY_LATENCY
 
@@ -578,6 +588,7 @@ class Machine:
             by_name[instruction(self.function.code[index]).name] += times
         per_warp = (self.warp_counts + self.uncounted).reshape(blocks, -1)
         counts.instructions = {name: times / blocks for name, times in by_name.most_common()}
+        counts.l2_sectors /= blocks
         counts.warps = [int(count) for count in per_warp[0]]
         for attribute in ("loads", "stores", "load_sectors", "store_sectors", "shared", "shared_cycles"):
             setattr(counts, attribute, {key: n / blocks for key, n in sorted(getattr(counts, attribute).items())})
@@ -625,8 +636,8 @@ def _sources(ins):
                 yield f"{stem}{number + i}"
 
 
-def run(function, parameters, *, grid=1, threads=32, block=None, cluster=1, shared=0, regions=()) -> Counts:
-    """Run the block ``block`` of a launch, by default one in the middle, with its cluster, and count."""
-    block = grid // 2 if block is None else block
+def run(function, parameters, *, grid=(1,), threads=32, block=None, cluster=1, shared=0, regions=()) -> Counts:
+    """Run a block of a launch, by default one in the middle, with its cluster, and count."""
+    block = math.prod(grid) // 2 if block is None else block
     first = block - block % cluster
     return Machine(function, parameters, grid, threads, range(first, first + cluster), shared, regions).run()

@@ -240,10 +240,11 @@ def r2ur(m, ins):
 @opcode("S2R", "S2UR", "CS2R")
 def s2r(m, ins):
     to, what = ins.operands
-    of_block = np.array(m.blocks, U32)[m.block_of]
+    blocks, (width, height, _) = np.array(m.blocks)[m.block_of], m.grid
     known = {
-        "SRZ": 0, "SR_TID.X": m.tid, "SR_TID.Y": 0, "SR_TID.Z": 0, "SR_CTAID.X": of_block, "SR_CTAID.Y": 0,
-        "SR_CTAID.Z": 0, "SR_LANEID": m.lane, "SR_CgaCtaId": m.block_of, "SR_SWINHI": SHARED_WINDOW,
+        "SRZ": 0, "SR_TID.X": m.tid, "SR_TID.Y": 0, "SR_TID.Z": 0, "SR_CTAID.X": blocks % width,
+        "SR_CTAID.Y": blocks // width % height, "SR_CTAID.Z": blocks // width // height, "SR_LANEID": m.lane,
+        "SR_CgaCtaId": m.block_of, "SR_SWINHI": SHARED_WINDOW,
         "SR_LWINHI": LOCAL_WINDOW, "SR_CLOCKLO": 0, "SR_CLOCKHI": 0, "SR_VIRTID": 0,
         "SR_LTMASK": (U32(1) << m.lane) - U32(1), "SR_EQMASK": U32(1) << m.lane,
     }  # fmt: skip
@@ -285,32 +286,32 @@ def sel(m, ins):
     return lambda mask: m.put(to, np.where(which(), a(), b()), mask)
 
 
-@opcode("P2R")
+@opcode("P2R", "UP2UR")
 def p2r(m, ins):
     if ins.has("B1", "B2", "B3"):
         raise SassError("predicates in another byte")
     to, _, rest, which = ins.operands
-    rest, which = m.integer(rest), m.integer(which)
+    rest, which, predicates = m.integer(rest), m.integer(which), m.UP if ins.name[0] == "U" else m.P
 
     def run(mask):
         bits = np.zeros(m.n, U32)
         for i in range(7):
-            bits |= m.P[i].astype(U32) << U32(i)
+            bits |= predicates[i].astype(U32) << U32(i)
         m.put(to, (bits & which()) | (rest() & ~which()), mask)
 
     return run
 
 
-@opcode("R2P")
+@opcode("R2P", "UR2UP")
 def r2p(m, ins):
     if ins.has("B1", "B2", "B3"):
         raise SassError("predicates in another byte")
-    value, which = m.integer(ins.operands[1]), int(ins.operands[2], 0)
+    value, which, stem = m.integer(ins.operands[1]), int(ins.operands[2], 0), ins.operands[0][:-1]
 
     def run(mask):
         for i in range(7):
             if which >> i & 1:
-                m.put_predicate(f"P{i}", value() >> U32(i) & U32(1) != 0, mask)
+                m.put_predicate(f"{stem}{i}", value() >> U32(i) & U32(1) != 0, mask)
 
     return run
 
@@ -927,10 +928,7 @@ def _halves(m, operand, bfloat):
     """The lower and the upper half of an operand, in single precision."""
     sign, magnitude = operand.startswith("-"), "|" in operand
     text = operand.lstrip("-").strip("|")
-    text, _, which = text.partition(".") if not text[:1].isdigit() else (text, "", "")
-    if not REGISTER.match(text) and not text.startswith("c["):
-        value = F32(float(operand.strip("|").replace("+INF", "inf").replace("QNAN", "nan")))
-        return lambda: (value, value)
+    text, _, which = text.partition(".") if not text.startswith("c[") else (text, "", "")
     bits = m.integer(text)
 
     def run():
@@ -952,6 +950,24 @@ def _halves(m, operand, bfloat):
     return run
 
 
+def _half_inputs(m, operands, bfloat):
+    """What reads the halves of each operand; two numbers stand for the halves of one, the upper one first."""
+    operands, inputs = [operand for operand in operands if not is_predicate(operand)], []
+    while operands:
+        operand = operands.pop(0)
+        if "R" not in operand and not operand.startswith("c["):
+            high = _half_number(operand)
+            low = _half_number(operands.pop(0)) if operands else high
+            inputs.append(lambda low=low, high=high: (low, high))
+        else:
+            inputs.append(_halves(m, operand, bfloat))
+    return inputs
+
+
+def _half_number(text):
+    return F32(float(text.replace("QNAN", "nan").replace("INF", "inf")))
+
+
 @opcode("HADD2", "HMUL2", "HFMA2", "HADD2_32", "HMNMX2")
 def half_arithmetic(m, ins):
     to = ins.operands[0]
@@ -960,15 +976,7 @@ def half_arithmetic(m, ins):
         return lambda mask: m.put(to, a() + b(), mask)
     bfloat = ins.has("BF16", "BF16_V2")
     narrow = _bfloat16 if bfloat else _float16
-    operands = [operand for operand in ins.operands[1:] if not is_predicate(operand)]
-    inputs = []
-    while operands:  # two numbers stand for the halves of one operand, the upper one first
-        operand = operands.pop(0)
-        if operand[-1:].isdigit() and not REGISTER.match(operand.strip("-|")) and "R" not in operand and operands:
-            high, low = F32(float(operand)), F32(float(operands.pop(0)))
-            inputs.append(lambda low=low, high=high: (low, high))
-        else:
-            inputs.append(_halves(m, operand, bfloat))
+    inputs = _half_inputs(m, ins.operands[1:], bfloat)
     smaller = m.predicate(ins.operands[-1]) if ins.name == "HMNMX2" else None
 
     def run(mask):
@@ -988,12 +996,8 @@ def half_arithmetic(m, ins):
 
 @opcode("HSETP2")
 def hsetp2(m, ins):
-    bfloat = ins.has("BF16", "BF16_V2")
-    a, b, joined = (
-        _halves(m, ins.operands[2], bfloat),
-        _halves(m, ins.operands[3], bfloat),
-        m.predicate(ins.operands[4]),
-    )
+    a, b = _half_inputs(m, ins.operands[2:], ins.has("BF16", "BF16_V2"))
+    joined = m.predicate(next(operand for operand in ins.operands[2:] if is_predicate(operand)))
     compare = _comparison(ins)
 
     def run(mask):
@@ -1216,7 +1220,7 @@ def store_generic(m, ins):
     return run
 
 
-@opcode("ATOM", "ATOMG", "RED", "ATOMS")
+@opcode("ATOM", "ATOMG", "RED", "REDG", "ATOMS")
 def atomic(m, ins):
     """Counted as a store; returns what memory holds: zero, since counters are all that is updated so."""
     brackets = [i for i, operand in enumerate(ins.operands) if operand.endswith("]")]
@@ -1303,27 +1307,33 @@ def syncs(m, ins):
 
 @opcode("LDSM", "STSM")
 def matrix(m, ins):
-    """8 x 8 matrices of 16 bits in shared memory: a row's address from each of 8 lanes."""
-    if ins.has("MT88"):
-        raise SassError("transposed matrices")
+    """8 x 8 matrices of 16 bits in shared memory: a row's address from each of 8 lanes, two numbers to a thread."""
     load = ins.name == "LDSM"
-    to = ins.operands[0] if load else ins.operands[1]
+    register = ins.operands[0] if load else ins.operands[1]
     where = _bracketed(m, ins.operands[1] if load else ins.operands[0])
-    matrices = 4 if ins.has("4") else 2 if ins.has("2") else 1
+    count = 4 if ins.has("4") else 2 if ins.has("2") else 1
+    transposed = ins.has("MT88")
     warp, lane = np.arange(m.n) // WARP * WARP, m.lane.astype(I64)
+    rows = [2 * (lane % 4) + k for k in (0, 1)] if transposed else [lane // 4]
+    columns = lane // 4 * 2 if transposed else lane % 4 * 4
+    width = 4 // len(rows)
 
     def run(mask):
-        addresses = np.broadcast_to(where(), m.n)
-        words = []
-        for i in range(matrices):
-            at = addresses[warp + 8 * i + lane // 4] + (lane % 4 * 4).astype(U64)
-            index = m.shared_index(at, 4, mask)
-            m.shared_access(ins.name, index, 4, mask)
-            if load:
-                words += m.load_shared(index, 4)
-            else:
-                m.store_shared(index, 4, _registers(m, to, 4 * matrices)[i : i + 1], mask)
+        addresses, words = np.broadcast_to(where(), m.n), []
+        registers = _registers(m, register, 4 * count)
+        for i in range(count):
+            # All of the matrix goes by at once, 16 bytes of each row.
+            whole = m.shared_index(addresses[warp + 8 * i + lane // 4] + (lane % 4 * 4).astype(U64), 4, mask)
+            m.shared_access(ins.name, whole, 4, mask)
+            word = U32(0)
+            for k, row in enumerate(rows):
+                index = m.shared_index(addresses[warp + 8 * i + row] + columns.astype(U64), width, mask)
+                if load:
+                    word = word | m.load_shared(index, width)[0] << U32(16 * k)
+                else:
+                    m.store_shared(index, width, [registers[i] >> U32(16 * k)], mask)
+            words.append(word)
         if load:
-            _put_words(m, to, words, mask)
+            _put_words(m, register, words, mask)
 
     return run

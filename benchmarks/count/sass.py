@@ -111,10 +111,11 @@ class Counts:
 
     instructions: dict[str, float] = field(default_factory=dict)  #: executed warp instructions by opcode
     warps: list[int] = field(default_factory=list)  #: executed instructions of each warp
-    loads: dict[int, float] = field(default_factory=dict)  #: warp requests to global memory by width in bits
-    stores: dict[int, float] = field(default_factory=dict)
-    load_sectors: dict[int, float] = field(default_factory=dict)  #: sectors that these requests touch
-    store_sectors: dict[int, float] = field(default_factory=dict)
+    loads: dict[str, float] = field(default_factory=dict)  #: warp requests to global memory by bits, or "bulk"
+    stores: dict[str, float] = field(default_factory=dict)
+    load_sectors: dict[str, float] = field(default_factory=dict)  #: sectors that these requests touch
+    store_sectors: dict[str, float] = field(default_factory=dict)
+    l2_sectors: float = 0.0  #: those that go to the second-level cache: not what the block has read before
     read: dict[int, int] = field(default_factory=dict)  #: bytes in distinct sectors by region
     written: dict[int, int] = field(default_factory=dict)
     shared: dict[str, float] = field(default_factory=dict)  #: warp requests to shared memory by opcode and width

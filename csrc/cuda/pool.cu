@@ -6,32 +6,6 @@
 namespace attnkern {
 namespace {
 
-// Σ over the rows of each group of (groups, rows, C), in an order that follows from the number of rows.
-template <typename A>
-__global__ void __launch_bounds__(256)
-    add_rows(const A* from, int64_t groups, int64_t rows, int64_t channels, MutableCompanion to) {
-  struct Lanes {
-    A of[256];
-  };
-  const int64_t tiles = ceil_div(channels, kWarp), group = block_index() / tiles;
-  if (group >= groups)
-    return;
-  const int64_t c = block_index() % tiles * kWarp + threadIdx.x % kWarp;
-  A sum = 0;
-  if (c < channels)
-#pragma unroll 4
-    for (int64_t row = threadIdx.x / kWarp; row < rows; row += blockDim.x / kWarp)
-      sum += from[(group * rows + row) * channels + c];
-  A* lanes = shared<Lanes>().of;
-  lanes[threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.x >= kWarp || c >= channels)
-    return;
-  for (int i = kWarp + threadIdx.x; i < blockDim.x; i += kWarp)
-    sum += lanes[i];
-  to.store(group * channels + c, sum);
-}
-
 // A copy of features whose accesses of so many bytes would be misaligned: seldom, and the only way by which every order
 // of sums follows from the shape.
 void make_aligned(Tensor& local, size_t bytes) {
@@ -58,15 +32,22 @@ void launch_walk(const Queue& queue, const Walk& walk, const Pass& pass, const T
 
 // `vector` is what scores are formed with; without one they are zero.
 template <typename T, typename Pass>
-void launch_slices(const Queue& queue, const Slice& slice, const Pass& pass, const Tensor& local,
+void launch_slices(const Queue& queue, const Shape& shape, const Pass& pass, Tensor local,
                    const std::optional<Query>& vector) {
+  const Slice slice(shape, T{});
+  make_aligned(local, slice.width * sizeof(T));
   Wide<T>* partial = nullptr;
-  Tensor scratch = empty<Wide<T>>(local, {vector.has_value() ? slice.blocks() * slice.shape.positions : 0});
+  Tensor scratch = empty<Wide<T>>(local, {vector.has_value() ? slice.blocks() * (shape.positions + 1) : 0});
   if (vector.has_value()) {
     partial = mutable_data<Wide<T>>(scratch);
-    queue.launch(slice_scores<T>, slice.blocks(), kSliceThreads, 0, slice, *vector, data<T>(local), partial);
+    const Wide<T>* pooled = nullptr;
+    if constexpr (Pass::kBackward)
+      pooled = pass.pooled;
+    queue.launch(slice_scores<T>, slice.blocks(), kSliceThreads, SliceTile<T>::bytes(), slice, *vector, pooled,
+                 data<T>(local), partial);
   }
-  queue.launch(pool_slice<T, Pass>, slice.blocks(), kSliceThreads, 0, slice, pass, data<T>(local), partial);
+  queue.launch(pool_slice<T, Pass>, slice.blocks(), kSliceThreads, SliceTile<T>::bytes(), slice, pass, data<T>(local),
+               partial);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pool_fwd(Tensor local, Tensor query) {
@@ -86,7 +67,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_fwd(Tensor local, Tensor query) 
     Forward<T> pass{{query, query.dim() == 1}, mutable_data<A>(scores), nullptr, nullptr, mutable_data<T>(pooled),
                     std::is_same_v<T, A> ? nullptr : mutable_data<A>(pooled_wide), mutable_data<A>(attention)};
     if (!Walk::fits<T>(shape)) {
-      launch_slices<T>(queue, Slice(shape), pass, local, pass.query);
+      launch_slices<T>(queue, shape, pass, local, pass.query);
       return std::tuple(pooled, attention, scores, pooled_wide);
     }
     const Walk walk(shape, t);
@@ -96,8 +77,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_fwd(Tensor local, Tensor query) 
     pass.sums = mutable_data<A>(scratch);
     pass.moments = pass.sums + blocks * c;
     launch_walk<T>(queue, walk, pass, local);
-    queue.launch(pool_finish<T>, walk.splits > 1 ? n * finish_slices(shape) : 0, kFinishThreads, 0, shape, walk.splits,
-                 pass);
+    const RowSums rows(c, walk.splits);
+    queue.launch(pool_finish<T>, walk.splits > 1 ? n * rows.blocks() : 0, RowSums::kThreads, 0,
+                 shape, walk.splits, pass, rows);
     return std::tuple(pooled, attention, scores, pooled_wide);
   });
 }
@@ -141,11 +123,12 @@ std::tuple<Tensor, Tensor> pool_bwd(std::optional<Tensor> grad_pooled, std::opti
       std::optional<Query> vector;
       if (grad_pooled.has_value())
         vector = Query{*grad_pooled, false};
-      launch_slices<T>(queue, Slice(shape), pass, local, vector);
+      launch_slices<T>(queue, shape, pass, local, vector);
     }
     if (!pass.direct) {
-      const int64_t groups = shared_query ? 1 : n, rows = n * splits / groups;
-      queue.launch(add_rows<A>, groups * ceil_div(c, kWarp), 256, 0, data<A>(sums), groups, rows, c,
+      const int64_t groups = shared_query ? 1 : n, count = n * splits / groups;
+      const RowSums rows(c, count);
+      queue.launch(add_rows<A>, groups * rows.blocks(), RowSums::kThreads, 0, data<A>(sums), groups, count, rows,
                    MutableCompanion(grad_query));
     }
     return std::tuple(grad_local, grad_query);

@@ -65,11 +65,18 @@ template <typename T> struct Backward {
     if (grad_pooled != nullptr)
       for (int64_t c = threadIdx.x; c < shape.channels; c += blockDim.x)
         total[0] = std::fma(score_vector(shape, image, c), pooled[image * shape.channels + c], total[0]);
-    if (grad_attention != nullptr)
-      for (int64_t p = image * shape.positions + threadIdx.x; p < (image + 1) * shape.positions; p += blockDim.x)
-        total[0] = std::fma(attention[p], grad_attention[p], total[0]);
     block_reduce(total);
-    return total[0];
+    return attention_delta(shape, image, total[0]);
+  }
+  // The same where ⟨dg, pooled⟩ is known.
+  ATTNKERN_DEVICE A attention_delta(const Shape& shape, int64_t image, A delta) const {
+    if (grad_attention == nullptr)
+      return delta;
+    A total[1] = {};
+    for (int64_t p = image * shape.positions + threadIdx.x; p < (image + 1) * shape.positions; p += blockDim.x)
+      total[0] = std::fma(attention[p], grad_attention[p], total[0]);
+    block_reduce(total);
+    return delta + total[0];
   }
 };
 

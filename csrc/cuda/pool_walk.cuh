@@ -403,53 +403,87 @@ __global__ void __launch_bounds__(kMostThreads, 1) pool_walk(Walk walk, Pass pas
   }
 }
 
-constexpr int kFinishThreads = 256;
-ATTNKERN_INLINE int64_t finish_slices(const Shape& shape) {
-  const int64_t channels = shape.channels > 0 ? shape.channels : 1;
-  return ceil_div(channels, kWarp);
-}
+// How blocks of 256 threads add up rows: few rows by a thread for each channel, many by eight.
+struct RowSums {
+  static constexpr int kThreads = 256;
+  int64_t channels;
+  int threads; // for each channel
 
-// An image's outputs from its splits, by `slices` blocks: each has a warp's width of channels, of which its warps add
-// some splits each, and its share of the positions.
+  RowSums(int64_t channels, int64_t rows) : channels(channels), threads(rows > 8 ? 8 : 1) {}
+  ATTNKERN_INLINE int64_t width() const { return kThreads / threads; } // channels of a block
+  ATTNKERN_INLINE int64_t blocks() const { return channels > 0 ? (channels + width() - 1) / width() : 1; }
+
+  // term(row, channel), summed over the rows for this thread's channel; meant for the first thread of each. By the whole
+  // block.
+  template <typename A, typename Term> ATTNKERN_DEVICE A sum(int64_t c, int64_t rows, const Term& term) const {
+    struct Threads {
+      A of[kThreads];
+    };
+    A* sums = shared<Threads>().of;
+    A sum = 0;
+    if (c < channels)
+#pragma unroll 4
+      for (int64_t row = threadIdx.x / width(); row < rows; row += threads)
+        sum = term(sum, row);
+    if (threads == 1)
+      return sum;
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    for (int i = 1; i < threads && threadIdx.x < width(); ++i)
+      sum += sums[i * width() + threadIdx.x];
+    return sum;
+  }
+};
+
+// An image's outputs from its splits, by some blocks that share the work.
 template <typename T>
-__global__ void __launch_bounds__(kFinishThreads) pool_finish(Shape shape, int64_t splits, Forward<T> pass) {
+__global__ void __launch_bounds__(RowSums::kThreads)
+    pool_finish(Shape shape, int64_t splits, Forward<T> pass, RowSums rows) {
   using A = Wide<T>;
-  constexpr int kWarps = kFinishThreads / kWarp;
-  struct Sums {
-    A factor[kMostSplits]; // that brings a split's sums to the image's largest score
-    A of[kFinishThreads];
+  struct Factors { // that bring a split's sums to the image's largest score
+    A of[kMostSplits];
   };
-  const int64_t slices = finish_slices(shape), image = block_index() / slices;
+  static_assert(kMostSplits <= 2 * kWarp, "a lane has two splits");
+  const int64_t image = divide(block_index(), rows.blocks()), slice = block_index() - image * rows.blocks();
   if (image >= shape.images)
     return;
-  const int64_t slice = block_index() - image * slices, c = slice * kWarp + threadIdx.x % kWarp;
-  const int warp = threadIdx.x / kWarp;
-  const A* moment = pass.moments + 2 * (image * splits + threadIdx.x);
-  const bool is_split = threadIdx.x < splits;
-  A highest[1] = {is_split ? moment[0] : -A(INFINITY)}, total[1] = {};
-  block_reduce<Max>(highest);
-  Sums& sums = shared<Sums>();
-  if (is_split) {
-    sums.factor[threadIdx.x] = softmax_weight(moment[0], highest[0]);
-    total[0] = moment[1] * sums.factor[threadIdx.x];
-  }
-  block_reduce(total); // its barriers make the factors visible
-  A value = 0;
-  if (c < shape.channels)
-#pragma unroll 4
-    for (int64_t s = warp; s < splits; s += kWarps)
-      value = std::fma(pass.sums[(image * splits + s) * shape.channels + c], sums.factor[s], value);
-  sums.of[threadIdx.x] = value;
-  for (int64_t p = slice * kFinishThreads + threadIdx.x; p < shape.positions; p += slices * kFinishThreads) {
-    const int64_t at = image * shape.positions + p;
-    pass.attention[at] = softmax_weight(pass.scores[at], highest[0]) / total[0];
-  }
+  A* factors = shared<Factors>().of;
+  const A* moments = pass.moments + 2 * image * splits;
+  const int lane = threadIdx.x % kWarp, other = lane + kWarp;
+  const A max = lane < splits ? moments[2 * lane] : -A(INFINITY);
+  const A other_max = other < splits ? moments[2 * other] : -A(INFINITY);
+  const A highest = warp_reduce<Max>(Max()(max, other_max));
+  const A factor = lane < splits ? softmax_weight(max, highest) : A(0);
+  const A other_factor = other < splits ? softmax_weight(other_max, highest) : A(0);
+  const A total = warp_reduce((lane < splits ? moments[2 * lane + 1] * factor : A(0)) +
+                              (other < splits ? moments[2 * other + 1] * other_factor : A(0)));
+  if (threadIdx.x < kWarp)
+    factors[lane] = factor, factors[other] = other_factor;
   __syncthreads();
-  if (warp != 0 || c >= shape.channels)
+  const int64_t c = slice * rows.width() + threadIdx.x % rows.width();
+  const A* sums = pass.sums + image * splits * shape.channels + c;
+  const A value = rows.template sum<A>(
+      c, splits, [&](A sum, int64_t s) { return std::fma(sums[s * shape.channels], factors[s], sum); });
+  if (threadIdx.x < rows.width() && c < shape.channels)
+    pass.store_pooled(image * shape.channels + c, value / total);
+  for (int64_t p = slice * RowSums::kThreads + threadIdx.x; p < shape.positions; p += rows.blocks() * RowSums::kThreads)
+    pass.attention[image * shape.positions + p] =
+        softmax_weight(pass.scores[image * shape.positions + p], highest) / total;
+}
+
+// Σ over the rows of each group of (groups, rows, C).
+template <typename A>
+__global__ void __launch_bounds__(RowSums::kThreads)
+    add_rows(const A* from, int64_t groups, int64_t count, RowSums rows, MutableCompanion to) {
+  const int64_t group = divide(block_index(), rows.blocks()), slice = block_index() - group * rows.blocks();
+  if (group >= groups)
     return;
-  for (int w = 1; w < kWarps; ++w)
-    value += sums.of[w * kWarp + threadIdx.x];
-  pass.store_pooled(image * shape.channels + c, value / total[0]);
+  const int64_t c = slice * rows.width() + threadIdx.x % rows.width();
+  from += group * count * rows.channels + c;
+  const A value =
+      rows.template sum<A>(c, count, [&](A sum, int64_t row) { return sum + from[row * rows.channels]; });
+  if (threadIdx.x < rows.width() && c < rows.channels)
+    to.store(group * rows.channels + c, value);
 }
 
 } // namespace attnkern

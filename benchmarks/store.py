@@ -1,0 +1,66 @@
+"""The results file of a run: each row is written as soon as it is measured, and a later run can continue it."""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMITTED = ROOT / "benchmarks/results"
+#: Where results are written.
+RESULTS = Path(os.environ.get("ATTNKERN_RESULTS") or COMMITTED).absolute()
+
+#: Files on which the measured times depend.
+MEASURED = ("attnkern/**/*.py", "csrc/**/*", "setup.py", "benchmarks/cases.py", "benchmarks/run.py")
+
+
+def code_version(*patterns: str) -> str:
+    """A hash of the files in the source tree that match."""
+    found = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()}):
+        found.update(f"{path.relative_to(ROOT)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+class Store:
+    """A results file. A run with a key (the version of the code and the options) continues the file that has the same
+    key, machine, version of PyTorch and suite.
+    """
+
+    def __init__(self, folder: Path, about: dict):
+        stem = f"{about['machine']} {about['threads']} threads {about['date']} {about['suite']}"
+        self.path = folder / f"{re.sub(r'[^a-z0-9]+', '-', stem.lower()).strip('-')}.json"
+        self.content = {**about, "rows": []}
+        if "key" in about:
+            key = hashlib.sha256(json.dumps([about["key"], about["torch"]]).encode()).hexdigest()[:6]
+            self.path = self.path.with_stem(f"{self.path.stem}-{key}")
+            for path in sorted(folder.glob("*.json")):
+                content = json.loads(path.read_text())
+                if all(content.get(name) == about[name] for name in ("key", "machine", "threads", "torch", "suite")):
+                    self.path, self.content = path, content
+
+    @classmethod
+    def of(cls, path: Path):
+        """The store of an existing file."""
+        store = cls.__new__(cls)
+        store.path, store.content = path, json.loads(path.read_text())
+        return store
+
+    def has(self, case: str, which: str) -> bool:
+        return any(row["case"] == case and row["pass"] == which for row in self.content["rows"])
+
+    def add(self, row: dict) -> None:
+        """Append a row, or replace an earlier measurement of it."""
+        rows, names = self.content["rows"], [(row["case"], row["pass"]) for row in self.content["rows"]]
+        if (row["case"], row["pass"]) in names:
+            rows[names.index((row["case"], row["pass"]))] = row
+        else:
+            rows.append(row)
+        self.put("rows", rows)
+
+    def put(self, key: str, value) -> None:
+        self.content[key] = value
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        partial.replace(self.path)

@@ -235,16 +235,18 @@ def demangled(names):
 
 #: bytes of stack beyond which registers have been spilled: the reduction of huge angles takes 32, double's 40
 STACK = {"window": 40}
+#: kernels that walk through features
+FEATURES = [f"{operator}_{which}_kernel" for operator in ("window", "anchor") for which in ("forward", "backward")]
 
 
 def resources():
-    """(architecture, kernel, registers, stack, shared memory) of each kernel in the library."""
+    """(architecture, kernel, registers, stack, shared memory, symbol) of each kernel in the library."""
     text = subprocess.run([cuobjdump(), "-res-usage", LIBRARY], capture_output=True, text=True, check=True).stdout
     for part in text.split("arch = sm_")[1:]:
         rows = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", part)
-        for name, (_, *numbers) in zip(demangled([name for name, *_ in rows]), rows, strict=False):
+        for name, (symbol, *numbers) in zip(demangled([name for name, *_ in rows]), rows, strict=False):
             name = re.sub(r"attnkern::|\(anonymous namespace\)::", "", name).removeprefix("void ")
-            yield int(re.match(r"\d+", part)[0]), name, *map(int, numbers)
+            yield int(re.match(r"\d+", part)[0]), name, *map(int, numbers), symbol
 
 
 @needs_library
@@ -257,6 +259,28 @@ def test_resources(capsys):
         print(f"\n\n{'resources':6} {'kernel':66} {'registers':>10} {'stack':>6} {'shared':>7}")
         for row in rows:
             print("sm_{:<6} {:66} {:10} {:6} {:7}".format(*row))
-    for architecture, name, _, stack, _ in rows:
+    for architecture, name, registers, stack, *_ in rows:
         if architecture == 90:
             assert stack <= STACK.get(name.split("_")[0], 0), name
+            if any(name.startswith(kernel) for kernel in FEATURES) and "double" not in name:
+                assert registers <= 80, f"{name}: three blocks do not fit a multiprocessor"
+
+
+@needs_library
+@pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump")
+@pytest.mark.parametrize("kernel", FEATURES)
+def test_features_move_in_whole_vectors(kernel):
+    """The loops over a tile, one for each layout, keep four vectors on their way; each is read and written at once."""
+    symbols = {row[-1]: row[1] for row in resources() if row[0] == 90 and row[1].startswith(kernel)}
+    assert len(symbols) == 4  # storage types
+    text = subprocess.run(
+        [cuobjdump(), "-sass", "-arch", "sm_90", "-fun", ",".join(symbols), LIBRARY],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    layouts, on_their_way = 2, 4
+    outputs = on_their_way if "forward" in kernel else on_their_way // 2  # of two inputs one becomes an output
+    for part in text.split("Function : ")[1:]:
+        name = symbols[part.split()[0]]
+        # What is asked for before the loops is written there for each layout, too.
+        assert len(re.findall(r"\bLDG\.E\.128\b", part)) >= 2 * layouts * on_their_way, name
+        assert len(re.findall(r"\bSTG\.E\.128\b", part)) == layouts * outputs, name

@@ -150,7 +150,7 @@ def test_window(case, options, kind):
         assert torch.equal(again, grad_rectangle)
 
 
-@pytest.mark.parametrize("size", [(7, 7), (1, 1), (40, 27)])
+@pytest.mark.parametrize("size", [(7, 7), (1, 1), (40, 27), (96, 91)])
 @pytest.mark.parametrize("dtype", [BF16, FLOAT, DOUBLE])
 @pytest.mark.parametrize("rescale", [True, False])
 def test_window_map(size, dtype, rescale):

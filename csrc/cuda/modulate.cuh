@@ -26,7 +26,7 @@ struct Tiling {
   int groups = 1; // of threads, each with rows (channels innermost: columns) of its own
   int lanes = 1;  // threads of a group
   int passes = 1; // of a group over a row (channels innermost: column)
-  int64_t stride; // between a group's rows (channels innermost: columns)
+  int64_t stride; // from a thread's last vector of a row (channels innermost: column) to its first one of the next
   bool aligned;   // every vector may be read and written at once; no result depends on it
 
   template <typename T, typename... Pointers> static Tiling of(const Shape& shape, const Pointers*... features) {
@@ -58,7 +58,7 @@ private:
       if (size <= elements && columns <= kMaxColumns)
         column_tiles = 1;
       width = static_cast<int>(ceil_div(columns, column_tiles));
-      stride = groups * channels;
+      stride = groups * channels - (passes - 1) * static_cast<int64_t>(lanes * vector);
       return;
     }
     const int64_t span = std::min<int64_t>(vector / std::gcd<int64_t>(vector, shape.positions), channels);
@@ -139,22 +139,22 @@ template <typename T, int kInputs> class Walk {
   int group_;         // this thread has the items group_, group_ + groups, ... of the tile
   int end_ = 0;       // of the items
   int whole_ = 0;     // of them, end of those made of whole aligned vectors
-  bool last_ = false; // whether it has a vector of an item's last pass
+  int passes_;        // vectors of an item, which may be one fewer than another thread's
   Packed<T> ahead_[kDepth][kInputs] = {};
   Cursor next_;       // to be asked for
 
   // With channels innermost all threads of a warp go on until the last one is done.
   template <bool kInner> ATTNKERN_DEVICE int bound() const { return kInner ? end_ + group_ : end_; }
-  ATTNKERN_DEVICE int step() const { return tiling_.lanes * kLength; }
+  ATTNKERN_DEVICE int64_t step() const { return tiling_.lanes * kLength; }
   template <bool kInner> ATTNKERN_DEVICE bool ends_item(const Cursor& at) const {
     return !kInner || at.pass + 1 == tiling_.passes;
   }
   template <bool kInner> ATTNKERN_DEVICE bool is_whole(const Cursor& at) const {
-    return at.item < whole_ && (last_ || !ends_item<kInner>(at));
+    return at.item < whole_ && (!kInner || at.pass < passes_);
   }
   template <bool kInner> ATTNKERN_DEVICE void advance(Cursor& at) const {
     if (ends_item<kInner>(at)) {
-      at.offset += kInner ? tiling_.stride - at.pass * step() : tiling_.stride;
+      at.offset += tiling_.stride;
       at.item += tiling_.groups;
       at.pass = 0;
     } else {
@@ -181,14 +181,14 @@ public:
     if (tiling.shape.channels_inner) {
       const int64_t channels = tiling.shape.channels;
       offset_ += (tile.column + group_) * channels + lane * kLength;
-      last_ = (tiling.passes - 1) * step() + lane * kLength < channels;
+      passes_ = tiling.passes - ((tiling.passes - 1) * step() + lane * kLength >= channels);
       end_ = tile.width;
       whole_ = tiling.aligned ? end_ : 0;
     } else {
       const int64_t row = tile.row + group_, column = tile.column + lane * kLength;
       offset_ += row * tiling.columns + column;
-      last_ = group_ < tiling.groups && lane * kLength < tile.width;
-      if (last_) {
+      passes_ = 1;
+      if (group_ < tiling.groups && lane * kLength < tile.width) {
         const int64_t rows = std::min(tiling.rows - tile.row, tiling.rows_per_tile);
         end_ = static_cast<int>(rows);
         // Only an image's last row can be cut short.

@@ -13,7 +13,7 @@ extern "C" __attribute__((used, visibility("default"))) const char attnkern_sche
 namespace attnkern {
 namespace {
 
-constexpr int kChunk = 1024; // positions that one block takes statistics of
+constexpr int kChunk = 1024; // positions that one block takes statistics of; twice as many of large maps
 constexpr int kWarps = kThreads / kWarp;
 
 // A batch of rectangles on one grid.
@@ -24,9 +24,11 @@ struct Windows {
   bool rescale, aspect;
 
   ATTNKERN_INLINE int64_t positions() const { return height * width; }
-  ATTNKERN_INLINE int64_t chunks() const { return ceil_div(positions(), kChunk); }
+  ATTNKERN_INLINE bool large() const { return positions() >= 8 * kChunk; }
+  ATTNKERN_INLINE int64_t chunk() const { return large() ? 2 * kChunk : kChunk; }
+  ATTNKERN_INLINE int64_t chunks() const { return ceil_div(ceil_div(positions(), kChunk), large() ? 2 : 1); }
   // Small maps need no launch of their own for the statistics: every tile takes them again.
-  ATTNKERN_INLINE bool one_launch() const { return !rescale || chunks() == 1; }
+  ATTNKERN_INLINE bool one_launch() const { return !rescale || positions() <= kChunk; }
 };
 
 // An image's frame and coordinates, made once for the block: sine, cosine and divisions are long.
@@ -99,18 +101,18 @@ template <typename A, bool kSlopes> struct Statistics {
   }
 };
 
-// Of a chunk of positions, by the whole block.
+// Of some positions from `begin` on, by the whole block.
 template <bool kSlopes, typename A>
-ATTNKERN_DEVICE Statistics<A, kSlopes> chunk_statistics(const Windows& windows, const Plane<A>& plane, int64_t chunk) {
+ATTNKERN_DEVICE Statistics<A, kSlopes> block_statistics(const Windows& windows, const Plane<A>& plane, int64_t begin,
+                                                        int count) {
   struct Warps {
     Statistics<A, kSlopes> of[kWarps];
   };
   Warps& warps = shared<Warps>();
   auto own = Statistics<A, kSlopes>::of_nothing();
-  const int64_t end = std::min(windows.positions(), (chunk + 1) * kChunk);
 #pragma unroll 1
-  for (int64_t position = chunk * kChunk + threadIdx.x; position < end; position += kThreads)
-    own.add(plane.frame, plane.window(windows, position));
+  for (int i = threadIdx.x; i < count; i += kThreads)
+    own.add(plane.frame, plane.window(windows, begin + i));
   own.reduce(kWarp);
   if (threadIdx.x % kWarp == 0)
     warps.of[threadIdx.x / kWarp] = own;
@@ -136,9 +138,10 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t item = block_index();
   if (item >= items)
     return;
-  const int64_t image = divide(item, windows.chunks());
+  const int64_t image = divide(item, windows.chunks()), begin = (item - image * windows.chunks()) * windows.chunk();
   const Plane<A>& plane = shared_plane<A>(windows, image);
-  const auto statistics = chunk_statistics<true>(windows, plane, item - image * windows.chunks());
+  const int count = static_cast<int>(std::min(windows.positions() - begin, windows.chunk()));
+  const auto statistics = block_statistics<true>(windows, plane, begin, count);
   if (threadIdx.x == 0)
     chunks[item] = statistics;
 }
@@ -169,10 +172,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   const Tile tile(tiling, block_index());
   Walk<T, 1> walk(tiling, tile, {x});
   const Plane<A>& plane = shared_plane<A>(windows, tile.image);
+  const int positions = static_cast<int>(windows.positions()); // where one launch does
   chunks += tile.image * windows.chunks();
   A max = 0, factor = 1;
   if (windows.rescale) {
-    const auto statistics = windows.one_launch() ? chunk_statistics<false>(windows, plane, 0)
+    const auto statistics = windows.one_launch() ? block_statistics<false>(windows, plane, 0, positions)
                                                  : image_statistics<false>(windows, chunks);
     max = statistics.max, factor = windows.positions() / statistics.sum[0];
   }
@@ -181,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   if (!windows.rescale || tile.in_image + 1 < tiling.tiles())
     return;
   // What the backward pass wants, by one of an image's tiles: the others do without the slopes.
-  const auto statistics = windows.one_launch() ? chunk_statistics<true>(windows, plane, 0)
+  const auto statistics = windows.one_launch() ? block_statistics<true>(windows, plane, 0, positions)
                                                : image_statistics<true>(windows, chunks);
   if (threadIdx.x == 0)
     statistics.store_means(stats + tile.image * kStats);
@@ -293,6 +297,7 @@ void forward(const Tensor& like, const Windows& windows, const Shape& shape, con
   const Queue queue(like);
   const auto tiling = Tiling::of<T>(shape, x, output);
   const int64_t items = windows.one_launch() ? 0 : shape.images * windows.chunks();
+  static_assert(sizeof(Statistics<A, true>) == kStats * sizeof(A), "numbers and nothing else");
   const Tensor scratch = empty<A>(like, {items * kStats});
   auto* chunks = reinterpret_cast<Statistics<A, true>*>(mutable_data<A>(scratch));
   queue.launch(window_statistics_kernel<A>, items, kThreads, 0, windows, chunks, items);

@@ -341,12 +341,13 @@ class Run:
                     self.tell(f"            {outcome}: {line}")
             if not over:
                 unfinished.append(stage)
-        failures += [
-            f"benchmarks: {row['case']} {row['pass']}, {name}: {error}"
-            for row in rows
-            for name, error in row.get("errors", {}).items()
-            if name.startswith(OURS) or name not in COLUMNS  # the failure of a competitor is not ours
-        ]
+        for row in rows:
+            for name, error in row.get("errors", {}).items():
+                line = f"{row['case']} {row['pass']}, {name}: {error}"
+                if name == "inputs" and error.startswith(("ImportError", "ModuleNotFoundError")):
+                    self.tell(f"not run: benchmarks: {line}")
+                elif name.startswith(OURS) or name not in COLUMNS:  # the failure of a competitor is not ours
+                    failures.append(f"benchmarks: {line}")
         for failure in failures[:30]:
             self.tell(f"FAILED {failure}")
         if unfinished:

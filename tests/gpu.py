@@ -75,6 +75,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(self.folder / "gpu-run.jsonl", self.version)
         self.log = (self.folder / "gpu-run.log").open("a", buffering=1)
+        self.torch = self.gpu = ""  # until `identify` knows them
         self.backends: list[str] = []
         self.tell(f"\n=== make gpu: code {self.version}, {minutes:g} minutes, results in {self.folder}")
 
@@ -147,6 +148,7 @@ class Run:
         if machine.endswith(" cpu") and not self.rehearsal:
             sys.exit("make gpu: PyTorch sees no GPU (`make gpu GPU=--rehearsal` runs everything in small on the CPU)")
         self.journal.version = f"{self.version}, {machine}"
+        _, self.torch, self.gpu = machine.split(" ", 2)
 
     def build(self) -> None:
         """Build the libraries; setup.py keeps those that fit."""
@@ -218,11 +220,12 @@ class Run:
         self.journal.add("benchmarks", unit="benchmarks.run", outcome="failed", text=f"exit code {code}")
 
     def results(self) -> tuple[Path | None, dict]:
-        """File and content of the benchmark results of this version of the code."""
+        """File and content of the benchmark results of this version of the code on this machine."""
         key = {"version": code_version(*MEASURED), "compiled": True}
         for path in sorted(self.folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
             content = json.loads(path.read_text())
-            if content.get("key") == key and content["suite"] == ("rehearsal" if self.rehearsal else ""):
+            same = content.get("key") == key and content["torch"] == self.torch
+            if same and (content["suite"] == "rehearsal" if self.rehearsal else content["machine"] == self.gpu):
                 return path, content
         return None, {"rows": []}
 
@@ -239,7 +242,9 @@ class Run:
             command = (sys.executable, "-m", "benchmarks.profile", case, which, "--backend", backend, "--store", path)
             code, output = self.command(*command, limit=LIMITS["ncu"])
             if code == NOT_RUN:
-                self.journal.add("ncu", unit="ncu", outcome="skipped", text=output.splitlines()[0])
+                self.journal.add(
+                    "ncu", unit="ncu", outcome="skipped", text=output.splitlines()[0].removeprefix("ncu: ")
+                )
                 break
             if code is not None:
                 self.journal.add("ncu", unit=unit, outcome="failed" if code else "passed")
@@ -341,12 +346,13 @@ class Run:
                     self.tell(f"            {outcome}: {line}")
             if not over:
                 unfinished.append(stage)
-        failures += [
-            f"benchmarks: {row['case']} {row['pass']}, {name}: {error}"
-            for row in rows
-            for name, error in row.get("errors", {}).items()
-            if name.startswith(OURS) or name not in COLUMNS  # the failure of a competitor is not ours
-        ]
+        for row in rows:
+            for name, error in row.get("errors", {}).items():
+                line = f"{row['case']} {row['pass']}, {name}: {error}"
+                if name == "inputs" and error.startswith(("ImportError", "ModuleNotFoundError")):
+                    self.tell(f"not run: benchmarks: {line}")
+                elif name.startswith(OURS) or name not in COLUMNS:  # the failure of a competitor is not ours
+                    failures.append(f"benchmarks: {line}")
         for failure in failures[:30]:
             self.tell(f"FAILED {failure}")
         if unfinished:

@@ -271,7 +271,8 @@ class Copy:
 def judged_by(path: Path) -> tuple[str, str | None]:
     """Which tests judge a file: of what kind, and of which operator or of all."""
     kind = FOLDERS.get(str(path.relative_to(ROOT).parent), "native")
-    return kind, path.stem if path.stem in OPERATORS else None
+    operator = path.stem.split("_")[0]
+    return kind, operator if operator in OPERATORS else None
 
 
 def judge(copy: Copy, fault: dict) -> bool:

@@ -1,6 +1,7 @@
 """The CUDA kernels on a CPU: builds csrc/cuda/*.cu with the C++ compiler and loads them as ``attnkern_host::*``."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -32,12 +33,23 @@ def make(target: Path, inputs: list[Path], *arguments) -> Path:
     return target
 
 
+def included(source: Path, found: set[Path]) -> set[Path]:
+    """A source and the files of this project that it includes."""
+    found.add(source)
+    for name in re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE):
+        for path in (ROOT / "csrc" / name, HERE / name):
+            if path.exists() and path not in found:
+                included(path, found)
+    return found
+
+
 def build(sources: list[Path]) -> Path:
     """The library of some sources."""
     BUILD.mkdir(parents=True, exist_ok=True)
-    headers = [*ROOT.glob("csrc/**/*.*h"), *HERE.glob("*.h"), Path(__file__), ROOT / "attnkern/_schemas.py"]
+    always = [Path(__file__), ROOT / "attnkern/_schemas.py"]
     objects = [
-        make(BUILD / f"{source.stem}.o", [source, *headers], "-x", "c++", *FLAGS, "-c", source) for source in sources
+        make(BUILD / f"{source.stem}.o", [*included(source, set()), *always], "-x", "c++", *FLAGS, "-c", source)
+        for source in sources
     ]
     libraries = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     return make(BUILD / "attnkern_host.so", objects, "-shared", *objects, *libraries)

@@ -1,6 +1,5 @@
-// What the two passes of pooling do with the scores of positions: the forward pass a softmax, the backward pass its
-// gradient. Either way a position gets a weight, and the weighted sum of the features is wanted: it is what is pooled,
-// or the gradient of the query.
+// The forward and the backward pass of pooling. Both compute a score ⟨ℓ, vector⟩ for each position, turn it into a weight
+// (softmax forward, its gradient backward), and sum the weighted features: the pooled features, or the query's gradient.
 #pragma once
 
 #include "cuda/packed.cuh"
@@ -8,7 +7,7 @@
 
 namespace attnkern {
 
-// The query of an image, or the one of all.
+// A query for each image, or one for all.
 struct Query {
   Companion values; // (N, C) or (C,)
   bool shared;
@@ -30,7 +29,7 @@ template <typename T> struct Forward {
   A *pooled_wide; // (N, C), or null where it is pooled itself
   A *attention;   // (N, positions)
 
-  // What scores are formed with.
+  // The vector that scores are computed with.
   ATTNKERN_DEVICE A score_vector(const Shape& shape, int64_t image, int64_t c) const {
     return query.load<A>(shape, image, c);
   }
@@ -53,13 +52,13 @@ template <typename T> struct Backward {
   const A *pooled;         // (N, C)
   T *grad_local;           // like local, or null
   A *sums;                 // (N, splits, C): Σ dc·ℓ
-  bool direct;             // one block's sums are a query's gradient
+  bool direct;             // whether a block writes the gradient of a query itself
   MutableCompanion grad_query;
 
   ATTNKERN_DEVICE A score_vector(const Shape& shape, int64_t image, int64_t c) const {
     return grad_pooled == nullptr ? A(0) : widen(grad_pooled[image * shape.channels + c]);
   }
-  // Δ = ⟨dg, pooled⟩ + Σ a·da, by the whole block.
+  // Δ = ⟨dg, pooled⟩ + Σ a·da; called by the whole block.
   ATTNKERN_DEVICE A delta(const Shape& shape, int64_t image) const {
     A total[1] = {};
     if (grad_pooled != nullptr)
@@ -68,7 +67,7 @@ template <typename T> struct Backward {
     block_reduce(total);
     return attention_delta(shape, image, total[0]);
   }
-  // The same where ⟨dg, pooled⟩ is known.
+  // The same with ⟨dg, pooled⟩ given.
   ATTNKERN_DEVICE A attention_delta(const Shape& shape, int64_t image, A delta) const {
     if (grad_attention == nullptr)
       return delta;
@@ -80,7 +79,7 @@ template <typename T> struct Backward {
   }
 };
 
-// A position's part of the backward pass, read before its score is known.
+// What the backward pass reads for a position, before its score is known.
 template <typename A> struct Position {
   A attention, grad_attention, grad_score;
 

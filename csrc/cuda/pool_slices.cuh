@@ -1,9 +1,9 @@
-// Pooling where an image has more channels than a block keeps: its channels are cut into slices, a block each. One launch
-// forms the slices' parts of the scores, the next one adds these up and forms the weighted sums. It reads the features a
-// second time, from the cache where the map is small, as after ResNet's last layer (2048 x 7x7).
+// Pooling for images with more channels than a block can hold. The channels are divided into slices of one block each. The
+// first launch computes each slice's part of the scores; the second one adds the parts and computes the weighted sums. It
+// reads the features again, from the L2 cache if the map is small, as after ResNet's last layer (2048 x 7x7).
 //
-// A block copies what it works on to shared memory. All channels of a slice follow each other there, so that they are
-// read and written by whole vectors even where the length of a row is odd.
+// A block copies its features to shared memory. The channels of a slice are contiguous, so they are read and written in
+// whole vectors even if a row has an odd length.
 #pragma once
 
 #include "cuda/pool_passes.cuh"
@@ -21,7 +21,7 @@ struct Slice {
   int width; // elements of an access
 
   template <typename T> Slice(const Shape& shape, T) : shape(shape) {
-    // Whole rows of positions follow each other; a part of them does not.
+    // Whole rows of positions are contiguous; parts of rows are not.
     width = widest_piece<T>(shape.channels_inner          ? shape.channels
                             : shape.positions <= kStep<T> ? shape.image_size()
                                                           : shape.positions);
@@ -33,14 +33,14 @@ struct Slice {
 // A block's features at some positions, in shared memory.
 template <typename T> struct SliceTile {
   static constexpr int V = kVector<T>, kFetched = kSlice * kStep<T> / V / kSliceThreads;
-  static constexpr int kPitch = kSlice + V; // of positions, with channels innermost: they start in different banks
+  static constexpr int kPitch = kSlice + V; // with channels innermost, so that positions start in different banks
 
   const Slice& slice;
   int64_t image, index; // of the slice
   int channels;         // of the slice
   int count = 0;        // positions
-  int rows = 0, length = 0, pitch = 0; // rows of elements that follow each other, and their distance in shared memory
-  int64_t offset = 0, stride = 0;      // of the first one, and their distance in all features
+  int rows = 0, length = 0, pitch = 0; // contiguous rows, their length, and their stride in shared memory
+  int64_t offset = 0, stride = 0;      // of the first row, and their stride in global memory
   T* memory;
   uint4 fetched[kFetched];
 
@@ -64,7 +64,8 @@ template <typename T> struct SliceTile {
                                       : Column{memory + channel * count + position, count, existing};
   }
 
-  // Starts to read positions from `first` on, if by whole vectors; fill() ends it. A barrier makes them visible.
+  // Starts to load positions from `first` on, if in whole vectors; fill() completes it. The caller needs a barrier after
+  // fill().
   ATTNKERN_DEVICE void fetch(const T* local, int64_t first) {
     const Shape& shape = slice.shape;
     const int64_t channel = index * kSlice;
@@ -111,8 +112,8 @@ template <typename T> struct SliceTile {
   }
 
 private:
-  // Calls use(i, there, here) for kFetched of this thread's pieces, as far as they exist: where they are among all
-  // features, relative to the offset, and in shared memory.
+  // Calls use(i, there, here) for kFetched of this thread's pieces that exist, with their offsets in global memory
+  // (relative to `offset`) and in shared memory.
   template <int kWidth, typename Use> ATTNKERN_DEVICE void for_pieces(int first, const Use& use) const {
     const int of_row = length / kWidth, begin = first * kSliceThreads + threadIdx.x;
     if (rows == 1) {
@@ -143,8 +144,8 @@ private:
   }
 };
 
-// Each slice's part of the scores, (N, slices, positions + 1): with the query, or in the backward pass with dg. The last
-// column is the part of ⟨dg, pooled⟩, the score of what was pooled; null in the forward pass.
+// Each slice's part of the scores, (N, slices, positions + 1). In the backward pass the last column is the slice's part
+// of ⟨dg, pooled⟩; in the forward pass `pooled` is null.
 template <typename T>
 __global__ void __launch_bounds__(kSliceThreads)
     slice_scores(Slice slice, Query vector, const Wide<T>* pooled, const T* __restrict__ local, Wide<T>* partial) {
@@ -198,8 +199,8 @@ __global__ void __launch_bounds__(kSliceThreads)
     partial[block_index() * (positions + 1) + positions] = of_pooled[0];
 }
 
-// The weighted sums of a slice, and in the backward pass the gradient of its features. `partial` is null where all
-// scores are zero.
+// The weighted sums of a slice, and in the backward pass the gradient of its features. If `partial` is null, all scores
+// are zero.
 template <typename T, typename Pass>
 __global__ void __launch_bounds__(kSliceThreads, sizeof(T) == 8 ? 1 : 2) // two would spill double's registers
     pool_slice(Slice slice, Pass pass, const T* __restrict__ local, const Wide<T>* __restrict__ partial) {

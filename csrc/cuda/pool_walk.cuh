@@ -1,35 +1,36 @@
-// Pooling with the features read once. A block walks over its split of an image, a tile of positions at a time, with all
-// channels of a tile in registers: partial scores meet in shared memory, every warp adds them and forms the weights of
-// the tile's positions, and the threads add what they keep times these weights to sums of their own.
+// Pooling that reads the features once. A block processes its split of an image one tile of positions at a time and keeps
+// all channels of the tile in registers. The threads write partial scores to shared memory; every warp adds them up and
+// computes the weights of the tile's positions; then each thread adds its features times these weights to its own sums.
 //
-// Tiles and the order of sums follow from C, the positions, the dtype and the layout, never from the batch.
+// Tiles and the order of sums depend on C, the positions, the dtype and the layout, never on the batch.
 #pragma once
 
 #include "cuda/pool_passes.cuh"
 
 namespace attnkern {
 
-constexpr int kMostThreads = 512;            // of a block: 128 registers for each thread
-constexpr int kMostSplits = 64;              // of an image
-constexpr int64_t kOneBlock = 32768;         // an image of at most as many elements is one split
-constexpr int kFewestSplits = 4;             // of another one, if halved tiles can make them
-constexpr int kSplitThreads = 256;           // for small blocks several tiles pay for the start and the sums of a split
-constexpr int kGroup = 8;                    // neighbouring threads with the channels of one position, or positions of one channel
-template <typename T> constexpr int kKept = sizeof(T) == 8 ? 8 : 16;              // vectors that a thread keeps of a tile
-template <typename T> constexpr int kPositions = std::max(1, kVector<T> / 4);     // of a tile, at most, for each lane
+constexpr int kMostThreads = 512;    // per block, so that each thread has 128 registers
+constexpr int kMostSplits = 64;      // per image
+constexpr int kFewestSplits = 4;     // per image of more than kOneBlock elements: tiles are halved to reach it
+constexpr int64_t kOneBlock = 32768; // an image of at most this many elements is one split
+constexpr int kSplitThreads = 256;   // a smaller block gets several tiles, to spread the cost of its start and its sums
+constexpr int kGroup = 8;            // neighbouring threads that share a row of memory
+// Vectors that a thread keeps of a tile, and the most positions of a tile per lane.
+template <typename T> constexpr int kKept = sizeof(T) == 8 ? 8 : 16;
+template <typename T> constexpr int kPositions = std::max(1, kVector<T> / 4);
 
 struct Walk {
   Shape shape;
-  int threads;  // of a block
-  int tile;     // positions
-  int lanes = kGroup; // threads that share a row of positions; with channels innermost the vectors of a group
-  int parts;    // partial scores of each position
-  int sets = 1; // groups of threads with positions of their own
-  int channels; // of all threads together: at least C
-  int width;    // elements of an access
+  int threads;        // per block
+  int tile;           // positions
+  int lanes = kGroup; // threads that share a row of positions (positions innermost)
+  int parts;          // partial scores per position
+  int sets = 1;       // groups of threads that hold different positions (channels innermost)
+  int channels;       // that the threads of a block can hold, at least C
+  int width;          // elements per access
   int64_t splits, tiles_per_split;
 
-  // Can the threads of a block keep all channels, in enough blocks?
+  // Whether a block can hold all channels, and an image has enough tiles to occupy several blocks.
   template <typename T> static bool fits(const Shape& shape) {
     if (shape.channels_inner)
       return shape.channels <= kMostThreads * kVector<T>;
@@ -37,7 +38,7 @@ struct Walk {
     return shape.channels <= most || (shape.channels <= 2 * most && shape.positions > 64);
   }
 
-  // For features of type T, which is that of the argument.
+  // The second argument only names the type of the features.
   template <typename T> Walk(const Shape& features, T) : shape(features) {
     constexpr int kMost = kMostThreads / kGroup;
     const int64_t wanted = std::max<int64_t>(1, shape.channels);
@@ -84,11 +85,11 @@ private:
   }
 };
 
-// The block's shared memory.
+// A block's shared memory.
 template <typename A> struct Workspace {
-  A *score_vector, *query; // (channels): what scores are formed with; in the backward pass also the query
-  A* partial;              // (2, parts, tile): scores, for two tiles in turn, so that a tile takes one barrier
-  A *weight, *attention;   // (tile), for each warp; attention in the backward pass
+  A *score_vector, *query; // (channels): the vector of the scores; in the backward pass also the query
+  A* partial;              // (2, parts, tile): partial scores of alternating tiles, so that one barrier per tile suffices
+  A *weight, *attention;   // (tile), for each warp; attention only in the backward pass
 
   static size_t bytes(const Walk& walk, bool backward) {
     const size_t vectors = walk.channels, tile = walk.tile;
@@ -103,24 +104,24 @@ template <typename A> struct Workspace {
   }
 };
 
-// Adds the i-th of numbers in shared memory that 16 bytes are read of at a time.
+// Numbers in shared memory that are read 16 bytes at a time.
 template <typename A> struct Vectors {
   const Packed<A>* of;
   ATTNKERN_DEVICE explicit Vectors(const A* from) : of(reinterpret_cast<const Packed<A>*>(from)) {}
   ATTNKERN_DEVICE A operator[](int i) const { return of[i / kVector<A>][i % kVector<A>]; }
 };
 
-// A thread's part of a tile where positions are innermost: one vector of positions, shared with the `lanes` threads
-// beside it, of kKept channels that follow each other.
+// A thread's part of a tile with positions innermost: one vector of positions for each of kKept consecutive channels.
+// kLanes neighbouring threads hold the rows of these channels.
 template <typename T, int kLanes> struct RowTile {
   using A = Wide<T>;
   static constexpr int V = kVector<T>, K = kKept<T>, kSums = K / kLanes, kRows = kWarp / kLanes;
 
   const Walk& walk;
-  const int lane, column, channel; // the first position, and the first channel
-  int64_t offset = 0;              // of the first element, in all features
-  int valid = 0;                   // positions from the first one on
-  int channels = 0;                // and channels, none where there is no position
+  const int lane, column, channel; // column: the first position within the tile; channel: the first channel
+  int64_t offset = 0;              // of the first element
+  int valid = 0;                   // existing positions from the first one on
+  int channels = 0;                // existing channels from the first one on; 0 if no position exists
   Packed<T> kept[K];
   A sums[kSums] = {};
 
@@ -152,12 +153,12 @@ template <typename T, int kLanes> struct RowTile {
         dot[k] = std::fma(vector[i], kept[i][k], dot[k]);
     const int first = scatter_sums<V, kRows, kLanes>(dot);
     if (V < kRows && threadIdx.x / kLanes % (kRows / std::min(V, kRows)) != 0)
-      return; // another lane has the same sums
+      return; // another lane holds the same sums
 #pragma unroll
     for (int k = 0; k < std::max(1, V / kRows); ++k)
       partial[threadIdx.x / kWarp * walk.tile + column + element_offset<kLanes>(first + k, walk.width)] = dot[k];
   }
-  // Adds the tile to the sums, which shrink before.
+  // Multiplies the sums by `shrink` and adds the tile.
   ATTNKERN_DEVICE void add(const Workspace<A>& memory, A shrink) {
 #pragma unroll
     for (int i = 0; i < K; ++i)
@@ -206,17 +207,17 @@ template <typename T, int kLanes> struct RowTile {
   }
 };
 
-// A thread's part of a tile where channels are innermost: one vector of channels of kKept positions that follow each
-// other. A group of threads has neighbouring vectors, `parts` groups have all channels, and `sets` of them the tile.
+// A thread's part of a tile with channels innermost: one vector of channels for each of kKept consecutive positions.
+// A group of kGroup threads holds neighbouring vectors, a set of `parts` groups all channels, and `sets` sets the tile.
 template <typename T> struct ColumnTile {
   using A = Wide<T>;
   static constexpr int V = kVector<T>, K = kKept<T>, kDots = K / kGroup;
 
   const Walk& walk;
-  int set, part, row, channel; // the first position, and the first channel
-  int64_t offset = 0;          // of the first element, in all features
-  int valid = 0;               // channels from the first one on
-  int rows = 0;                // and positions, none where there is no channel
+  int set, part, row, channel; // row: the first position within the tile; channel: the first channel
+  int64_t offset = 0;          // of the first element
+  int valid = 0;               // existing channels from the first one on
+  int rows = 0;                // existing positions from the first one on; 0 if no channel exists
   Packed<T> kept[K];
   A sums[V] = {};
 
@@ -314,7 +315,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) pool_walk(Walk walk, Pass pas
     const int count = static_cast<int>(std::min<int64_t>(walk.tile, end - position));
     const int64_t p = image * shape.positions + position + lane;
     tile.load(local, image, position, count);
-    if (position == begin) { // while the first tile is on its way
+    if (position == begin) { // while the first tile is being loaded
       for (int c = threadIdx.x; c < walk.channels; c += walk.threads) {
         memory.score_vector[c] = c < shape.channels ? pass.score_vector(shape, image, c) : A(0);
         if constexpr (Pass::kBackward)
@@ -403,18 +404,18 @@ __global__ void __launch_bounds__(kMostThreads, 1) pool_walk(Walk walk, Pass pas
   }
 }
 
-// How blocks of 256 threads add up rows: few rows by a thread for each channel, many by eight.
+// How blocks of 256 threads sum rows: one thread per channel for few rows, eight for many.
 struct RowSums {
   static constexpr int kThreads = 256;
   int64_t channels;
-  int threads; // for each channel
+  int threads; // per channel
 
   RowSums(int64_t channels, int64_t rows) : channels(channels), threads(rows > 8 ? 8 : 1) {}
   ATTNKERN_INLINE int64_t width() const { return kThreads / threads; } // channels of a block
   ATTNKERN_INLINE int64_t blocks() const { return channels > 0 ? (channels + width() - 1) / width() : 1; }
 
-  // term(row, channel), summed over the rows for this thread's channel; meant for the first thread of each. By the whole
-  // block.
+  // Folds term(sum, row) over the rows for channel c. Called by the whole block; the first thread of each channel gets
+  // the result.
   template <typename A, typename Term> ATTNKERN_DEVICE A sum(int64_t c, int64_t rows, const Term& term) const {
     struct Threads {
       A of[kThreads];
@@ -435,7 +436,7 @@ struct RowSums {
   }
 };
 
-// An image's outputs from its splits, by some blocks that share the work.
+// Computes an image's outputs from its splits.
 template <typename T>
 __global__ void __launch_bounds__(RowSums::kThreads)
     pool_finish(Shape shape, int64_t splits, Forward<T> pass, RowSums rows) {

@@ -107,15 +107,15 @@ template <typename T> ATTNKERN_INLINE T log_window(const Frame<T>& frame, T t1, 
   return log_window(frame, t1, t2, slope);
 }
 
-// Λ(p) = e^exponent · fraction, and Λ(-p). Without a logarithm: the exponent is at most 0 and the fraction at least 1/2, so
-// that a softmax over the exponents alone neither overflows nor loses all of its weights.
+// Λ(p) = e^exponent · fraction, and Λ(-p). There is no logarithm: the exponent is at most 0 and the fraction at least
+// 1/2, so that a softmax over the exponents alone neither overflows nor loses all of its weights.
 ATTNKERN_INLINE void split_sigmoid(float p, float& exponent, float& fraction, float& complement) {
   const float e = exponential(-std::fabs(p));
   exponent = p < 0.0f ? p : 0.0f;
   fraction = reciprocal(1.0f + e);
   complement = (p < 0.0f ? 1.0f : e) * fraction;
 }
-// Time does not matter here, and logarithms round as they do everywhere else.
+// In float64 the time does not matter, and a logarithm rounds as in the other backends.
 ATTNKERN_INLINE void split_sigmoid(double p, double& exponent, double& fraction, double& complement) {
   exponent = log_sigmoid(p, complement);
   fraction = 1.0;

@@ -245,7 +245,8 @@ public:
 };
 
 // This thread's factors in a tile with positions innermost.
-template <typename T> ATTNKERN_DEVICE void row_factors(const Tiling& tiling, Wide<T> one, Wide<T> (&factor)[kVector<T>]) {
+template <typename T>
+ATTNKERN_DEVICE void row_factors(const Tiling& tiling, Wide<T> one, Wide<T> (&factor)[kVector<T>]) {
   const Wide<T>* map = shared<MapTile<T>>().of + threadIdx.x % tiling.lanes * kVector<T>;
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i)

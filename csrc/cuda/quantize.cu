@@ -1,7 +1,7 @@
 // Nearest-anchor quantization on CUDA. A block sorts the anchors in shared memory and finds each of its elements by the
 // thresholds between them. Lanes of a warp with the same anchor add what they have in a tree and put it into the warp's
-// bins; bins are added in order: by the block itself where it is the only one, else by the next launch, the one that
-// multiplies features by the map if there are any.
+// bins; the bins are added in order, and so are the sums of several blocks, by another launch. With features, the tiles
+// that multiply them by the map quantize its elements.
 
 #include "cuda/modulate.cuh"
 #include "quantize.h"
@@ -332,7 +332,7 @@ ATTNKERN_DEVICE void look_up_map(const Quantization<Wide<T>>& q, bool within, co
     __syncthreads();
 }
 
-// Features times the map. Blocks behind the tiles quantize, or add the sums of quantize_kernel.
+// Features times the map. Blocks behind the tiles quantize few elements, or add the sums of quantize_kernel.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     anchor_forward_kernel(const T* x, Quantization<Wide<T>> q, Quantizing quantizing, bool residual, T* output,
@@ -456,8 +456,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // --- launches ---
 
-// Few elements are all one block's, which saves a launch. Others are so many of a block's: one of each thread's, more to
-// pay for sorting many anchors and for at most 1024 blocks' sums.
+// Few elements are all quantized by one block, which saves a launch. A block of several has this many: one for each
+// thread, and more where the anchors are many to sort or where more than 1024 blocks' sums would have to be added.
 constexpr int64_t kFewElements = 8 * kThreads;
 int64_t chunk_size(int64_t count, int64_t anchors) {
   if (count <= kFewElements)

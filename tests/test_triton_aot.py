@@ -340,6 +340,7 @@ def test_fits_other_nvidia_gpus(run, name, launches, tmp_path):
 @pytest.mark.parametrize("name", AMD)
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_fits_amd_gpus(run, name, launches, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(common, "warp_size", lambda device: AMD[name][0].warp_size)
     check_all(run, [(32, 256, 56, 56)], name, launches, tmp_path)
     check_all(run, [(32, 2048, 7, 7)], name, launches, tmp_path, (HALF,))

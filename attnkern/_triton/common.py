@@ -30,31 +30,27 @@ def launch(kernel, programs: int, *arguments, num_warps: int = 4, **constants) -
     """
     if programs == 0:
         return
-    arguments = [_aligned(argument) if isinstance(argument, torch.Tensor) else argument for argument in arguments]
-    device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
-    num_warps = max(1, 32 * num_warps // warp_size(device))
+    # A kernel takes multiples of 16 bytes for granted. Outputs come from the allocator, which aligns.
+    arguments = [
+        argument.clone() if isinstance(argument, torch.Tensor) and argument.data_ptr() % 16 else argument
+        for argument in arguments
+    ]
+    device = next(argument for argument in arguments if isinstance(argument, torch.Tensor)).device
+    if torch.version.hip is not None:
+        num_warps = max(1, 32 * num_warps // warp_size(device))
     # Pipelining over shared memory (num_stages) only adds instructions to loops without matrix products.
-    options = {"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": True}
+    constants.update(num_warps=num_warps, num_stages=1, enable_fp_fusion=True)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, **constants, **options)
+            kernel[(programs,)](*arguments, **constants)
     else:
-        kernel[(programs,)](*arguments, **constants, **options)
-
-
-def warp_size(device: torch.device) -> int:
-    """Threads of a warp: 32, or 64 on AMD's GPUs for data centres (CDNA)."""
-    return 32 if torch.version.hip is None else _hip_warp_size(device)
+        kernel[(programs,)](*arguments, **constants)
 
 
 @functools.cache
-def _hip_warp_size(device: torch.device) -> int:
+def warp_size(device: torch.device) -> int:
+    """Threads of an AMD GPU's warp: 32, or 64 on those for data centres (CDNA)."""
     return torch.cuda.get_device_properties(device).warp_size
-
-
-def _aligned(tensor):
-    """Itself at a multiple of 16 bytes, else a copy. Outputs come from the allocator, which aligns."""
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def ceil_power(n: int) -> int:
@@ -149,6 +145,7 @@ def tile_last(x: Features, step: int, numbers: int) -> Tile:
     return share(x, block_c, min(step // block_c, 256, ceil_power(x.positions)), numbers)
 
 
+@functools.lru_cache
 def fwd_tile(x: Features) -> Tile:
     """Of a pass that multiplies features by a map: 16 numbers a thread, or 32 in half precision."""
     # Between 256 and 1024 positions the statistics of the map take each program longest: fewer programs.

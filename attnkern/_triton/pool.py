@@ -8,6 +8,7 @@ and all positions instead. A first launch leaves scores over groups of channels,
 from a cache.
 """
 
+import functools
 from typing import NamedTuple, Self
 
 import torch
@@ -294,6 +295,7 @@ class _Plan(NamedTuple):
     warps: int
 
     @classmethod
+    @functools.lru_cache
     def of(cls, x: Features, backward: bool) -> Self | None:
         """None where a program had too many channels, or would load single numbers of a small map."""
         channels, positions = ceil_power(x.channels), ceil_power(x.positions)

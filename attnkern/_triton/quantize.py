@@ -5,6 +5,7 @@ and applies the map to the features. One launch backward, two where the channels
 program.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -449,6 +450,7 @@ def quantize_bwd(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors
     return grad_a, grad_anchors
 
 
+@functools.lru_cache
 def _bwd_tile(x: Features) -> Tile:
     """16 numbers a thread and all channels of few positions, as long as that is not more than 32,768 numbers.
 

@@ -5,6 +5,8 @@ launch before it that leaves partial statistics of chunks. Backward takes a seco
 programs, unless one program has the whole image.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -283,6 +285,7 @@ def _features(x, height, width):
     return Features(False, 4, 0, height * width, 1, 1) if x is None else features(x, foldable=True)
 
 
+@functools.lru_cache
 def _bwd_tile(x: Features) -> tuple[Tile, int]:
     """Tile and warps, 16 numbers a thread: two streams and a sum are in registers at once.
 

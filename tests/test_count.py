@@ -541,7 +541,7 @@ def test_a_choice_joins_both_passes():
 #: Rows that are counted again, on both backends.
 BUDGETED = [
     "window_attention 32x512x14x14 bfloat16 contiguous",
-    "window_attention 32x256x56x56 float32 channels_last",
+    "window_attention 32x256x56x56 bfloat16 channels_last",
     "compatibility_pool 32x256x56x56 bfloat16 contiguous",
     "compatibility_pool 32x2048x7x7 float32 contiguous",
     "anchor_attention 32x512x14x14 float32 contiguous",

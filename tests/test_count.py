@@ -541,7 +541,7 @@ def test_a_choice_joins_both_passes():
 #: Rows that are counted again, on both backends.
 BUDGETED = [
     "window_attention 32x512x14x14 bfloat16 contiguous",
-    "window_attention 32x256x56x56 float32 channels_last",
+    "window_attention 32x256x56x56 bfloat16 channels_last",
     "compatibility_pool 32x256x56x56 bfloat16 contiguous",
     "compatibility_pool 32x2048x7x7 float32 contiguous",
     "anchor_attention 32x512x14x14 float32 contiguous",
@@ -579,11 +579,6 @@ def test_the_page_is_of_the_committed_counts():
     assert page.PAGE.read_text() == page.text(page.load()), "run `python -m benchmarks.count --page`"
 
 
-def test_every_case_is_counted(committed):
-    wanted = {(name, which, backend) for name in CASES for which in launches.PASSES for backend in choice.OURS}
-    assert wanted <= committed.keys()
-
-
 def test_losses_are_on_the_page():
     """A row that loses to torch.compile or misses its goal is named among the targets."""
     shape = (32, 256, 56, 56)
@@ -594,5 +589,6 @@ def test_losses_are_on_the_page():
         }  # fmt: skip
     text = page.text({"rows": found, "versions": {}})
     assert "**missed**: 0 of 1" in text
+    assert f"not been counted: {2 * len(GPU_CASES) - 1} of" in text
     assert "window_attention 32x256x56x56 float32 NCHW forward, native: 0.51 × as fast as torch.compile" in text
     assert "loads 16 (100%) bit, 8 bytes of stack" in text

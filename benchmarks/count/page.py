@@ -4,9 +4,10 @@ import json
 import math
 from pathlib import Path
 
-from benchmarks.cases import Case
+from benchmarks.cases import GPU_CASES, Case
 from benchmarks.count import choice, estimate, rows, sass
 from benchmarks.count.code import ROOT
+from benchmarks.count.launches import PASSES
 from benchmarks.report import geometric_mean, markdown
 
 PAGE = ROOT / "docs/gpu.md"
@@ -337,6 +338,14 @@ can issue while these bytes pass at {stated:.1f} TB/s.
 """
 
 
+def coverage(table) -> str:
+    """How many of the benchmark's rows the page has."""
+    wanted = [(case, which) for case in GPU_CASES for which in PASSES]
+    missing = {name: sum(name not in table.get(key, ()) for key in wanted) for name in BACKENDS}
+    parts = [f"{count} of {len(wanted)} through {name}" for name, count in missing.items() if count]
+    return f"Rows that have not been counted: {', '.join(parts)}." if parts else f"All {len(wanted)} rows are counted."
+
+
 def text(stored: dict) -> str:
     counted = stored["rows"]
     table = by_case(counted)
@@ -350,7 +359,7 @@ def text(stored: dict) -> str:
     )  # fmt: skip
     versions = ", ".join(f"{package} {version}" for package, version in stored["versions"].items())
     parts = [
-        INTRODUCTION + ESTIMATE.format(**constants) + f"Compiled with {versions}.",
+        INTRODUCTION + ESTIMATE.format(**constants) + f"Compiled with {versions}. {coverage(table)}",
         "## Targets\n\nOn an H200; small maps have at most 196 positions. Each line names its worst rows.",
         targets(table),
         "## Beside torch.compile\n\nHow many times faster than torch.compile's kernels, by geometric mean, and in"

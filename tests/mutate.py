@@ -324,7 +324,10 @@ def page(results: dict) -> str:
     judged = Counter(m["file"] for m in mutants)
     names = [str(path.relative_to(ROOT)) for path in kernel_files()]
     if waiting := [f"`{name}` ({judged[name]})" for name in names if judged[name] < EACH]:
-        lines += ["", f"Files with fewer than {EACH} faults, new or rewritten since the last run: {', '.join(waiting)}."]
+        lines += [
+            "",
+            f"Files with fewer than {EACH} faults, new or rewritten since the last run: {', '.join(waiting)}.",
+        ]
     lines += ["", "| class | planted | caught |", "|---|---|---|"]
     for kind in FAULTS:
         of = [m for m in mutants if m["class"] == kind]

@@ -1,7 +1,7 @@
 """Machine code of kernels: out of a library or a cubin, with the resources that a block takes."""
 
 import hashlib
-import pickle
+import json
 import re
 import shutil
 import subprocess
@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.count.sass import Function, parse
+from benchmarks.count.sass import Function, Region, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build/count"
@@ -49,15 +49,46 @@ def demangled(names: list[str]) -> dict[str, str]:
 
 def stored(key: str, make):
     """What ``make`` returns, kept in build/count under a key that names all it depends on."""
-    path = CACHE / key
+    path = CACHE / f"{key}.json"
     if path.exists():
-        return pickle.loads(path.read_bytes())
+        return _restored(json.loads(path.read_text()))
     made = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(pickle.dumps(made))
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        json.dump(_plain(made), file)
     Path(file.name).replace(path)
     return made
+
+
+def _plain(value):
+    """As JSON: bytes, tuples and named tuples as objects that name their type."""
+    match value:
+        case bytes():
+            return {"type": "bytes", "value": value.hex()}
+        case tuple():
+            return {"type": type(value).__name__, "value": [_plain(item) for item in value]}
+        case list():
+            return [_plain(item) for item in value]
+        case dict():
+            return {"type": "dict", "value": {key: _plain(item) for key, item in value.items()}}
+    return value
+
+
+def _restored(value):
+    from benchmarks.count.launches import Launch, Recorded
+
+    if isinstance(value, list):
+        return [_restored(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind, value = value["type"], value["value"]
+    if kind == "bytes":
+        return bytes.fromhex(value)
+    if kind == "dict":
+        return {key: _restored(item) for key, item in value.items()}
+    items = tuple(_restored(item) for item in value)
+    named = {made.__name__: made for made in (Function, Kernel, Launch, Recorded, Region)}
+    return named[kind](*items) if kind in named else items
 
 
 def digest(*parts) -> str:

@@ -38,7 +38,7 @@ PAGE = ROOT / "docs/mutation.md"
 # --- what can be planted ---------------------------------------------------------------------------------------------
 
 #: A name, with what is called and indexed of it.
-OPERAND = r"[A-Za-z_][\w.:]*(?:<\w+>)?(?:\((?:[^()]|\([^()]*\))*\))?(?:\[[^\[\]]*\])*"
+OPERAND = r"[A-Za-z_][\w.]*(?:::\w[\w.]*)*(?:<\w+>)?(?:\((?:[^()]|\([^()]*\))*\))?(?:\[[^\[\]]*\])*"
 #: What a step in memory is made of.
 SIZE = (
     r"(?:[\w.]*(?:stride|width|height|positions|channels|chunks|tiles|rows|threads)(?:\(\))?"

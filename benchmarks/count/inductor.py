@@ -7,6 +7,7 @@ estimate to choose from. Configurations that it would try only when a kernel use
 """
 
 import contextlib
+import importlib.util
 import os
 import types
 from pathlib import Path
@@ -192,6 +193,7 @@ class _Recorder:
 def _run(code: str, arguments: list) -> Recorded:
     """Run generated code on meta tensors."""
     from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import PyCodeCache
 
     launched = []
     with (
@@ -199,8 +201,11 @@ def _run(code: str, arguments: list) -> Recorded:
         mock.patch.object(AsyncCompile, "triton", lambda self, name, source, **_: _Recorder(name, source, launched)),
         mock.patch.object(AsyncCompile, "wait"),
     ):
-        scope = {"__name__": "generated"}
-        exec(compile(code, "generated", "exec"), scope)
+        # Not PyCodeCache.load, which keeps a module and with it the recorders of an earlier run.
+        spec = importlib.util.spec_from_file_location("generated", PyCodeCache.write(code)[1])
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        scope = vars(module)
         scope |= {
             "empty_strided_cuda": lambda *layout: torch.empty_strided(*layout[:2], dtype=layout[2], device="meta"),
             "reinterpret_tensor": _reinterpreted,

@@ -1,4 +1,5 @@
-// Vectors of 16 bytes that a thread keeps in registers in their stored type, their loads and stores, and sums over lanes.
+// Vectors of 16 bytes that a thread keeps in registers in their stored type, their loads and stores, and sums over
+// lanes.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -35,8 +36,8 @@ template <typename T> ATTNKERN_DEVICE Packed<T> pack(const Wide<T> (&values)[kVe
   return packed;
 }
 
-// Hides how a value was computed from the compiler. Otherwise it keeps unpacked features from one use of a vector to the
-// next, and computes the addresses of many accesses in advance, which takes the registers that the vectors need.
+// Hides how a value was computed from the compiler. Otherwise it keeps unpacked features from one use of a vector to
+// the next, and computes the addresses of many accesses in advance, which takes the registers that the vectors need.
 template <typename T> ATTNKERN_DEVICE void forget(Packed<T>& packed) {
 #if defined(__CUDA_ARCH__)
 #pragma unroll
@@ -59,14 +60,15 @@ template <> struct PieceOf<8> { using type = uint2; };
 template <> struct PieceOf<16> { using type = uint4; };
 template <typename T, int kWidth> using Piece = typename PieceOf<kWidth * sizeof(T)>::type;
 
-// Offset of a vector's i-th element from its first one. kLanes threads read a row together in pieces of `width` elements;
-// the pieces of the other threads lie in between, so that the threads together read contiguous memory at any width.
+// Offset of a vector's i-th element from its first one. kLanes threads read a row together in pieces of `width`
+// elements; the pieces of the other threads lie in between, so that the threads together read contiguous memory at any
+// width.
 template <int kLanes> ATTNKERN_DEVICE constexpr int element_offset(int i, int width) {
   return (i & -width) * kLanes + (i & (width - 1));
 }
 
-// Loads or stores a vector in pieces of kWidth elements, if it exists. Only the elements at offsets below `valid` exist, a
-// positive multiple of kWidth; the others are loaded as zeros.
+// Loads or stores a vector in pieces of kWidth elements, if it exists. Only the elements at offsets below `valid`
+// exist, a positive multiple of kWidth; the others are loaded as zeros.
 template <int kWidth, int kLanes, typename T>
 ATTNKERN_DEVICE Packed<T> load_packed(const T* from, bool exists, int valid) {
   union {
@@ -91,7 +93,8 @@ ATTNKERN_DEVICE void store_packed(const Packed<T>& packed, T* to, bool exists, i
       *reinterpret_cast<Piece<T, kWidth>*>(to + offset) = both.pieces[i / kWidth];
 }
 
-// The widest piece that divides a row of a given length: a vector, half a vector in half precision (14x14), or an element.
+// The widest piece that divides a row of a given length: a vector, half a vector in half precision (14x14), or an
+// element.
 template <typename T> int widest_piece(int64_t row) {
   constexpr int V = kVector<T>;
   return row % V == 0 ? V : V == 8 && row % 4 == 0 ? 4 : 1;
@@ -107,9 +110,9 @@ template <typename T, typename Body> ATTNKERN_DEVICE void with_width(int width, 
     body(std::integral_constant<int, 1>{});
 }
 
-// Sums the first kLeft numbers of each lane over kCount lanes that are kStride apart. Each lane keeps
-// max(1, kLeft / kCount) of the sums at the start of `values`; returns the index of the first of them. Each step exchanges
-// half of the remaining numbers, so all steps together take about kLeft shuffles.
+// Sums the first kLeft numbers of each lane over kCount lanes that are kStride apart. Each lane keeps max(1, kLeft /
+// kCount) of the sums at the start of `values`; returns the index of the first of them. Each step exchanges half of the
+// remaining numbers, so all steps together take about kLeft shuffles.
 template <int kLeft, int kCount, int kStride, int K, typename A>
 ATTNKERN_DEVICE int scatter_sums(A (&values)[K], int first = 0) {
   if constexpr (kCount == 1) {

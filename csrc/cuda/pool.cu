@@ -17,14 +17,14 @@ void make_aligned(Tensor& local, size_t bytes) {
 }
 
 template <typename T, typename Pass>
-void launch_walk(const Queue& queue, const Walk& walk, const Pass& pass, const Tensor& local) {
+void launch_walk(const Queue& queue, const PoolPlan& plan, const Pass& pass, const Tensor& local) {
   const auto launch = [&](auto kernel) {
-    queue.launch(kernel, walk.shape.images * walk.splits, walk.threads,
-                 Workspace<Wide<T>>::bytes(walk, Pass::kBackward), walk, pass, data<T>(local));
+    queue.launch(kernel, plan.shape.images * plan.splits, plan.threads,
+                 Workspace<Wide<T>>::bytes(plan, Pass::kBackward), plan, pass, data<T>(local));
   };
-  if (walk.shape.channels_inner)
+  if (plan.shape.channels_inner)
     launch(pool_walk<T, ColumnTile<T>, Pass>);
-  else if (walk.lanes == kGroup)
+  else if (plan.lanes == kGroup)
     launch(pool_walk<T, RowTile<T, kGroup>, Pass>);
   else
     launch(pool_walk<T, RowTile<T, kGroup / 2>, Pass>);
@@ -66,20 +66,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_fwd(Tensor local, Tensor query) 
     Tensor pooled_wide = std::is_same_v<T, A> ? empty<A>(local, {0}) : empty<A>(local, {n, c});
     Forward<T> pass{{query, query.dim() == 1}, mutable_data<A>(scores), nullptr, nullptr, mutable_data<T>(pooled),
                     std::is_same_v<T, A> ? nullptr : mutable_data<A>(pooled_wide), mutable_data<A>(attention)};
-    if (!Walk::fits<T>(shape)) {
+    if (!PoolPlan::fits<T>(shape)) {
       launch_slices<T>(queue, shape, pass, local, pass.query);
       return std::tuple(pooled, attention, scores, pooled_wide);
     }
-    const Walk walk(shape, t);
-    make_aligned(local, walk.width * sizeof(T));
-    const int64_t blocks = walk.splits == 1 ? 0 : n * walk.splits;
+    const PoolPlan plan(shape, t);
+    make_aligned(local, plan.width * sizeof(T));
+    const int64_t blocks = plan.splits == 1 ? 0 : n * plan.splits;
     Tensor scratch = empty<A>(local, {blocks * (c + 2)});
     pass.sums = mutable_data<A>(scratch);
     pass.moments = pass.sums + blocks * c;
-    launch_walk<T>(queue, walk, pass, local);
-    const RowSums rows(c, walk.splits);
-    queue.launch(pool_finish<T>, walk.splits > 1 ? n * rows.blocks() : 0, RowSums::kThreads, 0,
-                 shape, walk.splits, pass, rows);
+    launch_walk<T>(queue, plan, pass, local);
+    const RowSums rows(c, plan.splits);
+    queue.launch(pool_finish<T>, plan.splits > 1 ? n * rows.blocks() : 0, RowSums::kThreads, 0,
+                 shape, plan.splits, pass, rows);
     return std::tuple(pooled, attention, scores, pooled_wide);
   });
 }
@@ -110,15 +110,15 @@ std::tuple<Tensor, Tensor> pool_bwd(std::optional<Tensor> grad_pooled, std::opti
                      nullptr,
                      false,
                      grad_query};
-    const bool fits = Walk::fits<T>(shape);
-    const Walk walk(shape, t);
-    const int64_t splits = fits ? walk.splits : 1;
+    const bool fits = PoolPlan::fits<T>(shape);
+    const PoolPlan plan(shape, t);
+    const int64_t splits = fits ? plan.splits : 1;
     pass.direct = splits == 1 && (!shared_query || n == 1);
     Tensor sums = empty<A>(local, {pass.direct ? 0 : n * splits * c});
     pass.sums = mutable_data<A>(sums);
     if (fits) {
-      make_aligned(local, walk.width * sizeof(T));
-      launch_walk<T>(queue, walk, pass, local);
+      make_aligned(local, plan.width * sizeof(T));
+      launch_walk<T>(queue, plan, pass, local);
     } else {
       std::optional<Query> vector;
       if (grad_pooled.has_value())

@@ -1,5 +1,6 @@
-// The forward and the backward pass of pooling. Both compute a score ⟨ℓ, vector⟩ for each position, turn it into a weight
-// (softmax forward, its gradient backward), and sum the weighted features: the pooled features, or the query's gradient.
+// The forward and the backward pass of pooling. Both compute a score ⟨ℓ, vector⟩ for each position, turn it into a
+// weight (softmax forward, its gradient backward), and sum the weighted features: the pooled features, or the query's
+// gradient.
 #pragma once
 
 #include "cuda/packed.cuh"

@@ -1,6 +1,6 @@
-// Pooling for images with more channels than a block can hold. The channels are divided into slices of one block each. The
-// first launch computes each slice's part of the scores; the second one adds the parts and computes the weighted sums. It
-// reads the features again, from the L2 cache if the map is small, as after ResNet's last layer (2048 x 7x7).
+// Pooling for images with more channels than a block can hold. The channels are divided into slices of one block each.
+// The first launch computes each slice's part of the scores; the second one adds the parts and computes the weighted
+// sums. It reads the features again, from the L2 cache if the map is small, as after ResNet's last layer (2048 x 7x7).
 //
 // A block copies its features to shared memory. The channels of a slice are contiguous, so they are read and written in
 // whole vectors even if a row has an odd length.
@@ -64,8 +64,8 @@ template <typename T> struct SliceTile {
                                       : Column{memory + channel * count + position, count, existing};
   }
 
-  // Starts to load positions from `first` on, if in whole vectors; fill() completes it. The caller needs a barrier after
-  // fill().
+  // Starts to load positions from `first` on, if in whole vectors; fill() completes it. The caller needs a barrier
+  // after fill().
   ATTNKERN_DEVICE void fetch(const T* local, int64_t first) {
     const Shape& shape = slice.shape;
     const int64_t channel = index * kSlice;

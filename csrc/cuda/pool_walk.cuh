@@ -1,6 +1,6 @@
-// Pooling that reads the features once. A block processes its split of an image one tile of positions at a time and keeps
-// all channels of the tile in registers. The threads write partial scores to shared memory; every warp adds them up and
-// computes the weights of the tile's positions; then each thread adds its features times these weights to its own sums.
+// Pooling that reads the features once. A block walks over its split of an image one tile of positions at a time and
+// keeps all channels of the tile in registers. The threads write partial scores to shared memory; every warp adds them
+// up and computes the weights of the tile's positions; then each thread adds its weighted features to its own sums.
 //
 // Tiles and the order of sums depend on C, the positions, the dtype and the layout, never on the batch.
 #pragma once
@@ -19,7 +19,8 @@ constexpr int kGroup = 8;            // neighbouring threads that share a row of
 template <typename T> constexpr int kKept = sizeof(T) == 8 ? 8 : 16;
 template <typename T> constexpr int kPositions = std::max(1, kVector<T> / 4);
 
-struct Walk {
+// How blocks divide the images, and threads a block.
+struct PoolPlan {
   Shape shape;
   int threads;        // per block
   int tile;           // positions
@@ -39,7 +40,7 @@ struct Walk {
   }
 
   // The second argument only names the type of the features.
-  template <typename T> Walk(const Shape& features, T) : shape(features) {
+  template <typename T> PoolPlan(const Shape& features, T) : shape(features) {
     constexpr int kMost = kMostThreads / kGroup;
     const int64_t wanted = std::max<int64_t>(1, shape.channels);
     if (shape.channels_inner) {
@@ -88,19 +89,19 @@ private:
 // A block's shared memory.
 template <typename A> struct Workspace {
   A *score_vector, *query; // (channels): the vector of the scores; in the backward pass also the query
-  A* partial;              // (2, parts, tile): partial scores of alternating tiles, so that one barrier per tile suffices
+  A* partial;              // (2, parts, tile): partial scores of alternating tiles, so that a tile needs one barrier
   A *weight, *attention;   // (tile), for each warp; attention only in the backward pass
 
-  static size_t bytes(const Walk& walk, bool backward) {
-    const size_t vectors = walk.channels, tile = walk.tile;
-    return sizeof(A) * ((1 + backward) * (vectors + walk.threads / kWarp * tile) + 2 * walk.parts * tile);
+  static size_t bytes(const PoolPlan& plan, bool backward) {
+    const size_t vectors = plan.channels, tile = plan.tile;
+    return sizeof(A) * ((1 + backward) * (vectors + plan.threads / kWarp * tile) + 2 * plan.parts * tile);
   }
-  ATTNKERN_DEVICE Workspace(const Walk& walk, bool backward) {
+  ATTNKERN_DEVICE Workspace(const PoolPlan& plan, bool backward) {
     score_vector = dynamic_shared<A>();
-    query = score_vector + walk.channels;
-    partial = query + (backward ? walk.channels : 0);
-    weight = partial + 2 * walk.parts * walk.tile + threadIdx.x / kWarp * ((1 + backward) * walk.tile);
-    attention = weight + walk.tile;
+    query = score_vector + plan.channels;
+    partial = query + (backward ? plan.channels : 0);
+    weight = partial + 2 * plan.parts * plan.tile + threadIdx.x / kWarp * ((1 + backward) * plan.tile);
+    attention = weight + plan.tile;
   }
 };
 
@@ -117,7 +118,7 @@ template <typename T, int kLanes> struct RowTile {
   using A = Wide<T>;
   static constexpr int V = kVector<T>, K = kKept<T>, kSums = K / kLanes, kRows = kWarp / kLanes;
 
-  const Walk& walk;
+  const PoolPlan& plan;
   const int lane, column, channel; // column: the first position within the tile; channel: the first channel
   int64_t offset = 0;              // of the first element
   int valid = 0;                   // existing positions from the first one on
@@ -125,16 +126,16 @@ template <typename T, int kLanes> struct RowTile {
   Packed<T> kept[K];
   A sums[kSums] = {};
 
-  ATTNKERN_DEVICE explicit RowTile(const Walk& walk)
-      : walk(walk), lane(threadIdx.x % kLanes), column(lane * walk.width),
+  ATTNKERN_DEVICE explicit RowTile(const PoolPlan& plan)
+      : plan(plan), lane(threadIdx.x % kLanes), column(lane * plan.width),
         channel(threadIdx.x / kLanes * K) {}
 
   ATTNKERN_DEVICE void load(const T* local, int64_t image, int64_t position, int count) {
-    const int64_t positions = walk.shape.positions;
-    offset = image * walk.shape.image_size() + channel * positions + position + column;
+    const int64_t positions = plan.shape.positions;
+    offset = image * plan.shape.image_size() + channel * positions + position + column;
     valid = count - column;
-    channels = valid > 0 ? static_cast<int>(walk.shape.channels) - channel : 0;
-    with_width<T>(walk.width, [&](auto width) {
+    channels = valid > 0 ? static_cast<int>(plan.shape.channels) - channel : 0;
+    with_width<T>(plan.width, [&](auto width) {
       const T* from = local + offset;
 #pragma unroll
       for (int i = 0; i < K; ++i, from += positions) {
@@ -156,7 +157,7 @@ template <typename T, int kLanes> struct RowTile {
       return; // another lane holds the same sums
 #pragma unroll
     for (int k = 0; k < std::max(1, V / kRows); ++k)
-      partial[threadIdx.x / kWarp * walk.tile + column + element_offset<kLanes>(first + k, walk.width)] = dot[k];
+      partial[threadIdx.x / kWarp * plan.tile + column + element_offset<kLanes>(first + k, plan.width)] = dot[k];
   }
   // Multiplies the sums by `shrink` and adds the tile.
   ATTNKERN_DEVICE void add(const Workspace<A>& memory, A shrink) {
@@ -166,7 +167,7 @@ template <typename T, int kLanes> struct RowTile {
     A weight[V], sum[K] = {};
 #pragma unroll
     for (int k = 0; k < V; ++k)
-      weight[k] = memory.weight[column + element_offset<kLanes>(k, walk.width)];
+      weight[k] = memory.weight[column + element_offset<kLanes>(k, plan.width)];
 #pragma unroll
     for (int i = 0; i < K; ++i)
 #pragma unroll
@@ -183,18 +184,18 @@ template <typename T, int kLanes> struct RowTile {
     A weight[V], attention[V];
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      weight[k] = memory.weight[column + element_offset<kLanes>(k, walk.width)];
-      attention[k] = memory.attention[column + element_offset<kLanes>(k, walk.width)];
+      weight[k] = memory.weight[column + element_offset<kLanes>(k, plan.width)];
+      attention[k] = memory.attention[column + element_offset<kLanes>(k, plan.width)];
     }
     T* to = grad_local + offset;
 #pragma unroll
-    for (int i = 0; i < K; ++i, to += walk.shape.positions) {
+    for (int i = 0; i < K; ++i, to += plan.shape.positions) {
       A grad[V];
 #pragma unroll
       for (int k = 0; k < V; ++k)
         grad[k] = std::fma(attention[k], grad_pooled[i], weight[k] * query[i]);
       forget(to);
-      with_width<T>(walk.width, [&](auto width) {
+      with_width<T>(plan.width, [&](auto width) {
         store_packed<width(), kLanes>(pack<T>(grad), to, i < channels, valid);
       });
     }
@@ -213,7 +214,7 @@ template <typename T> struct ColumnTile {
   using A = Wide<T>;
   static constexpr int V = kVector<T>, K = kKept<T>, kDots = K / kGroup;
 
-  const Walk& walk;
+  const PoolPlan& plan;
   int set, part, row, channel; // row: the first position within the tile; channel: the first channel
   int64_t offset = 0;          // of the first element
   int valid = 0;               // existing channels from the first one on
@@ -221,19 +222,19 @@ template <typename T> struct ColumnTile {
   Packed<T> kept[K];
   A sums[V] = {};
 
-  ATTNKERN_DEVICE explicit ColumnTile(const Walk& walk) : walk(walk) {
+  ATTNKERN_DEVICE explicit ColumnTile(const PoolPlan& plan) : plan(plan) {
     const int group = threadIdx.x / kGroup;
-    set = group / walk.parts;
-    part = group - set * walk.parts;
-    row = (set < walk.sets ? set : 0) * K;
+    set = group / plan.parts;
+    part = group - set * plan.parts;
+    row = (set < plan.sets ? set : 0) * K;
     channel = (part * kGroup + threadIdx.x % kGroup) * V;
   }
   ATTNKERN_DEVICE void load(const T* local, int64_t image, int64_t position, int count) {
-    const int64_t channels = walk.shape.channels;
-    offset = image * walk.shape.image_size() + (position + row) * channels + channel;
+    const int64_t channels = plan.shape.channels;
+    offset = image * plan.shape.image_size() + (position + row) * channels + channel;
     valid = static_cast<int>(channels) - channel;
-    rows = valid > 0 && set < walk.sets ? count - row : 0;
-    with_width<T>(walk.width, [&](auto width) {
+    rows = valid > 0 && set < plan.sets ? count - row : 0;
+    with_width<T>(plan.width, [&](auto width) {
       const T* from = local + offset;
 #pragma unroll
       for (int i = 0; i < K; ++i, from += channels) {
@@ -251,10 +252,10 @@ template <typename T> struct ColumnTile {
       for (int k = 0; k < V; ++k)
         dot[i] = std::fma(vector[k], kept[i][k], dot[i]);
     const int first = scatter_sums<K, kGroup, 1>(dot);
-    if (set < walk.sets)
+    if (set < plan.sets)
 #pragma unroll
       for (int i = 0; i < kDots; ++i)
-        partial[part * walk.tile + row + first + i] = dot[i];
+        partial[part * plan.tile + row + first + i] = dot[i];
   }
   ATTNKERN_DEVICE void add(const Workspace<A>& memory, A shrink) {
 #pragma unroll
@@ -275,17 +276,17 @@ template <typename T> struct ColumnTile {
     const Vectors<A> weight(memory.weight + row), attention(memory.attention + row);
     T* to = grad_local + offset;
 #pragma unroll
-    for (int i = 0; i < K; ++i, to += walk.shape.channels) {
+    for (int i = 0; i < K; ++i, to += plan.shape.channels) {
       A grad[V];
 #pragma unroll
       for (int k = 0; k < V; ++k)
         grad[k] = std::fma(attention[i], grad_pooled[k], weight[i] * query[k]);
       forget(to);
-      with_width<T>(walk.width, [&](auto width) { store_packed<width(), 1>(pack<T>(grad), to, i < rows, valid); });
+      with_width<T>(plan.width, [&](auto width) { store_packed<width(), 1>(pack<T>(grad), to, i < rows, valid); });
     }
   }
   ATTNKERN_DEVICE void collect(A* to) const {
-    for (int s = 0; s < walk.sets; ++s) {
+    for (int s = 0; s < plan.sets; ++s) {
       if (set == s)
 #pragma unroll
         for (int k = 0; k < V; ++k)
@@ -296,27 +297,27 @@ template <typename T> struct ColumnTile {
 };
 
 template <typename T, typename Tile, typename Pass>
-__global__ void __launch_bounds__(kMostThreads, 1) pool_walk(Walk walk, Pass pass, const T* __restrict__ local) {
+__global__ void __launch_bounds__(kMostThreads, 1) pool_walk(PoolPlan plan, Pass pass, const T* __restrict__ local) {
   using A = Wide<T>;
   constexpr int S = kPositions<T>;
-  const Shape& shape = walk.shape;
-  const int64_t block = block_index(), image = divide(block, walk.splits);
+  const Shape& shape = plan.shape;
+  const int64_t block = block_index(), image = divide(block, plan.splits);
   if (image >= shape.images)
     return;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Workspace<A> memory(walk, Pass::kBackward);
-  const int64_t span = walk.tiles_per_split * walk.tile, begin = (block - image * walk.splits) * span;
+  const Workspace<A> memory(plan, Pass::kBackward);
+  const int64_t span = plan.tiles_per_split * plan.tile, begin = (block - image * plan.splits) * span;
   const int64_t end = std::min(shape.positions, begin + span);
   A* partial = memory.partial;
   A max = -INFINITY, sum = 0, delta = 0;
-  Tile tile(walk);
+  Tile tile(plan);
 #pragma unroll 1
-  for (int64_t position = begin; position < end; position += walk.tile) {
-    const int count = static_cast<int>(std::min<int64_t>(walk.tile, end - position));
+  for (int64_t position = begin; position < end; position += plan.tile) {
+    const int count = static_cast<int>(std::min<int64_t>(plan.tile, end - position));
     const int64_t p = image * shape.positions + position + lane;
     tile.load(local, image, position, count);
     if (position == begin) { // while the first tile is being loaded
-      for (int c = threadIdx.x; c < walk.channels; c += walk.threads) {
+      for (int c = threadIdx.x; c < plan.channels; c += plan.threads) {
         memory.score_vector[c] = c < shape.channels ? pass.score_vector(shape, image, c) : A(0);
         if constexpr (Pass::kBackward)
           memory.query[c] = c < shape.channels ? pass.query.template load<A>(shape, image, c) : A(0);
@@ -337,9 +338,9 @@ __global__ void __launch_bounds__(kMostThreads, 1) pool_walk(Walk walk, Pass pas
     A dot[S] = {}, shrink = 1;
 #pragma unroll
     for (int s = 0; s < S; ++s)
-      if (lane + s * kWarp < walk.tile)
-        for (int part = 0; part < walk.parts; ++part)
-          dot[s] += partial[part * walk.tile + lane + s * kWarp];
+      if (lane + s * kWarp < plan.tile)
+        for (int part = 0; part < plan.parts; ++part)
+          dot[s] += partial[part * plan.tile + lane + s * kWarp];
     if constexpr (!Pass::kBackward) {
       A highest = max, total = 0;
 #pragma unroll
@@ -352,7 +353,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) pool_walk(Walk walk, Pass pas
       highest = warp_reduce<Max>(highest);
 #pragma unroll
       for (int s = 0; s < S; ++s)
-        if (lane + s * kWarp < walk.tile) {
+        if (lane + s * kWarp < plan.tile) {
           const A weight = lane + s * kWarp < count ? softmax_weight(dot[s], highest) : A(0);
           memory.weight[lane + s * kWarp] = weight;
           total += weight;
@@ -363,7 +364,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) pool_walk(Walk walk, Pass pas
     } else {
 #pragma unroll
       for (int s = 0; s < S; ++s)
-        if (lane + s * kWarp < walk.tile) {
+        if (lane + s * kWarp < plan.tile) {
           memory.weight[lane + s * kWarp] = lane + s * kWarp < count ? given[s].weight(dot[s], delta) : A(0);
           memory.attention[lane + s * kWarp] = given[s].attention;
         }
@@ -373,15 +374,15 @@ __global__ void __launch_bounds__(kMostThreads, 1) pool_walk(Walk walk, Pass pas
     if constexpr (Pass::kBackward)
       if (pass.grad_local != nullptr)
         tile.store_gradient(memory, pass.grad_local);
-    partial = partial == memory.partial ? partial + walk.parts * walk.tile : memory.partial;
+    partial = partial == memory.partial ? partial + plan.parts * plan.tile : memory.partial;
   }
 
   __syncthreads(); // the vectors in shared memory have been read
   A* sums = memory.score_vector;
   tile.collect(sums);
   __syncthreads();
-  const bool only = walk.splits == 1;
-  for (int c = threadIdx.x; c < shape.channels; c += walk.threads) {
+  const bool only = plan.splits == 1;
+  for (int c = threadIdx.x; c < shape.channels; c += plan.threads) {
     if constexpr (Pass::kBackward) {
       if (pass.direct)
         pass.grad_query.store(image * shape.channels + c, sums[c]);
@@ -395,7 +396,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) pool_walk(Walk walk, Pass pas
   }
   if constexpr (!Pass::kBackward) {
     if (only) {
-      for (int64_t p = image * shape.positions + threadIdx.x; p < (image + 1) * shape.positions; p += walk.threads)
+      for (int64_t p = image * shape.positions + threadIdx.x; p < (image + 1) * shape.positions; p += plan.threads)
         pass.attention[p] = softmax_weight(pass.scores[p], max) / sum;
     } else if (threadIdx.x == 0) {
       pass.moments[2 * block] = max;

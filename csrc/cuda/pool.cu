@@ -78,8 +78,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pool_fwd(Tensor local, Tensor query) 
     pass.moments = pass.sums + blocks * c;
     launch_walk<T>(queue, plan, pass, local);
     const RowSums rows(c, plan.splits);
-    queue.launch(pool_finish<T>, plan.splits > 1 ? n * rows.blocks() : 0, RowSums::kThreads, 0,
-                 shape, plan.splits, pass, rows);
+    const int64_t finishing = std::max(rows.blocks(), ceil_div(shape.positions, 4 * RowSums::kThreads));
+    queue.launch(pool_finish<T>, plan.splits > 1 ? n * finishing : 0, RowSums::kThreads, 0, shape, plan.splits, pass,
+                 rows, finishing);
     return std::tuple(pooled, attention, scores, pooled_wide);
   });
 }

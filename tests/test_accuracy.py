@@ -49,9 +49,9 @@ def test_numbers_of_the_right_order(op, competitor, dtype):
             assert row["wrong"] == 0 or not ours
         elif ours and (of != "itself" or result not in accuracy.MADE_OF):
             assert row["max"] <= (0.51 if "16" in dtype else 40), (result, of)
-    if dtype == "bfloat16":  # the literal formulas round every step
+    if dtype == "bfloat16" and competitor == "eager":  # the literal formulas round every step; fused, not all of them
         worst = max(row["max"] for row in found.values() if "max" in row and row["of"] == "itself")
-        assert ours or worst > 1
+        assert worst > 1
 
 
 def test_a_planted_error_shows(monkeypatch):

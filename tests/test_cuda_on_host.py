@@ -303,6 +303,9 @@ POOLED = [
     ((1, 1500, 5, 5), True, BF16, FLOAT, "one set of positions"),
     ((1, 600, 9, 9), False, DOUBLE, DOUBLE, "four lanes a row"),
     ((1, 300, 6, 6), True, DOUBLE, DOUBLE, "two sets of positions"),
+    ((1, 3, 128, 128), False, FLOAT, FLOAT, "as many splits as there can be"),
+    ((20, 3, 9, 9), True, FLOAT, FLOAT, "many images"),
+    ((1, 4096, 5, 5), True, BF16, FLOAT, "as much shared memory as a walk can take"),
     ((2, 1100, 7, 7), False, HALF, FLOAT, "slices of channels"),
     ((1, 2100, 17, 17), False, BF16, BF16, "slices of channels, more positions than a block has threads"),
     ((1, 2100, 7, 7), True, FLOAT, FLOAT, "slices of channels"),
@@ -314,7 +317,7 @@ POOLED = [
     "case, shared",
     [
         *((case, False) for case in FEATURES + POOLED),
-        *((case, True) for case in (FEATURES[0], FEATURES[4], POOLED[1], POOLED[10])),
+        *((case, True) for case in (FEATURES[0], FEATURES[4], POOLED[1], POOLED[11], POOLED[13])),
     ],
 )
 def test_pool(case, shared):
@@ -332,7 +335,7 @@ def test_pool(case, shared):
         assert_near(name, got, exact_output, of, wide)
     positions = (shape[0], *shape[2:])
     grads = normal(shape[:2], dtype, 2), normal(positions, wide, 3), normal(positions, wide, 4)
-    for present in ((True, True, True), (True, False, False), (False, False, True)):
+    for present in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
         given = tuple(grad if here else None for grad, here in zip(grads, present, strict=True))
         wants = gradients(reference.compatibility_pool(*exact), given, exact)
         grad_local, grad_query = ops.pool_bwd(*given, local, query, attention, pooled_wide if wide != dtype else pooled,

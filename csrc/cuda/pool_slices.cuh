@@ -33,7 +33,7 @@ struct Slice {
 // A block's features at some positions, in shared memory.
 template <typename T> struct SliceTile {
   static constexpr int V = kVector<T>, kFetched = kSlice * kStep<T> / V / kSliceThreads;
-  static constexpr int kPitch = kSlice + V; // with channels innermost, so that positions start in different banks
+  static constexpr int kPitch = kSlice + V; // with channels innermost, so that positions start in eight different banks
 
   const Slice& slice;
   int64_t image, index; // of the slice

@@ -31,7 +31,8 @@ struct PoolPlan {
   int width;          // elements per access
   int64_t splits, tiles_per_split;
 
-  // Whether a block can hold all channels, and an image has enough tiles to occupy several blocks.
+  // Whether a block can hold all channels. With four threads per row it holds twice as many, but reads rows in shorter
+  // pieces, and a map of at most 64 positions is a block or two: slices of channels occupy more of them.
   template <typename T> static bool fits(const Shape& shape) {
     if (shape.channels_inner)
       return shape.channels <= kMostThreads * kVector<T>;
@@ -57,7 +58,7 @@ struct PoolPlan {
     shape_block<T>();
     while (!one && ceil_div(shape.positions, tile) < kFewestSplits && halve())
       shape_block<T>();
-    const int64_t tiles = ceil_div(shape.positions, tile);
+    const int64_t tiles = std::max<int64_t>(1, ceil_div(shape.positions, tile));
     const int64_t several = std::clamp(kSplitThreads / threads, 1, 4);
     tiles_per_split = one ? tiles : std::max(std::min(tiles, several), ceil_div(tiles, kMostSplits));
     splits = ceil_div(tiles, tiles_per_split);
@@ -365,7 +366,8 @@ __global__ void __launch_bounds__(kMostThreads, 1) pool_walk(PoolPlan plan, Pass
 #pragma unroll
       for (int s = 0; s < S; ++s)
         if (lane + s * kWarp < plan.tile) {
-          memory.weight[lane + s * kWarp] = lane + s * kWarp < count ? given[s].weight(dot[s], delta) : A(0);
+          const A score = pass.grad_pooled == nullptr ? A(0) : dot[s]; // not 0 times Inf
+          memory.weight[lane + s * kWarp] = lane + s * kWarp < count ? given[s].weight(score, delta) : A(0);
           memory.attention[lane + s * kWarp] = given[s].attention;
         }
     }
@@ -418,18 +420,22 @@ struct RowSums {
   // Folds term(sum, element, row) over the rows at channel c of a matrix (rows, channels). Called by the whole block; the
   // first thread of each channel gets the result.
   template <typename A, typename Term>
-  ATTNKERN_DEVICE A sum(const A* from, int64_t c, int rows, const Term& term) const {
+  ATTNKERN_DEVICE A sum(const A* from, int64_t c, int64_t rows, const Term& term) const {
+    constexpr int kRun = 32; // rows summed on their own, so that the error of many rows grows more slowly
     struct Threads {
       A of[kThreads];
     };
     A* sums = shared<Threads>().of;
     A sum = 0;
-    int row = threadIdx.x / width();
+    int64_t row = threadIdx.x / width();
     from += row * channels + c;
-    if (c < channels)
+    while (c < channels && row < rows) {
+      A run = 0;
 #pragma unroll 8
-      for (; row < rows; row += threads, from += threads * channels)
-        sum = term(sum, *from, row);
+      for (int i = 0; i < kRun && row < rows; ++i, row += threads, from += threads * channels)
+        run = term(run, *from, row);
+      sum += run;
+    }
     if (threads == 1)
       return sum;
     sums[threadIdx.x] = sum;
@@ -472,8 +478,9 @@ __global__ void __launch_bounds__(RowSums::kThreads)
     factors[lane] = factor, factors[other] = other_factor;
   __syncthreads();
   const int64_t c = block * rows.width() + threadIdx.x % rows.width();
-  const A value = rows.sum(pass.sums + image * splits * shape.channels, c, static_cast<int>(splits),
-                           [&](A sum, A element, int split) { return std::fma(element, factors[split], sum); });
+  const A value = rows.sum(pass.sums + image * splits * shape.channels, c, splits, [&](A sum, A element, int64_t split) {
+    return std::fma(element, factors[split], sum);
+  });
   if (threadIdx.x < rows.width() && c < shape.channels)
     pass.store_pooled(image * shape.channels + c, value / total);
 }
@@ -486,8 +493,8 @@ __global__ void __launch_bounds__(RowSums::kThreads)
   if (group >= groups)
     return;
   const int64_t c = block * rows.width() + threadIdx.x % rows.width();
-  const A value = rows.sum(from + group * count * rows.channels, c, static_cast<int>(count),
-                           [](A sum, A element, int) { return sum + element; });
+  const A value = rows.sum(from + group * count * rows.channels, c, count,
+                           [](A sum, A element, int64_t) { return sum + element; });
   if (threadIdx.x < rows.width() && c < rows.channels)
     to.store(group * rows.channels + c, value);
 }

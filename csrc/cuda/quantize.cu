@@ -63,8 +63,11 @@ template <typename A> struct Table {
                       : values[k + 1] == anchor ? anchor
                                                 : round_up<A>(threshold(anchor, values[k + 1],
                                                                         indices[k + 1] < indices[first]));
-      if (first != k) // which nobody reads here
+      if (first != k) { // whose index nobody reads here, and whose value is only compared
         indices[k] = indices[first];
+        if (anchor == A(0)) // +0 and -0 are equal
+          values[k] = values[first];
+      }
     }
     __syncthreads();
     return false;
@@ -190,6 +193,7 @@ public:
       const int own = bin(k, threadIdx.x / kWarp);
       bins_.residuals[own] = 0, bins_.counts[own] = 0;
     }
+    __syncwarp(); // the warp's lanes add to each other's bins
   }
   // The value of an element, and the index of its anchor: -1 for none.
   ATTNKERN_DEVICE A value(A element, int& index) const {
@@ -320,7 +324,7 @@ ATTNKERN_DEVICE void look_up_map(const Quantization<Wide<T>>& q, bool within, co
     A value = 0;
     int index;
     if (first < owned)
-      value = quantizer.take(place(i), element, i < owned);
+      value = quantizer.take(place(std::min(i, tile.width - 1)), element, i < owned);
     if (i >= owned)
       value = quantizer.value(element, index);
     if (i < tile.width)

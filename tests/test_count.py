@@ -525,6 +525,9 @@ def test_the_simplest_rule():
     large = choice.rules(rows_where(lambda shape: shape[2] >= 16))["window_attention"]
     assert str(large) == "Triton where positions ≥ 256, else native"
     assert large.mean == 1
+    native = choice.always_native(rows_where(lambda shape: shape[2] >= 16))  # loses two calls of four
+    assert native.worst > 2
+    assert native.mean == pytest.approx(native.worst**0.5)
 
 
 def test_a_choice_joins_both_passes():

@@ -37,6 +37,10 @@ struct Tiling {
     return tiling;
   }
   ATTNKERN_INLINE int64_t tiles() const { return column_tiles * row_tiles; }
+  // Whether a tile has all channels of its positions.
+  ATTNKERN_INLINE bool complete() const {
+    return row_tiles == 1 && (column_tiles == 1 || columns == shape.positions);
+  }
 
 private:
   // From the shape of an image, the layout and the vector's length only.

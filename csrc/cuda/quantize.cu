@@ -408,8 +408,8 @@ template <typename A> struct GradMap {
   }
 };
 
-// The gradient of the features, and Σ dy·x: of an image that is one tile it completes the gradients of a, and blocks
-// behind the tiles make those of the anchors; else it goes to `grad_map`.
+// The gradient of the features, and Σ dy·x. Tiles with all channels of their positions complete the gradients of a with
+// it, and blocks behind the tiles make those of the anchors; else it goes to `grad_map`.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     anchor_backward_kernel(const T* grad_output, const T* x, Gradients<Wide<T>> gradients, bool residual, T* grad_x,
@@ -426,14 +426,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   fill_map<T>(tiling, tile, a, anchors, gradients.anchor_count, gradients.indices);
   modulate_backward(tiling, tile, walk, Wide<T>(residual), grad_x);
   const A* sums = shared<SumTile<T>>().of;
-  if (tiling.tiles() == 1) {
+  if (tiling.complete()) {
     const A grad_loss = gradients.grad_loss();
     const bool poisoned = grad_loss != A(0) && any_nan(anchors, gradients.anchor_count);
-    for (int64_t p = threadIdx.x; p < tiling.shape.positions; p += kThreads) {
+    const int64_t positions = tiling.shape.positions, first = tile.image * positions + tile.column;
+    for (int i = threadIdx.x; i < std::min<int64_t>(tile.width, positions); i += kThreads) {
       A sum = 0;
-      for (int64_t column = p; column < tiling.columns; column += tiling.shape.positions)
+      for (int64_t column = i; column < tile.width; column += positions)
         sum += sums[column];
-      gradients.write_element(tile.image * tiling.shape.positions + p, sum, grad_loss, poisoned);
+      gradients.write_element(first + i, sum, grad_loss, poisoned);
     }
     return;
   }
@@ -592,7 +593,7 @@ std::tuple<Tensor, Tensor, Tensor> anchor_bwd(Tensor grad_output, std::optional<
     const auto tiling = Tiling::of<T>(Shape(x), data<T>(grad_output), data<T>(x), to);
     const auto gradients = make_gradients<A>(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors, indices,
                                              residuals, divisor, grad_a, grad_anchors);
-    const bool one_launch = tiling.tiles() == 1;
+    const bool one_launch = tiling.complete();
     const Tensor sums = empty<A>(x, {one_launch ? 0 : tiling.shape.images * tiling.row_tiles * tiling.columns});
     queue.launch(anchor_backward_kernel<T>,
                  tiling.shape.images * tiling.tiles() + (one_launch ? gradients.anchor_blocks() : 0), kThreads, 0,

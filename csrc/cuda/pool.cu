@@ -6,8 +6,8 @@
 namespace attnkern {
 namespace {
 
-// A copy of features whose accesses of so many bytes would be misaligned: seldom, and the only way by which every order
-// of sums follows from the shape.
+// Copies features whose address does not allow accesses of so many bytes. This is rare, and narrower accesses would
+// change the order of the sums.
 void make_aligned(Tensor& local, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(local.const_data_ptr()) % bytes == 0)
     return;
@@ -30,7 +30,7 @@ void launch_walk(const Queue& queue, const PoolPlan& plan, const Pass& pass, con
     launch(pool_walk<T, RowTile<T, kGroup / 2>, Pass>);
 }
 
-// `vector` is what scores are formed with; without one they are zero.
+// `vector` is the vector of the scores; without one they are zero.
 template <typename T, typename Pass>
 void launch_slices(const Queue& queue, const Shape& shape, const Pass& pass, Tensor local,
                    const std::optional<Query>& vector) {

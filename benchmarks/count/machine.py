@@ -200,35 +200,36 @@ class Machine:
 
     def float(self, operand):
         """A number in single precision; half a register where the operand says so."""
-        sign, magnitude = operand.startswith("-"), "|" in operand
-        text = operand.lstrip("-").strip("|")
-        if found := re.match(r"(U?R\w+)\.H([01])_H[01]$", text):
-            row, high = self.row(found[1]), found[2] == "1"
-            inner = lambda: (row >> U32(16) if high else row).astype(np.uint16).view(np.float16).astype(F32)  # noqa: E731
-        elif REGISTER.match(text) or text.startswith("c["):
-            bits = self.integer(text)
-            inner = lambda: bits().view(F32)  # noqa: E731
-        else:
-            value = F32(_number(text))
-            inner = lambda: value  # noqa: E731
-        if magnitude:
-            absolute = inner
-            inner = lambda: np.abs(absolute())  # noqa: E731
-        return (lambda: -inner()) if sign else inner
+        return self._signed(operand, self._single)
 
     def double(self, operand):
-        sign, magnitude = operand.startswith("-"), "|" in operand
-        text = operand.lstrip("-").strip("|")
+        return self._signed(operand, self._double)
+
+    @staticmethod
+    def _signed(operand, read):
+        """What ``read`` makes of an operand without its sign and the bars of its magnitude, with both applied."""
+        value = read(operand.lstrip("-").strip("|"))
+        negative, magnitude = operand.startswith("-"), "|" in operand
+        if negative:
+            return (lambda: -np.abs(value())) if magnitude else (lambda: -value())
+        return (lambda: np.abs(value())) if magnitude else value
+
+    def _single(self, text):
+        if found := re.match(r"(U?R\w+)\.H([01])_H[01]$", text):
+            row, shift = self.row(found[1]), U32(16 * int(found[2]))
+            return lambda: (row >> shift).astype(np.uint16).view(np.float16).astype(F32)
+        if REGISTER.match(text) or text.startswith("c["):
+            bits = self.integer(text)
+            return lambda: bits().view(F32)
+        value = F32(_number(text))
+        return lambda: value
+
+    def _double(self, text):
         if REGISTER.match(text) or text.startswith("c["):
             bits = self.long(text)
-            inner = lambda: bits().view(F64)  # noqa: E731
-        else:
-            value = F64(_number(text))
-            inner = lambda: value  # noqa: E731
-        if magnitude:
-            absolute = inner
-            inner = lambda: np.abs(absolute())  # noqa: E731
-        return (lambda: -inner()) if sign else inner
+            return lambda: bits().view(F64)
+        value = F64(_number(text))
+        return lambda: value
 
     def predicate(self, operand):
         if operand[0] == "!":

@@ -425,13 +425,15 @@ def lea(m, ins):
     operands = [operand for operand in operands if not is_predicate(operand)]
     a, b = m.integer(operands[0]), _wide_term(m, operands[1])
     shift = U64(int(operands[-1], 0))
-    if not ins.has("HI"):
-        shifted = lambda: (a().astype(U64) << shift) & _LOW  # noqa: E731
-    elif ins.has("SX32"):
-        shifted = lambda: (_signed64(np.atleast_1d(a())) << shift) >> _32  # noqa: E731
-    else:
-        high = m.integer(operands[2])
-        shifted = lambda: ((high().astype(U64) << _32 | a().astype(U64)) << shift) >> _32  # noqa: E731
+    upper, extended = ins.has("HI"), ins.has("SX32")
+    high = m.integer(operands[2]) if upper and not extended else None
+
+    def shifted():
+        if not upper:
+            return (a().astype(U64) << shift) & _LOW
+        if extended:
+            return (_signed64(np.atleast_1d(a())) << shift) >> _32
+        return ((high().astype(U64) << _32 | a().astype(U64)) << shift) >> _32
 
     def run(mask):
         total = shifted() + b()
@@ -906,7 +908,10 @@ def f2f(m, ins):
         value = m.float(source)
     else:
         halves = _halves(m, source, origin == "BF16")
-        value = lambda: halves()[0]  # noqa: E731
+
+        def value():
+            return halves()[0]
+
     if goal == "F64":
         return lambda mask: m.put_long(to, np.asarray(value()).astype(F64), mask)
     if goal == "F32":

@@ -153,9 +153,8 @@ def choose(backend: str | None, x: torch.Tensor) -> str:
     """The backend for features ``x``: a valid explicit choice as it is, else the first usable one.
 
     The automatic choice depends on device and dtype only: never on a size, so compiling it adds no guard, and never
-    on the batch, so a result does not depend on it. Native comes before Triton: by the counts in docs/gpu.md it is as
-    fast or faster for most calls, a rule on sizes would gain less than the estimates' uncertainty, and a native launch
-    costs the host less.
+    on the batch, so a result does not depend on it. Native comes before Triton: by the estimates of docs/gpu.md a rule
+    on sizes would gain less on average than their uncertainty.
 
     Raises:
         ValueError: ``backend`` is unknown, or cannot run here; the message says why.

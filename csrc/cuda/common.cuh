@@ -134,42 +134,19 @@ struct MutableCompanion {
 
 template <typename T> constexpr int kVector = 16 / sizeof(T);
 
-template <typename T> struct alignas(16) Vector {
-  T lane[kVector<T>];
-};
-
 ATTNKERN_INLINE bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Widens `valid` elements from `from`, and zeros behind them. `aligned` says that the vector may be read whole; which
-// of the two ways is taken changes no result.
-template <typename T>
-ATTNKERN_DEVICE void load_vector(const T* from, bool aligned, int64_t valid, Wide<T> (&to)[kVector<T>]) {
-  if (aligned && valid >= kVector<T>) {
-    const Vector<T> vector = *reinterpret_cast<const Vector<T>*>(from);
+// The `valid` first elements of a vector, one by one, and zeros behind them.
+template <typename T> ATTNKERN_DEVICE void load_vector(const T* from, int64_t valid, Wide<T> (&to)[kVector<T>]) {
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i)
-      to[i] = widen(vector.lane[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector<T>; ++i)
-      to[i] = i < valid ? widen(from[i]) : Wide<T>(0);
-  }
+  for (int i = 0; i < kVector<T>; ++i)
+    to[i] = i < valid ? widen(from[i]) : Wide<T>(0);
 }
-
-template <typename T>
-ATTNKERN_DEVICE void store_vector(const Wide<T> (&from)[kVector<T>], T* to, bool aligned, int64_t valid) {
-  if (aligned && valid >= kVector<T>) {
-    Vector<T> vector;
+template <typename T> ATTNKERN_DEVICE void store_vector(const Wide<T> (&from)[kVector<T>], T* to, int64_t valid) {
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i)
-      vector.lane[i] = narrow<T>(from[i]);
-    *reinterpret_cast<Vector<T>*>(to) = vector;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector<T>; ++i)
-      if (i < valid)
-        to[i] = narrow<T>(from[i]);
-  }
+  for (int i = 0; i < kVector<T>; ++i)
+    if (i < valid)
+      to[i] = narrow<T>(from[i]);
 }
 
 // --- shared memory ---

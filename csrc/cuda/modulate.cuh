@@ -121,7 +121,7 @@ ATTNKERN_DEVICE void store(const Wide<T> (&from)[kVector<T>], T* to, bool whole,
   if (whole)
     store_packed<kVector<T>, 1>(pack<T>(from), to, true, kVector<T>);
   else
-    store_vector(from, to, false, valid);
+    store_vector(from, to, valid);
 }
 
 // What a thread does of a tile: some vectors of each of its items, which are rows, or columns with channels innermost.
@@ -239,7 +239,7 @@ public:
       if (at.item < end_ && valid > 0) {
 #pragma unroll
         for (int k = 0; k < kInputs; ++k)
-          load_vector(inputs_[k] + at.offset, false, valid, values[k]);
+          load_vector(inputs_[k] + at.offset, valid, values[k]);
         use(at.item, values, at.offset, false, valid);
       }
       if (ends_item<kInner>(at))

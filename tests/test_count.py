@@ -1,5 +1,6 @@
 """Counting machine code: the interpreter on listings with known results, recorded launches, counted budgets."""
 
+import re
 import struct
 
 import numpy as np
@@ -595,3 +596,15 @@ def test_losses_are_on_the_page():
     assert f"not been counted: {2 * len(GPU_CASES) - 1} of" in text
     assert "window_attention 32x256x56x56 float32 NCHW forward, native: 0.51 × as fast as torch.compile" in text
     assert "loads 16 (100%) bit, 8 bytes of stack" in text
+
+
+def test_the_readme_quotes_the_page():
+    """How many times faster than torch.compile's kernels the native ones are on an H200: the page's fourth column."""
+    table = dict(re.findall(r"^\| (\w+ \w+, \w+ maps) +\| (.+) \|$", page.PAGE.read_text(), re.MULTILINE))
+    quoted = re.findall(r"^\| `(\w+)` \| (.+, worst .+) \|$", (code.ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(quoted) == 3
+    passes = [f"{which}, {size} maps" for size in ("large", "small") for which in ("forward", "backward")]
+    for op, cells in quoted:
+        for which, cell in zip(passes, cells.split(" | "), strict=True):
+            mean, worst = re.fullmatch(r"(\S+) \((\S+)\)", table[f"{op} {which}"].split("|")[3].strip()).groups()
+            assert cell == f"{mean}, worst {worst}", (op, which)

@@ -29,7 +29,7 @@ def _nearest(a, anchors):
     return torch.where(a.isnan() | anchors.isnan().any(), torch.zeros_like(nearest), nearest)
 
 
-def _quantized(a, anchors, dtype):
+def _quantized(a, anchors, dtype, divisor=1):
     wide_a, wide_anchors = a.to(dtype), anchors.to(dtype)
     index = _nearest(a, anchors)
     lost = a.isnan() | anchors.isnan().any()
@@ -38,16 +38,17 @@ def _quantized(a, anchors, dtype):
     chosen = index.flatten()[:, None] == torch.arange(anchors.shape[0], device=a.device)
     counts = (chosen & ~lost.flatten()[:, None]).sum(0)
     residuals = torch.where(chosen, difference[:, None], torch.zeros_like(difference)[:, None]).sum(0)
-    return values, index, difference.square().sum(), counts, residuals
+    loss = difference.square().sum() / divisor
+    return values, index, loss, loss.clone(), counts, residuals
 
 
-def _quantize_fwd(a, anchors):
-    values, *rest = _quantized(a, anchors, wide(a.dtype))
+def _quantize_fwd(a, anchors, divisor):
+    values, *rest = _quantized(a, anchors, wide(a.dtype), divisor)
     return values.to(a.dtype), *rest
 
 
-def _anchor_fwd(x, a, anchors, residual):
-    values, *rest = _quantized(a, anchors, wide(x.dtype))
+def _anchor_fwd(x, a, anchors, residual, divisor):
+    values, *rest = _quantized(a, anchors, wide(x.dtype), divisor)
     output = reference.modulate(x, values if values.dim() == 4 else values[:, None], residual)
     return output, values.to(a.dtype), *rest
 

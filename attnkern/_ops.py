@@ -55,12 +55,13 @@ def _quantized(a, anchors, dtype):
         torch.empty_like(a),
         torch.empty_like(a, dtype=torch.int64),
         a.new_empty((), dtype=dtype),
+        a.new_empty((), dtype=dtype),
         torch.empty_like(anchors, dtype=torch.int64),
         torch.empty_like(anchors, dtype=dtype),
     )
 
 
-def _quantize_fwd(a, anchors):
+def _quantize_fwd(a, anchors, divisor):
     return _quantized(a, anchors, wide(a.dtype))
 
 
@@ -68,7 +69,7 @@ def _quantize_bwd(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchor
     return torch.empty_like(a), torch.empty_like(anchors)
 
 
-def _anchor_fwd(x, a, anchors, residual):
+def _anchor_fwd(x, a, anchors, residual, divisor):
     return (torch.empty_like(x), *_quantized(a, anchors, wide(x.dtype)))
 
 

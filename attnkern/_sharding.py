@@ -12,9 +12,9 @@ _RULES = {
     "window_map_bwd": ("0 0 0 -> 0",),
     "window_fwd": ("0 0 -> 0 0 0", "1 R -> 1 R R"),
     "window_bwd": ("0 0 0 0 0 -> 0 0", "1 P 1 R R -> 1 P"),
-    "quantize_fwd": ("0 R -> 0 0 P P P",),
+    "quantize_fwd": ("0 R -> 0 0 P P P P",),
     "quantize_bwd": ("0 R R 0 R 0 P -> 0 P",),
-    "anchor_fwd": ("0 0 R -> 0 0 0 P P P", "1 R R -> 1 R R R R R"),
+    "anchor_fwd": ("0 0 R -> 0 0 0 P P P P", "1 R R -> 1 R R R R R R"),
     "anchor_bwd": ("0 0 R R 0 0 R 0 P -> 0 0 P", "1 P R P 1 R R R R -> 1 P R"),
     "pool_fwd": ("0 0 -> 0 0 0 0",),
     "pool_bwd": ("0 0 0 0 0 0 0 -> 0 0",),
@@ -46,8 +46,8 @@ def register_sharding() -> None:
 
     Call it once, before DTensors reach attnkern; it imports ``torch.distributed.tensor``, which takes long. Sums over
     the batch (anchors' gradients and counts, losses, the gradient of a query that the batch shares) and the rectangle's
-    gradient over shards of channels are partial sums, added where they are needed; losses are divided after they are
-    summed, so uneven shards stay right.
+    gradient over shards of channels are partial sums, added where they are needed; a shard's losses are divided by
+    what the whole batch's are divided by, so uneven shards stay right.
     """
     from torch.distributed.tensor import experimental
 

@@ -73,8 +73,8 @@ def test_nearest_anchors_at_the_edges(device):
     a = torch.tensor([[0.25, 0.75, -9.0, 9.0, torch.inf, -torch.inf, torch.nan]], device=device)
     for anchors in ([0.0, 0.5, 1.0], [1.0, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, torch.nan, 1.0], [0.3]):
         anchors = torch.tensor(anchors, device=device)
-        found = dict(enumerate(_decompositions._quantize_fwd(a, anchors)[:2]))
-        same(found, dict(enumerate(_ops.BACKENDS["native"].quantize_fwd(a, anchors)[:2])))
+        found = dict(enumerate(_decompositions._quantize_fwd(a, anchors, 1)[:2]))
+        same(found, dict(enumerate(_ops.BACKENDS["native"].quantize_fwd(a, anchors, 1)[:2])))
 
 
 @every_function

@@ -115,13 +115,24 @@ def _nearest(a, anchors, Q, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr):
 
 
 @triton.jit
+def _store_losses(anchor_loss, commitment_loss, total, divisor):
+    if commitment_loss is None:
+        tl.store(anchor_loss, total)
+    else:
+        loss = tl.div_rn(total, divisor)
+        tl.store(anchor_loss, loss)
+        tl.store(commitment_loss, loss)
+
+
+@triton.jit
 def _quantize(
-    a, anchors, values, indices, loss, counts, residuals, first, SIZE, Q,
+    a, anchors, values, indices, anchor_loss, commitment_loss, counts, residuals, first, SIZE, Q, divisor,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Quantize BLOCK_P elements of a from `first` on: everything elementwise, and their sums.
 
-    counts and residuals (Q,) take how many chose each anchor, and Σ (value - a) over them.
+    counts and residuals (Q,) take how many chose each anchor, and Σ (value - a) over them. Without a commitment_loss
+    the sums are those of one program of several, and the loss is not divided.
     """
     p = first + tl.arange(0, BLOCK_P)
     inside = p < SIZE
@@ -130,7 +141,7 @@ def _quantize(
     store(values + p, value, inside)
     tl.store(indices + p, tl.maximum(rank - 1, 0).to(tl.int64), inside)
     difference = tl.where(inside, value - element, 0.0)
-    tl.store(loss, tl.sum(difference * difference))
+    _store_losses(anchor_loss, commitment_loss, tl.sum(difference * difference), divisor)
     # An element without a neighbour has index 0: its distance to that anchor is NaN.
     stray = tl.max((inside & (rank == 0)).to(tl.int32)) | poisoned
     rank = tl.where(inside, rank, 0)
@@ -145,10 +156,10 @@ def _quantize(
 
 @triton.jit
 def _add_partials(
-    block, part_loss, part_counts, part_residuals, loss, counts, residuals, T, Q,
+    block, part_loss, part_counts, part_residuals, anchor_loss, commitment_loss, counts, residuals, T, Q, divisor,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Add the sums of T programs for anchors block·BLOCK_K onwards; the first block adds the loss as well."""
+    """Add the sums of T programs for anchors block·BLOCK_K onwards; the first block adds the losses as well."""
     k = block * BLOCK_K + tl.arange(0, BLOCK_K)
     count = tl.zeros((BLOCK_T, BLOCK_K), tl.int64)
     residual = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
@@ -163,7 +174,7 @@ def _add_partials(
     tl.store(counts + k, tl.sum(count, 0), k < Q)
     tl.store(residuals + k, tl.sum(residual, 0), k < Q)
     if block == 0:
-        tl.store(loss, tl.sum(total))
+        _store_losses(anchor_loss, commitment_loss, tl.sum(total), divisor)
 
 
 @triton.jit
@@ -216,30 +227,31 @@ def _grad_anchors(grad_anchor_loss, residuals, grad_anchors, Q, divisor, BLOCK_J
 
 @triton.jit(do_not_specialize=["SIZE", "Q"])
 def _quantize_fwd_kernel(
-    a, anchors, values, indices, loss, counts, residuals, SIZE, Q,
+    a, anchors, values, indices, anchor_loss, commitment_loss, counts, residuals, SIZE, Q, divisor,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     _quantize(
-        a, anchors, values, indices, loss + t, counts + t * Q, residuals + t * Q, t * BLOCK_P, SIZE, Q,
-        BLOCK_P, BLOCK_Q, BLOCK_J,
+        a, anchors, values, indices, anchor_loss + t, commitment_loss, counts + t * Q, residuals + t * Q,
+        t * BLOCK_P, SIZE, Q, divisor, BLOCK_P, BLOCK_Q, BLOCK_J,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "Q"])
 def _add_partials_kernel(
-    part_loss, part_counts, part_residuals, loss, counts, residuals, T, Q,
+    part_loss, part_counts, part_residuals, anchor_loss, commitment_loss, counts, residuals, T, Q, divisor,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     _add_partials(
-        tl.program_id(0), part_loss, part_counts, part_residuals, loss, counts, residuals, T, Q, BLOCK_T, BLOCK_K
-    )
+        tl.program_id(0), part_loss, part_counts, part_residuals, anchor_loss, commitment_loss, counts, residuals,
+        T, Q, divisor, BLOCK_T, BLOCK_K,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "Q", "SIZE"])
 def _anchor_fwd_kernel(
-    x, a, anchors, part_loss, part_counts, part_residuals, output, values, indices, loss, counts, residuals,
-    T, Q, SIZE, C, P, HW,
+    x, a, anchors, part_loss, part_counts, part_residuals,
+    output, values, indices, anchor_loss, commitment_loss, counts, residuals, T, Q, SIZE, C, P, HW, divisor,
     WHOLE: tl.constexpr, ROUNDED: tl.constexpr, RESIDUAL: tl.constexpr, FOLD: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, VEC_C: tl.constexpr, VEC_P: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr,
@@ -253,14 +265,18 @@ def _anchor_fwd_kernel(
     at_map = n * HW + (p % HW if FOLD > 1 else p)
     if WHOLE:  # small: all find their anchors for themselves, and the first program does the sums
         if tl.program_id(0) == 0:
-            _quantize(a, anchors, values, indices, loss, counts, residuals, 0, SIZE, Q, BLOCK_A, BLOCK_Q, BLOCK_J)
+            _quantize(
+                a, anchors, values, indices, anchor_loss, commitment_loss, counts, residuals, 0, SIZE, Q, divisor,
+                BLOCK_A, BLOCK_Q, BLOCK_J,
+            )  # fmt: skip
         element = tl.load(a + at_map, p < P, other=0.0).to(tl.float32)
         _, v, _ = _nearest(element, anchors, Q, BLOCK_Q, BLOCK_J)
     else:
         for block in range(tl.program_id(0), tl.cdiv(Q, BLOCK_K), tl.num_programs(0)):
             _add_partials(
-                block, part_loss, part_counts, part_residuals, loss, counts, residuals, T, Q, BLOCK_T, BLOCK_K
-            )
+                block, part_loss, part_counts, part_residuals, anchor_loss, commitment_loss, counts, residuals,
+                T, Q, divisor, BLOCK_T, BLOCK_K,
+            )  # fmt: skip
         v = tl.load(values + at_map, p < P, other=0.0).to(tl.float32)
         if ROUNDED:  # the values were rounded to a narrower type than the anchors'
             v = _chosen(anchors, indices, v, 0, at_map, p < P, Q)
@@ -333,18 +349,12 @@ _WHOLE = 512
 _PART = 256
 
 
-class _Sums(NamedTuple):
-    """Per program, or over the batch."""
+class _Parts(NamedTuple):
+    """Sums per program: Σ (v - a)², and per anchor how many chose it and Σ (v - a) over them."""
 
     loss: torch.Tensor
     counts: torch.Tensor
     residuals: torch.Tensor
-
-    @classmethod
-    def empty(cls, like, parts, q, dtype):
-        """Uninitialised; float32 but for the counts of ``dtype``. ``parts`` is () or (T,)."""
-        loss, residuals = (like.new_empty(shape, dtype=torch.float32) for shape in (parts, (*parts, q)))
-        return cls(loss, like.new_empty((*parts, q), dtype=dtype), residuals)
 
 
 def _part(size: int) -> tuple[int, int]:
@@ -371,8 +381,9 @@ def _add_blocks(q: int) -> dict:
 
 
 def _results(a, anchors):
-    """Uninitialised values and indices, and the sums: zeros where there is nothing to sum."""
-    sums = _Sums.empty(a, (), anchors.shape[0], torch.int64)
+    """Values and indices, uninitialised, and the two losses, counts and residuals: zeros where nothing is summed."""
+    losses = (a.new_empty((), dtype=torch.float32) for _ in range(2))
+    sums = *losses, torch.empty_like(anchors, dtype=torch.int64), torch.empty_like(anchors, dtype=torch.float32)
     if a.numel() == 0:
         for tensor in sums:
             tensor.zero_()
@@ -384,44 +395,49 @@ def _launch_parts(a, anchors, values, indices):
     size, q = a.numel(), anchors.shape[0]
     part, warps = _part(size)
     programs = triton.cdiv(size, part)
-    parts = _Sums.empty(a, (programs,), q, torch.int32)
+    parts = _Parts(
+        a.new_empty((programs,), dtype=torch.float32),
+        a.new_empty((programs, q), dtype=torch.int32),
+        a.new_empty((programs, q), dtype=torch.float32),
+    )
     launch(
-        _quantize_fwd_kernel, programs, a, anchors, values, indices, *parts, size, q,
+        _quantize_fwd_kernel, programs, a, anchors, values, indices, parts.loss, None, parts.counts, parts.residuals,
+        size, q, 1.0,
         BLOCK_P=part, **_blocks(part, q, warps), num_warps=warps,
     )  # fmt: skip
     return parts
 
 
-def quantize_fwd(a, anchors):
+def quantize_fwd(a, anchors, divisor):
     size, q = a.numel(), anchors.shape[0]
     values, indices, sums = _results(a, anchors)
     if size > _WHOLE:
         parts = _launch_parts(a, anchors, values, indices)
         blocks = _add_blocks(q)
         programs = triton.cdiv(q, blocks["BLOCK_K"])
-        launch(_add_partials_kernel, programs, *parts, *sums, parts.loss.shape[0], q, **blocks)
+        launch(_add_partials_kernel, programs, *parts, *sums, parts.loss.shape[0], q, float(divisor), **blocks)
     elif size > 0:
         block = ceil_power(size)
         launch(
-            _quantize_fwd_kernel, 1, a, anchors, values, indices, *sums, size, q,
+            _quantize_fwd_kernel, 1, a, anchors, values, indices, *sums, size, q, float(divisor),
             BLOCK_P=block, **_blocks(block, q, 8), num_warps=8,
         )  # fmt: skip
     return values, indices, *sums
 
 
-def anchor_fwd(x, a, anchors, residual):
+def anchor_fwd(x, a, anchors, residual, divisor):
     size, q = a.numel(), anchors.shape[0]
     values, indices, sums = _results(a, anchors)
     output = torch.empty_like(x)
     seen = features(x, foldable=True)
     tile = fwd_tile(seen)
     whole = size <= _WHOLE
-    parts = _Sums(None, None, None) if whole else _launch_parts(a, anchors, values, indices)
+    parts = _Parts(None, None, None) if whole else _launch_parts(a, anchors, values, indices)
     block = ceil_power(size) if whole else 1
     launch(
         _anchor_fwd_kernel, x.shape[0] * tile.programs(seen),
         x, a, anchors, *parts, output, values, indices, *sums,
-        0 if whole else parts.loss.shape[0], q, size, *seen.sizes, seen.positions // seen.fold,
+        0 if whole else parts.loss.shape[0], q, size, *seen.sizes, seen.positions // seen.fold, float(divisor),
         WHOLE=whole, ROUNDED=a.dtype != torch.float32 and a.dtype != anchors.dtype, RESIDUAL=residual, FOLD=seen.fold,
         BLOCK_A=block, **_blocks(max(block, tile.block_p), q, 8), **_add_blocks(q), **seen.constants, **tile.constants,
         num_warps=8 if whole else 4,

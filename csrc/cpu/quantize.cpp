@@ -66,7 +66,7 @@ Sums<A> quantize(const Anchors<A>& anchors, const T* a, int64_t count, T* values
 }
 
 // grad_a = what came through the values, and the commitment loss's share. `through` is the gradient of the map from the
-// features, null without features; `scale` is the gradient of the loss over its divisor.
+// features, null without features.
 template <typename T, typename A>
 void quantize_backward(const T* a, const Widened<A>& anchors, const int64_t* indices, int64_t count,
                        const T* grad_values, const A* through, A grad_loss, A divisor, T* grad_a) {
@@ -163,14 +163,15 @@ namespace attnkern {
 namespace {
 
 template <typename A> struct Quantized {
-  Tensor values, indices, loss, counts, residuals;
+  Tensor values, indices, anchor_loss, commitment_loss, counts, residuals;
   const A* wide_values;   // the values unrounded
   std::vector<A> storage; // of wide_values where values themselves are rounded
 };
 
-template <typename A> Quantized<A> quantized(const Tensor& a, const Tensor& anchors, bool keep_wide) {
-  Quantized<A> q{empty_same(a), empty_like<int64_t>(a), empty<A>(a, {}), empty_like<int64_t>(anchors),
-                 empty_like<A>(anchors),       nullptr,               {}};
+template <typename A>
+Quantized<A> quantized(const Tensor& a, const Tensor& anchors, int64_t divisor, bool keep_wide) {
+  Quantized<A> q{empty_same(a),      empty_like<int64_t>(a), empty<A>(a, {}), empty<A>(a, {}), empty_like<int64_t>(anchors),
+                 empty_like<A>(anchors), nullptr,               {}};
   const Anchors<A> table{Widened<A>(anchors)};
   dispatch(a.scalar_type(), [&](auto t) {
     using T = decltype(t);
@@ -180,7 +181,7 @@ template <typename A> Quantized<A> quantized(const Tensor& a, const Tensor& anch
       q.wide_values = (q.storage.resize(a.numel()), q.storage.data());
     const Sums<A> sums = ATTNKERN_BY_ISA(quantize, table, data<T>(a), a.numel(), mutable_data<T>(q.values),
                                          mutable_data<int64_t>(q.indices), q.storage.data());
-    *mutable_data<A>(q.loss) = static_cast<A>(sums.loss);
+    *mutable_data<A>(q.anchor_loss) = *mutable_data<A>(q.commitment_loss) = static_cast<A>(sums.loss / divisor);
     std::copy(sums.counts.begin(), sums.counts.end(), mutable_data<int64_t>(q.counts));
     std::copy(sums.residuals.begin(), sums.residuals.end(), mutable_data<A>(q.residuals));
   });
@@ -212,12 +213,12 @@ std::tuple<Tensor, Tensor> gradients(const std::optional<Tensor>& grad_values,
   return {grad_a, grad_anchors.tensor()};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_fwd(Tensor a, Tensor anchors) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_fwd(Tensor a, Tensor anchors, int64_t divisor) {
   make_dense(a);
   make_contiguous(anchors);
   return dispatch_wide(a.scalar_type(), [&](auto wide) {
-    const auto q = quantized<decltype(wide)>(a, anchors, false);
-    return std::tuple(q.values, q.indices, q.loss, q.counts, q.residuals);
+    const auto q = quantized<decltype(wide)>(a, anchors, divisor, false);
+    return std::tuple(q.values, q.indices, q.anchor_loss, q.commitment_loss, q.counts, q.residuals);
   });
 }
 
@@ -234,16 +235,16 @@ std::tuple<Tensor, Tensor> quantize_bwd(std::optional<Tensor> grad_values, std::
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, Tensor a, Tensor anchors,
-                                                                      bool residual) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, Tensor a, Tensor anchors,
+                                                                              bool residual, int64_t divisor) {
   make_dense(x);
   make_contiguous(a, anchors);
   return dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     Tensor output = empty_same(x);
-    const auto q = quantized<Wide<T>>(a, anchors, true);
+    const auto q = quantized<Wide<T>>(a, anchors, divisor, true);
     ATTNKERN_BY_ISA(modulate<T>, Shape(x), data<T>(x), q.wide_values, residual, mutable_data<T>(output));
-    return std::tuple(output, q.values, q.indices, q.loss, q.counts, q.residuals);
+    return std::tuple(output, q.values, q.indices, q.anchor_loss, q.commitment_loss, q.counts, q.residuals);
   });
 }
 

@@ -146,10 +146,13 @@ template <typename A> struct Quantization {
   Scratch<A> scratch;
   MutableCompanion values;
   int64_t* indices;
-  A* loss;
+  A *anchor_loss, *commitment_loss;
+  A divisor; // of the losses
   int64_t* counts;
   A* residuals;
   Partial<A> partial; // where there are several blocks
+
+  ATTNKERN_DEVICE void write_losses(A sum) const { *anchor_loss = *commitment_loss = sum / divisor; }
 };
 
 // The blocks' sums of one anchor, or after the last anchor of the loss, by a whole block.
@@ -170,7 +173,7 @@ template <typename A> ATTNKERN_DEVICE void add_blocks(const Quantization<A>& q, 
   if (threadIdx.x != 0)
     return;
   if (is_loss)
-    *q.loss = static_cast<A>(sum[0]);
+    q.write_losses(static_cast<A>(sum[0]));
   else
     q.residuals[anchor] = static_cast<A>(sum[0]), q.counts[anchor] = number[0];
 }
@@ -244,8 +247,10 @@ public:
         sum += is_loss ? losses.of[warp] : bins_.residuals[bin(k, warp)];
         number += is_loss ? 0 : bins_.counts[bin(k, warp)];
       }
-      if (is_loss)
-        *(only ? q_.loss : q_.partial.loss + block) = sum;
+      if (is_loss && only)
+        q_.write_losses(sum);
+      else if (is_loss)
+        q_.partial.loss[block] = sum;
       else if (only)
         q_.residuals[k] = sum, q_.counts[k] = number;
       else
@@ -472,17 +477,18 @@ int64_t chunk_size(int64_t count, int64_t anchors) {
 
 // The outputs of quantization, and what its blocks work with: `blocks` of them, or as many as chunk_size() makes.
 template <typename A> struct Quantized {
-  Tensor values, indices, loss, counts, residuals;
+  Tensor values, indices, anchor_loss, commitment_loss, counts, residuals;
   Tensor sums, numbers, tables;
   Quantization<A> q;
 
-  Quantized(const Tensor& a, const Tensor& anchors, int64_t blocks = 0)
-      : values(empty_same(a)), indices(empty_like<int64_t>(a)), loss(empty<A>(a, {})),
-        counts(empty_like<int64_t>(anchors)), residuals(empty_like<A>(anchors)), q(make(a, anchors, blocks)) {}
+  Quantized(const Tensor& a, const Tensor& anchors, int64_t divisor, int64_t blocks = 0)
+      : values(empty_same(a)), indices(empty_like<int64_t>(a)), anchor_loss(empty<A>(a, {})),
+        commitment_loss(empty<A>(a, {})), counts(empty_like<int64_t>(anchors)), residuals(empty_like<A>(anchors)),
+        q(make(a, anchors, divisor, blocks)) {}
   size_t shared_bytes() const { return q.scratch.fits_shared() ? q.scratch.bytes() : 0; }
 
 private:
-  Quantization<A> make(const Tensor& a, const Tensor& anchors, int64_t blocks) {
+  Quantization<A> make(const Tensor& a, const Tensor& anchors, int64_t divisor, int64_t blocks) {
     const int64_t count = a.numel(), anchor_count = anchors.numel(), chunk = chunk_size(count, anchor_count);
     if (blocks == 0)
       blocks = std::max<int64_t>(1, ceil_div(count, chunk));
@@ -497,8 +503,8 @@ private:
       scratch.memory = reinterpret_cast<char*>(mutable_data<int64_t>(tables));
     }
     return {a, anchors, static_cast<int>(anchor_count), count, chunk, blocks, scratch, values,
-            mutable_data<int64_t>(indices), mutable_data<A>(loss), mutable_data<int64_t>(counts),
-            mutable_data<A>(residuals), partial};
+            mutable_data<int64_t>(indices), mutable_data<A>(anchor_loss), mutable_data<A>(commitment_loss),
+            static_cast<A>(divisor), mutable_data<int64_t>(counts), mutable_data<A>(residuals), partial};
   }
 };
 
@@ -516,16 +522,16 @@ template <typename A> void launch_backward(const Queue& queue, const Gradients<A
   queue.launch(quantize_backward_kernel<A>, blocks + gradients.anchor_blocks(), kThreads, 0, gradients, map, blocks);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_fwd(Tensor a, Tensor anchors) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_fwd(Tensor a, Tensor anchors, int64_t divisor) {
   make_dense(a);
   make_contiguous(anchors);
   return dispatch_wide(a.scalar_type(), [&](auto wide) {
     using A = decltype(wide);
     const Queue queue(a);
-    const Quantized<A> out(a, anchors);
+    const Quantized<A> out(a, anchors, divisor);
     queue.launch(quantize_kernel<A>, out.q.blocks, kThreads, out.shared_bytes(), out.q);
     queue.launch(add_blocks_kernel<A>, out.q.blocks == 1 ? 0 : anchors.numel() + 1, kThreads, 0, out.q);
-    return std::tuple(out.values, out.indices, out.loss, out.counts, out.residuals);
+    return std::tuple(out.values, out.indices, out.anchor_loss, out.commitment_loss, out.counts, out.residuals);
   });
 }
 
@@ -547,8 +553,8 @@ std::tuple<Tensor, Tensor> quantize_bwd(std::optional<Tensor> grad_values, std::
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, Tensor a, Tensor anchors,
-                                                                      bool residual) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, Tensor a, Tensor anchors,
+                                                                              bool residual, int64_t divisor) {
   make_dense(x);
   make_contiguous(a, anchors);
   return dispatch(x.scalar_type(), [&](auto t) {
@@ -563,7 +569,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, 
                             : owners <= kMostOwners           ? Quantizing::within
                                                               : Quantizing::before;
     const bool before = quantizing == Quantizing::before, within = quantizing == Quantizing::within;
-    const Quantized<A> out(a, anchors, within ? owners : 0);
+    const Quantized<A> out(a, anchors, divisor, within ? owners : 0);
     const int64_t adding = out.q.blocks == 1 ? 0 : anchors.numel() + 1;
     queue.launch(quantize_kernel<A>, before ? out.q.blocks : 0, kThreads, out.shared_bytes(), out.q);
     queue.launch(anchor_forward_kernel<T>,
@@ -571,7 +577,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, 
                  before ? 0 : out.shared_bytes(), data<T>(x), out.q, quantizing, residual, mutable_data<T>(output),
                  tiling);
     queue.launch(add_blocks_kernel<A>, within ? adding : 0, kThreads, 0, out.q);
-    return std::tuple(output, out.values, out.indices, out.loss, out.counts, out.residuals);
+    return std::tuple(output, out.values, out.indices, out.anchor_loss, out.commitment_loss, out.counts,
+                      out.residuals);
   });
 }
 

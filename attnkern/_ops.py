@@ -114,20 +114,32 @@ def _triton_kernel(name):
 TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
-def define(namespace: str) -> torch.library.Library:
-    """The operators in a namespace, with their fake kernels and without any other."""
-    library = torch.library.Library(namespace, "DEF")
-    for name, schema in SCHEMAS.items():
-        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{namespace}::{name}", in_layout(name, globals()[f"_{name}"]), lib=library)
+def define(namespace: str, kernel=None, keys: tuple[str, ...] = ()) -> torch.library.Library:
+    """The operators in a namespace, with their fake kernels, and ``kernel(name)`` for each of some dispatch keys.
+
+    An operator lives as long as its library, and a namespace can be defined once. The library is therefore kept in the
+    namespace, where a second import of attnkern, after ``sys.modules`` was cleared, finds it.
+
+    Raises:
+        ImportError: the operators of another version of attnkern have been defined in this process.
+    """
+    packets = getattr(torch.ops, namespace)
+    library, version = getattr(packets, "_library", (None, HASH))
+    if version != HASH:
+        raise ImportError("attnkern: another version of it was imported in this process before: restart the process")
+    if library is None:
+        library = torch.library.Library(namespace, "DEF")
+        for name, schema in SCHEMAS.items():
+            library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(f"{namespace}::{name}", in_layout(name, globals()[f"_{name}"]), lib=library)
+            for key in keys:
+                library.impl(name, kernel(name), key)
+        packets._library = library, HASH
     return library
 
 
-_native, _triton = define("attnkern"), define("attnkern_triton")
-for _name in SCHEMAS:
-    _triton.impl(_name, _triton_kernel(_name), "CUDA")
-    if TRITON_INTERPRETS:
-        _triton.impl(_name, _triton_kernel(_name), "CPU")
+define("attnkern")
+define("attnkern_triton", _triton_kernel, ("CUDA", "CPU") if TRITON_INTERPRETS else ("CUDA",))
 
 
 class _Handles:

@@ -128,6 +128,51 @@ except AttributeError as error:
     ]  # fmt: skip
 
 
+#: as notebooks, hosts of plugins and reloaders do it
+CLEAR = """
+for name in [name for name in sys.modules if name.split(".")[0] == "attnkern"]:
+    del sys.modules[name]
+del attnkern
+gc.collect()
+"""
+
+
+@needs_library
+def test_imported_again_after_its_modules_were_cleared():
+    """What was made before goes on, and what is imported again runs on the same operators."""
+    code = f"""
+import gc, sys, torch, attnkern
+x, rectangle = torch.rand(2, 3, 4, 5, requires_grad=True), torch.full((2, 5), 0.5)
+module = attnkern.nn.WindowAttention(3)
+first = attnkern.window_attention(x, rectangle, backend="native").output
+{CLEAR}
+import attnkern
+second = attnkern.window_attention(x, rectangle, backend="native").output
+{CLEAR}
+import attnkern
+assert torch.equal(first, second)
+(module(x) + first).sum().backward()
+attnkern.window_attention(x, rectangle, backend="native").output.sum().backward()
+assert x.grad.isfinite().all()
+assert type(attnkern.nn.WindowAttention(3)) is not type(module)
+"""
+    python(code)
+
+
+def test_imported_again_as_another_version():
+    code = f"""
+import gc, sys, torch, attnkern
+torch.ops.attnkern._library = torch.ops.attnkern._library[0], "the hash of other schemas"
+{CLEAR}
+try:
+    import attnkern
+except ImportError as error:
+    print(error)
+"""
+    expected = "attnkern: another version of it was imported in this process before: restart the process"
+    assert python(code) == expected
+
+
 # --- what import costs and touches -----------------------------------------------------------------------------------
 
 

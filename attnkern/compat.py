@@ -8,7 +8,7 @@ from torch import nn
 
 from attnkern import anchor_quantize, compatibility_pool
 from attnkern._common import check_count, check_flag, check_shape, check_tensor
-from attnkern._ops import wide
+from attnkern._numerics import wide
 from attnkern.nn import _untouched
 
 __all__ = ["LinearAttentionBlock", "ProjectorBlock", "StraightThroughQuantizer"]

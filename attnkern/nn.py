@@ -39,7 +39,7 @@ from attnkern._common import (
     is_shape,
     transformed,
 )
-from attnkern._ops import wide
+from attnkern._numerics import wide
 from attnkern.quantize import check_reduction
 from attnkern.reference import modulate
 from attnkern.window import check_features

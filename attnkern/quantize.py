@@ -19,8 +19,8 @@ from attnkern._common import (
     saved,
     transformed,
 )
+from attnkern._numerics import loss_divisor
 from attnkern._ops import BACKENDS
-from attnkern.reference import loss_divisor
 
 
 class AnchorQuantized(NamedTuple):

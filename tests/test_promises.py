@@ -172,7 +172,7 @@ def test_features_in_either_layout_are_not_copied(layout):
     x, grad, rectangle = (lay(torch.randn(2, 3, 4, 5), layout) for _ in range(3))
     seen = []
     kernel = in_layout(
-        "window_bwd", lambda grad_output, grad_map, x, rectangle: seen.extend((grad_output, x, rectangle))
+        ("x", "grad_output"), lambda grad_output, grad_map, x, rectangle: seen.extend((grad_output, x, rectangle))
     )
     with Recorded() as recorded:
         kernel(grad, None, x, rectangle)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attnkern._numerics import SIGMA_FLOOR, aspect_factors
 from attnkern._triton.common import (
     Features,
     Tile,
@@ -25,7 +26,6 @@ from attnkern._triton.common import (
     store_tile,
     tile_last,
 )
-from attnkern.reference import SIGMA_FLOOR, aspect_factors
 
 _SIGMA_FLOOR = tl.constexpr(SIGMA_FLOOR)
 #: Positions of a map whose statistics every program forms for itself: 8 each for 128 threads.

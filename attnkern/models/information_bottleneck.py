@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attnkern._common import check_choice, check_count, check_flag, check_kind, check_number
-from attnkern._ops import wide
+from attnkern._numerics import wide
 from attnkern.models._layers import (
     MapNorm,
     Network,

@@ -70,14 +70,14 @@ class Features(NamedTuple):
 
     @property
     def scalar(self) -> bool:
-        """Whether rows of positions are read in accesses below 8 bytes, in an image so large that this costs more than a
-        second launch."""
+        """Whether rows of positions are read by less than 8 bytes at a time, in an image so large that this costs more
+        than a second launch."""
         short = not self.channels_last and self.vector * self.itemsize < 8
         return short and self.channels * self.positions > 8192
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """C // VEC_C and P // VEC_P. The kernel multiplies them again, which tells Triton that the size is divisible."""
+        """C // VEC_C and P // VEC_P. The kernel multiplies again, which tells Triton that the product is divisible."""
         if self.channels_last:
             return self.channels // self.vector, self.positions
         return self.channels, self.positions // self.vector
@@ -93,8 +93,8 @@ class Features(NamedTuple):
 
 
 def features(x: torch.Tensor, foldable: bool = False) -> Features:
-    """The matrix form of dense features. ``foldable`` allows several channels per row, which is not possible if a kernel
-    needs sums over the channels of a position."""
+    """The matrix form of dense features. ``foldable`` allows several channels per row, which a kernel that sums over the
+    channels of a position cannot use."""
     channels, positions, widest = x.shape[1], math.prod(x.shape[2:]), 16 // x.itemsize
     if channels_innermost(x):
         return Features(True, x.itemsize, channels, positions, 1, math.gcd(widest, channels))
@@ -230,7 +230,7 @@ def modulate_backward(
     grad_output, x, map, grad_x, n, group, first_p, C, P, RESIDUAL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x, unless ``grad_x`` is None; returns that of the map, Σ grad_output·x over the group's channels."""
+    """The gradient of x, unless ``grad_x`` is None; returns that of the map, Σ grad_output·x over a group's channels."""
     products = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
         dy = load_tile(grad_output, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)

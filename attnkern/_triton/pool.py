@@ -1,11 +1,12 @@
 """Triton kernels of softmax compatibility pooling. Formulas: attnkern/pool.py.
 
-A program processes all channels of some positions of an image, called its split, and reads them once: it computes scores
-and weighted sums from a tile in registers. A second launch adds the splits in order, unless the image is a single split.
+A program processes all channels of some positions of an image, called its split, and reads them once: it computes
+scores and weighted sums from a tile in registers. A second launch adds the splits in order, unless the image is a single
+split.
 
-If there are more than 2048 channels, or the rows of a small map are not whole vectors (7x7), programs process a part of
-the channels at all positions instead. The first launch computes scores over groups of channels; the second one reads the
-features again, mostly from a cache.
+If there are more than 2048 channels, or the rows of a small map are not whole vectors (7x7), programs process a part
+of the channels at all positions instead. The first launch computes scores over groups of channels; the second one reads
+the features again, mostly from a cache.
 """
 
 import functools
@@ -333,8 +334,8 @@ _GROUP = 512
 
 
 def _part_constants(x: Features) -> dict:
-    """Constants if programs have a part of the channels. The number of positions is one of them, so that the rows of a tile
-    share their address computation even if they are not whole vectors."""
+    """Constants if programs have a part of the channels. The number of positions is one of them, so that the rows of a
+    tile share their address computation even if they are not whole vectors."""
     block_c, block_p = min(128, ceil_power(x.channels)), min(16, ceil_power(x.positions))
     if x.channels_last:
         block_p = addressable(x, block_p)
@@ -347,7 +348,7 @@ def _part_constants(x: Features) -> dict:
 
 
 def _part_warps(channels: int) -> int:
-    """Warps of the second launch. If channels are not a multiple of 16, each row of a tile needs a mask in registers."""
+    """Warps of the second launch. Unless channels are a multiple of 16, each row of a tile has a mask in registers."""
     return 4 if channels % 16 == 0 else 8
 
 

@@ -93,8 +93,8 @@ class Features(NamedTuple):
 
 
 def features(x: torch.Tensor, foldable: bool = False) -> Features:
-    """The matrix form of dense features. ``foldable`` allows several channels per row, which a kernel that sums over the
-    channels of a position cannot use."""
+    """The matrix form of dense features. ``foldable`` allows several channels per row, for kernels that do not sum over
+    the channels of a position."""
     channels, positions, widest = x.shape[1], math.prod(x.shape[2:]), 16 // x.itemsize
     if channels_innermost(x):
         return Features(True, x.itemsize, channels, positions, 1, math.gcd(widest, channels))
@@ -230,7 +230,7 @@ def modulate_backward(
     grad_output, x, map, grad_x, n, group, first_p, C, P, RESIDUAL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x, unless ``grad_x`` is None; returns that of the map, Σ grad_output·x over a group's channels."""
+    """The gradient of x, unless ``grad_x`` is None; returns that of the map, Σ grad_output·x over the group."""
     products = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
         dy = load_tile(grad_output, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)

@@ -1,8 +1,8 @@
 """Triton kernels of softmax compatibility pooling. Formulas: attnkern/pool.py.
 
 A program processes all channels of some positions of an image, called its split, and reads them once: it computes
-scores and weighted sums from a tile in registers. A second launch adds the splits in order, unless the image is a single
-split.
+scores and weighted sums from a tile in registers. A second launch adds the splits in order, unless the image is a
+single split.
 
 If there are more than 2048 channels, or the rows of a small map are not whole vectors (7x7), programs process a part
 of the channels at all positions instead. The first launch computes scores over groups of channels; the second one reads

@@ -428,8 +428,8 @@ def anchor_fwd(x, a, anchors, residual, divisor):
         x, a, anchors, *parts, output, values, indices, *sums,
         0 if whole else parts.loss.shape[0], q, size, *layout.sizes, layout.positions // layout.fold, float(divisor),
         WHOLE=whole, ROUNDED=a.dtype != torch.float32 and a.dtype != anchors.dtype, RESIDUAL=residual, FOLD=layout.fold,
-        BLOCK_A=block, **_blocks(max(block, tile.block_p), q, 8), **_add_blocks(q), **layout.constants, **tile.constants,
-        num_warps=8 if whole else 4,
+        BLOCK_A=block, **_blocks(max(block, tile.block_p), q, 8), **_add_blocks(q),
+        **layout.constants, **tile.constants, num_warps=8 if whole else 4,
     )  # fmt: skip
     return output, values, indices, *sums
 
@@ -491,7 +491,8 @@ def anchor_bwd(
         _anchor_bwd_kernel, x.shape[0] * tile.programs(layout),
         grad_output, *grads, x, *quantized, grad_x, grad_a, grad_anchors, through,
         anchors.shape[0], *layout.sizes, float(divisor),
-        RESIDUAL=residual, FOLD=layout.fold, BLOCK_J=_anchor_block(anchors.shape[0]), **layout.constants, **tile.constants,
+        RESIDUAL=residual, FOLD=layout.fold, BLOCK_J=_anchor_block(anchors.shape[0]),
+        **layout.constants, **tile.constants,
     )  # fmt: skip
     if through is not None or a.numel() == 0:
         _launch_quantize_bwd(grads, quantized, grad_a, grad_anchors, divisor, through, positions)

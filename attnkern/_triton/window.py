@@ -60,9 +60,7 @@ def _frame(rectangle, n):
 def _coordinate(i, length):
     """Pixel centres of an axis, from 0 to 1 with corners aligned; 0.5 for an axis of length 1."""
     i, last = i.to(tl.float32), tl.maximum(length - 1, 1).to(tl.float32)
-    inverse = (
-        1.0 / last
-    )  # shared by all positions; a product and one correction round like a division, without branches
+    inverse = 1.0 / last  # the product with it and one correction round like a division, without branches
     t = i * inverse
     return tl.where(length == 1, 0.5, tl.fma(tl.fma(-t, last, i), inverse, t))
 

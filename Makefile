@@ -62,7 +62,7 @@ fuzz: setup
 mutate: setup
 	$(PY) tests/mutate.py $(if $(SEED),--seed $(SEED))
 
-# Random shapes for three minutes: memory, repeatability, caches.
+# 40,000 calls of random shapes, some minutes: memory, repeatability, caches.
 soak: setup
 	$(PY) tests/soak.py
 

@@ -66,7 +66,7 @@ mutate: setup
 soak: setup
 	$(PY) tests/soak.py
 
-# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, about four minutes; part of the tests.
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, about two minutes; part of the tests.
 sanitize: setup
 	bash tests/sanitize.sh
 

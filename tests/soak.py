@@ -32,7 +32,7 @@ def resident():
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return sum(int(status[key].split()[0]) * 1024 for key in ("RssAnon", "VmSwap"))
 
 

@@ -610,7 +610,8 @@ def test_memory_that_ends_midway(backend):
 
 IMPOSSIBLE = """
 import resource, torch, attnkern
-resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), resource.getrlimit(resource.RLIMIT_AS)[1]))
 r = torch.full((1, 5), 0.5)
 try:
     attnkern.window_map(r, {size}, backend={backend!r})

@@ -48,7 +48,7 @@ def pages(tmp_path_factory):
         "cpu",
     ]
     for name in ("vgg_att2_concat_pc", "vgg_aib_qt", "mobilenet_v3_large_window"):
-        size = ["--data.size", "64"] if "mobilenet" in name else []
+        size = ["--data.size", "64"] if "mobilenet" in name else ["--model.options.width", "0.0625"]
         train(name, "digits-clutter", [*small, *size, "--out", str(folder / name)])
         arguments = ["report", str(folder / name), "--limit", "40", "--examples", "5", "--device", "cpu"]
         assert cli.main(arguments) == 0

@@ -28,7 +28,8 @@ _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "42
 BUDGET, FLUSHED_BUDGET = 1.5, 0.5  # seconds a case and pass
 DEVICE_BUDGET = 0.1  # seconds a competitor, for its device time and for its cost to the host
 TURN = 0.01  # seconds that a competitor is called in a row
-ROW_LIMIT, TUNED_LIMIT = 120, 300  # seconds, preparation and compilation included
+#: Seconds a row, preparation and compilation included; a rehearsal may run on a busy machine.
+ROW_LIMIT, TUNED_LIMIT, REHEARSED_LIMIT = 120, 300, 3600
 
 #: Exit codes: rows are left because the time is up, or because the device is unusable in this process.
 UNFINISHED, RESTART = 3, 4
@@ -358,7 +359,8 @@ def measure(store: Store, bench: Bench, work: list, end: float = math.inf, again
             return UNFINISHED
         tries = content.get("begun", {}).get(name, 0)
         store.put("begun", {name: tries + 1})
-        attempts = Attempts(bench.device, TUNED_LIMIT if which == AUTOTUNED else ROW_LIMIT, end)
+        limit = REHEARSED_LIMIT if bench.rehearsal else TUNED_LIMIT if which == AUTOTUNED else ROW_LIMIT
+        attempts = Attempts(bench.device, limit, end)
         torch._dynamo.reset()
         try:
             if tries >= 2:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import signal
 import types
 from pathlib import Path
 
@@ -266,24 +267,38 @@ def test_host_costs_are_stored_apart(tmp_path, monkeypatch):
     assert [row["errors"] for row in store.content["rows"]] == [{"broken": "RuntimeError: no luck"}]
 
 
-def endless(**inputs):
-    while True:
-        pass
+def test_a_time_limit_ends_what_does_not_end():
+    before = signal.getsignal(signal.SIGALRM)
+    limit = run.TimeLimit(0.01)
+
+    def endless():
+        with limit:
+            while True:
+                pass
+
+    with pytest.raises(TimeoutError, match="it took more than 0 s"):
+        endless()
+    assert limit.reached
+    assert signal.getsignal(signal.SIGALRM) == before
+
+
+def reaches_its_limit(**inputs):
+    """At once, however fast the machine is: the clock's signal comes from here."""
+    signal.raise_signal(signal.SIGALRM)
 
 
 def test_a_competitor_that_does_not_end_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "ROW_LIMIT", 0.5)
-    monkeypatch.setattr(cases, "competitors", lambda *arguments: {"compile": endless})
+    monkeypatch.setattr(cases, "competitors", lambda *arguments: {"compile": reaches_its_limit})
     store = Store(tmp_path, ABOUT)
     assert run.measure(store, bench(), [(small("window_attention"), "forward")]) == 0
     assert store.content["rows"][0]["errors"]["compile"].startswith("TimeoutError: it took more than")
 
 
 def test_a_row_that_the_end_of_a_call_cuts_short_is_left_to_the_next(tmp_path, monkeypatch):
-    monkeypatch.setattr(cases, "competitors", lambda *arguments: {"compile": endless})
+    monkeypatch.setattr(cases, "competitors", lambda *arguments: {"compile": reaches_its_limit})
     store = Store(tmp_path, ABOUT)
     work = [(small("window_attention"), "forward")]
-    assert run.measure(store, bench(), work, end=run.time.monotonic() + 0.5) == run.UNFINISHED
+    assert run.measure(store, bench(), work, end=run.time.monotonic() + run.REHEARSED_LIMIT / 2) == run.UNFINISHED
     assert store.content["rows"] == []
     assert store.content["begun"] == {}
     assert run.measure(store, bench(), work, end=run.time.monotonic() - 1) == run.UNFINISHED

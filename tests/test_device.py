@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, FUNCTIONS, call, case_id, check, check_run, doubles, make, run, same, upstream
-from conftest import DEVICE
+from conftest import DEVICE, PATIENCE
 
 if DEVICE.type != "cuda":
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -90,7 +90,7 @@ print("same")
 def test_a_graph_captured_cold(function, backend, tmp_path):
     """The first call of a process, compilation and all, while a graph is captured; replayed on other numbers."""
     code = COLD.format(tests=str(Path(__file__).parent), function=function, options={}, backend=backend)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout.strip()) == (0, "same"), done.stderr
 
 

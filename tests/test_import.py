@@ -177,21 +177,25 @@ except ImportError as error:
 
 
 def test_import_is_quick_and_touches_nothing():
-    """Under 60 ms after torch, at best of several; nothing but torch is imported, no CUDA started."""
+    """Nothing but torch is imported, no CUDA started, and at most twice as many functions are called as when 7,100 in
+    Python and 10,800 in C took 35 ms."""
     code = """
-import sys, time, torch
-known, began = set(sys.modules), time.perf_counter()
+import sys, torch
+known, calls = set(sys.modules), 0
+
+def count(frame, event, argument):
+    global calls
+    calls += event in ("call", "c_call")
+
+sys.setprofile(count)
 import attnkern
-seconds = time.perf_counter() - began
+sys.setprofile(None)
 new = {name.split(".")[0] for name in set(sys.modules) - known}
 assert not new & {"triton", "torchvision", "numpy", "sklearn", "matplotlib"}, new
 assert not torch.cuda.is_initialized()
-print(seconds)
+print(calls)
 """
-    seconds = []
-    while not seconds or (min(seconds) > 0.06 and len(seconds) < 6):
-        seconds.append(float(python(code)))
-    assert min(seconds) <= 0.06, seconds
+    assert int(python(code)) <= 36_000
 
 
 @needs_library

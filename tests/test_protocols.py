@@ -39,7 +39,7 @@ ONLY_SOME = {"query", "anchors", "rectangles", "rates", "equivariance"}
 def checkpoints(tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("runs"), {}
     for name in RUNS:
-        size = ["--data.size", "64"] if "mobilenet" in name else []
+        size = ["--data.size", "64"] if "mobilenet" in name else ["--model.options.width", "0.0625"]
         train(name, "digits-clutter", [*SMALL, *size, "--out", str(folder / name)])
         found[name] = folder / name / "last.ckpt"
     return found

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import types
 
 import pytest
 import torch
@@ -18,9 +19,11 @@ pytest.importorskip("matplotlib")
 
 import io
 
+from conftest import PATIENCE
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnkern import cli
+from attnkern import cli, report
 from attnkern.models import create_model
 from attnkern.report import latency
 from attnkern.training.train import train
@@ -45,7 +48,7 @@ def pages(tmp_path_factory):
         "cpu",
     ]
     for name in ("vgg_att2_concat_pc", "vgg_aib_qt", "mobilenet_v3_large_window"):
-        size = ["--data.size", "64"] if "mobilenet" in name else []
+        size = ["--data.size", "64"] if "mobilenet" in name else ["--model.options.width", "0.0625"]
         train(name, "digits-clutter", [*small, *size, "--out", str(folder / name)])
         arguments = ["report", str(folder / name), "--limit", "40", "--examples", "5", "--device", "cpu"]
         assert cli.main(arguments) == 0
@@ -81,7 +84,26 @@ def test_a_page_is_whole_and_fetches_nothing(pages):
     assert "<h2>Rectangles</h2>" not in pages["vgg_aib_qt"].read_text()
 
 
-def test_latency_of_attention_alone():
+def test_latency_of_attention_alone(monkeypatch):
+    """With the number of operators that are called in place of the time that they take."""
+
+    class Operators(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += 1
+            return function(*args, **kwargs or {})
+
+    class Counter:
+        def __init__(self, statement, globals):
+            self.call = globals["call"]
+
+        def blocked_autorange(self, min_run_time):
+            with Operators() as called:
+                self.call()
+            return types.SimpleNamespace(median=called.count)
+
+    monkeypatch.setattr(report, "Timer", Counter)
     network, images = create_model("vgg_att2_concat_pc", 4, width=0.0625).eval(), torch.rand(4, 3, 32, 32)
     found = latency(network, images)
     assert set(found) == {"inference", "attention"}
@@ -115,7 +137,7 @@ def test_the_slider_moves_in_a_browser(pages, tmp_path, width):
         page = tmp_path / f"{name}.html"
         page.write_text(path.read_text().replace("<head>", f"<head>{probe}", 1))
         command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / name}", f"--window-size={width},900", "--dump-dom"]
-        done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=PATIENCE)
         found = re.search(r'data-probe="([^"]*)"', done.stdout)
         assert found, done.stderr[-2000:]
         seen = json.loads(found[1].replace("&quot;", '"'))

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from attnkern._common import came, check_kind, numbers_of
+
 try:
     from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
     from torchvision.transforms.v2 import functional as F
@@ -76,8 +78,13 @@ def read_image(path: str | os.PathLike, box: tuple[float, float, float, float] |
         box: (x, y, width, height) to cut out, in stored pixels, before these are turned.
 
     Raises:
-        FileNotFoundError, ImageError: as :func:`opened`.
+        FileNotFoundError: no such file.
+        ImageError: a file that is no image, that is damaged, or whose picture is too large; an OSError and ValueError.
+        ValueError, TypeError: an argument of another kind.
     """
+    check_kind("read_image", str | os.PathLike, path=path)
+    if box is not None and len(numbers_of("read_image", "box", box)) != 4:
+        raise ValueError(f"read_image: box must be (x, y, width, height), got {came(box)}")
     with opened(path) as picture:
         picture.load()
         orientation = _orientation(picture)

@@ -876,7 +876,7 @@ def save(figure: Figure, path: str | os.PathLike, *, dpi: float | None = None) -
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in (".png", ".svg"):
-        raise ValueError(f"save: path must end in .png or .svg, got {os.fspath(path)!r}")
+        raise ValueError(f"save: path must end in .png or .svg, got '{path}'")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         # The figure's background, whatever matplotlib's settings say.

@@ -793,7 +793,7 @@ def test_missing_folder(tmp_path):
     save(root / "val" / "wasp" / "1.png", noise(3, 3))
     fails(FileNotFoundError, f"folder: no images of 'ant' in {root / 'val'}; {layout}")
     (root / "val" / "ant").rmdir()
-    fails(ValueError, f"folder: classes in {root / 'val'} that are not in {root / 'train'}: 'wasp'")
+    fails(ValueError, f"folder: classes in {root / 'val'} that are not in {root / 'train'}: ['wasp']")
     with pytest.raises(ValueError, match="split does not apply to a folder with train and val, got 2"):
         loaded(name="folder", root=root, split=2)
 

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ import io
 from PIL import Image
 
 from attnkern import cli
+from attnkern.evaluation.protocols import Subject
 from attnkern.models import create_model
-from attnkern.report import latency
+from attnkern.report import latency, report
+from attnkern.training.data import ImageData
 from attnkern.training.train import train
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -88,6 +91,63 @@ def test_latency_of_attention_alone():
     assert 0 < found["attention"]["reference"] < found["inference"]["reference"]
     assert not any(module._forward_pre_hooks for module in network.modules())
     assert set(latency(create_model("vgg", 4, width=0.0625).eval(), images)) == {"inference"}
+
+
+class Read(HTMLParser):
+    """The texts of a page by element, and its style; what is in a script goes to its end, as in a browser."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.inside, self.texts = [""], {}
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "img", "input", "source"):  # these have no end
+            self.inside.append(tag)
+        self.texts.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag):
+        self.inside.pop()
+
+    def handle_data(self, data):
+        if self.inside[-1]:
+            self.texts[self.inside[-1]][-1] += data
+
+
+def test_names_appear_as_they_are_written(tmp_path):
+    names = [
+        "$x^2$",
+        "</script><!--<script>",
+        "_a  b",
+        "two\nlines",
+        "50% & <b>",
+        "a|b\\c",
+        "{x}",
+        "é 猫",
+        "&amp;",
+        "'\"",
+    ]
+    images = ImageData(count=10)
+    images.setup()
+    images.class_names = names
+    network = create_model("vgg", 10, width=0.03).eval()
+    whole = Subject(network, images, images.normalisation, limit=12)
+    run = tmp_path / "$run_ & <b>"
+    (run / "csv" / "version_0").mkdir(parents=True)
+    (run / "csv" / "version_0" / "metrics.csv").write_text("epoch,val_accuracy\n0,0.1\n1,0.2\n")
+    results = {"segmentation": {name: {"jaccard": 0.5} for name in names}}
+    page = report(whole, run, results, examples=12)
+    found = Read(page)
+    assert found.texts["h1"] == found.texts["title"] == ["$run_ & <b>"]
+    assert found.texts["td"][: 2 * len(names) : 2] == [f"{name} · jaccard" for name in names]
+    assert "<" not in re.search(r'<script id="examples"[^>]*>(.*?)</script>', page, re.DOTALL)[1]
+    with torch.no_grad():
+        chosen = network(images.normalise(whole.raw)).argmax(1).tolist()
+    for example, label, best in zip(examples_of(page), whole.labels.tolist(), chosen, strict=True):
+        assert f": {names[best]} (" in example["caption"]
+        assert label == best or example["caption"].endswith(f"wrong, it is {names[label]}")
+    # Line ends and runs of spaces are kept.
+    assert re.search(r"h1, h2, p, summary, td, [^{]*{ white-space: pre-wrap; }", found.texts["style"][0])
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from attnkern._common import check_count, check_flag, check_integer, check_items, check_kind, check_number, check_tensor
+from attnkern.evaluation._inputs import listed
 from attnkern.evaluation.crossdomain import inverse_root
 from attnkern.training.digits import digits_clutter, extents
 
@@ -284,7 +285,7 @@ def _stratified(name, labels, classes, share, split):
     counts = Counter(labels)
     alone = [classes[label] for label, count in sorted(counts.items()) if count == 1]
     if alone:
-        raise ValueError(f"{name}: a split needs at least two images of each class, got one of {_listed(alone)}")
+        raise ValueError(f"{name}: a split needs at least two images of each class, got one of {listed(alone)}")
     training = math.floor(share * len(labels))
     for part, count in (("training", training), ("test", len(labels) - training)):
         if count < len(counts):
@@ -295,12 +296,6 @@ def _stratified(name, labels, classes, share, split):
     # By the number of the split alone: runs of other seeds never train on the images that this one tests on.
     parts = train_test_split(range(len(labels)), train_size=share, stratify=labels, random_state=split)
     return tuple(map(sorted, parts))
-
-
-def _listed(names, most=5):
-    """The first names of many, in a sentence."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(f"'{name}'" for name in names[:most]) + more
 
 
 def _opened(name, root, **options):
@@ -429,7 +424,7 @@ def _tree(root, layout):
     if not classes:
         raise FileNotFoundError(f"folder: no folder of images is there; {layout}")
     if empty:
-        raise FileNotFoundError(f"folder: no images of {_listed(empty)} in {root}; {layout}")
+        raise FileNotFoundError(f"folder: no images of {listed(empty)} in {root}; {layout}")
     labels = [label for label, paths in enumerate(found) for _ in paths]
     return [path for paths in found for path in paths], labels, classes
 
@@ -441,20 +436,20 @@ def _parts(root, layout):
     named = [spelled[part] for part in _PARTS if part in spelled]
     parts = [name for name in named if any(any(_images(root / name / inner)) for inner in _subfolders(root / name))]
     if parts and (parts[0].lower() != "train" or len(parts) == 1):
-        raise FileNotFoundError(f"folder: of train and test only {_listed(parts)} holds folders of images; {layout}")
+        raise FileNotFoundError(f"folder: of train and test only {listed(parts)} holds folders of images; {layout}")
     if parts:
         unused = [name for name in folders if name not in parts[:2]]
         if unused:
             rank_zero_warn(
-                f"folder: {root} is read by its parts '{parts[0]}' and '{parts[1]}', without {_listed(unused)}"
+                f"folder: {root} is read by its parts '{parts[0]}' and '{parts[1]}', without {listed(unused)}"
             )
         return parts[:2]
     if named and len(named) == len(folders):
-        raise FileNotFoundError(f"folder: {_listed(named)} in {root} hold no folders of images; {layout}")
+        raise FileNotFoundError(f"folder: {listed(named)} in {root} hold no folders of images; {layout}")
     if named:
-        rank_zero_warn(f"folder: {root} is read as a folder of classes, {_listed(named)} among them")
+        rank_zero_warn(f"folder: {root} is read as a folder of classes, {listed(named)} among them")
     elif folders and not any(_own_images(root / name) for name in folders):
-        rank_zero_warn(f"folder: {root} is read as the classes {_listed(folders)}, whose images lie in folders within")
+        rank_zero_warn(f"folder: {root} is read as the classes {listed(folders)}, whose images lie in folders within")
     return None
 
 
@@ -472,7 +467,7 @@ def _folder(root, split):
     (paths, labels, classes), (test_paths, test_labels, test_classes) = (_tree(root / name, layout) for name in parts)
     unknown = [name for name in test_classes if name not in classes]
     if unknown:
-        raise ValueError(f"folder: classes in {root / parts[1]} that are not in {root / parts[0]}: {_listed(unknown)}")
+        raise ValueError(f"folder: classes in {root / parts[1]} that are not in {root / parts[0]}: [{listed(unknown)}]")
     # Each tree numbers its classes by itself.
     number = {name: label for label, name in enumerate(classes)}
     test_labels = [number[test_classes[label]] for label in test_labels]

@@ -209,7 +209,11 @@ def test_colour_profile(suffix, tmp_path):
     if suffix != ".jpg":
         Image.new("RGBA", (8, 8), (200, 100, 50, 0)).save(path, icc_profile=swapped)
         assert (read(path) == 255).all()
-    # Profiles that are broken, or of another colour space.
+    # sRGB's own profile, which changes nothing, and profiles that are broken, or of another colour space.
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    usual = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(pixels).save(tmp_path / "usual.png", icc_profile=usual)
+    assert np.array_equal(read(tmp_path / "usual.png"), pixels)
     Image.new("RGB", (8, 8), (200, 100, 50)).save(path, icc_profile=b"nothing")
     assert np.abs(read(path).astype(int) - (200, 100, 50)).max() <= 3
     Image.new("L", (8, 8), 77).save(path, icc_profile=swapped)

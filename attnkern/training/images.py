@@ -153,12 +153,19 @@ def _shown(picture) -> Image.Image:
 
 @functools.lru_cache(16)
 def _to_srgb(profile: bytes, mode: str):
-    """The transform from a profile's colours to sRGB, or None where the profile cannot be used."""
+    """The transform from a profile's colours to sRGB, or None where the profile cannot be used or is sRGB itself."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     except Exception:  # broken, of another colour space, or Pillow was built without LittleCMS
         return None
+    if mode != "RGB":
+        return transform
+    # Most profiles are sRGB's; to apply them would take longer than to decode the file.
+    steps = np.arange(0, 256, 15, dtype=np.uint8)
+    cube = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, steps.size, 3)
+    moved = np.asarray(ImageCms.applyTransform(Image.fromarray(cube), transform))
+    return transform if np.abs(moved.astype(int) - cube).max() > 2 else None
 
 
 def _eight_bits(picture) -> Image.Image:

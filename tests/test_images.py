@@ -138,7 +138,7 @@ def test_png_of_16_bits(colour, pixel, expected, chunk, tmp_path):
 
 def test_transparent_colours(tmp_path):
     pixels = np.array([[0, 1, 2]], np.uint8)
-    palette = Image.fromarray(pixels, "L").convert("P")
+    palette = Image.fromarray(pixels).convert("P")
     palette.putpalette([200, 100, 50, 9, 9, 9, 0, 0, 255])
     palette.save(tmp_path / "bytes.png", transparency=bytes([255, 0, 128]))
     assert read(tmp_path / "bytes.png")[0].tolist() == [[200, 100, 50], [255, 255, 255], [127, 127, 255]]

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -18,14 +17,15 @@ pytest.importorskip("captum")
 pytest.importorskip("matplotlib")
 
 import io
+from html.parser import HTMLParser
 
 from PIL import Image
 
-from attnkern import cli
-from attnkern.evaluation.protocols import Subject
+from attnkern import cli, report
+from attnkern.evaluation import protocols
 from attnkern.models import create_model
-from attnkern.report import latency, report
-from attnkern.training.data import ImageData
+from attnkern.report import latency
+from attnkern.training import data
 from attnkern.training.train import train
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -127,16 +127,16 @@ def test_names_appear_as_they_are_written(tmp_path):
         "&amp;",
         "'\"",
     ]
-    images = ImageData(count=10)
+    images = data.ImageData(count=10)
     images.setup()
     images.class_names = names
     network = create_model("vgg", 10, width=0.03).eval()
-    whole = Subject(network, images, images.normalisation, limit=12)
+    whole = protocols.Subject(network, images, images.normalisation, limit=12)
     run = tmp_path / "$run_ & <b>"
     (run / "csv" / "version_0").mkdir(parents=True)
     (run / "csv" / "version_0" / "metrics.csv").write_text("epoch,val_accuracy\n0,0.1\n1,0.2\n")
     results = {"segmentation": {name: {"jaccard": 0.5} for name in names}}
-    page = report(whole, run, results, examples=12)
+    page = report.report(whole, run, results, examples=12)
     found = Read(page)
     assert found.texts["h1"] == found.texts["title"] == ["$run_ & <b>"]
     assert found.texts["td"][: 2 * len(names) : 2] == [f"{name} · jaccard" for name in names]

@@ -22,7 +22,6 @@ from html.parser import HTMLParser
 from PIL import Image
 
 from attnkern import cli, report
-from attnkern.evaluation import protocols
 from attnkern.models import create_model
 from attnkern.report import latency
 from attnkern.training import data
@@ -131,7 +130,7 @@ def test_names_appear_as_they_are_written(tmp_path):
     images.setup()
     images.class_names = names
     network = create_model("vgg", 10, width=0.03).eval()
-    whole = protocols.Subject(network, images, images.normalisation, limit=12)
+    whole = report.Subject(network, images, images.normalisation, limit=12)
     run = tmp_path / "$run_ & <b>"
     (run / "csv" / "version_0").mkdir(parents=True)
     (run / "csv" / "version_0" / "metrics.csv").write_text("epoch,val_accuracy\n0,0.1\n1,0.2\n")

@@ -333,6 +333,16 @@ def test_what_tools_leave_in_folders(tmp_path, recwarn):
     assert not list(recwarn)
 
 
+def test_pictures_that_are_not_read_are_counted(tmp_path):
+    write_folder(tmp_path)
+    for name in ("1.HEIC", "2.svg", "3.txt"):
+        (tmp_path / "train" / "ant" / name).touch()
+    message = f"folder: 2 files in {tmp_path / 'train'} that end in .heic, .heif, .jxl, .svg are passed over"
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+        data = loaded(name="folder", root=tmp_path, size=8)
+    assert len(data.train) == 2
+
+
 def test_classes_without_images_are_named(tmp_path):
     write_folder(tmp_path)
     for name in ("$none", "cat_ & <dog>"):
@@ -392,6 +402,9 @@ def test_a_damaged_image_is_named(workers, tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:4000])
     data = loaded(name="folder", root=tmp_path, size=8, workers=workers)
     with pytest.raises(ValueError, match=f"^'{re.escape(str(damaged))}' cannot be read: [^\n]*$"):
+        list(data.test_dataloader())
+    damaged.unlink()
+    with pytest.raises(FileNotFoundError, match=f"^there is no image '{re.escape(str(damaged))}'$"):
         list(data.test_dataloader())
 
 

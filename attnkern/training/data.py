@@ -78,6 +78,9 @@ _CUB = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "boundin
 #: Suffixes of the image files in a folder of images.
 _SUFFIXES = (*datasets.folder.IMG_EXTENSIONS, ".avif", ".gif", ".jfif", ".jp2")
 
+#: Suffixes of pictures that Pillow does not read by itself; a warning says that they are passed over.
+_UNREAD = (".heic", ".heif", ".jxl", ".svg")
+
 #: Names of a folder's parts, in any case: training images are in the first, test images in the first of the others.
 _PARTS = ("train", "test", "val", "valid", "validation")
 
@@ -132,9 +135,9 @@ class _Late(DataLoader):
     def __iter__(self):
         try:
             yield from super().__iter__()
-        except ImageError as error:
+        except (FileNotFoundError, ImageError) as error:
             # The message of a worker's error holds its traceback, too; what is wrong stands behind it.
-            raise ImageError(str(error).rpartition(f"{ImageError.__name__}: ")[2].strip()) from error
+            raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].strip()) from error
 
 
 class ZCA(nn.Module):
@@ -400,11 +403,11 @@ def _subfolders(folder) -> list[str]:
     return _entries(folder, os.DirEntry.is_dir)
 
 
-def _own_images(folder) -> list[str]:
-    return [name for name in _entries(folder, os.DirEntry.is_file) if name.lower().endswith(_SUFFIXES)]
+def _own_images(folder, suffixes=_SUFFIXES) -> list[str]:
+    return [name for name in _entries(folder, os.DirEntry.is_file) if name.lower().endswith(suffixes)]
 
 
-def _images(folder) -> Iterator[Path]:
+def _images(folder, suffixes=_SUFFIXES) -> Iterator[Path]:
     """The image files in a folder and in the folders within it, in the order of torchvision's ImageFolder."""
 
     def walk(folder):
@@ -413,13 +416,17 @@ def _images(folder) -> Iterator[Path]:
             yield from walk(folder / name)
 
     for place in sorted(walk(folder), key=str):
-        yield from (place / name for name in _own_images(place))
+        yield from (place / name for name in _own_images(place, suffixes))
 
 
 def _tree(root, layout):
     """Paths and labels of the images under a folder of classes, and the names of the classes."""
     classes = _subfolders(root)
-    found = [list(_images(root / name)) for name in classes]
+    pictures = [list(_images(root / name, _SUFFIXES + _UNREAD)) for name in classes]
+    found = [[path for path in paths if path.suffix.lower() not in _UNREAD] for paths in pictures]
+    unread = sum(map(len, pictures)) - sum(map(len, found))
+    if unread:
+        rank_zero_warn(f"folder: {unread} files in {root} that end in {', '.join(_UNREAD)} are passed over")
     empty = [name for name, paths in zip(classes, found, strict=True) if not paths]
     if not classes:
         raise FileNotFoundError(f"folder: no folder of images is there; {layout}")

@@ -194,6 +194,6 @@ def report(subject: Subject, run: str | os.PathLike, results: dict[str, Any] | N
             for name, entry in results.items()
         ),
         settings=_table(plain(about | ({"options": trained["options"]} if trained else {}))),
-        # In a script element "</" would end it.
-        examples=json.dumps(_examples(subject, examples)).replace("</", "<\\/"),
+        # In a script element "</script" would end it and "<!--" change how it is read.
+        examples=json.dumps(_examples(subject, examples)).replace("<", "\\u003c"),
     )

@@ -106,6 +106,14 @@ def test_transfer_to_other_classes(checkpoints):
     assert "share a class" in protocols.evaluate(strangers, ["transfer"])["transfer"]["not applicable"]
 
 
+def test_small_classes_are_named(checkpoints):
+    few = subject(checkpoints["vgg"], limit=30)
+    named = [f"'{name}'" for name, count in enumerate(few.labels.bincount().tolist()) if count < 5]
+    assert 0 < len(named) <= 5
+    reason = protocols.evaluate(few, ["crossdomain"])["crossdomain"]["not applicable"]
+    assert reason == f"five folds need five images of each class, got fewer of {', '.join(named)}"
+
+
 def test_anchors_are_counted(checkpoints):
     found = protocols.evaluate(subject(checkpoints["vgg_aib_qt"], limit=50), ["anchors"])["anchors"]
     entry = found["attention.quantizer"]

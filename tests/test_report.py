@@ -18,6 +18,7 @@ pytest.importorskip("captum")
 pytest.importorskip("matplotlib")
 
 import io
+from html.parser import HTMLParser
 
 from conftest import PATIENCE
 from PIL import Image
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attnkern import cli, report
 from attnkern.models import create_model
 from attnkern.report import latency
+from attnkern.training import data
 from attnkern.training.train import train
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -110,6 +112,63 @@ def test_latency_of_attention_alone(monkeypatch):
     assert 0 < found["attention"]["reference"] < found["inference"]["reference"]
     assert not any(module._forward_pre_hooks for module in network.modules())
     assert set(latency(create_model("vgg", 4, width=0.0625).eval(), images)) == {"inference"}
+
+
+class Read(HTMLParser):
+    """The texts of a page by element, and its style; what is in a script goes to its end, as in a browser."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.inside, self.texts = [""], {}
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "img", "input", "source"):  # these have no end
+            self.inside.append(tag)
+        self.texts.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag):
+        self.inside.pop()
+
+    def handle_data(self, data):
+        if self.inside[-1]:
+            self.texts[self.inside[-1]][-1] += data
+
+
+def test_names_appear_as_they_are_written(tmp_path):
+    names = [
+        "$x^2$",
+        "</script><!--<script>",
+        "_a  b",
+        "two\nlines",
+        "50% & <b>",
+        "a|b\\c",
+        "{x}",
+        "é 猫",
+        "&amp;",
+        "'\"",
+    ]
+    images = data.ImageData(count=10)
+    images.setup()
+    images.class_names = names
+    network = create_model("vgg", 10, width=0.03).eval()
+    whole = report.Subject(network, images, images.normalisation, limit=12)
+    run = tmp_path / "$run_ & <b>"
+    (run / "csv" / "version_0").mkdir(parents=True)
+    (run / "csv" / "version_0" / "metrics.csv").write_text("epoch,val_accuracy\n0,0.1\n1,0.2\n")
+    results = {"segmentation": {name: {"jaccard": 0.5} for name in names}}
+    page = report.report(whole, run, results, examples=12)
+    found = Read(page)
+    assert found.texts["h1"] == found.texts["title"] == ["$run_ & <b>"]
+    assert found.texts["td"][: 2 * len(names) : 2] == [f"{name} · jaccard" for name in names]
+    assert "<" not in re.search(r'<script id="examples"[^>]*>(.*?)</script>', page, re.DOTALL)[1]
+    with torch.no_grad():
+        chosen = network(images.normalise(whole.raw)).argmax(1).tolist()
+    for example, label, best in zip(examples_of(page), whole.labels.tolist(), chosen, strict=True):
+        assert f": {names[best]} (" in example["caption"]
+        assert label == best or example["caption"].endswith(f"wrong, it is {names[label]}")
+    # Line ends and runs of spaces are kept.
+    assert re.search(r"h1, h2, p, summary, td, [^{]*{ white-space: pre-wrap; }", found.texts["style"][0])
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")

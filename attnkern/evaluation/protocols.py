@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 import attnkern
-from attnkern.evaluation._inputs import collect
+from attnkern.evaluation._inputs import collect, listed
 from attnkern.evaluation.anchors import usage
 from attnkern.evaluation.classification import top1
 from attnkern.evaluation.crossdomain import direct_transfer, features_at, linear_svm, zca
@@ -157,9 +157,9 @@ def _crossdomain(subject):
     if not isinstance(subject.network.get_classifier(), torch.nn.Linear):
         raise NotApplicableError("the network has a classifier for each level")
     features = features_at(subject.network, "classifier", subject.raw, **subject.common)
-    fewest = torch.bincount(subject.labels).min().item()
-    if fewest < 5:
-        raise NotApplicableError(f"five folds need five images of each class, and one has {fewest}")
+    few = [subject.images.class_names[i] for i, n in enumerate(subject.labels.bincount().tolist()) if n < 5]
+    if few:
+        raise NotApplicableError(f"five folds need five images of each class, got fewer of {listed(few)}")
     return {"features": features.shape[1], **linear_svm(zca(features)(features), subject.labels)._asdict()}
 
 

@@ -91,7 +91,7 @@ FLAGS = {
 
 
 def sources(kind: str) -> list[str]:
-    lines = [line.split() for line in (ROOT / "csrc/sources.txt").read_text().splitlines()]
+    lines = [line.split() for line in (ROOT / "csrc/sources.txt").read_text(encoding="utf-8").splitlines()]
     return [line[1] for line in lines if line[:1] == [kind]]
 
 

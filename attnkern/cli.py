@@ -113,12 +113,12 @@ def _report(options: argparse.Namespace) -> int:
     subject, _ = _subject(options)
     held = run / "evaluation.json"
     if held.exists() and options.data is None:
-        results = json.loads(held.read_text())["protocols"]
+        results = json.loads(held.read_text(encoding="utf-8"))["protocols"]
     else:
         results = evaluate(subject, PROTOCOLS, _progress)
     out = Path(options.out or run / "report.html")
     partial = out.with_name(out.name + ".partial")
-    partial.write_text(report(subject, run, results, options.examples))
+    partial.write_text(report(subject, run, results, options.examples), encoding="utf-8")
     partial.replace(out)
     print(f"written: {out}")
     return 0

@@ -133,7 +133,7 @@ def report(subject: Subject, run: str | os.PathLike, results: dict[str, Any] | N
     """
     run = Path(run)
     results = plain(evaluate(subject, PROTOCOLS) if results is None else results)
-    trained = json.loads((run / "result.json").read_text()) if (run / "result.json").is_file() else {}
+    trained = json.loads((run / "result.json").read_text(encoding="utf-8")) if (run / "result.json").is_file() else {}
     speed = latency(subject.network, subject.normalise(subject.raw[:32].to(subject.device)))
 
     numbers = {"top-1 accuracy": results.get("top1", {}).get("accuracy")}
@@ -178,7 +178,7 @@ def report(subject: Subject, run: str | os.PathLike, results: dict[str, Any] | N
         pass
 
     about = choices(subject)
-    template = string.Template(resources.files("attnkern").joinpath("report.html").read_text())
+    template = string.Template(resources.files("attnkern").joinpath("report.html").read_text(encoding="utf-8"))
     title = trained.get("recipe", run.name)
     subtitle = f"{about['data']['name']}, {about['images']} test images"
     if trained:

@@ -1,5 +1,6 @@
 """What is shipped: a source archive that is always the same, holds every file, builds and passes tests; wheels."""
 
+import ast
 import hashlib
 import os
 import shutil
@@ -25,9 +26,43 @@ def tracked():
         listed = ROOT / "attnkern.egg-info/SOURCES.txt"
         if not listed.exists():
             pytest.skip("neither a git checkout nor a source archive")
-        names = listed.read_text()
+        names = listed.read_text(encoding="utf-8")
     made = ("attnkern.egg-info/", "PKG-INFO", "setup.cfg")
     return [name for name in names.splitlines() if not name.startswith(made) and (ROOT / name).exists()]
+
+
+def without_encoding(code):
+    """The calls that open, read or write a text file in whatever encoding the locale has."""
+    for call in (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)):
+        owner, _, name = ast.unparse(call.func).rpartition(".")
+        if any(keyword.arg in ("encoding", None) for keyword in call.keywords):
+            continue
+        if name in ("read_text", "write_text"):
+            yield call
+        elif name in ("open", "fdopen", "TemporaryFile", "NamedTemporaryFile"):
+            if name == "open" and owner in ("Image", "os", "tarfile"):  # of binary files
+                continue
+            place = 1 if name == "fdopen" or (name, owner) == ("open", "") else 0  # Path.open takes the mode alone
+            modes = [*call.args[place : place + 1], *(k.value for k in call.keywords if k.arg == "mode")]
+            mode = ast.unparse(modes[0]) if modes else "b" if name.endswith("File") else ""
+            if "b" not in mode:
+                yield call
+
+
+def test_every_text_file_names_its_encoding():
+    """Else a page that declares UTF-8 is written in the locale's encoding, and what was written is read in another."""
+    assert (
+        len(list(without_encoding("p.read_text(); open(f); p.open('w'); NamedTemporaryFile('r'); p.write_text(t)")))
+        == 5
+    )
+    assert not list(without_encoding("open(f, 'rb'); p.open('wb'); p.read_text('x', encoding='utf-8'); Image.open(f)"))
+    found = {
+        f"{name}:{call.lineno}: {ast.unparse(call)}"
+        for name in tracked()
+        if name.endswith(".py")
+        for call in without_encoding((ROOT / name).read_text(encoding="utf-8"))
+    }
+    assert found == set()
 
 
 @pytest.fixture(scope="module")

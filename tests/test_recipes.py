@@ -47,7 +47,7 @@ def logged(out, key):
     """Every value of a column of the run's CSV files, in order."""
     values = []
     for path in sorted(out.glob("csv/version_*/metrics.csv")):
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             values += [float(row[key]) for row in csv.DictReader(file) if row.get(key)]
     return values
 
@@ -217,11 +217,11 @@ def test_a_run_leaves_settings_logs_weights_and_result(name, folder):
     size = ["--data.size", "64"] if "mobilenet" in name else []
     result = tiny(name, *size)
     out = folder / "run"
-    assert json.loads((out / "result.json").read_text()) == result
+    assert json.loads((out / "result.json").read_text(encoding="utf-8")) == result
     assert result["epochs"] == 2
     assert result["localisation"]["images"] == 359
     assert 0 <= result["localisation"]["iou_tight"] <= 1
-    assert "seed_everything: 0" in (out / "config.yaml").read_text()
+    assert "seed_everything: 0" in (out / "config.yaml").read_text(encoding="utf-8")
     assert list((out / "tensorboard").glob("events*"))
     assert len(logged(out, "val_accuracy")) == 2
     run = load_run(out / "last.ckpt")
@@ -291,10 +291,10 @@ def test_half_precision_and_accumulated_gradients(folder):
 
 def test_nothing_is_overwritten_unasked(folder):
     tiny("vgg_gap", epochs=1)
-    before = (folder / "run" / "result.json").read_text()
+    before = (folder / "run" / "result.json").read_text(encoding="utf-8")
     with pytest.raises(FileExistsError, match=r"'run' holds a run; go on with --resume true, replace it"):
         tiny("vgg_gap", epochs=1)
-    assert (folder / "run" / "result.json").read_text() == before
+    assert (folder / "run" / "result.json").read_text(encoding="utf-8") == before
     assert tiny("vgg_gap", "--overwrite", "true", epochs=1)["epochs"] == 1
     with pytest.raises(FileNotFoundError, match=r"resume: there is no checkpoint 'other/last\.ckpt'"):
         tiny("vgg_gap", "--resume", "true", out="other")
@@ -303,7 +303,7 @@ def test_nothing_is_overwritten_unasked(folder):
 def test_what_is_no_checkpoint(folder):
     with pytest.raises(FileNotFoundError, match=r"there is no file 'none\.ckpt'"):
         load_network("none.ckpt")
-    (folder / "text.ckpt").write_text("no checkpoint")
+    (folder / "text.ckpt").write_text("no checkpoint", encoding="utf-8")
     with pytest.raises(ValueError, match=r"'text\.ckpt' is no checkpoint of attnkern train"):
         load_network("text.ckpt")
 
@@ -314,7 +314,7 @@ def test_two_processes(folder):
     more = ["--trainer.max_epochs", "1", "--trainer.strategy", "ddp", "--trainer.devices", "2", "--out", "run"]
     done = subprocess.run([*command, *more], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads((folder / "run" / "result.json").read_text())
+    result = json.loads((folder / "run" / "result.json").read_text(encoding="utf-8"))
     assert result["epochs"] == 1
     # Each process took half of the 64 images, in batches of 16.
     assert torch.load(folder / "run" / "last.ckpt", weights_only=True)["global_step"] == 2
@@ -364,7 +364,7 @@ def test_unknown_options_are_named(folder, capsys):
 
 def test_the_documented_errors_are_the_recipes():
     documented = {}
-    for line in (Path(__file__).parents[1] / "docs/training.md").read_text().splitlines():
+    for line in (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("| `") and line.split("`")[1] in list_recipes():
             cells = [cell.strip() for cell in line.strip("|").split("|")[1:]]
             documented[line.split("`")[1]] = [float(cell) for cell in cells if cell != "–"]
@@ -378,8 +378,8 @@ def test_the_documented_errors_are_the_recipes():
 
 def test_the_documented_reproduction_is_what_was_measured():
     docs = Path(__file__).parents[1] / "docs"
-    results = json.loads((docs / "reproduction.json").read_text())
-    assert (docs / "reproduction.md").read_text() == reproduce.table(results)
+    results = json.loads((docs / "reproduction.json").read_text(encoding="utf-8"))
+    assert (docs / "reproduction.md").read_text(encoding="utf-8") == reproduce.table(results)
     ours, baselines = results["vgg_att2_concat_pc"], [results["vgg"], results["vgg_gap"]]
     for measure in ("pointing", "iou_tight"):
         assert all(ours["localisation"][measure] > other["localisation"][measure] for other in baselines)

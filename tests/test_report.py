@@ -59,7 +59,7 @@ def examples_of(text):
 
 def test_a_page_is_whole_and_fetches_nothing(pages):
     for name, path in pages.items():
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         assert name in text
         assert "$" not in re.sub(r"<script.*?</script>|base64,[^\"]*", "", text, flags=re.S)
         for address in re.findall(r"(?:src|href|srcset)=\"([^\"]*)\"|url\(([^)]*)\)", text):
@@ -76,9 +76,9 @@ def test_a_page_is_whole_and_fetches_nothing(pages):
         assert examples[0]["caption"].startswith("1 of 5: ")
         assert "attention of 32 images, native" in text
         assert "pointing game" in text
-    assert "Anchors: attention.quantizer" in pages["vgg_aib_qt"].read_text()
-    assert "<h2>Rectangles</h2>" in pages["mobilenet_v3_large_window"].read_text()
-    assert "<h2>Rectangles</h2>" not in pages["vgg_aib_qt"].read_text()
+    assert "Anchors: attention.quantizer" in pages["vgg_aib_qt"].read_text(encoding="utf-8")
+    assert "<h2>Rectangles</h2>" in pages["mobilenet_v3_large_window"].read_text(encoding="utf-8")
+    assert "<h2>Rectangles</h2>" not in pages["vgg_aib_qt"].read_text(encoding="utf-8")
 
 
 def test_latency_of_attention_alone():
@@ -113,7 +113,7 @@ def test_the_slider_moves_in_a_browser(pages, tmp_path, width):
     </script>"""
     for name, path in pages.items():
         page = tmp_path / f"{name}.html"
-        page.write_text(path.read_text().replace("<head>", f"<head>{probe}", 1))
+        page.write_text(path.read_text(encoding="utf-8").replace("<head>", f"<head>{probe}", 1), encoding="utf-8")
         command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / name}", f"--window-size={width},900", "--dump-dom"]
         done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120)
         found = re.search(r'data-probe="([^"]*)"', done.stdout)

@@ -325,5 +325,5 @@ def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
     """Write whole or not at all."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(plain(content), indent=1) + "\n")
+    partial.write_text(json.dumps(plain(content), indent=1) + "\n", encoding="utf-8")
     partial.replace(path)

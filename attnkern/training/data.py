@@ -350,7 +350,7 @@ def _cub(root, crop):
         )
     tables = []
     for name in _CUB:
-        lines = (root / name).read_text().splitlines()
+        lines = (root / name).read_text(encoding="utf-8").splitlines()
         tables.append(dict(line.strip().split(maxsplit=1) for line in lines if line.strip()))
     files, classes_of, training, boxes, classes = tables
     birds = _Birds(

@@ -77,7 +77,7 @@ def run(name: str, folder: Path) -> dict:
         if done.returncode != 0:
             raise RuntimeError(f"reproduce: {name} failed:\n{done.stderr[-2000:]}")
         print(done.stdout.strip().splitlines()[-1], flush=True)
-    return json.loads((out / "result.json").read_text())
+    return json.loads((out / "result.json").read_text(encoding="utf-8"))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,9 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
     names = [name for rows in ROWS.values() for name in rows]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = dict(zip(names, pool.map(lambda name: run(name, options.runs), names), strict=True))
-    (options.docs / "reproduction.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.docs / "reproduction.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     text = table(results)
-    (options.docs / "reproduction.md").write_text(text)
+    (options.docs / "reproduction.md").write_text(text, encoding="utf-8")
     print(text)
     return 0
 

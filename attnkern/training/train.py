@@ -41,7 +41,7 @@ class _SaveSettings(SaveConfigCallback):
     def save_config(self, trainer, pl_module, stage):
         out = run_folder(self.config)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(f"# attnkern train\n{self.parser.dump(self.config)}")
+        (out / "config.yaml").write_text(f"# attnkern train\n{self.parser.dump(self.config)}", encoding="utf-8")
 
 
 def run_folder(config) -> Path:
@@ -149,7 +149,7 @@ def train(name: str, data: str | None = None, arguments: list[str] | None = None
         },
     }
     if trainer.is_global_zero:
-        (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 import attnkern
-from attnkern import viz
+from attnkern import _backend, viz
 from attnkern.evaluation.protocols import PROTOCOLS, NotApplicableError, Subject, choices, evaluate, plain
 from attnkern.nn import AnchorQuantizer
 
@@ -78,11 +78,10 @@ def latency(network: torch.nn.Module, images: torch.Tensor) -> dict[str, dict[st
 
     found = {}
     for backend in ("reference", "native"):
+        if _backend.reason(backend, images.device, images.dtype) is not None:
+            continue
         with attnkern.use_backend(backend), torch.no_grad():
-            try:
-                network(images)
-            except RuntimeError:
-                continue  # the backend is not available here, or not on this device
+            network(images)
             times = {"inference": lambda: network(images)} | ({"attention": attend} if inputs else {})
             for what, call in times.items():
                 timer = Timer("call()", globals={"call": call})

@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import platform
+import re
 import sys
 from importlib import metadata
 
@@ -146,8 +147,8 @@ def _device(options):
     try:
         torch.ones(1, device=device).item()
     except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ValueError(f"{options.command}: device {options.device!r} cannot be used here: {first}") from error
+        why = re.split(r"\.?\s*\n|\.\s", str(error).strip())[0]
+        raise ValueError(f"{options.command}: device {options.device!r} cannot be used here: {why}") from error
     return device
 
 
@@ -191,8 +192,11 @@ def _print_entries(entry, indent=0):
 
 def _show(options: argparse.Namespace) -> int:
     from attnkern import viz
+    from attnkern.evaluation.protocols import check_writable
     from attnkern.training.show import explain
 
+    if options.out is not None:
+        check_writable("show", options.out)
     shown = explain(options.checkpoint, options.image, options.map)
     rectangle = {} if shown.rectangle is None else {"rectangle": shown.rectangle}
     title = f"{shown.label} ({shown.probability:.0%})"

@@ -1,5 +1,6 @@
 """Every protocol by name on a trained network: ``attnkern evaluate CHECKPOINT --protocol all``."""
 
+import errno
 import functools
 import json
 import math
@@ -323,19 +324,22 @@ def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def check_writable(where: str, path: str | os.PathLike) -> None:
-    """Raise OSError unless :func:`write_text` can write ``path``: to be asked before anything is computed."""
+def check_writable(where: str, path: str | os.PathLike, option: str = "--out") -> None:
+    """Raise OSError unless :func:`write_text` can write ``path``: to be asked before anything is computed.
+
+    Args:
+        option: what chooses another path, for the message.
+    """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{where}: {os.fspath(path)!r} is a folder; name a file with --out")
     partial = _partial(path)
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         partial.touch()
         partial.unlink()
     except OSError as error:
-        raise OSError(
-            f"{where}: {os.fspath(path)!r} cannot be written ({error.strerror}); name another file with --out"
-        ) from error
+        why = f"{os.fspath(path)!r} cannot be written ({error.strerror})"
+        raise OSError(f"{where}: {why}; choose another place with {option}") from error
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

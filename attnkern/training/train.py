@@ -29,6 +29,7 @@ from attnkern._common import check_items, check_kind
 from attnkern.evaluation._inputs import collect
 from attnkern.evaluation.localisation import localisation
 from attnkern.evaluation.maps import attention_of, gradcam_of
+from attnkern.evaluation.protocols import write_json
 from attnkern.models import create_model, map_names
 from attnkern.training.data import ImageData, normalisation_from
 from attnkern.training.modules import FAMILIES
@@ -187,7 +188,7 @@ def train(name: str, data: str | None = None, arguments: list[str] | None = None
             if error.code == 1 and trainer.interrupted:  # what Lightning makes of Ctrl-C
                 raise KeyboardInterrupt from error
             raise
-        seconds = time.perf_counter() - began
+        seconds, epochs = time.perf_counter() - began, trainer.current_epoch
         tested = trainer.test(module, images, verbose=False)
     data = cli.config.data.name
     accuracy = tested[0].get("test_accuracy") if tested else None  # without batches or without logging there is none
@@ -201,7 +202,7 @@ def train(name: str, data: str | None = None, arguments: list[str] | None = None
         "options": module.hparams.options or {},
         "data": data,
         "seed": cli.config.seed_everything,
-        "epochs": trainer.current_epoch,
+        "epochs": epochs,
         "parameters": sum(p.numel() for p in module.network.parameters()),
         "seconds": round(seconds, 1),
         "accuracy": None if accuracy is None else round(accuracy, 4),
@@ -217,7 +218,7 @@ def train(name: str, data: str | None = None, arguments: list[str] | None = None
     if trainer.is_global_zero and not trainer.fast_dev_run:
         path = out / "result.json"
         try:
-            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_json(path, result)
         except OSError as error:  # the numbers must not be lost
             raise OSError(f"train: {path} cannot be written ({error.strerror}): {json.dumps(result)}") from error
     return result

@@ -331,10 +331,10 @@ def check_writable(where: str, path: str | os.PathLike, option: str = "--out") -
         option: what chooses another path, for the message.
     """
     path = Path(path)
-    partial = _partial(path)
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        partial = _partial(path)
         partial.touch()
         partial.unlink()
     except OSError as error:

@@ -783,7 +783,7 @@ def _rows(run) -> Iterable[Iterable[Mapping]]:
         return [run]
     parts = []
     for path in run:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             parts.append(list(csv.DictReader(file)))
     return parts
 

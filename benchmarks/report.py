@@ -352,16 +352,16 @@ def body(content: dict) -> str:
 
 def write(path: Path) -> str:
     """A run's Markdown and picture beside its JSON, and the page of all runs; the run's Markdown."""
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     text = body(content)
-    path.with_suffix(".md").write_text(text + "\n")
+    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     if content.get("suite") != "networks":
         try:
             (plot_scaling if content.get("suite") == "scaling" else plot)(content["rows"], path.with_suffix(".svg"))
         except ImportError as error:
             print(f"no picture: {error}")
     if path.parent == COMMITTED:
-        PAGE.write_text(page())
+        PAGE.write_text(page(), encoding="utf-8")
     return text
 
 
@@ -379,7 +379,7 @@ loses, the row stays; a competitor that fails is listed with its error.
 
 def page() -> str:
     """Every machine's newest run of each suite, and what it lost since the one before."""
-    runs = [(path, json.loads(path.read_text())) for path in sorted(COMMITTED.glob("*.json"))]
+    runs = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(COMMITTED.glob("*.json"))]
     groups = {}
     for path, content in sorted(runs, key=lambda run: run[1]["date"]):
         if content.get("suite", "") not in TITLES:
@@ -488,7 +488,7 @@ def main() -> None:
     parser.add_argument("--choice", metavar="FILE", type=Path, help="compare native with Triton in this results file")
     options = parser.parse_args()
     if options.choice:
-        print(choice(json.loads(options.choice.read_text())["rows"]))
+        print(choice(json.loads(options.choice.read_text(encoding="utf-8"))["rows"]))
         return
     for path in sorted(COMMITTED.glob("*.json")):
         write(path)

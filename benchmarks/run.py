@@ -37,7 +37,7 @@ UNFINISHED, RESTART = 3, 4
 
 def processor() -> str:
     if Path("/proc/cpuinfo").exists():
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
         if found:
             return found[1].strip()
     return platform.machine()

@@ -36,7 +36,7 @@ class Store:
             key = hashlib.sha256(json.dumps([about["key"], about["torch"]]).encode()).hexdigest()[:6]
             self.path = self.path.with_stem(f"{self.path.stem}-{key}")
             for path in sorted(folder.glob("*.json")):
-                content = json.loads(path.read_text())
+                content = json.loads(path.read_text(encoding="utf-8"))
                 if all(content.get(name) == about[name] for name in ("key", "machine", "threads", "torch", "suite")):
                     self.path, self.content = path, content
 
@@ -44,7 +44,7 @@ class Store:
     def of(cls, path: Path):
         """The store of an existing file."""
         store = cls.__new__(cls)
-        store.path, store.content = path, json.loads(path.read_text())
+        store.path, store.content = path, json.loads(path.read_text(encoding="utf-8"))
         return store
 
     def has(self, case: str, which: str) -> bool:
@@ -62,5 +62,5 @@ class Store:
     def put(self, key: str, value) -> None:
         self.content[key] = value
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
         partial.replace(self.path)

@@ -75,7 +75,7 @@ class Run:
         self.folder = ROOT / "build/rehearsal" if rehearsal and RESULTS == COMMITTED else RESULTS
         self.folder.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(self.folder / "gpu-run.jsonl", self.version)
-        self.log = (self.folder / "gpu-run.log").open("a", buffering=1)
+        self.log = (self.folder / "gpu-run.log").open("a", buffering=1, encoding="utf-8")
         self.torch = self.gpu = ""  # until `identify` knows them
         self.backends: list[str] = []
         self.tell(f"\n=== make gpu: code {self.version}, {minutes:g} minutes, results in {self.folder}")
@@ -228,7 +228,7 @@ class Run:
         """File and content of the benchmark results of this version of the code on this machine."""
         key = {"version": code_version(*MEASURED), "compiled": True}
         for path in sorted(self.folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             same = content.get("key") == key and content["torch"] == self.torch
             if same and (content["suite"] == "rehearsal" if self.rehearsal else content["machine"] == self.gpu):
                 return path, content

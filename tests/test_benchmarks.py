@@ -70,7 +70,7 @@ def test_store_resumes(tmp_path):
     assert again.has("window float32 contiguous", "forward+backward")
     assert not again.has("window float32 contiguous", "forward")
     again.add(ROWS[1])
-    assert len(json.loads(first.path.read_text())["rows"]) == 2
+    assert len(json.loads(first.path.read_text(encoding="utf-8"))["rows"]) == 2
     for other in ({"key": {**KEY, "version": "b"}}, {"key": {**KEY, "compiled": False}}, {"key": KEY, "machine": "n"}):
         store = Store(tmp_path, {**ABOUT, **other})
         assert store.content["rows"] == []
@@ -88,12 +88,12 @@ def test_a_row_that_is_measured_again_takes_its_place(tmp_path):
 
 def test_the_version_of_the_code_follows_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.store.ROOT", tmp_path)
-    (tmp_path / "a").write_text("1")
-    (tmp_path / "b").write_text("2")
+    (tmp_path / "a").write_text("1", encoding="utf-8")
+    (tmp_path / "b").write_text("2", encoding="utf-8")
     before = code_version("a")
-    (tmp_path / "b").write_text("3")
+    (tmp_path / "b").write_text("3", encoding="utf-8")
     assert code_version("a") == before
-    (tmp_path / "a").write_text("2")
+    (tmp_path / "a").write_text("2", encoding="utf-8")
     assert code_version("a") != before
 
 
@@ -139,19 +139,19 @@ def test_scaling_shows_the_exponent(tmp_path):
     ]
     assert "| images | pool | 1.000 | 4.000 | 3.0 | 1.00 |" in report.scaling_table(rows)
     report.plot_scaling(rows, tmp_path / "scaling.svg")
-    assert "<svg" in (tmp_path / "scaling.svg").read_text()
+    assert "<svg" in (tmp_path / "scaling.svg").read_text(encoding="utf-8")
 
 
 def test_every_committed_run_is_on_the_page():
     page = report.page()
     for path in COMMITTED.glob("*.json"):
-        assert json.loads(path.read_text())["machine"] in page
-    assert report.PAGE.read_text() == page, "run `python -m benchmarks.report`"
+        assert json.loads(path.read_text(encoding="utf-8"))["machine"] in page
+    assert report.PAGE.read_text(encoding="utf-8") == page, "run `python -m benchmarks.report`"
 
 
 def test_plot(tmp_path):
     report.plot(ROWS, tmp_path / "plot.svg")
-    drawn = (tmp_path / "plot.svg").read_text()
+    drawn = (tmp_path / "plot.svg").read_text(encoding="utf-8")
     assert "<svg" in drawn
     assert "legend" in drawn
 
@@ -236,7 +236,7 @@ def test_a_competitor_that_fails_leaves_its_error_in_its_cell(tmp_path, monkeypa
     monkeypatch.setattr(cases, "competitors", lambda *arguments: {"compile": fail, **competitors(*arguments)})
     store = Store(tmp_path, ABOUT)
     assert run.measure(store, bench(), [(small("compatibility_pool"), "forward")]) == 0
-    (row,) = json.loads(store.path.read_text())["rows"]
+    (row,) = json.loads(store.path.read_text(encoding="utf-8"))["rows"]
     assert row["errors"] == {"compile": "RuntimeError: no luck"}
     assert {"eager", "sdpa", "native"} <= row["ms"].keys() == row["device_ms"].keys() == row["host_us"].keys()
     text = report.tables([row])
@@ -401,7 +401,7 @@ def test_the_slowest_rows():
 
 def test_what_ncu_writes_is_read():
     """A line for each metric, among lines of its own and of the program."""
-    kernels = profile.parse((Path(__file__).parent / "data/ncu.csv").read_text())
+    kernels = profile.parse((Path(__file__).parent / "data/ncu.csv").read_text(encoding="utf-8"))
     assert kernels == [
         {"kernel": "attnkern::window_fwd", "µs": "53.2", "MB read": "51.4", "registers": "96"},
         {"kernel": "_anchor_fwd_kernel", "µs": "2.5"},

@@ -92,7 +92,7 @@ def write_stl10(root):
         np.array(labels, np.uint8).tofile(folder / f"{part}_y.bin")
         written.append((pixels, [label - 1 for label in labels]))
     noise(1, 3, 96, 96).tofile(folder / "unlabeled_X.bin")
-    (folder / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)) + "\n")
+    (folder / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)) + "\n", encoding="utf-8")
     return written
 
 
@@ -114,7 +114,7 @@ def write_pets(root, each=2):
                 lines.append(f"{name} {label} {label} {label}\n")
                 save(folder / "images" / f"{name}.jpg", np.uint8(255 * ANIMAL)[..., None].repeat(3, 2))
                 save(folder / "annotations" / "trimaps" / f"{name}.png", trimap)
-        (folder / "annotations" / f"{part}.txt").write_text("".join(lines))
+        (folder / "annotations" / f"{part}.txt").write_text("".join(lines), encoding="utf-8")
 
 
 def write_caltech101(root, each=10):
@@ -142,8 +142,8 @@ def write_cub(root):
         for lines, value in zip(tables.values(), values, strict=True):
             lines.append(f"{number} {value}\n")
     for name, lines in tables.items():
-        (root / f"{name}.txt").write_text("".join(lines))
-    (root / "classes.txt").write_text("1 001.Black\n2 002.Laysan\n")
+        (root / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
+    (root / "classes.txt").write_text("1 001.Black\n2 002.Laysan\n", encoding="utf-8")
 
 
 def palette():

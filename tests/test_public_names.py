@@ -28,7 +28,7 @@ for package in ("captum", "lightning", "skimage", "sklearn", "torchvision"):
     pytest.importorskip(package)
 
 PACKAGE = Path(attnkern.__file__).parent
-API = (PACKAGE.parent / "docs" / "api.md").read_text()
+API = (PACKAGE.parent / "docs" / "api.md").read_text(encoding="utf-8")
 MODULES = ("compat", "evaluation", "models", "nn", "testing", "training", "viz")
 
 #: What is public and not walked.

@@ -2,9 +2,11 @@
 
 import base64
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 import types
 
 import pytest
@@ -24,7 +26,8 @@ from conftest import PATIENCE
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnkern import cli, report
+from attnkern import _ops, cli, report
+from attnkern.evaluation import protocols
 from attnkern.models import create_model
 from attnkern.report import latency
 from attnkern.training import data
@@ -64,7 +67,7 @@ def examples_of(text):
 
 def test_a_page_is_whole_and_fetches_nothing(pages):
     for name, path in pages.items():
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         assert name in text
         assert "$" not in re.sub(r"<script.*?</script>|base64,[^\"]*", "", text, flags=re.S)
         for address in re.findall(r"(?:src|href|srcset)=\"([^\"]*)\"|url\(([^)]*)\)", text):
@@ -81,9 +84,9 @@ def test_a_page_is_whole_and_fetches_nothing(pages):
         assert examples[0]["caption"].startswith("1 of 5: ")
         assert "attention of 32 images, native" in text
         assert "pointing game" in text
-    assert "Anchors: attention.quantizer" in pages["vgg_aib_qt"].read_text()
-    assert "<h2>Rectangles</h2>" in pages["mobilenet_v3_large_window"].read_text()
-    assert "<h2>Rectangles</h2>" not in pages["vgg_aib_qt"].read_text()
+    assert "Anchors: attention.quantizer" in pages["vgg_aib_qt"].read_text(encoding="utf-8")
+    assert "<h2>Rectangles</h2>" in pages["mobilenet_v3_large_window"].read_text(encoding="utf-8")
+    assert "<h2>Rectangles</h2>" not in pages["vgg_aib_qt"].read_text(encoding="utf-8")
 
 
 def test_latency_of_attention_alone(monkeypatch):
@@ -194,7 +197,7 @@ def test_the_slider_moves_in_a_browser(pages, tmp_path, width):
     </script>"""
     for name, path in pages.items():
         page = tmp_path / f"{name}.html"
-        page.write_text(path.read_text().replace("<head>", f"<head>{probe}", 1))
+        page.write_text(path.read_text(encoding="utf-8").replace("<head>", f"<head>{probe}", 1), encoding="utf-8")
         command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path / name}", f"--window-size={width},900", "--dump-dom"]
         done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=PATIENCE)
         found = re.search(r'data-probe="([^"]*)"', done.stdout)
@@ -205,6 +208,118 @@ def test_the_slider_moves_in_a_browser(pages, tmp_path, width):
         assert seen["caption"].startswith("5 of 5: ")
         assert seen["drawn"] > 100
         assert seen["overflow"] <= 0
+
+
+def test_without_the_compiled_library_the_reference_is_measured(monkeypatch):
+    monkeypatch.setitem(_ops.NATIVE_REASON, "cpu", "it is not built")
+    network, images = create_model("vgg_att2_concat_pc", 4, width=0.0625).eval(), torch.rand(4, 3, 32, 32)
+    found = latency(network, images)
+    assert {what: list(times) for what, times in found.items()} == {
+        "inference": ["reference"],
+        "attention": ["reference"],
+    }
+
+
+def test_a_locale_without_utf8(pages, tmp_path):
+    """The page and what is read for it are in UTF-8; a name that the terminal cannot show does not end the command."""
+    run = tmp_path / "run ü"
+    shutil.copytree(pages["vgg_aib_qt"].parent, run)
+    (run / "evaluation.json").write_text('{"protocols": {"top1": {"Σ": 0.5}}}', encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "attnkern",
+        "report",
+        str(run),
+        "--limit",
+        "20",
+        "--examples",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    ascii = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=os.environ | ascii, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert '<meta charset="utf-8">' in text
+    assert "<td>Σ</td>" in text
+    assert "·" in text  # of the page itself
+    assert not list(run.glob("*.partial"))
+
+
+@pytest.mark.parametrize("out", ["nowhere/page", "."])
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_what_cannot_be_written_is_not_computed(command, out, pages, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("attnkern.training.data.ImageData", lambda **_: pytest.fail("no image is to be read"))
+    run = pages["vgg_aib_qt"].parent
+    of = str(run / "last.ckpt" if command == "evaluate" else run)
+    assert cli.main([command, of, "--out", out]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"attnkern: {command}: {out!r} cannot be written (")
+    assert error.endswith("); choose another place with --out\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_numbers_are_printed_when_the_file_cannot_be_written(command, pages, tmp_path, monkeypatch, capsys):
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(protocols.Path, "write_text", full)
+    monkeypatch.setattr(protocols, "PROTOCOLS", {"top1": protocols.PROTOCOLS["top1"]})
+    run = pages["vgg_aib_qt"].parent
+    of = str(run / "last.ckpt" if command == "evaluate" else run)
+    arguments = [command, of, "--limit", "20", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 1
+    printed = capsys.readouterr()
+    assert re.search(r"^top1\n  accuracy +0\.\d+$", printed.out, re.MULTILINE)
+    assert printed.err.endswith("attnkern: [Errno 28] No space left on device\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_are_printed_when_a_later_protocol_fails(pages, tmp_path, monkeypatch, capsys):
+    def fails(subject):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(protocols, "PROTOCOLS", {"top1": protocols.PROTOCOLS["top1"], "fooling": fails})
+    arguments = ["evaluate", str(pages["vgg_aib_qt"].parent / "last.ckpt"), "--limit", "20", "--device", "cpu"]
+    with pytest.raises(torch.OutOfMemoryError):
+        cli.main([*arguments, "--out", str(tmp_path / "out")])
+    assert re.search(r"^top1\n  accuracy +0\.\d+$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+def test_a_device_that_is_not_here(command, device, pages, capsys):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    run = pages["vgg_aib_qt"].parent
+    of = str(run / "last.ckpt" if command == "evaluate" else run)
+    assert cli.main([command, of, "--device", device]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"attnkern: {command}: device {device!r} cannot be used here: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["models"]])
+def test_a_reader_that_has_left_ends_a_command_silently(arguments):
+    """As ``attnkern info | head -1`` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as pipe:
+        done = subprocess.run([sys.executable, "-m", "attnkern", *arguments], stdout=pipe, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_an_interrupted_command(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "info", interrupted)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "attnkern: interrupted\n"
 
 
 def test_a_folder_without_a_run(tmp_path, capsys):

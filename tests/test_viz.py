@@ -123,7 +123,7 @@ def test_every_figure_is_drawn_and_saved(theme, page, tmp_path):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert numpy.asarray(image.convert("L")).std() > 5
     viz.save(drawn["overlay"], tmp_path / "overlay.svg")
-    assert (tmp_path / "overlay.svg").read_text().lstrip().startswith("<?xml")
+    assert (tmp_path / "overlay.svg").read_text(encoding="utf-8").lstrip().startswith("<?xml")
     assert dict(matplotlib.rcParams) == before
     assert matplotlib.get_backend() == backend
 

@@ -28,7 +28,7 @@ STATED = estimate.BANDWIDTH["H200"]
 def save(counted: list[dict], versions: dict[str, str]) -> None:
     """One row a line, so that what changes shows."""
     lines = ",\n".join(json.dumps(_compact(row)) for row in counted)
-    COUNTS.write_text(f'{{"versions": {json.dumps(versions)},\n"rows": [\n{lines}\n]}}\n')
+    COUNTS.write_text(f'{{"versions": {json.dumps(versions)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def _compact(row):
@@ -46,7 +46,7 @@ def _compact(row):
 
 
 def load() -> dict:
-    return json.loads(COUNTS.read_text())
+    return json.loads(COUNTS.read_text(encoding="utf-8"))
 
 
 # --- what a row comes to ---------------------------------------------------------------------------------------------
@@ -400,4 +400,4 @@ TITLES = ("Native", "Triton", "torch.compile")
 
 def write() -> None:
     """The page, from the committed counts."""
-    PAGE.write_text(text(load()))
+    PAGE.write_text(text(load()), encoding="utf-8")

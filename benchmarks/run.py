@@ -1,8 +1,9 @@
 """`make bench`: every competitor of every case in one run, rounds interleaved, medians compared.
 
 Prints one table and writes JSON, a Markdown table and a plot to benchmarks/results/, or to the folder that
-ATTNKERN_RESULTS names. Each row is written as soon as it is measured; with --gpu, --full and --networks a run continues
-an earlier one of the same code and options. A competitor that fails is recorded as an error, and the run continues.
+ATTNKERN_RESULTS names. On a CPU, operators and networks are measured in two processes, which PROCESSES describes. Each
+row is written as soon as it is measured; with --gpu, --full and --networks a run continues an earlier one of the same
+code and options. A competitor that fails is recorded as an error, and the run continues.
 """
 
 import argparse
@@ -23,8 +24,12 @@ from pathlib import Path
 from benchmarks.report import ATTENTION, OURS, write
 from benchmarks.store import MEASURED, RESULTS, ROOT, Store, code_version
 
-# glibc gives large blocks back to the kernel and takes them again at every call: keep them, for every competitor alike.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+#: Environments of the processes that measure on a CPU, by name. By default glibc gives large blocks back to the kernel
+#: when they are freed, and takes them again at the next call; the tuned process keeps them, for every competitor alike.
+PROCESSES = {
+    "default": {},
+    "tuned": {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"},
+}
 BUDGET, FLUSHED_BUDGET = 1.5, 0.5  # seconds a case and pass
 DEVICE_BUDGET = 0.1  # seconds a competitor, for its device time and for its cost to the host
 TURN = 0.01  # seconds that a competitor is called in a row
@@ -200,7 +205,8 @@ def row_of(case: str, which: str, seconds: dict[str, float], **more) -> dict:
         best = min((value for name, value in seconds.items() if name in [o + suffix for o in OURS]), default=None)
         rivals = [name for name in seconds if name.endswith(" compiled") == bool(suffix) and not name.startswith(OURS)]
         times |= {name: seconds[name] / best for name in rivals if best is not None}
-    return {"case": case, "pass": which, "ms": {k: v * 1e3 for k, v in seconds.items()}, "times": times, **more}
+    row = {"case": case, "pass": which, "process": "default", "ms": {k: v * 1e3 for k, v in seconds.items()}}
+    return {**row, "times": times, **more}
 
 
 class OutOfTime(Exception):
@@ -270,10 +276,18 @@ class TimeLimit:
 class Bench:
     """Measures rows. In a rehearsal the CPU stands in for the device, and every budget is 0."""
 
-    def __init__(self, device, compiled: dict | None, copy_gb_per_s: float = math.nan, rehearsal: bool = False):
+    def __init__(
+        self,
+        device,
+        compiled: dict | None,
+        copy_gb_per_s: float = math.nan,
+        rehearsal: bool = False,
+        process: str = "default",
+    ):
         import torch
 
         self.device, self.compiled, self.copy_gb_per_s, self.rehearsal = device, compiled, copy_gb_per_s, rehearsal
+        self.process = process
         self.on_gpu = device.type == "cuda"
         self.flush = None
         if self.on_gpu:
@@ -352,7 +366,7 @@ def measure(store: Store, bench: Bench, work: list, end: float = math.inf, again
     for number, (case, which) in enumerate(work):
         name = f"{case} {which}".strip()
         progress.begin(number, name)
-        if not again and ("host_us" in content if case == HOST else store.has(str(case), which)):
+        if not again and ("host_us" in content if case == HOST else store.has(str(case), which, bench.process)):
             continue
         if end - time.monotonic() < (10 if bench.on_gpu else 0):
             return UNFINISHED
@@ -373,6 +387,7 @@ def measure(store: Store, bench: Bench, work: list, end: float = math.inf, again
         except OutOfTime:
             store.put("begun", {})
             return UNFINISHED
+        row["process"] = bench.process
         if attempts.errors:
             row["errors"] = attempts.errors
         content["begun"] = {}
@@ -423,6 +438,18 @@ def measure_scaling(store: Store, device) -> None:
         progress.end(row)
 
 
+def run_processes(path: Path, end: float) -> int:
+    """Measure the rows of this command in each of PROCESSES, one after the other. Returns the first exit code not 0."""
+    inherited = {key: value for key, value in os.environ.items() if key not in PROCESSES["tuned"]}
+    for name, environment in PROCESSES.items():
+        more = ["--process", name, "--store", path, "--seconds", str(end - time.monotonic())]
+        command = [sys.executable, "-m", "benchmarks.run", *sys.argv[1:], *more]
+        code = subprocess.run(command, env={**inherited, **environment}).returncode
+        if code:
+            return code
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__.splitlines()[0])
     suites = parser.add_mutually_exclusive_group()
@@ -436,6 +463,8 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help=f"time limit; exit code {UNFINISHED} if rows are left"
     )
+    parser.add_argument("--process", choices=PROCESSES, help=argparse.SUPPRESS)  # what runs in one of them
+    parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
 
@@ -447,21 +476,28 @@ def main() -> int:
     device = torch.device("cuda" if options.gpu else "cpu")
     compiled = None if options.no_compile else cases.REHEARSED if options.rehearsal else cases.COMPILED
     suite = next((name for name in ("scaling", "networks", "full", "rehearsal") if getattr(options, name)), "")
-    about = machine(device) | {"commit": commit(), "suite": suite}
-    if suite != "scaling" and (suite or options.gpu):
-        about["key"] = {"version": code_version(*MEASURED), "compiled": compiled is not None}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    store = Store(RESULTS, about)
+    if options.store:
+        store = Store.of(options.store)
+    else:
+        about = machine(device) | {"commit": commit(), "suite": suite}
+        if suite != "scaling" and (suite or options.gpu):
+            about["key"] = {"version": code_version(*MEASURED), "compiled": compiled is not None}
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        store = Store(RESULTS, about)
     if "copy_gb_per_s" not in store.content:
         store.put("copy_gb_per_s", copy_bandwidth(device))
     code = 0
     if options.scaling:
         measure_scaling(store, device)
-    else:
-        bench = Bench(device, compiled, store.content["copy_gb_per_s"], options.rehearsal)
+    elif options.gpu or options.rehearsal or options.process:
+        bench = Bench(device, compiled, store.content["copy_gb_per_s"], options.rehearsal, options.process or "default")
         work = cases.work(suite, options.gpu, compiled is not None)
         work = [(case, which) for case, which in work if options.only in f"{case} {which}"]
         code = measure(store, bench, work, end, again=bool(options.only))
+    else:
+        code = run_processes(store.path, end)
+    if options.process:
+        return code
     text = write(store.path)
     if not (options.gpu or options.rehearsal):
         print(text)
@@ -470,7 +506,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if any(os.environ.get(key) != value for key, value in _MALLOC.items()):
-        os.environ.update(_MALLOC)
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.run", *sys.argv[1:]])
     sys.exit(main())

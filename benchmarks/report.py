@@ -428,10 +428,11 @@ formulas in eager PyTorch and under `torch.compile`, and scaled_dot_product_atte
 checked against the reference in float64 before it is timed. Competitors take turns of ten milliseconds, and medians
 are compared. On a CPU every competitor is measured in two processes. In the default one, as Python starts it, glibc
 returns large blocks to the kernel when they are freed and maps them anew at the next call; in the tuned one malloc
-keeps them (`MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` are 4 GiB). On a GPU, device time is measured with
-CUDA events around replays of a CUDA graph whose calls use inputs that together exceed three L2 caches; latency is the
-time of single calls after the L2 cache is flushed. Where attnkern loses, the row stays; a competitor that fails is
-listed with its error.
+keeps them (`MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` are 4 GiB). On one thread (`OMP_NUM_THREADS=1`) the
+clock is that of the process, page faults included, which other programs on the machine do not lengthen. On a GPU,
+device time is measured with CUDA events around replays of a CUDA graph whose calls use inputs that together exceed
+three L2 caches; latency is the time of single calls after the L2 cache is flushed. Where attnkern loses, the row stays;
+a competitor that fails is listed with its error.
 """
 
 

@@ -98,8 +98,8 @@ def clock_of(device):
 def median_times(ready: dict, budget: float = BUDGET, flush=None, clock=time.perf_counter) -> dict[str, float]:
     """Median seconds of each call; they take turns, so that what disturbs the machine disturbs all.
 
-    A turn is one call after ``flush``, or without it as many calls as take about TURN: each then finds the caches as it
-    left them itself, and not as another competitor did.
+    A turn is one call after ``flush``, or without it an untimed call and then as many calls as take about TURN: each
+    then finds the caches and the free memory as it left them itself, and not as another competitor did.
     """
     calls_a_turn = {}
     for name, call in ready.items():
@@ -111,8 +111,7 @@ def median_times(ready: dict, budget: float = BUDGET, flush=None, clock=time.per
     began = clock()
     while ready and (len(next(iter(times.values()))) < 7 or clock() - began < budget):
         for name, call in ready.items():
-            if flush is not None:
-                flush()
+            (flush or call)()
             start = clock()
             for _ in range(calls_a_turn[name]):
                 call()

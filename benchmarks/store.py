@@ -23,6 +23,11 @@ def code_version(*patterns: str) -> str:
     return found.hexdigest()[:12]
 
 
+def name_of(row: dict) -> tuple[str, str, str]:
+    """What tells a row from the others of its run."""
+    return row["case"], row["pass"], row["process"]
+
+
 class Store:
     """A results file. A run with a key (the version of the code and the options) continues the file that has the same
     key, machine, version of PyTorch and suite.
@@ -47,14 +52,14 @@ class Store:
         store.path, store.content = path, json.loads(path.read_text(encoding="utf-8"))
         return store
 
-    def has(self, case: str, which: str) -> bool:
-        return any(row["case"] == case and row["pass"] == which for row in self.content["rows"])
+    def has(self, case: str, which: str, process: str = "default") -> bool:
+        return (case, which, process) in map(name_of, self.content["rows"])
 
     def add(self, row: dict) -> None:
         """Append a row, or replace an earlier measurement of it."""
-        rows, names = self.content["rows"], [(row["case"], row["pass"]) for row in self.content["rows"]]
-        if (row["case"], row["pass"]) in names:
-            rows[names.index((row["case"], row["pass"]))] = row
+        rows, names = self.content["rows"], [name_of(row) for row in self.content["rows"]]
+        if name_of(row) in names:
+            rows[names.index(name_of(row))] = row
         else:
             rows.append(row)
         self.put("rows", rows)

@@ -1,10 +1,13 @@
 """The networks of Learn to Pay Attention: VGG and ResNet-164 with compatibility pooling, and what they are compared to.
 
-Layers, dropout, initialisation and heads as in the authors' code. Under the parametrised compatibility the global
-vector g cancels (see :class:`attnkern.nn.CompatibilityPool`), so the layers between the last local map and g train on
-nothing. They are in the state_dict, but frozen and not run unless ``global_branch`` is True; the logits are the same
-either way.
+Layers, dropout, initialisation and heads follow the authors' code (Torch7), except where a class says otherwise. Under
+the parametrised compatibility the global vector g cancels (see :class:`attnkern.nn.CompatibilityPool`), so the layers
+between the last local map and g receive no gradient. They are in the state_dict, but frozen and not run unless
+``global_branch`` is True; the logits are the same either way. The bias of that compatibility cancels too and is left
+out: each of its levels has one parameter fewer than in the authors' code.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +18,19 @@ from attnkern.models._layers import MapNorm, Network, VectorNorm, check_logits, 
 from attnkern.models.registry import register_model
 from attnkern.nn import CompatibilityPool, ProgressiveAttention, _untouched
 
-#: BatchNorm's, as in the published networks.
+#: BatchNorm's behind the convolutions of VGG and of the branches to g; elsewhere it is PyTorch's default, 1e-5.
 _EPS = 1e-3
 _COMPATIBILITIES = {"pc": "parametrised", "dp": "dot"}
+
+
+def _initialise(network):
+    """As Torch7 does: scales of BatchNorm uniform in [0, 1], u from N(0, 2) (one output of a 1x1 convolution)."""
+    initialise(network)
+    for module in network.modules():
+        if isinstance(module, (VectorNorm, MapNorm)):
+            nn.init.uniform_(module.weight)
+        elif isinstance(module, CompatibilityPool) and module.weight is not None:
+            nn.init.normal_(module.weight, std=math.sqrt(2))
 
 
 def _block(inputs, outputs, convs, rate, first_rate=None):
@@ -48,16 +61,19 @@ def _add_vgg_maps(network, in_chans, width, dropout, first_pool):
 
 
 @register_model("vgg")
-@register_model("vgg_cub", first_pool=5)
+@register_model("vgg_cub", cub=True)
 class Vgg(Network):
     """VGG without attention: thirteen 3x3 convolutions, a maximum after each of the five blocks, two linear layers.
+
+    The form for CUB's images of 80x80 has a further 2x2 maximum before the last convolution, and a 3x3 one behind it.
 
     Args:
         num_classes: number of logits.
         width: multiplier of all channels.
         in_chans: channels of the images.
         dropout: multiplier of the published rates, 0.3 to 0.5.
-        first_pool: size of the first pooling; 5 for the 80x80 images of CUB.
+        first_pool: size of the first pooling.
+        cub: the form for CUB.
 
     Raises:
         ValueError, TypeError: an argument out of its range, or images of other channels.
@@ -75,10 +91,12 @@ class Vgg(Network):
         in_chans: int = 3,
         dropout: float = 1.0,
         first_pool: int = 2,
+        cub: bool = False,
     ):
         super().__init__(num_classes, in_chans, width)
         check_count("Vgg", first_pool=first_pool)
         check_number("Vgg", dropout=dropout)
+        check_flag("Vgg", cub=cub)
         plan = [in_chans, *(scaled(channels, width) for channels in (64, 128, 256, 512, 512))]
         for index, convs in enumerate((2, 2, 3, 3, 3)):
             first_rate = 0.3 * dropout if index == 0 else None
@@ -86,13 +104,16 @@ class Vgg(Network):
             if index:
                 block.insert(0, _pool(first_pool if index == 1 else 2))
             self.add_module(f"block{index + 1}", block)
+        if cub:
+            # Together with the dropout before the last convolution: the layers' names stay those of the other form.
+            self.block5[-4] = nn.Sequential(self.block5[-4], _pool(2))
         c = plan[-1]
         self.head = nn.Sequential(
-            _pool(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5 * dropout), nn.Linear(c, c),
+            _pool(3 if cub else 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5 * dropout), nn.Linear(c, c),
             VectorNorm(c), nn.ReLU(inplace=True), nn.Dropout(0.5 * dropout),
         )  # fmt: skip
         self.classifier = nn.Linear(c, num_classes)
-        initialise(self)
+        _initialise(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, num_classes) of images (N, in_chans, H, W)."""
@@ -132,7 +153,7 @@ class VggGap(Network):
         channels = _add_vgg_maps(self, in_chans, width, dropout, first_pool)
         self.map = nn.Identity()
         self.classifier = nn.Linear(channels[13], num_classes)
-        initialise(self)
+        _initialise(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, num_classes) of images (N, in_chans, H, W)."""
@@ -167,6 +188,8 @@ class _Levels(Network):
         return tuple(sorted(levels))
 
     def _add_levels(self, channels, query_channels, rate, compatibility, head, combine, global_branch):
+        """Pooling, context and head; ``rate`` is the context's dropout and, in turn, the one of g's projection."""
+        rate, query_rate = rate
         self.combine = combine
         self.global_branch = global_branch or compatibility == "dp"
         for level, c in channels.items():
@@ -177,7 +200,7 @@ class _Levels(Network):
         self.projections = nn.ModuleDict(
             {
                 str(c): nn.Sequential(
-                    VectorNorm(query_channels), nn.ReLU(), nn.Dropout(rate), nn.Linear(query_channels, c)
+                    VectorNorm(query_channels), nn.ReLU(), nn.Dropout(query_rate), nn.Linear(query_channels, c)
                 )
                 for c in sorted(set(channels.values()) - {query_channels})
             }
@@ -224,7 +247,11 @@ class VggAttention(_Levels):
 
     Fifteen convolutions; g comes from a linear layer behind the last. Attention maps: ``attention13.map`` and the like.
     Progressive: the map of independent sigmoid scores at layer 10 weighs what the next block sees, and layer 13 alone
-    is pooled and classified.
+    is pooled and classified. Layer 10 has a branch of its own to a global vector, which its scores add to the locals:
+    a sigmoid does not cancel it, and the branch is trained.
+
+    The authors' CUB form with three levels cannot be run: it pools layer 7 by 2.5, doubles the map again, and expects
+    32x32 of 80x80 images. Here that network pools 5x5 behind layer 7, as their CUB form with two levels does.
 
     Args:
         num_classes: number of logits.
@@ -271,21 +298,26 @@ class VggAttention(_Levels):
         self.levels = levels
         channels = _add_vgg_maps(self, in_chans, width, dropout, first_pool)
         c, drop4, drop5 = channels[13], 0.4 * dropout, 0.5 * dropout
-        self.trunk = nn.Sequential(
-            halved(), *conv_bn_relu(c, c, _EPS), nn.Dropout(drop4),
-            halved(), *conv_bn_relu(c, c, _EPS), nn.Dropout(drop4),
-            halved(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(drop5), nn.Linear(c, c),
-        )  # fmt: skip
+
+        def trunk(first):
+            return nn.Sequential(
+                _pool(first), *conv_bn_relu(c, c, _EPS), nn.Dropout(drop4),
+                halved(), *conv_bn_relu(c, c, _EPS), nn.Dropout(drop4),
+                halved(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(drop5), nn.Linear(c, c),
+            )  # fmt: skip
+
+        self.trunk = trunk(2)
         if progressive:
             if 10 in levels:
                 raise ValueError(
                     f"VggAttention: levels must omit 10, which progressive attention filters, got {levels!r}"
                 )
+            self.trunk10 = trunk(4)
             self.attention10 = ProgressiveAttention(channels[10])
         chosen = {level: channels[level] for level in levels}
-        self._add_levels(chosen, c, drop5, compatibility, head, combine, global_branch)
+        self._add_levels(chosen, c, (drop5, drop5), compatibility, head, combine, global_branch)
         self.progressive = progressive
-        initialise(self)
+        _initialise(self)
         self._freeze_global()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -293,7 +325,8 @@ class VggAttention(_Levels):
         self._check_images(x)
         local7 = self.local7(x)
         local10 = self.local10(local7)
-        local13 = self.local13(self.attention10(local10) if self.progressive else local10)
+        filtered = self.attention10(local10, query=self.trunk10(local10)) if self.progressive else local10
+        local13 = self.local13(filtered)
         found = {7: local7, 10: local10, 13: local13}
         return self._classify({level: found[level] for level in self.levels}, local13)
 
@@ -309,14 +342,14 @@ for _suffix, _first_pool in (("", 2), ("_cub", 5)):
 
 
 class _Bottleneck(nn.Module):
-    """Pre-activation bottleneck: 1x1, 3x3 with stride, 1x1, each behind BatchNorm and ReLU."""
+    """Pre-activation bottleneck: 1x1 with stride, 3x3, 1x1, each behind BatchNorm and ReLU."""
 
     def __init__(self, inputs, middle, outputs, stride):
         super().__init__()
         self.norm = MapNorm(inputs)
         self.body = nn.Sequential(
-            nn.Conv2d(inputs, middle, 1, bias=False), MapNorm(middle), nn.ReLU(inplace=True),
-            nn.Conv2d(middle, middle, 3, stride, padding=1, bias=False), MapNorm(middle), nn.ReLU(inplace=True),
+            nn.Conv2d(inputs, middle, 1, stride, bias=False), MapNorm(middle), nn.ReLU(inplace=True),
+            nn.Conv2d(middle, middle, 3, padding=1, bias=False), MapNorm(middle), nn.ReLU(inplace=True),
             nn.Conv2d(middle, outputs, 1, bias=False),
         )  # fmt: skip
         same = inputs == outputs and stride == 1
@@ -335,6 +368,10 @@ class ResNetAttention(_Levels):
 
     Levels 2, 3 and 4 hold 18 bottlenecks each, of 64, 128 and 256 channels. Attention maps: ``attention3.map``,
     ``attention4.map``. The locals are the blocks' sums as they are, before BatchNorm.
+
+    The authors' code for one level of attention cannot be run: it ends in two 3x3 convolutions without normalisation,
+    the second with stride 2, and expects the 8x8 maps before them. Here one level has the layers of two, the form that
+    their code does define.
 
     Args:
         num_classes: number of logits.
@@ -383,15 +420,16 @@ class ResNetAttention(_Levels):
         c = inputs
         if levels:
             self.trunk = nn.Sequential(
-                MapNorm(c), nn.ReLU(), halved(), *conv_bn_relu(c, c), nn.Dropout(0.4 * dropout), _pool(4),
+                MapNorm(c), nn.ReLU(), halved(), *conv_bn_relu(c, c, _EPS), nn.Dropout(0.4 * dropout), _pool(4),
                 nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5 * dropout), nn.Linear(c, c),
             )  # fmt: skip
             chosen = {level: channels[level] for level in levels}
-            self._add_levels(chosen, c, 0.3 * dropout, compatibility, head, combine, global_branch)
+            self._add_levels(chosen, c, (0.3 * dropout, 0.5 * dropout), compatibility, head, combine, global_branch)
         else:
             self.norm = MapNorm(c)
             self.classifier = nn.Linear(c, num_classes)
-        initialise(self)
+            nn.init.zeros_(self.classifier.bias)
+        _initialise(self)
         if levels:
             self._freeze_global()
 

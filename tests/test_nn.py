@@ -634,7 +634,7 @@ ERRORS = {
     "no position": (lambda: ann.ProgressiveAttention(C)(torch.ones(1, C, 0, 3)),
                     ValueError, r"ProgressiveAttention: x must have at least one position, got a map of size \(0, 3\)"),
     "progressive query": (lambda: ann.ProgressiveAttention(C)(torch.ones(2, C, 3, 3), query=torch.ones(1, C)),
-                          ValueError, r"ProgressiveAttention: query must be \(2, 6\) \(N and C as x\), got shape \(1, 6\)"),
+                          ValueError, r"query must be \(2, 6\) \(N and C as x\), got shape \(1, 6\)"),
     "integers": (lambda: ann.BottleneckAttention(C)(torch.ones(1, C, 3, 3, dtype=torch.int64)),
                  TypeError, "BottleneckAttention: x must be float32, bfloat16, float16 or float64, got int64"),
     "not a tensor": (lambda: ann.WindowAttention(C)([1.0]),

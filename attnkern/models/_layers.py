@@ -1,5 +1,6 @@
 """What the networks share."""
 
+import math
 import os
 
 import torch
@@ -95,13 +96,26 @@ def conv_bn_relu(inputs: int, outputs: int, eps: float = 1e-5) -> list[nn.Module
     ]
 
 
-def initialise(network: nn.Module) -> None:
-    """He et al.'s normal weights for every convolution, by its outputs; zero biases."""
+def he_normal(network: nn.Module) -> None:
+    """He et al.'s normal weights for every convolution, by its outputs."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+
+
+def zero_biases(network: nn.Module, kind: type | tuple[type, ...]) -> None:
+    """Of every layer of this kind that has one."""
+    for module in network.modules():
+        if isinstance(module, kind) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def xavier_uniform(network: nn.Module) -> None:
+    """Glorot and Bengio's uniform weights with the gain of ReLU for every convolution and linear layer; zero biases."""
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(module.weight, gain=math.sqrt(2))
+    zero_biases(network, (nn.Conv2d, nn.Linear))
 
 
 class _TrainsOnOne:

@@ -14,7 +14,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from attnkern._common import check_choice, check_count, check_flag, check_items, check_number
-from attnkern.models._layers import MapNorm, Network, VectorNorm, check_logits, conv_bn_relu, halved, initialise, scaled
+from attnkern.models._layers import (
+    MapNorm,
+    Network,
+    VectorNorm,
+    check_logits,
+    conv_bn_relu,
+    halved,
+    he_normal,
+    scaled,
+    zero_biases,
+)
 from attnkern.models.registry import register_model
 from attnkern.nn import CompatibilityPool, ProgressiveAttention, _untouched
 
@@ -25,7 +35,8 @@ _COMPATIBILITIES = {"pc": "parametrised", "dp": "dot"}
 
 def _initialise(network):
     """As Torch7 does: scales of BatchNorm uniform in [0, 1], u from N(0, 2) (one output of a 1x1 convolution)."""
-    initialise(network)
+    he_normal(network)
+    zero_biases(network, nn.Conv2d)
     for module in network.modules():
         if isinstance(module, (VectorNorm, MapNorm)):
             nn.init.uniform_(module.weight)
@@ -428,7 +439,7 @@ class ResNetAttention(_Levels):
         else:
             self.norm = MapNorm(c)
             self.classifier = nn.Linear(c, num_classes)
-            nn.init.zeros_(self.classifier.bias)
+            zero_biases(self, nn.Linear)
         _initialise(self)
         if levels:
             self._freeze_global()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attnkern._common import came, check_choice, check_count, check_labels, check_number, check_shape, check_tensor
+from attnkern.models._weights import read_state
 
 
 class Network(nn.Module):
@@ -152,8 +153,8 @@ def backbone_weights(where: str, known, weights, prefix: str) -> dict[str, torch
         weights = known[weights]
     if isinstance(weights, known):
         state = weights.get_state_dict(progress=False, check_hash=True)
-    elif isinstance(weights, (str, os.PathLike)) and os.path.exists(weights):
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+    elif isinstance(weights, (str, os.PathLike)) and os.path.isfile(weights):
+        state = read_state(f"{where}: weights", weights)
     else:
         names = ", ".join(map(repr, known.__members__))
         raise ValueError(f"{where}: weights must be None, {names} or a file, got {came(weights)}")

@@ -23,6 +23,7 @@ from attnkern.models._layers import (
     halved,
     he_normal,
     scaled,
+    xavier_uniform,
     zero_biases,
 )
 from attnkern.models.registry import register_model
@@ -350,6 +351,67 @@ for _suffix, _first_pool in (("", 2), ("_cub", 5)):
         for _head in ("concat", "indep"):
             register_model(f"vgg_att2_{_head}_{_c}{_suffix}", levels=(10, 13), head=_head, **_common)(VggAttention)
     register_model(f"vgg_att3_concat_pc{_suffix}", levels=(7, 10, 13), first_pool=_first_pool)(VggAttention)
+
+
+@register_model("attn_vgg_before", before=True)
+@register_model("attn_vgg_after", before=False)
+class AttnVgg(Network):
+    """VGG-att3 as SaoYan's PyTorch port has it, for the weights that were trained with it.
+
+    It differs from ``vgg_att3_concat_pc``: layer 7 is projected to the channels of the others; there is no dropout, and
+    neither BatchNorm nor ReLU between pooling and classifier; BatchNorm's eps is 1e-5; weights begin Xavier uniform.
+    The port's attention is normalised (``normalize_attn=True``, ``--normalize_attn``), so that its global vector
+    cancels: the layers that only make this vector are left out, and the logits are the same. Attention maps:
+    ``attention7.map``, ``attention10.map``, ``attention13.map``.
+
+    Args:
+        num_classes: number of logits.
+        before: attend to layers 7, 10 and 13 before the poolings behind them (AttnVGG_before), otherwise after
+            (AttnVGG_after). Weights do not tell which of the two they belong to.
+        width: multiplier of all channels.
+        in_chans: channels of the images.
+
+    Raises:
+        ValueError, TypeError: an argument out of its range, or images of other channels.
+
+    Source: Learn to Pay Attention, Section 4 (VGG-att3-concat-pc), after the port SaoYan/LearnToPayAttention.
+    """
+
+    feature_modules = ("local7", "local10", "local13")
+
+    def __init__(self, num_classes: int, *, before: bool = True, width: float = 1.0, in_chans: int = 3):
+        super().__init__(num_classes, in_chans, width)
+        check_flag("AttnVgg", before=before)
+        self.before = before
+        c64, c128, c256, c512 = (scaled(channels, width) for channels in (64, 128, 256, 512))
+        self.local7 = nn.Sequential(
+            *conv_bn_relu(in_chans, c64), *conv_bn_relu(c64, c64),
+            *conv_bn_relu(c64, c128), *conv_bn_relu(c128, c128),
+            *conv_bn_relu(c128, c256), *conv_bn_relu(c256, c256), *conv_bn_relu(c256, c256),
+        )  # fmt: skip
+        self.local10 = nn.Sequential(*conv_bn_relu(c256, c512), *conv_bn_relu(c512, c512), *conv_bn_relu(c512, c512))
+        self.local13 = nn.Sequential(*conv_bn_relu(c512, c512), *conv_bn_relu(c512, c512), *conv_bn_relu(c512, c512))
+        self.pool = halved()
+        self.attention7 = CompatibilityPool(c256, c512, project="local")
+        self.attention10 = CompatibilityPool(c512, c512)
+        self.attention13 = CompatibilityPool(c512, c512)
+        self.classifier = nn.Linear(3 * c512, num_classes)
+        xavier_uniform(self)
+        for module in self.modules():
+            if isinstance(module, MapNorm):
+                nn.init.uniform_(module.weight)
+            elif isinstance(module, CompatibilityPool):
+                nn.init.xavier_uniform_(module.weight.unsqueeze(0), gain=math.sqrt(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (N, num_classes) of images (N, in_chans, H, W)."""
+        self._check_images(x)
+        vectors = []
+        for level in (7, 10, 13):
+            features = self.get_submodule(f"local{level}")(x)
+            x = self.pool(features)
+            vectors.append(self.get_submodule(f"attention{level}")(features if self.before else x))
+        return self.classifier(torch.cat(vectors, 1))
 
 
 class _Bottleneck(nn.Module):

@@ -15,6 +15,12 @@ class _Rename(NamedTuple):
     shift: int | None = None  # added to the number that follows
     flatten: int | None = None  # the tensor's dimensions from here on become one
 
+    def shown(self) -> tuple[str, str]:
+        """The two names as patterns."""
+        if self.shift is not None:
+            return f"{self.old}N.*", f"{self.new}(N+{self.shift}).*" if self.shift else f"{self.new}N.*"
+        return tuple(f"{name}*" if name.endswith(".") else name for name in (self.old, self.new))
+
 
 @dataclass(frozen=True)
 class _Layout:
@@ -43,8 +49,8 @@ class Renamed:
     networks: tuple[str, ...] = ()  #: which of create_model's have these weights
     num_classes: int = 0  #: of theirs
     options: dict[str, int] = field(default_factory=dict)  #: for the networks' constructors
-    renamed: dict[str, tuple[str, int]] = field(default_factory=dict)  #: beginning there: (beginning here, entries)
-    left_out: dict[str, tuple[str, int]] = field(default_factory=dict)  #: beginning there: (why, entries)
+    renamed: dict[str, tuple[str, int]] = field(default_factory=dict)  #: name there: (name here, entries)
+    left_out: dict[str, tuple[str, int]] = field(default_factory=dict)  #: name there: (why, entries)
 
     def calls(self) -> str:
         """How the networks are built."""
@@ -56,8 +62,11 @@ class Renamed:
         pairs = ", ".join(f"{old} to {new}" for old, (new, _) in self.renamed.items())
         line = f"{sum(count for _, count in self.renamed.values())} entries were renamed ({pairs})"
         if self.left_out:
-            reasons = "; ".join(f"{old}: {why}" for old, (why, _) in self.left_out.items())
-            line += f", {sum(count for _, count in self.left_out.values())} left out ({reasons})"
+            reasons = {}
+            for old, (why, _) in self.left_out.items():
+                reasons.setdefault(why, []).append(old)
+            listed = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
+            line += f", {sum(count for _, count in self.left_out.values())} left out ({listed})"
         return line
 
 
@@ -175,7 +184,8 @@ def rename(state: dict[str, torch.Tensor]) -> Renamed:
     for key, tensor in state.items():
         reason = next((old for old in layout.left_out if key.startswith(old)), None)
         if reason is not None:
-            left_out[reason] = (layout.left_out[reason], left_out.get(reason, ("", 0))[1] + 1)
+            shown = f"{reason}*"
+            left_out[shown] = (layout.left_out[reason], left_out.get(shown, ("", 0))[1] + 1)
             continue
         rule = next((rule for rule in layout.renames if key.startswith(rule.old)), None)
         if rule is None:
@@ -187,8 +197,9 @@ def rename(state: dict[str, torch.Tensor]) -> Renamed:
         if layout.blocks and rule.old.endswith("layer."):
             rest = re.sub(r"(?<=\.)\w+(?=\.)", lambda part: layout.blocks.get(part[0], part[0]), rest, count=1)
         found[rule.new + rest] = tensor if rule.flatten is None else tensor.flatten(rule.flatten)
-        if (rule.new, rule.shift) != (rule.old, None):
-            renamed[rule.old] = (rule.new, renamed.get(rule.old, ("", 0))[1] + 1)
+        old, new = rule.shown()
+        if old != new:
+            renamed[old] = (new, renamed.get(old, ("", 0))[1] + 1)
     networks, options, anchors = layout.networks, {}, found.get(_ANCHORS.new)
     if anchors is not None:
         networks, options = tuple(f"{name}_qt" for name in networks), {"num_anchors": anchors.numel()}

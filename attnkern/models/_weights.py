@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import warnings
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -59,7 +60,8 @@ def _fault(error: Exception) -> str:
         )
     if "TorchScript" in text:
         return "is a TorchScript archive: save the module's state_dict instead"
-    return f"is damaged, cut short or no file of weights ({text.strip().splitlines()[0] if text.strip() else 'empty'})"
+    # What PyTorch says itself would be to load the file with weights_only=False.
+    return "is damaged, cut short, or no file of weights that PyTorch or safetensors wrote"
 
 
 def read_state(what: str, path: str | os.PathLike, average: bool = False) -> dict[str, torch.Tensor]:
@@ -69,8 +71,11 @@ def read_state(what: str, path: str | os.PathLike, average: bool = False) -> dic
         average: take the average over time (``net_ema``) where the file has both.
     """
     held = read_file(what, path)
-    if isinstance(held, dict) and isinstance(held.get("model_states"), dict):
-        held = held["model_states"].get("net_ema" if average else "net")
+    states = held.get("model_states") if isinstance(held, dict) else None
+    if average and not (isinstance(states, dict) and "net_ema" in states):
+        raise ValueError(f"{what}: {os.fspath(path)!r} holds no average over time")
+    if isinstance(states, dict):
+        held = states["net_ema"] if average else states.get("net")
     elif isinstance(held, dict):
         held = next((held[key] for key in _HOLDERS if isinstance(held.get(key), dict)), held)
     if not (
@@ -104,21 +109,39 @@ def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
     """
     what = "create_model: pretrained"
     read = read_weights(what, path)
+    load_state(what, network, path, read)
+    if read.layout:
+        warnings.warn(f"{what}: {os.fspath(path)!r} was read as {read.layout}: {read.summary()}", stacklevel=3)
+
+
+def load_state(what: str, network: nn.Module, path: str | os.PathLike, read: Renamed) -> None:
+    """Load what was read of ``path``, or say what does not fit."""
     state, own = dict(read.state), network.state_dict()
     for key in own:
         if key.startswith(network.class_layers) and key in state and state[key].shape != own[key].shape:
             state[key] = own[key]
-    wrong = [key for key in own if key in state and state[key].shape != own[key].shape]
-    shapes = f" ({tuple(state[wrong[0]].shape)} there, {tuple(own[wrong[0]].shape)} here)" if wrong else ""
-    # Names that only one of the two has say more.
-    if own.keys() != state.keys():
-        wrong, shapes = sorted(own.keys() ^ state.keys()) + wrong, ""
+    wrong = sorted(own.keys() ^ state.keys())
+    shapes = ""
+    resized = [key for key in own if key in state and state[key].shape != own[key].shape]
+    if resized and not wrong:
+        shapes = f" with shape {tuple(state[resized[0]].shape)} instead of {tuple(own[resized[0]].shape)}"
+    wrong += resized
     if wrong:
-        origin = f" It was read as {read.layout}, for {read.calls()}." if read.layout else ""
+        origin = f"; it was read as {read.layout}, for {read.calls()}" if read.layout else ""
         raise ValueError(
             f"{what}: {os.fspath(path)!r} holds weights of another network than {type(network).__name__}: "
-            f"{len(wrong)} entries differ, {wrong[0]!r} among them{shapes}.{origin}"
+            f"{len(wrong)} entries differ, {wrong[0]!r}{shapes} among them{origin}"
         )
     network.load_state_dict(state)
-    if read.layout:
-        warnings.warn(f"{what}: {os.fspath(path)!r} was read as {read.layout}: {read.summary()}", stacklevel=3)
+
+
+def save_state(state: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a state_dict, in safetensors' format where the name ends so; the file appears once it is whole."""
+    partial = path.with_name(path.name + ".partial")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file({key: value.contiguous() for key, value in state.items()}, partial)
+    else:
+        torch.save(state, partial)
+    partial.replace(path)

@@ -70,6 +70,30 @@ def _models(options: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from attnkern.models import create_model
+    from attnkern.models._weights import load_state, read_weights, save_state
+
+    what = "convert: checkpoint"
+    read = read_weights(what, options.checkpoint, options.average)
+    if not read.layout:
+        raise ValueError(f"{what}: {options.checkpoint!r} has the names of no published implementation that is known")
+    # That every weight finds its place is checked on a network, before anything is written.
+    network = create_model(read.networks[0], read.num_classes, **read.options)
+    load_state(what, network, options.checkpoint, read)
+    print(f"{options.checkpoint}: {read.layout}\n{read.calls()}\n")
+    for old, (new, count) in read.renamed.items():
+        print(f"{old:28} {new:36} {count:4} entries")
+    for old, (reason, count) in read.left_out.items():
+        print(f"{old:28} {'left out: ' + reason:36} {count:4} entries")
+    if options.out is not None:
+        save_state(read.state, Path(options.out))
+        print(f"\nwritten: {options.out}")
+    return 0
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -180,6 +204,15 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, available backends, and why the others are not")
     commands.add_parser("models", help="the papers' networks, their parameters and attention maps")
+    convert = commands.add_parser(
+        "convert",
+        help="published weights under attnkern's names",
+        description="Shows whose names a published checkpoint has (the bottleneck paper's authors', SaoYan's AttnVGG), "
+        "what each is called here, and which network has the weights; --out writes them under the new names.",
+    )
+    convert.add_argument("checkpoint", help="file of the published implementation")
+    convert.add_argument("--out", help="file to write: .safetensors, otherwise PyTorch's format")
+    convert.add_argument("--average", action="store_true", help="the average over time, where the file has both")
     train = commands.add_parser(
         "train",
         help="train a network of the papers",
@@ -216,7 +249,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command == "info":
         print(info())
         return 0
-    run = {"models": _models, "train": _train, "evaluate": _evaluate, "report": _report, "show": _show}[options.command]
+    run = {
+        "convert": _convert,
+        "models": _models,
+        "train": _train,
+        "evaluate": _evaluate,
+        "report": _report,
+        "show": _show,
+    }[options.command]
     try:
         return run(options, others) if options.command == "train" else run(options)
     except (ImportError, OSError, ValueError) as error:

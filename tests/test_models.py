@@ -28,6 +28,8 @@ PC = {"attention10.map": 2, "attention13.map": 4}
 PC_CUB = {"attention10.map": 5, "attention13.map": 10}
 LAST, LAST_CUB = {"attention13.map": 4}, {"attention13.map": 10}
 MODELS = {
+    "attn_vgg_before": {"attention7.map": 1, **PC},
+    "attn_vgg_after": {"attention7.map": 2, "attention10.map": 4, "attention13.map": 8},
     "vgg": {},
     "vgg_cub": {},
     "vgg_gap": {"map": 4},
@@ -66,7 +68,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 each_class = pytest.mark.parametrize(
     "name",
     [
-        "vgg", "vgg_gap", "vgg_att2_concat_pc", "rn164_att2", "vgg_aib_qt", "wrn28_10_abn", "wrn28_10_aib_qt",
+        "attn_vgg_before", "vgg", "vgg_gap", "vgg_att2_concat_pc", "rn164_att2", "vgg_aib_qt", "wrn28_10_abn", "wrn28_10_aib_qt",
         "vgg16_aib_qt", "efficientnet_b0_window",
     ],
 )  # fmt: skip

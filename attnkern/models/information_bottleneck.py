@@ -455,7 +455,7 @@ class ImageNetBottleneck(BottleneckNetwork):
         weights: of the backbone: None for random ones, a member of torchvision's weights for it or its name
             (torchvision downloads it where it is not cached), or a file that holds such a state_dict. They need
             ``width=1`` and ``in_chans=3``.
-        variant, samples, beta, anchor_weight, commitment_weight: as :class:`BottleneckNetwork`. Published samples: 12.
+        variant, samples, beta, anchor_weight, commitment_weight: as :class:`BottleneckNetwork`. Published samples: (12, 12).
 
     Raises:
         ImportError: torchvision is not installed.

@@ -104,7 +104,7 @@ def he_normal(network: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
 
-def zero_biases(network: nn.Module, kind: type | tuple[type, ...]) -> None:
+def zero_biases(network: nn.Module, kind: type[nn.Module]) -> None:
     """Of every layer of this kind that has one."""
     for module in network.modules():
         if isinstance(module, kind) and module.bias is not None:
@@ -112,11 +112,14 @@ def zero_biases(network: nn.Module, kind: type | tuple[type, ...]) -> None:
 
 
 def xavier_uniform(network: nn.Module) -> None:
-    """Glorot and Bengio's uniform weights with the gain of ReLU for every convolution and linear layer; zero biases."""
+    """Glorot and Bengio's uniform weights with the gain of ReLU, zero biases, scales of BatchNorm uniform in [0, 1]."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.xavier_uniform_(module.weight, gain=math.sqrt(2))
-    zero_biases(network, (nn.Conv2d, nn.Linear))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight)
 
 
 class _TrainsOnOne:

@@ -203,9 +203,6 @@ class VggBottleneck(BottleneckNetwork):
         self.decoder = nn.Sequential(nn.Linear(c256, c256), nn.ReLU(inplace=True))
         self.classifier = nn.Linear(c256, num_classes)
         xavier_uniform(self)
-        for module in self.modules():
-            if isinstance(module, MapNorm):
-                nn.init.uniform_(module.weight)
 
 
 class _WideBlock(nn.Module):
@@ -455,7 +452,8 @@ class ImageNetBottleneck(BottleneckNetwork):
         weights: of the backbone: None for random ones, a member of torchvision's weights for it or its name
             (torchvision downloads it where it is not cached), or a file that holds such a state_dict. They need
             ``width=1`` and ``in_chans=3``.
-        variant, samples, beta, anchor_weight, commitment_weight: as :class:`BottleneckNetwork`. Published samples: (12, 12).
+        variant, samples, beta, anchor_weight, commitment_weight: as :class:`BottleneckNetwork`; published samples:
+            (12, 12).
 
     Raises:
         ImportError: torchvision is not installed.

@@ -32,17 +32,22 @@ from attnkern.nn import CompatibilityPool, ProgressiveAttention, _untouched
 #: BatchNorm's behind the convolutions of VGG and of the branches to g; elsewhere it is PyTorch's default, 1e-5.
 _EPS = 1e-3
 _COMPATIBILITIES = {"pc": "parametrised", "dp": "dot"}
+#: "torch7", the authors': scales of BatchNorm uniform in [0, 1], u normal with variance 2, as a 1x1 convolution to one
+#: map has it. "pytorch": scales of one, u uniform in ±1/√C, so that attention begins almost uniform.
+_INITS = ("torch7", "pytorch")
 
 
-def _initialise(network):
-    """As Torch7 does: scales of BatchNorm uniform in [0, 1], u from N(0, 2) (one output of a 1x1 convolution)."""
+def _initialise(network, init):
+    """He et al.'s convolutions and zero biases, and what :data:`_INITS` says of the rest."""
     he_normal(network)
     zero_biases(network, nn.Conv2d)
     for module in network.modules():
-        if isinstance(module, (VectorNorm, MapNorm)):
+        if init == "torch7" and isinstance(module, (VectorNorm, MapNorm)):
             nn.init.uniform_(module.weight)
-        elif isinstance(module, CompatibilityPool) and module.weight is not None:
+        elif init == "torch7" and isinstance(module, CompatibilityPool) and module.weight is not None:
             nn.init.normal_(module.weight, std=math.sqrt(2))
+        elif init == "pytorch" and isinstance(module, ProgressiveAttention):
+            module.score.reset_parameters()
 
 
 def _block(inputs, outputs, convs, rate, first_rate=None):
@@ -86,6 +91,8 @@ class Vgg(Network):
         dropout: multiplier of the published rates, 0.3 to 0.5.
         first_pool: size of the first pooling.
         cub: the form for CUB.
+        init: of BatchNorm's scales and of u, "torch7" (the authors') or "pytorch". "torch7": uniform in [0, 1], and
+            normal with variance 2. "pytorch": one, and uniform in ±1/√C, with which short training goes better.
 
     Raises:
         ValueError, TypeError: an argument out of its range, or images of other channels.
@@ -104,11 +111,13 @@ class Vgg(Network):
         dropout: float = 1.0,
         first_pool: int = 2,
         cub: bool = False,
+        init: str = "torch7",
     ):
         super().__init__(num_classes, in_chans, width)
         check_count("Vgg", first_pool=first_pool)
         check_number("Vgg", dropout=dropout)
         check_flag("Vgg", cub=cub)
+        check_choice("Vgg", "init", init, _INITS)
         plan = [in_chans, *(scaled(channels, width) for channels in (64, 128, 256, 512, 512))]
         for index, convs in enumerate((2, 2, 3, 3, 3)):
             first_rate = 0.3 * dropout if index == 0 else None
@@ -125,7 +134,7 @@ class Vgg(Network):
             VectorNorm(c), nn.ReLU(inplace=True), nn.Dropout(0.5 * dropout),
         )  # fmt: skip
         self.classifier = nn.Linear(c, num_classes)
-        _initialise(self)
+        _initialise(self, init)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, num_classes) of images (N, in_chans, H, W)."""
@@ -158,14 +167,16 @@ class VggGap(Network):
         in_chans: int = 3,
         dropout: float = 1.0,
         first_pool: int = 2,
+        init: str = "torch7",
     ):
         super().__init__(num_classes, in_chans, width)
         check_count("VggGap", first_pool=first_pool)
         check_number("VggGap", dropout=dropout)
+        check_choice("VggGap", "init", init, _INITS)
         channels = _add_vgg_maps(self, in_chans, width, dropout, first_pool)
         self.map = nn.Identity()
         self.classifier = nn.Linear(channels[13], num_classes)
-        _initialise(self)
+        _initialise(self, init)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (N, num_classes) of images (N, in_chans, H, W)."""
@@ -188,7 +199,7 @@ class _Levels(Network):
         global_branch: under "pc", run the layers up to g, with gradients that are exactly zero.
     """
 
-    def _check_options(self, levels, dropout, compatibility, head, combine, **flags):
+    def _check_options(self, levels, dropout, compatibility, head, combine, init, **flags):
         """Raise unless these are right; the levels, sorted."""
         where = type(self).__name__
         check_items(where, int, levels=levels)
@@ -196,6 +207,7 @@ class _Levels(Network):
         check_choice(where, "compatibility", compatibility, _COMPATIBILITIES)
         check_choice(where, "head", head, ("concat", "indep"))
         check_choice(where, "combine", combine, ("mean", "sum_logprob"))
+        check_choice(where, "init", init, _INITS)
         check_flag(where, **flags)
         return tuple(sorted(levels))
 
@@ -277,6 +289,7 @@ class VggAttention(_Levels):
         dropout: multiplier of the published rates, 0.3 to 0.5; narrow networks learn faster with less.
         first_pool: size of the first pooling; 5 for the 80x80 images of CUB.
         global_branch: under "pc", run the layers up to g, with gradients that are exactly zero.
+        init: as :class:`Vgg`.
 
     Raises:
         ValueError, TypeError: an argument out of its range, or images of other channels.
@@ -300,11 +313,12 @@ class VggAttention(_Levels):
         dropout: float = 1.0,
         first_pool: int = 2,
         global_branch: bool = False,
+        init: str = "torch7",
     ):
         super().__init__(num_classes, in_chans, width)
         check_count("VggAttention", first_pool=first_pool)
         flags = {"progressive": progressive, "global_branch": global_branch}
-        levels = self._check_options(levels, dropout, compatibility, head, combine, **flags)
+        levels = self._check_options(levels, dropout, compatibility, head, combine, init, **flags)
         if not levels or len(set(levels)) != len(levels) or not set(levels) <= {7, 10, 13}:
             raise ValueError(f"VggAttention: levels must be different ones of 7, 10 and 13, got {levels!r}")
         self.levels = levels
@@ -329,7 +343,7 @@ class VggAttention(_Levels):
         chosen = {level: channels[level] for level in levels}
         self._add_levels(chosen, c, (drop5, drop5), compatibility, head, combine, global_branch)
         self.progressive = progressive
-        _initialise(self)
+        _initialise(self, init)
         self._freeze_global()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -398,9 +412,7 @@ class AttnVgg(Network):
         self.classifier = nn.Linear(3 * c512, num_classes)
         xavier_uniform(self)
         for module in self.modules():
-            if isinstance(module, MapNorm):
-                nn.init.uniform_(module.weight)
-            elif isinstance(module, CompatibilityPool):
+            if isinstance(module, CompatibilityPool):
                 nn.init.xavier_uniform_(module.weight.unsqueeze(0), gain=math.sqrt(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -450,7 +462,7 @@ class ResNetAttention(_Levels):
         num_classes: number of logits.
         levels: whose maps are pooled, of 2, 3 and 4; none: average pooling, the plain ResNet.
         blocks: bottlenecks a level.
-        compatibility, head, combine, width, in_chans, dropout, global_branch: as :class:`VggAttention`.
+        compatibility, head, combine, width, in_chans, dropout, global_branch, init: as :class:`VggAttention`.
 
     Raises:
         ValueError, TypeError: an argument out of its range, or images of other channels.
@@ -473,10 +485,11 @@ class ResNetAttention(_Levels):
         in_chans: int = 3,
         dropout: float = 1.0,
         global_branch: bool = False,
+        init: str = "torch7",
     ):
         super().__init__(num_classes, in_chans, width)
         check_count("ResNetAttention", blocks=blocks)
-        levels = self._check_options(levels, dropout, compatibility, head, combine, global_branch=global_branch)
+        levels = self._check_options(levels, dropout, compatibility, head, combine, init, global_branch=global_branch)
         if len(set(levels)) != len(levels) or not set(levels) <= {2, 3, 4}:
             raise ValueError(f"ResNetAttention: levels must be different ones of 2, 3 and 4, got {levels!r}")
         self.levels = levels
@@ -502,7 +515,7 @@ class ResNetAttention(_Levels):
             self.norm = MapNorm(c)
             self.classifier = nn.Linear(c, num_classes)
             zero_biases(self, nn.Linear)
-        _initialise(self)
+        _initialise(self, init)
         if levels:
             self._freeze_global()
 

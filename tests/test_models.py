@@ -22,6 +22,7 @@ from attnkern.models import (
     list_models,
     map_names,
 )
+from attnkern.nn import CompatibilityPool, ProgressiveAttention
 
 #: Attention maps of each network, with their share of the image's resolution.
 PC = {"attention10.map": 2, "attention13.map": 4}
@@ -68,8 +69,8 @@ every_model = pytest.mark.parametrize("name", MODELS)
 each_class = pytest.mark.parametrize(
     "name",
     [
-        "attn_vgg_before", "vgg", "vgg_gap", "vgg_att2_concat_pc", "rn164_att2", "vgg_aib_qt", "wrn28_10_abn", "wrn28_10_aib_qt",
-        "vgg16_aib_qt", "efficientnet_b0_window",
+        "attn_vgg_before", "vgg", "vgg_gap", "vgg_att2_concat_pc", "rn164_att2", "vgg_aib_qt", "wrn28_10_abn",
+        "wrn28_10_aib_qt", "vgg16_aib_qt", "efficientnet_b0_window",
     ],
 )  # fmt: skip
 #: Fewer of what is alike.
@@ -402,6 +403,10 @@ def test_wrong_options(name, options, kind, message):
         ("rn164", {"levels": (5,)}, r"levels must be different ones of 2, 3 and 4, got \(5,\)"),
         ("rn164", {"blocks": 0}, "blocks must be at least 1, got 0"),
         ("vgg", {"first_pool": 0}, "first_pool must be at least 1, got 0"),
+        *(
+            (name, {"init": "keras"}, "init must be 'torch7' or 'pytorch', got 'keras'")
+            for name in ("vgg", "vgg_gap", "vgg_att_pc", "rn164")
+        ),
         ("wrn28_10", {"blocks": 0}, "blocks must be at least 1, got 0"),
         ("vgg16_aib", {"backbone": "vgg19"}, "backbone must be 'vgg16' or 'wrn50_2', got 'vgg19'"),
         ("efficientnet_b0_none", {"attention": "all"}, "attention must be 'none', .*, got 'all'"),
@@ -528,6 +533,15 @@ def test_initialisation_of_the_authors_code():
         scales = torch.cat(scales)
         assert 0 <= scales.min() < 0.1
         assert 0.9 < scales.max() <= 1, name
+    for name in ("vgg_att2_concat_pc", "vgg_pan", "vgg", "vgg_gap", "rn164_att2"):
+        model = small(name, init="pytorch")
+        for module in model.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                assert torch.equal(module.weight, torch.ones_like(module.weight)), name
+            elif isinstance(module, CompatibilityPool):
+                assert module.weight.abs().max() <= module.weight.numel() ** -0.5, name
+            elif isinstance(module, ProgressiveAttention):
+                assert module.score.weight.abs().max() <= module.score.weight.numel() ** -0.5, name
     for name in ("wrn28_10", "wrn28_10_abn", "wrn28_10_aib", "rn164"):
         linear = [m for m in small(name).modules() if isinstance(m, nn.Linear)]
         assert linear

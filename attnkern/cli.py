@@ -80,6 +80,30 @@ def _models(options: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from attnkern.models import create_model
+    from attnkern.models._weights import load_state, read_weights, save_state
+
+    what = "convert: checkpoint"
+    read = read_weights(what, options.checkpoint, options.average)
+    if not read.layout:
+        raise ValueError(f"{what}: {options.checkpoint!r} has the names of no published implementation that is known")
+    # That every weight finds its place is checked on a network, before anything is written.
+    network = create_model(read.networks[0], read.num_classes, **read.options)
+    load_state(what, network, options.checkpoint, read)
+    print(f"{options.checkpoint}: {read.layout}\n{read.calls()}\n")
+    for old, (new, count) in read.renamed.items():
+        print(f"{old:28} {new:36} {count:4} entries")
+    for old, (reason, count) in read.left_out.items():
+        print(f"{old:28} {'left out: ' + reason:36} {count:4} entries")
+    if options.out is not None:
+        save_state(read.state, Path(options.out))
+        print(f"\nwritten: {options.out}")
+    return 0
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     from pathlib import Path
 
@@ -226,6 +250,15 @@ def _run(arguments: list[str] | None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, available backends, and why the others are not")
     commands.add_parser("models", help="the papers' networks, their parameters and attention maps")
+    convert = commands.add_parser(
+        "convert",
+        help="published weights under attnkern's names",
+        description="Shows whose names a published checkpoint has (the bottleneck paper's authors', SaoYan's AttnVGG), "
+        "what each is called here, and which network has the weights; --out writes them under the new names.",
+    )
+    convert.add_argument("checkpoint", help="file of the published implementation")
+    convert.add_argument("--out", help="file to write: .safetensors, otherwise PyTorch's format")
+    convert.add_argument("--average", action="store_true", help="the average over time, where the file has both")
     train = commands.add_parser(
         "train",
         help="train a network of the papers",
@@ -261,7 +294,14 @@ def _run(arguments: list[str] | None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if options.command == "train":
         return _train(options, others)
-    commands = {"info": _info, "models": _models, "evaluate": _evaluate, "report": _report, "show": _show}
+    commands = {
+        "info": _info,
+        "models": _models,
+        "convert": _convert,
+        "evaluate": _evaluate,
+        "report": _report,
+        "show": _show,
+    }
     return commands[options.command](options)
 
 

@@ -453,7 +453,9 @@ class CompatibilityPool(nn.Module):
 
 
 class ProgressiveAttention(nn.Module):
-    """Features filtered by a map of independent sigmoid scores: output = f·x, f = Λ(⟨u, x_i⟩ + b).
+    """Features filtered by a map of independent sigmoid scores: output = f·x, f = Λ(⟨u, x_i + g⟩ + b).
+
+    The query g is optional. Unlike in :class:`CompatibilityPool`, it matters: a sigmoid does not cancel it.
 
     Args:
         channels: C of the features.
@@ -461,7 +463,8 @@ class ProgressiveAttention(nn.Module):
     Raises:
         ValueError, TypeError: a number below 1, or features of other channels.
 
-    Source: Learn to Pay Attention, Appendix A.2 (the lower level of its PAN baseline, after Seo et al.).
+    Source: Learn to Pay Attention, Appendix A.2 (the lower level of its PAN baseline, after Seo et al.), and the
+    authors' code for the query.
     """
 
     def __init__(self, channels: int):
@@ -471,10 +474,24 @@ class ProgressiveAttention(nn.Module):
         self.score = nn.Conv2d(channels, 1, 1)
         self.map = nn.Identity()
 
-    def forward(self, x: torch.Tensor, return_map: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W)."""
-        _check_features("ProgressiveAttention", x, self.channels)
-        check_flag("ProgressiveAttention", return_map=return_map)
-        map = self.map(_widened(self.score(x)).squeeze(1).sigmoid())
+    def forward(
+        self, x: torch.Tensor, return_map: bool = False, query: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W).
+
+        Args:
+            query: g (N, C), added to the features of every position before they are scored.
+        """
+        where = "ProgressiveAttention"
+        _check_features(where, x, self.channels)
+        check_flag(where, return_map=return_map)
+        scored = x
+        if query is not None:
+            check_tensor(where, "query", query)
+            n, c = x.shape[0], self.channels
+            check_shape(where, "query", query, "({}, {}) (N and C as x)", is_shape(query, n, c), n, c)
+            check_device(where, "query", query, "x", x)
+            scored = x + query[:, :, None, None]
+        map = self.map(_widened(self.score(scored)).squeeze(1).sigmoid())
         output = modulate(x, map[:, None], residual=False)
         return (output, map) if return_map else output

@@ -613,6 +613,17 @@ def test_parametrised_gradient_of_g_is_exactly_zero(backend, project):
         assert module.projection.weight.grad.count_nonzero() == 0
 
 
+def test_progressive_attention_adds_its_query_to_every_position():
+    torch.manual_seed(0)
+    module, x, query = ann.ProgressiveAttention(C), torch.randn(N, C, H, W), torch.randn(N, C, requires_grad=True)
+    output, map = module(x, return_map=True, query=query)
+    expected = torch.einsum("c,nchw->nhw", module.score.weight.flatten(), x + query[:, :, None, None])
+    torch.testing.assert_close(map, (expected + module.score.bias).sigmoid())
+    torch.testing.assert_close(output, map[:, None] * x)
+    output.sum().backward()
+    assert query.grad.abs().min() > 0
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 ERRORS = {
@@ -622,6 +633,8 @@ ERRORS = {
                    ValueError, r"PositionwiseAttention: x must be \(N, 6, H, W\), got shape \(6, 3, 3\)"),
     "no position": (lambda: ann.ProgressiveAttention(C)(torch.ones(1, C, 0, 3)),
                     ValueError, r"ProgressiveAttention: x must have at least one position, got a map of size \(0, 3\)"),
+    "progressive query": (lambda: ann.ProgressiveAttention(C)(torch.ones(2, C, 3, 3), query=torch.ones(1, C)),
+                          ValueError, r"query must be \(2, 6\) \(N and C as x\), got shape \(1, 6\)"),
     "integers": (lambda: ann.BottleneckAttention(C)(torch.ones(1, C, 3, 3, dtype=torch.int64)),
                  TypeError, "BottleneckAttention: x must be float32, bfloat16, float16 or float64, got int64"),
     "not a tensor": (lambda: ann.WindowAttention(C)([1.0]),

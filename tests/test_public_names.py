@@ -33,7 +33,6 @@ MODULES = ("compat", "evaluation", "models", "nn", "testing", "training", "viz")
 
 #: What is public and not walked.
 LEFT_OUT = {
-    r"models\.ImageNetBottleneck\.encoder": "a part of forward",
     r"training\.data\.ImageData\.(prepare_data|setup|\w+_dataloader)": "called by Lightning",
     r"training\.modules\..*": "made by Lightning's command line, which checks arguments by their annotations",
 }

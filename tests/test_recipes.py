@@ -60,7 +60,8 @@ def logged(out, key):
 
 
 def test_every_network_has_a_recipe():
-    assert set(models.list_models()) <= set(list_recipes())
+    ported = {"attn_vgg_after", "attn_vgg_before"}  # there for the weights that another implementation trained
+    assert set(models.list_models()) - ported <= set(list_recipes())
     extra = set(list_recipes()) - set(models.list_models())
     assert extra == {"efficientnet_b0_window_equivariance", "mobilenet_v3_large_window_equivariance"}
 

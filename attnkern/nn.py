@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from attnkern import (
@@ -26,6 +28,7 @@ from attnkern import (
     window_map,
 )
 from attnkern._common import (
+    DTYPES,
     autocasts,
     check_choice,
     check_count,
@@ -55,9 +58,14 @@ __all__ = [
 ]
 
 
-def _untouched(module: nn.Module, kind: type = nn.Identity) -> bool:
-    """True where skipping ``module`` goes unnoticed: it is still of its own kind and no hook would see the call."""
-    return type(module) is kind and not (
+#: The types of parameters whose numbers are all there is to them; PyTorch traces with the last two. Quantized, sharded
+#: and other tensors with behaviour of their own are subclasses.
+_PLAIN = (nn.Parameter, torch.Tensor, FakeTensor, FunctionalTensor)
+
+
+def _observed(module: nn.Module) -> bool:
+    """True where a hook, or a ``forward`` set on the instance, would notice a call."""
+    return bool(
         "forward" in module.__dict__
         or module._forward_hooks
         or module._forward_pre_hooks
@@ -65,6 +73,35 @@ def _untouched(module: nn.Module, kind: type = nn.Identity) -> bool:
         or module._backward_pre_hooks
         or _has_any_global_hook()
     )
+
+
+def _untouched(module: nn.Module, kind: type = nn.Identity) -> bool:
+    """True where ``module`` may be computed from its parameters, without a call, and nobody would notice.
+
+    It is still of its own kind, nothing observes the call, and its parameters are plain tensors.
+    """
+    return (
+        type(module) is kind
+        and not _observed(module)
+        and all(type(parameter) in _PLAIN for parameter in module._parameters.values() if parameter is not None)
+    )
+
+
+def _folds(layer: nn.Module) -> bool:
+    """True for an untouched ``nn.Linear`` without bias, whose product may be taken in another order."""
+    return _untouched(layer, nn.Linear) and layer._parameters.get("weight") is not None and layer.bias is None
+
+
+def _like(*modules: nn.Module) -> torch.Tensor | None:
+    """The first parameter of the modules, in their order, whose dtype is one to compute in; None: they have none."""
+    parameters = itertools.chain.from_iterable(module.parameters() for module in modules)
+    return next((parameter for parameter in parameters if parameter.dtype in DTYPES), None)
+
+
+def _input_for(layer: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in the dtype of the parameters of ``layer``; in float32 or wider where it has none (quantized)."""
+    like = _like(layer)
+    return tensor.to(wide(tensor.dtype) if like is None else like.dtype)
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:
@@ -143,7 +180,7 @@ class WindowAttention(nn.Module):
         summary = self.head(x)
         with _full_precision(x):
             row, column, half_height, half_width, angle = _widened(
-                self.regressor(summary.to(self.regressor.weight.dtype))
+                self.regressor(_input_for(self.regressor, summary))
             ).unbind(1)
             sigmas = []
             for length, raw in zip(x.shape[2:], (half_height, half_width), strict=True):
@@ -338,7 +375,7 @@ class BottleneckAttention(nn.Module):
         )  # fmt: skip
         with _full_precision(x):
             mean = _widened(raw_mean).sigmoid()
-            std = F.softplus(_widened(self.std(mean.to(self.std.weight.dtype))) - 5).squeeze(1)
+            std = F.softplus(_widened(self.std(_input_for(self.std, mean))) - 5).squeeze(1)
             mean = mean.squeeze(1)
             a = mean
             if self.training if sample is None else sample:
@@ -431,8 +468,12 @@ class CompatibilityPool(nn.Module):
                 query = self.projection(query)
 
         key = query if self.weight is None else self.weight
-        if self.project == "local":
+        folds = self.project == "local" and _folds(self.projection)
+        if folds:
             key = F.linear(key, self.projection.weight.t())
+        elif self.project == "local":
+            # Projected as (N, positions, C): what a Linear, or whatever took its place, expects.
+            local = self.projection(local.flatten(2).mT).mT.unflatten(2, local.shape[2:])
         key = _widened(key)
         if _untouched(self.map):
             pooled, attention, _ = compatibility_pool(local, key)
@@ -440,7 +481,7 @@ class CompatibilityPool(nn.Module):
             attention = self.map(compatibility_pool(local, key).attention)
             weighted = local.flatten(2).to(attention.dtype) * attention.flatten(1)[:, None]
             pooled = weighted.sum(2).to(local.dtype)
-        if self.project == "local":
+        if folds:
             pooled = self.projection(pooled)
         if self.weight is not None and query is not None and query.requires_grad:
             # Zeros even where the query is not finite: nothing here depends on it.

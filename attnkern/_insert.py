@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable
@@ -152,6 +153,17 @@ def _undone(model: nn.Module):
             module.training = True
 
 
+@contextlib.contextmanager
+def _quiet():
+    """Keep PyTorch from logging the traceback of an operator that fails on fake tensors: here that is an answer."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
+
+
 class _Runs:
     """Runs of a model on fake tensors, which compute nothing; on ``example`` itself where the model needs numbers."""
 
@@ -180,7 +192,7 @@ class _Runs:
             layer.register_forward_hook(lambda _module, _inputs, output: found.append(output))
             try:
                 if self.fake:
-                    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
                         tensors = {name: mode.from_tensor(tensor) for name, tensor in tensors_of(self.model).items()}
                         inputs = tree_map_only(torch.Tensor, mode.from_tensor, inputs)
                         torch.func.functional_call(self.model, tensors, inputs, tie_weights=False)

@@ -403,7 +403,8 @@ class CompatibilityPool(nn.Module):
 
     A learned linear map W (no bias) brings the two to equal channels: with ``project="query"`` W g takes the place of
     g; with ``project="local"`` W ℓ_i takes that of ℓ_i, folded: c = ⟨ℓ_i, Wᵀg⟩ and pooled = W·Σ a_i ℓ_i, so that the
-    projected locals never exist.
+    projected locals never exist. Where ``projection`` is no longer an untouched ``nn.Linear`` (hooks, an adapter, a
+    quantized weight), it is called on the locals as (N, positions, C).
 
     Args:
         local_channels, query_channels: C of the locals and of the query.

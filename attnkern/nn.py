@@ -98,10 +98,17 @@ def _like(*modules: nn.Module) -> torch.Tensor | None:
     return next((parameter for parameter in parameters if parameter.dtype in DTYPES), None)
 
 
-def _input_for(layer: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` in the dtype of the parameters of ``layer``; in float32 or wider where it has none (quantized)."""
+def _input_for(layer: nn.Module, tensor: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+    """``tensor`` in the dtype of the parameters of ``layer``.
+
+    Where it has none (a quantized layer, a replica of DataParallel), in the dtype of ``before``, which another layer of
+    the model made, or of ``tensor`` itself; widened where autocast made that.
+    """
     like = _like(layer)
-    return tensor.to(wide(tensor.dtype) if like is None else like.dtype)
+    if like is None:
+        before = tensor if before is None else before
+        return tensor.to(wide(before.dtype) if autocasts(before) else before.dtype)
+    return tensor.to(like.dtype)
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:
@@ -177,11 +184,9 @@ class WindowAttention(nn.Module):
     def rectangle(self, x: torch.Tensor) -> torch.Tensor:
         """(N, 5) rectangles of features (N, C, H, W): μ₁, μ₂, σ₁, σ₂, α in the units of :func:`attnkern.window_map`."""
         _check_features("WindowAttention", x, self.channels)
-        summary = self.head(x)
+        summary = _input_for(self.regressor, self.head(x))
         with _full_precision(x):
-            row, column, half_height, half_width, angle = _widened(
-                self.regressor(_input_for(self.regressor, summary))
-            ).unbind(1)
+            row, column, half_height, half_width, angle = _widened(self.regressor(summary)).unbind(1)
             sigmas = []
             for length, raw in zip(x.shape[2:], (half_height, half_width), strict=True):
                 low = 0.5 / max(length - 1, 1)
@@ -373,9 +378,10 @@ class BottleneckAttention(nn.Module):
             "BottleneckAttention", "what the module mean returns", raw_mean, "({}, 1, {}, {}) (as x)",
             is_shape(raw_mean, n, 1, height, width), n, height, width,
         )  # fmt: skip
+        mean = _widened(raw_mean).sigmoid()
+        given = _input_for(self.std, mean, raw_mean)
         with _full_precision(x):
-            mean = _widened(raw_mean).sigmoid()
-            std = F.softplus(_widened(self.std(_input_for(self.std, mean))) - 5).squeeze(1)
+            std = F.softplus(_widened(self.std(given)) - 5).squeeze(1)
             mean = mean.squeeze(1)
             a = mean
             if self.training if sample is None else sample:

@@ -771,6 +771,26 @@ def test_layers_that_have_no_weight_to_look_at(name, autocast):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "quantizer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replicas_of_data_parallel(name, dtype):
+    """Their parameters are tensors in attributes, so that ``parameters()`` is empty."""
+
+    def replica_of(module):
+        replica = module._replicate_for_data_parallel()
+        for key, parameter in module._parameters.items():
+            setattr(replica, key, None if parameter is None else parameter.clone())
+        for key, child in module._modules.items():
+            replica._modules[key] = child if child is None else replica_of(child)
+        return replica
+
+    module, tensors = build(name, dtype).eval(), inputs(name, dtype)
+    replica = replica_of(module)
+    assert not list(replica.parameters())
+    for a, b in zip(run(replica, tensors), run(module, tensors), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
+
+
 @pytest.mark.parametrize("name", ["window", "bottleneck", "bottleneck-anchors"])
 def test_a_module_in_bfloat16_under_autocast(name):
     module, tensors = build(name, torch.bfloat16).eval(), inputs(name, torch.bfloat16)

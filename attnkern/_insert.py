@@ -27,7 +27,7 @@ _TAKES_AND_GIVES_FEATURES = (ann.WindowAttention, ann.PositionwiseAttention, ann
 def _grid_of(tokens):
     check_tensor("OnTokens", "tokens", tokens)
     check_shape("OnTokens", "tokens", tokens, "(N, L, C)", tokens.dim() == 3)
-    before, side = OnTokens.grid(tokens.shape[1])
+    before, side = OnTokens.grid(int(tokens.shape[1]))  # a tracer has a tensor here
     return tokens[:, before:].transpose(1, 2).unflatten(2, (side, side))
 
 

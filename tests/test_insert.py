@@ -8,9 +8,11 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch.fx import symbolic_trace
 
 import attnkern
 import attnkern.nn as ann
+from attnkern import _insert
 
 #: build, layer, its channels
 TORCHVISION = {
@@ -143,7 +145,7 @@ def test_probing_leaves_the_model_as_it_was():
 
 
 def test_tokens_before_the_grid_pass_unchanged():
-    on_tokens = attnkern._insert.OnTokens(ann.ProgressiveAttention(6))
+    on_tokens = _insert.OnTokens(ann.ProgressiveAttention(6))
     tokens = torch.randn(2, 1 + 16, 6)
     found = on_tokens(tokens)
     assert torch.equal(found[:, 0], tokens[:, 0])
@@ -287,6 +289,25 @@ def test_arguments_and_attributes_of_the_layer_are_passed_on(layer):
     assert torch.equal(again(x), model(x))
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    "record", [lambda model, x: torch.jit.trace(model, (x,)), lambda model, _: symbolic_trace(model)]
+)
+def test_what_stands_around_a_module_is_recorded(record):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens = _insert.OnTokens(nn.Conv2d(6, 6, 1))
+            self.last = _insert.OnChannelsLast(nn.Conv2d(6, 6, 1))
+            self.layer = _insert.Attended(nn.Linear(6, 5), nn.Tanh())
+
+        def forward(self, x):
+            return self.layer(self.last(self.tokens(x)[:, None]))
+
+    model, x = Around().eval(), torch.randn(2, 17, 6)
+    assert torch.equal(record(model, x)(x), model(x))
 
 
 def test_a_subclass_of_sequential_stays_what_it_is():

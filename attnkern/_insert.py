@@ -355,8 +355,8 @@ def insert(
             raise TypeError(f"insert: module must give back the features it takes ({fitting}), got "
                             f"{type(inserted).__name__}: call it in the model's forward")  # fmt: skip
         like = ann._like(own, model)
-        inserted.to(output.device, None if like is None else like.dtype).train(own.training)
-        behind = {"NCHW": lambda it: it, "NHWC": OnChannelsLast, "NLC": OnTokens}[layout](inserted)
+        inserted.to(output.device, None if like is None else like.dtype)
+        behind = inserted if layout == "NCHW" else {"NHWC": OnChannelsLast, "NLC": OnTokens}[layout](inserted)
         behind.train(own.training)
         if _appends(own):
             own.add_module("attention", behind)

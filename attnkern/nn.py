@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from attnkern import (
@@ -26,6 +28,7 @@ from attnkern import (
     window_map,
 )
 from attnkern._common import (
+    DTYPES,
     autocasts,
     check_choice,
     check_count,
@@ -55,9 +58,14 @@ __all__ = [
 ]
 
 
-def _untouched(module: nn.Module, kind: type = nn.Identity) -> bool:
-    """True where skipping ``module`` goes unnoticed: it is still of its own kind and no hook would see the call."""
-    return type(module) is kind and not (
+#: The types of parameters whose numbers are all there is to them; PyTorch traces with the last two. Quantized, sharded
+#: and other tensors with behaviour of their own are subclasses.
+_PLAIN = (nn.Parameter, torch.Tensor, FakeTensor, FunctionalTensor)
+
+
+def _observed(module: nn.Module) -> bool:
+    """True where a hook, or a ``forward`` set on the instance, would notice a call."""
+    return bool(
         "forward" in module.__dict__
         or module._forward_hooks
         or module._forward_pre_hooks
@@ -65,6 +73,42 @@ def _untouched(module: nn.Module, kind: type = nn.Identity) -> bool:
         or module._backward_pre_hooks
         or _has_any_global_hook()
     )
+
+
+def _untouched(module: nn.Module, kind: type = nn.Identity) -> bool:
+    """True where ``module`` may be computed from its parameters, without a call, and nobody would notice.
+
+    It is still of its own kind, nothing observes the call, and its parameters are plain tensors.
+    """
+    return (
+        type(module) is kind
+        and not _observed(module)
+        and all(type(parameter) in _PLAIN for parameter in module._parameters.values() if parameter is not None)
+    )
+
+
+def _folds(layer: nn.Module) -> bool:
+    """True for an untouched ``nn.Linear`` without bias, whose product may be taken in another order."""
+    return _untouched(layer, nn.Linear) and layer._parameters.get("weight") is not None and layer.bias is None
+
+
+def _like(*modules: nn.Module) -> torch.Tensor | None:
+    """The first parameter of the modules, in their order, whose dtype is one to compute in; None: they have none."""
+    parameters = itertools.chain.from_iterable(module.parameters() for module in modules)
+    return next((parameter for parameter in parameters if parameter.dtype in DTYPES), None)
+
+
+def _input_for(layer: nn.Module, tensor: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+    """``tensor`` in the dtype of the parameters of ``layer``.
+
+    Where it has none (a quantized layer, a replica of DataParallel), in the dtype of ``before``, which another layer of
+    the model made, or of ``tensor`` itself; widened where autocast made that.
+    """
+    like = _like(layer)
+    if like is None:
+        before = tensor if before is None else before
+        return tensor.to(wide(before.dtype) if autocasts(before) else before.dtype)
+    return tensor.to(like.dtype)
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:
@@ -140,11 +184,9 @@ class WindowAttention(nn.Module):
     def rectangle(self, x: torch.Tensor) -> torch.Tensor:
         """(N, 5) rectangles of features (N, C, H, W): μ₁, μ₂, σ₁, σ₂, α in the units of :func:`attnkern.window_map`."""
         _check_features("WindowAttention", x, self.channels)
-        summary = self.head(x)
+        summary = _input_for(self.regressor, self.head(x))
         with _full_precision(x):
-            row, column, half_height, half_width, angle = _widened(
-                self.regressor(summary.to(self.regressor.weight.dtype))
-            ).unbind(1)
+            row, column, half_height, half_width, angle = _widened(self.regressor(summary)).unbind(1)
             sigmas = []
             for length, raw in zip(x.shape[2:], (half_height, half_width), strict=True):
                 low = 0.5 / max(length - 1, 1)
@@ -336,9 +378,10 @@ class BottleneckAttention(nn.Module):
             "BottleneckAttention", "what the module mean returns", raw_mean, "({}, 1, {}, {}) (as x)",
             is_shape(raw_mean, n, 1, height, width), n, height, width,
         )  # fmt: skip
+        mean = _widened(raw_mean).sigmoid()
+        given = _input_for(self.std, mean, raw_mean)
         with _full_precision(x):
-            mean = _widened(raw_mean).sigmoid()
-            std = F.softplus(_widened(self.std(mean.to(self.std.weight.dtype))) - 5).squeeze(1)
+            std = F.softplus(_widened(self.std(given)) - 5).squeeze(1)
             mean = mean.squeeze(1)
             a = mean
             if self.training if sample is None else sample:
@@ -366,7 +409,8 @@ class CompatibilityPool(nn.Module):
 
     A learned linear map W (no bias) brings the two to equal channels: with ``project="query"`` W g takes the place of
     g; with ``project="local"`` W ℓ_i takes that of ℓ_i, folded: c = ⟨ℓ_i, Wᵀg⟩ and pooled = W·Σ a_i ℓ_i, so that the
-    projected locals never exist.
+    projected locals never exist. Where ``projection`` is no longer an untouched ``nn.Linear`` (hooks, an adapter, a
+    quantized weight), it is called on the locals as (N, positions, C).
 
     Args:
         local_channels, query_channels: C of the locals and of the query.
@@ -431,8 +475,12 @@ class CompatibilityPool(nn.Module):
                 query = self.projection(query)
 
         key = query if self.weight is None else self.weight
-        if self.project == "local":
+        folds = self.project == "local" and _folds(self.projection)
+        if folds:
             key = F.linear(key, self.projection.weight.t())
+        elif self.project == "local":
+            # Projected as (N, positions, C): what a Linear, or whatever took its place, expects.
+            local = self.projection(local.flatten(2).mT).mT.unflatten(2, local.shape[2:])
         key = _widened(key)
         if _untouched(self.map):
             pooled, attention, _ = compatibility_pool(local, key)
@@ -440,7 +488,7 @@ class CompatibilityPool(nn.Module):
             attention = self.map(compatibility_pool(local, key).attention)
             weighted = local.flatten(2).to(attention.dtype) * attention.flatten(1)[:, None]
             pooled = weighted.sum(2).to(local.dtype)
-        if self.project == "local":
+        if folds:
             pooled = self.projection(pooled)
         if self.weight is not None and query is not None and query.requires_grad:
             # Zeros even where the query is not finite: nothing here depends on it.

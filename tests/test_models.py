@@ -270,6 +270,39 @@ def test_class_activation_map():
     torch.testing.assert_close(logits.amax(1), expected, rtol=1e-4, atol=1e-5)
 
 
+class Wrapped(nn.Module):
+    """A layer in the place of another, without a weight to look at: what adapters and quantized layers are."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.in_features, self.compute = layer.in_features, layer.forward
+
+    def forward(self, x):
+        return self.compute(x)
+
+
+@pytest.mark.parametrize(
+    "name", ["vgg_gap", "vgg_att2_concat_pc", "vgg_att2_indep_dp", "vgg_aib_qt", "wrn28_10_aib_qt"]
+)
+def test_a_classifier_is_called_whatever_took_its_place(name):
+    model, images = small(name).eval(), torch.rand(2, 3, 32, 32)
+    labels = torch.tensor([0, 2])
+    with torch.no_grad():
+        expected, expected_maps = attention_maps(model, images)
+        loss = model.loss(expected, labels)
+        heads = model.classifier
+        if isinstance(heads, nn.ModuleList):
+            model.classifier = nn.ModuleList(map(Wrapped, heads))
+        else:
+            model.classifier = Wrapped(heads)
+        found, maps = attention_maps(model, images)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(maps, expected_maps, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.loss(found, labels), loss)
+        model.double().reset_classifier(7)
+        assert model(images.double()).shape == (2, 7)
+
+
 def test_unknown_map():
     with pytest.raises(ValueError, match=r"names must be of 'attention\.map', got 'map'"):
         attention_maps(small("vgg_aib"), torch.rand(1, 3, 32, 32), ["map"])

@@ -167,6 +167,8 @@ GIVEN_TO = {
     "viz.query_pairs": {"query": images[0]},
     "_insert.OnTokens.grid": {"tokens": 17},
     "_insert.OnTokens": {"module": nn.Identity()},
+    "_insert.OnChannelsLast": {"module": nn.Identity()},
+    "_insert.Attended": {"layer": nn.Identity(), "attention": nn.Identity()},
 }
 #: Whose methods stand for those of a class that cannot be made as it is.
 INSTANCES = {

@@ -155,7 +155,7 @@ def _fooling(subject):
 
 def _crossdomain(subject):
     """Whitened features at the classifier's input under a linear SVM, on these images."""
-    if not isinstance(subject.network.get_classifier(), torch.nn.Linear):
+    if isinstance(subject.network.get_classifier(), torch.nn.ModuleList):
         raise NotApplicableError("the network has a classifier for each level")
     features = features_at(subject.network, "classifier", subject.raw, **subject.common)
     few = [subject.images.class_names[i] for i, n in enumerate(subject.labels.bincount().tolist()) if n < 5]

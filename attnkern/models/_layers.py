@@ -9,6 +9,7 @@ from torch import nn
 
 from attnkern._common import came, check_choice, check_count, check_labels, check_number, check_shape, check_tensor
 from attnkern.models._weights import read_state
+from attnkern.nn import _like
 
 
 class Network(nn.Module):
@@ -49,7 +50,8 @@ class Network(nn.Module):
         check_count(type(self).__name__, num_classes=num_classes)
 
         def renewed(layer):
-            return nn.Linear(layer.in_features, num_classes).to(layer.weight)
+            new, like = nn.Linear(layer.in_features, num_classes), _like(layer, self)
+            return new if like is None else new.to(like.device, like.dtype)
 
         self.num_classes = num_classes
         old = self.classifier

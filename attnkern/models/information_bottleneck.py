@@ -28,7 +28,7 @@ from attnkern.models._layers import (
     zero_biases,
 )
 from attnkern.models.registry import register_model
-from attnkern.nn import BottleneckAttention
+from attnkern.nn import BottleneckAttention, _input_for
 from attnkern.reference import modulate
 
 
@@ -122,7 +122,7 @@ class BottleneckNetwork(Network):
         return mean, F.softplus(raw_std - 5), losses
 
     def _decode(self, z):
-        return self.classifier(self.decoder(z.to(self.classifier.weight.dtype)))
+        return self.classifier(self.decoder(_input_for(self.classifier, z)))
 
     def forward(self, x: torch.Tensor) -> Bottlenecked | torch.Tensor:
         """:class:`Bottlenecked` in training, else logits, of images (N, in_chans, H, W)."""

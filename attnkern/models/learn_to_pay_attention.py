@@ -184,8 +184,16 @@ class VggGap(Network):
         features = self.local13(self.local10(self.local7(x)))
         logits = self.classifier(features.mean((2, 3)))
         if not _untouched(self.map):
-            self.map(torch.einsum("nk,nkhw->nhw", self.classifier.weight[logits.argmax(1)], features))
+            self.map(self._class_activation(features, logits.argmax(1)))
         return logits
+
+    def _class_activation(self, features, classes):
+        if _untouched(self.classifier, nn.Linear):
+            return torch.einsum("nk,nkhw->nhw", self.classifier.weight[classes], features)
+        # What the layer adds to the logits at each position is its output there without that of zeros, the bias.
+        bias = self.classifier(features.new_zeros(1, features.shape[1]))[:, :, None, None]
+        maps = self.classifier(features.movedim(1, -1)).movedim(-1, 1) - bias
+        return maps.take_along_dim(classes[:, None, None, None], 1).squeeze(1)
 
 
 class _Levels(Network):
@@ -250,7 +258,7 @@ class _Levels(Network):
                 query = self.projections[c](g)
             pooled = self.get_submodule(f"attention{level}")(local, query)
             vectors.append(self.get_submodule(f"context{level}")(pooled))
-        if isinstance(self.classifier, nn.Linear):
+        if not isinstance(self.classifier, nn.ModuleList):
             return self.classifier(torch.cat(vectors, 1))
         heads = zip(self.classifier, vectors, strict=True)
         experts = torch.stack([F.log_softmax(head(vector), 1) for head, vector in heads])

@@ -139,9 +139,11 @@ def _class(ours, theirs):
 
     members = {"__module__": ours.__module__, "__reduce_ex__": reduce}
     if issubclass(ours, nn.Module):
-        wanted, names = (list(inspect.signature(kind.forward).parameters)[1:] for kind in (ours, theirs))
-        if len(names) != len(wanted):
-            raise TypeError(f"its forward takes ({', '.join(names)}), not ({', '.join(wanted)})")
+        wanted, taken = (list(inspect.signature(kind.forward).parameters.values())[1:] for kind in (ours, theirs))
+        if [each.kind for each in taken] != [each.kind for each in wanted]:
+            taken, wanted = (", ".join(each.name for each in parameters) for parameters in (taken, wanted))
+            raise TypeError(f"its forward takes ({taken}), not ({wanted})")
+        wanted, names = ([each.name for each in parameters] for parameters in (wanted, taken))
         if names != wanted:
 
             def forward(self, *args, **named):
@@ -331,7 +333,7 @@ def accelerate(
             elif why := _difference(module, each):
                 left[name] = why
             elif each.rounds and not allow_rounding:
-                left[name] = f"{each.ours.__name__} is exact where it is rounded: allow_rounding=True replaces it"
+                left[name] = f"it rounds where {each.ours.__name__} is exact: pass allow_rounding=True"
             else:
                 known[name] = each.ours
                 replaced[name] = each.ours.__name__

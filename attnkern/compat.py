@@ -103,7 +103,7 @@ class StraightThroughQuantizer(nn.Module):
         self.anchors = nn.Parameter(torch.linspace(0, 1, num_anchors))
 
     def forward(self, a: torch.Tensor) -> torch.Tensor:
-        return _quantized(a, self.anchors).values
+        return _quantized(a, self.anchors.detach()).values  # compiled, they would get zeros, not None
 
 
 class VectorQuantizer(nn.Module):

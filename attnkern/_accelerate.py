@@ -75,7 +75,8 @@ def _is_quantizer(module):
 
 def _is_bottleneck_quantizer(module):
     name, shape = _only_parameter(module)
-    return name == "weight" and shape is not None and len(shape) == 2 and shape[0] == 1
+    layer = isinstance(module, (nn.Linear, nn.Embedding))  # whose weight may have this shape as well
+    return not layer and name == "weight" and shape is not None and len(shape) == 2 and shape[0] == 1
 
 
 def _around(anchors):

@@ -450,6 +450,11 @@ def test_the_bottleneck_quantizer(shape, dtype):
     assert torch.equal(compat.VectorQuantizer(1, 5, rd_init=False).weight, torch.linspace(0, 1, 5)[None])
 
 
+def test_layers_do_not_look_like_quantizers():
+    model = nn.Sequential(nn.Linear(5, 1, bias=False), nn.Embedding(1, 5), nn.PReLU(), nn.Conv2d(5, 1, 1, bias=False))
+    assert str(attnkern.accelerate(model, allow_rounding=True)) == "nothing to replace"
+
+
 def test_the_bottleneck_quantizer_names_what_does_not_fit():
     with pytest.raises(ValueError, match=r"^VectorQuantizer: embedding_dim must be 1, got 2"):
         compat.VectorQuantizer(2, 5)

@@ -19,6 +19,15 @@ class LatentQuantize:
         return torch.stack([_quantized(latent, values).values for latent, values in latents], -1)
 
 
+def _means(a, codes, counts):
+    """The mean of the elements nearest to each code: the gradient of Σ (v - a)² holds their sums."""
+    with torch.enable_grad():
+        codes = codes.detach().requires_grad_()
+        distance = anchor_quantize(a.detach(), codes, reduction="sum").anchor_loss
+        (doubled,) = torch.autograd.grad(distance, codes)
+    return codes.detach() - doubled / 2 / counts.clamp(min=1)
+
+
 class VectorQuantize:
     """The nearest of the codes of dimension 1. The library updates the codebook, and serves calls with options."""
 
@@ -40,8 +49,13 @@ class VectorQuantize:
         if self.training:
             loss.requires_grad_()
             if not self.freeze_codebook and (book.ema_update or book.has_dead_code_replacement):
-                chosen = F.one_hot(indices.flatten(), self.codebook_size).float()
-                book.update_codebook(x.detach().float().view(1, -1, 1), chosen[None])
+                # The library adds up by a matrix product with one row for each number. One row for each code will do,
+                # unless it draws numbers that replace codes.
+                if book.has_dead_code_replacement or torch.is_inference_mode_enabled():
+                    rows, weights = x.detach().float(), F.one_hot(indices.flatten(), self.codebook_size)
+                else:
+                    rows, weights = _means(x.float(), codes, quantized.counts), quantized.counts.diag()
+                book.update_codebook(rows.reshape(1, -1, 1), weights[None].float())
             if self.has_commitment_loss:
                 distance = quantized.commitment_loss
                 if learns:  # one number that moves both

@@ -16,7 +16,7 @@ class LatentQuantize:
 
     def quantize(self, z: torch.Tensor) -> torch.Tensor:
         latents = zip(z.unbind(-1), self.values_per_latent, strict=True)
-        return torch.stack([_quantized(latent, values).values for latent, values in latents], -1)
+        return torch.stack([_quantized(latent, values.detach()).values for latent, values in latents], -1)
 
 
 def _means(a, codes, counts):

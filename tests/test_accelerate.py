@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnkern
 from attnkern import compat
+from attnkern._accelerate import _KNOWN
 
 
 class Block(nn.Module):
@@ -481,6 +482,16 @@ def test_modules_without_data_are_compared_on_numbers_at_random(where, kind, siz
         model[0].load_state_dict(theirs.state_dict())
         inputs = [torch.rand(2, 6, 4, 5), torch.rand(2, 6, 1, 1)] if kind is Block else [torch.rand(3, 8)]
         torch.testing.assert_close(model[0](*inputs), theirs(*inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, size", [(Block, 6), (Quantizer, 5), (Bottleneck, 5)])
+def test_modules_are_compared_where_they_live(kind, size):
+    """Meta stands for a device that is not the CPU."""
+    module = kind(size)
+    (known,) = (known for known in _KNOWN if known.fits(module))
+    values = {name: tensor.to("meta", torch.float64) for name, tensor in module.state_dict().items()}
+    inputs = known.inputs(module, values)
+    assert all(tensor.device.type == "meta" and tensor.dtype == torch.float64 for tensor in inputs)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")])

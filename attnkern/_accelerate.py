@@ -63,20 +63,23 @@ def _attention_inputs(module, state):
 
 
 def _only_parameter(module):
-    """Name and shape of the only parameter of a module without children."""
-    (name, parameter), *others = [*module.named_parameters(), ("", None)]
-    return (name, parameter.shape) if len(others) == 1 and not list(module.children()) else (name, None)
+    """Name and shape of the only parameter of a module without children; of others no name."""
+    parameters = list(module.named_parameters())
+    if len(parameters) != 1 or list(module.children()):
+        return "", ()
+    ((name, parameter),) = parameters
+    return name, parameter.shape
 
 
 def _is_quantizer(module):
     name, shape = _only_parameter(module)
-    return name == "anchors" and shape is not None and len(shape) == 1
+    return name == "anchors" and len(shape) == 1
 
 
 def _is_bottleneck_quantizer(module):
     name, shape = _only_parameter(module)
     layer = isinstance(module, (nn.Linear, nn.Embedding))  # whose weight may have this shape as well
-    return not layer and name == "weight" and shape is not None and len(shape) == 2 and shape[0] == 1
+    return not layer and name == "weight" and len(shape) == 2 and shape[0] == 1
 
 
 def _around(anchors):
@@ -148,7 +151,8 @@ def _class(ours, theirs):
         if names != wanted:
 
             def forward(self, *args, **named):
-                return ours.forward(self, *args, *(named.pop(name) for name in names[len(args) :]), **named)
+                args += tuple(named.pop(name) for name in names[len(args) :] if name in named)
+                return ours.forward(self, *args, **named)
 
             members["forward"] = forward
     return type(ours.__name__, (ours, theirs), members)

@@ -435,6 +435,8 @@ def test_everything_but_the_forward_stays():
             torch.testing.assert_close(result, expected)
         with pytest.raises(TypeError, match="mask"):
             block(local, g, mask=None)
+        with pytest.raises(TypeError, match="missing 1 required positional argument"):
+            block(local)
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (3, 1, 4, 5)])

@@ -403,7 +403,7 @@ class CompatibilityPool(nn.Module):
 
     "parametrised": c = ⟨u, ℓ_i + g⟩ with a learned u. ⟨u, g⟩ is the same for every position, so softmax cancels it: the
     pooled vector does not depend on g, whose gradient is exactly zero. g may be left out; when given it gets those
-    zeros (not None), so that an optimizer and DDP treat what made it as part of the graph.
+    zeros (not None) from pooled and from the map, so that an optimizer and DDP treat what made it as part of the graph.
 
     "dot": c = ⟨ℓ_i, g⟩, without 1/√C.
 
@@ -492,7 +492,10 @@ class CompatibilityPool(nn.Module):
             pooled = self.projection(pooled)
         if self.weight is not None and query is not None and query.requires_grad:
             # Zeros even where the query is not finite: nothing here depends on it.
-            pooled = pooled + (query.nan_to_num(0, 0, 0) * 0).sum(-1, keepdim=True).to(pooled.dtype)
+            zero = (query.nan_to_num(0, 0, 0) * 0).sum(-1, keepdim=True)
+            pooled = pooled + zero.to(pooled.dtype)
+            if return_map:
+                attention = attention + zero.view(-1, *[1] * (attention.dim() - 1)).to(attention.dtype)
         return (pooled, attention) if return_map else pooled
 
     def extra_repr(self):

@@ -598,6 +598,19 @@ def test_pool_equals_the_papers_formula(name, backend):
         torch.testing.assert_close(a, b.float(), rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("positions", [(H, W), (H * W,)])
+@pytest.mark.parametrize("shape", [(N, C), (C,)])
+def test_parametrised_gradient_of_g_from_the_map_alone(positions, shape):
+    torch.manual_seed(0)
+    module = ann.CompatibilityPool(C, C, project="query")
+    local, query = torch.randn(N, C, *positions), torch.randn(shape, requires_grad=True)
+    map = module(local, query, return_map=True)[1]
+    assert torch.equal(map, module(local, return_map=True)[1])
+    map.square().sum().backward()
+    assert torch.equal(query.grad, torch.zeros_like(query))
+    assert torch.equal(module.projection.weight.grad, torch.zeros(C, C))
+
+
 @every_backend
 @pytest.mark.parametrize("project", [None, "query", "local"])
 def test_parametrised_gradient_of_g_is_exactly_zero(backend, project):

@@ -144,6 +144,14 @@ def numbers_of(where: str, name: str, items) -> list[float]:
         raise TypeError(f"{where}: {name} must be a list of numbers, got {came(items)}") from error
 
 
+def double(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in float64, on the CPU where its own device has none, as Apple's GPUs and some of Intel's."""
+    try:
+        return tensor.double()
+    except (TypeError, RuntimeError):
+        return tensor.cpu().double()
+
+
 def device_of(where: str, device) -> torch.device:
     """``device`` as a torch.device, else this raises ValueError."""
     try:

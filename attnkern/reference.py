@@ -71,10 +71,12 @@ def modulate(x, map, residual):
 def nearest_anchor(a: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """Index of the anchor nearest to each element in exact arithmetic; the lowest index on ties; 0 for NaN.
 
-    The anchors are sorted, and between neighbours lo < hi stands a threshold: the smallest float64 that prefers hi.
-    It is the midpoint where that is a tie that hi wins or lies above the exact midpoint, else its successor.
+    The anchors are sorted, and between neighbours lo < hi stands a threshold: the smallest number that prefers hi. It
+    is the midpoint where that is a tie that hi wins or lies above the exact midpoint, else its successor. Numbers are
+    those of the smallest type from float32 on that holds both, so that float64 is not needed where no input has it.
     """
-    a, anchors = a.detach().double(), anchors.detach().double()
+    dtype = wide(torch.promote_types(a.dtype, anchors.dtype))
+    a, anchors = a.detach().to(dtype), anchors.detach().to(dtype)
     values, order = torch.sort(anchors, stable=True)
     lo, hi = values[:-1], values[1:]
     # Equal anchors stand together, lowest original index first: every one of a run counts as the first of it.
@@ -85,12 +87,12 @@ def nearest_anchor(a: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     # Both of a sum that overflows are so large that halving them is exact; of others the sum is halved instead, because
     # half of a denormal may round.
     overflows = lo.isfinite() & hi.isfinite() & (lo + hi).isinf()
-    lo, hi = (torch.where(overflows, end / 2, end) for end in (lo, hi))
+    lo, hi = (torch.where(overflows, 0.5 * end, end) for end in (lo, hi))
     total = lo + hi
     tail = total - lo
     error = (lo - (total - tail)) + (hi - tail)  # total + error is exact (Knuth)
-    midpoint = torch.where(overflows, total, total / 2)
-    # Where half the sum is no float64, what it was rounded to is above or below it, and no tie.
+    midpoint = torch.where(overflows, total, 0.5 * total)
+    # Where half the sum is no number of the type, what it was rounded to is above or below it, and no tie.
     doubled = torch.where(overflows, total, midpoint + midpoint)
     hi_first = index[1:] < index[:-1]
     tie_or_above = (error < 0) | ((error == 0) & hi_first)

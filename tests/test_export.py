@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import FUNCTIONS, call, case_id, check, doubles, make, same
+from test_quantize import nearest
 from test_transforms import operator_calls
 from torch import nn
 
@@ -75,6 +76,23 @@ def test_nearest_anchors_at_the_edges(device):
         anchors = torch.tensor(anchors, device=device)
         found = dict(enumerate(_decompositions._quantize_fwd(a, anchors)[:2]))
         same(found, dict(enumerate(_ops.BACKENDS["native"].quantize_fwd(a, anchors)[:2])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=case_id)
+def test_nearest_anchors_by_distances_are_exact(dtype):
+    """Where distances round to a tie, and where they overflow."""
+    limits = torch.finfo(dtype)
+    least = limits.smallest_normal * limits.eps
+    for anchors in (
+        [1 + limits.eps, 1, 1 - limits.eps], [1e-9, -1e-9], [3 * least, -2 * least, 0], [limits.max, least],
+        [0.75 * limits.max, -limits.max], [-torch.inf, limits.max, 0.5 * limits.max], [torch.inf, -torch.inf],
+    ):  # fmt: skip
+        anchors = torch.tensor(anchors, dtype=dtype)
+        halves = 0.5 * anchors
+        a = torch.cat([anchors, (halves[:, None] + halves).flatten(), torch.tensor([0, -0.0, 1, -1], dtype=dtype)])
+        a = torch.cat([a, *(a.nextafter(torch.full_like(a, end)) for end in (-torch.inf, torch.inf))])
+        found = _decompositions._nearest(a, anchors)
+        assert found.tolist() == [nearest(element, anchors.tolist()) for element in a.tolist()]
 
 
 @every_function

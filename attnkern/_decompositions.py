@@ -22,35 +22,9 @@ def _window_fwd(x, rectangle, scale, rescale, residual, aspect):
     return output, map, _unknown(map, x.shape[0], 7 if rescale else 0, dtype=map.dtype)
 
 
-def _nearest(a, anchors):
-    """:func:`attnkern.reference.nearest_anchor` by distances: few exporters know how to search a sorted table.
-
-    Anchors of the least rounded distance are told apart by what the rounding took away, which is computed exactly.
-    """
-    dtype = wide(torch.promote_types(a.dtype, anchors.dtype))
-    a, anchors = a.to(dtype), anchors.to(dtype)
-    undefined = a.isnan() | anchors.isnan().any()
-    a = a.clamp(anchors.amin(0), anchors.amax(0))[..., None]
-    # A difference that overflows counts where all do. Both numbers are then so large that halving them is exact.
-    overflows = (a - anchors).isinf()
-    lost = overflows & ~overflows.all(-1, keepdim=True)
-    a, anchors = (torch.where(overflows, 0.5 * number, number) for number in (a, anchors))
-    difference = a - anchors
-    back = a - difference
-    error = (a - (back + difference)) + (back - anchors)  # difference + error is exact (Knuth)
-    error = torch.where(difference < 0, -error, error)
-    distance = torch.where(a == anchors, torch.zeros_like(difference), difference.abs())  # infinities are equal, too
-    distance = torch.where(lost, torch.full_like(distance, torch.inf), distance)
-    least = distance == distance.amin(-1, keepdim=True)
-    # Of two infinite distances neither is less: those from infinite anchors on both sides of a number.
-    error = torch.where(distance.isinf(), torch.zeros_like(error), error)
-    nearest = torch.where(least, error, torch.full_like(error, torch.inf)).argmin(-1)
-    return torch.where(undefined, torch.zeros_like(nearest), nearest)
-
-
 def _quantized(a, anchors, dtype):
     wide_a, wide_anchors = a.to(dtype), anchors.to(dtype)
-    index = _nearest(a, anchors)
+    index = reference.nearest_by_distance(a, anchors)
     lost = a.isnan() | anchors.isnan().any()
     values = torch.where(lost, torch.full_like(wide_a, torch.nan), wide_anchors[index])
     difference = (values - wide_a).flatten()

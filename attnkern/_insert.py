@@ -12,11 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnkern.nn as ann
 from attnkern._common import check_count, check_kind, check_shape, check_tensor
+from attnkern._tracing import Module
 
 _TAKES_AND_GIVES_FEATURES = (ann.WindowAttention, ann.PositionwiseAttention, ann.ProgressiveAttention)
 
 
-class OnTokens(nn.Module):
+class OnTokens(Module):
     """A module of maps (N, C, H, W) on the tokens (N, L, C) of a square grid; those before the grid pass unchanged."""
 
     def __init__(self, module: nn.Module):

@@ -20,6 +20,7 @@ from attnkern._common import (
     transformed,
 )
 from attnkern._ops import BACKENDS
+from attnkern._tracing import leaf
 from attnkern.reference import loss_divisor
 
 
@@ -141,6 +142,7 @@ def _check_anchors(where, anchors, reduction, of, features):
     return companion(where, "anchors", anchors, of, features)
 
 
+@leaf
 def anchor_quantize(
     a: torch.Tensor, anchors: torch.Tensor, *, reduction: str = "mean", backend: str | None = None
 ) -> AnchorQuantized:
@@ -179,6 +181,7 @@ def anchor_quantize(
     return AnchorQuantized(*_AnchorQuantize.apply(a, anchors, reduction, chosen))
 
 
+@leaf
 def anchor_attention(
     x: torch.Tensor,
     a: torch.Tensor,

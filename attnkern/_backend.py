@@ -15,6 +15,7 @@ import torch
 
 from attnkern import _ops
 from attnkern._common import came
+from attnkern._tracing import recording
 
 NAMES = ("triton", "native", "reference")
 
@@ -103,7 +104,9 @@ def reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if name == "reference":
         return None
     kind = device.type
-    if name == "native":
+    if recording():
+        missing = "a TorchScript or ONNX program holds PyTorch's own operators only; torch.export keeps these kernels"
+    elif name == "native":
         known = kind in _ops.NATIVE_REASON
         missing = _ops.NATIVE_REASON[kind] if known else f"it has kernels for cpu and cuda, not for {kind}"
     elif not _TRITON_FOUND:
@@ -143,7 +146,7 @@ def _first_kernel_fails(device: torch.device) -> bool:
             f"attnkern leaves out Triton on {device}, its first kernel failed: {type(error).__name__}: {error}. "
             "backend='triton' raises this; build the native kernels for speed: `attnkern info` says what is missing",
             RuntimeWarning,
-            stacklevel=4,  # the call of the function
+            stacklevel=5,  # the call of the function
         )
         return True
     return False

@@ -5,6 +5,9 @@ import typing
 from collections.abc import Collection
 
 import torch
+from torch.fx import Proxy
+
+from attnkern._tracing import traced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Python's, a compiler's and NumPy's numbers.
@@ -23,6 +26,10 @@ def came(value) -> str:
 
 def check_tensor(where: str, name: str, tensor) -> None:
     """Raise TypeError unless ``tensor`` is a dense floating tensor of a supported dtype."""
+    if isinstance(tensor, Proxy):
+        raise TypeError(
+            f"{where}: torch.fx cannot trace what looks at shapes: use torch.export.export or forward hooks"
+        )
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{where}: {name} must be a Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
@@ -63,10 +70,11 @@ def check_size(where: str, size) -> tuple[int, int]:
     if not (isinstance(size, (tuple, list)) and len(size) == 2):
         raise ValueError(f"{where}: size must be (H, W), got {came(size)}")
     for length in size:
-        if not isinstance(length, _INTEGER) or length is True or length < 1:
+        if not (isinstance(length, _INTEGER) or traced(length)) or length is True or length < 1:
             raise ValueError(f"{where}: size must be two integers of at least 1, got {came(tuple(size))}")
-    # NumPy's lengths would overflow; those that a compiler knows by name only come from tensors.
-    height, width = (length if isinstance(length, (int, torch.SymInt)) else int(length) for length in size)
+    # NumPy's lengths would overflow; those that a compiler or a tracer follows come from tensors.
+    kept = (int, torch.SymInt, torch.Tensor)
+    height, width = (length if isinstance(length, kept) else int(length) for length in size)
     if isinstance(height, int) and isinstance(width, int) and height * width >= 2**60:
         raise ValueError(f"{where}: size must have fewer than 2**60 positions, got {came(tuple(size))}")
     return height, width
@@ -75,7 +83,7 @@ def check_size(where: str, size) -> tuple[int, int]:
 def check_integer(where: str, **integers) -> None:
     """Raise TypeError unless each of the named values is an integer."""
     for name, value in integers.items():
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        if isinstance(value, bool) or not (isinstance(value, numbers.Integral) or traced(value)):
             raise TypeError(f"{where}: {name} must be an integer, got {came(value)}")
 
 
@@ -106,7 +114,7 @@ def float_of(number):
 def check_flag(where: str, **flags) -> None:
     """Raise TypeError unless each of the named values is True or False."""
     for name, value in flags.items():
-        if not isinstance(value, bool):
+        if not isinstance(value, bool) and not traced(value):
             raise TypeError(f"{where}: {name} must be True or False, got {came(value)}")
 
 
@@ -142,6 +150,14 @@ def numbers_of(where: str, name: str, items) -> list[float]:
         return [float(each) for each in items]
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a complex or a sparse tensor
         raise TypeError(f"{where}: {name} must be a list of numbers, got {came(items)}") from error
+
+
+def double(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in float64, on the CPU where its own device has none, as Apple's GPUs and some of Intel's."""
+    try:
+        return tensor.double()
+    except (TypeError, RuntimeError):
+        return tensor.cpu().double()
 
 
 def device_of(where: str, device) -> torch.device:

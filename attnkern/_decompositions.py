@@ -10,8 +10,7 @@ def decompositions() -> dict:
     """A table that turns every attnkern operator into plain ATen, with PyTorch's own table of core ATen around it.
 
     ``torch.export.export(model, ...).run_decompositions(attnkern.decompositions())`` gives a program that runs without
-    attnkern: for ONNX (``torch.onnx.export(program, dynamo=True)``) and other runtimes. The nearest anchor is then
-    found by distances in float64: the same index as ours, up to ties that float64 rounds.
+    attnkern: for ONNX (``torch.onnx.export(program, dynamo=True)``) and other runtimes.
     """
     table = torch.export.default_decompositions()
     for operators in BACKENDS.values():

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import attnkern.nn as ann
 from attnkern._common import check_choice, check_count, check_kind, check_shape, check_tensor
+from attnkern._tracing import Module
 
 _TAKES_AND_GIVES_FEATURES = (ann.WindowAttention, ann.PositionwiseAttention, ann.ProgressiveAttention)
 
@@ -45,7 +46,7 @@ def _channels_first(maps):
     return maps.permute(0, 3, 1, 2)
 
 
-class OnTokens(nn.Module):
+class OnTokens(Module):
     """A module of maps (N, C, H, W) on the tokens (N, L, C) of a square grid; those before the grid pass unchanged."""
 
     def __init__(self, module: nn.Module):
@@ -71,7 +72,7 @@ class OnTokens(nn.Module):
         return _put_back(tokens, self.module(_grid_of(tokens)))
 
 
-class OnChannelsLast(nn.Module):
+class OnChannelsLast(Module):
     """A module of maps (N, C, H, W) on maps (N, H, W, C)."""
 
     def __init__(self, module: nn.Module):

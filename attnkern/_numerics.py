@@ -16,7 +16,10 @@ def aspect_factors(height: int, width: int, aspect: bool) -> tuple[float, float]
     if not aspect:
         return 1.0, 1.0
     # max() compares symbolic sizes, and the exported program would hold for one order only.
-    longest = (max if isinstance(height, int) and isinstance(width, int) else torch.sym_max)(height, width) - 1
+    if isinstance(height, torch.Tensor) or isinstance(width, torch.Tensor):  # traced for TorchScript
+        longest = torch.maximum(torch.as_tensor(height), torch.as_tensor(width)) - 1
+    else:
+        longest = (max if isinstance(height, int) and isinstance(width, int) else torch.sym_max)(height, width) - 1
     return ((height - 1) / longest, (width - 1) / longest) if longest > 0 else (1.0, 1.0)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from attnkern import anchor_quantize, compatibility_pool
 from attnkern._common import check_count, check_flag, check_number, check_shape, check_tensor
 from attnkern._numerics import wide
+from attnkern._tracing import Module
 from attnkern.nn import _untouched
 
 __all__ = ["LinearAttentionBlock", "ProjectorBlock", "StraightThroughQuantizer", "VectorQuantizer"]
@@ -26,7 +27,7 @@ def _quantized(a, anchors):
     return anchor_quantize(a.to(dtype), anchors.to(dtype))
 
 
-class LinearAttentionBlock(nn.Module):
+class LinearAttentionBlock(Module):
     """Attention of "Learn to Pay Attention" as its best-known PyTorch port has it: (l, g) to (c, pooled).
 
     c = ⟨u, ℓ_i + g⟩ with u = ``op.weight`` (1, C, 1, 1) and no bias; pooled = Σ softmax(c)_i ℓ_i, the part that is
@@ -72,7 +73,7 @@ class LinearAttentionBlock(nn.Module):
         return c[:, None].to(l.dtype), pooled
 
 
-class ProjectorBlock(nn.Module):
+class ProjectorBlock(Module):
     """A 1x1 convolution without bias, ``op``: what brings locals to the channels of the global vector."""
 
     def __init__(self, in_features: int, out_features: int):
@@ -88,7 +89,7 @@ class ProjectorBlock(nn.Module):
         return self.op(inputs)
 
 
-class StraightThroughQuantizer(nn.Module):
+class StraightThroughQuantizer(Module):
     """Nearest of the learned scalars ``anchors`` (Q,) for each element, straight-through: a to values.
 
     As networks write it: ``q = anchors[(a[..., None] - anchors).abs().argmin(-1)]; return a + (q - a).detach()``.
@@ -106,7 +107,7 @@ class StraightThroughQuantizer(nn.Module):
         return _quantized(a, self.anchors.detach()).values  # compiled, they would get zeros, not None
 
 
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(Module):
     """Quantizer of the authors' code of "Information Bottleneck Approach to Spatial Attention Learning".
 
     Nearest of the learned scalars ``weight`` (1, Q) for each element, straight-through, and the mean squared distances

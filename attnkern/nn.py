@@ -43,6 +43,7 @@ from attnkern._common import (
     transformed,
 )
 from attnkern._numerics import wide
+from attnkern._tracing import Module
 from attnkern.quantize import check_reduction
 from attnkern.reference import modulate
 from attnkern.window import check_features
@@ -128,7 +129,7 @@ def _check_features(where, x, channels, name="x", maps_only=True):
     check_positions(where, name, x.shape[2:])
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(Module):
     """Features under one rotated rectangle that a small head finds: output = x + f̃·x.
 
     Head: 3x3 convolutions with ReLU, 2x2 max pooling between them, global average, Linear to five numbers b. Then
@@ -213,7 +214,7 @@ class WindowAttention(nn.Module):
         return (output, map) if return_map else output
 
 
-class PositionwiseAttention(nn.Module):
+class PositionwiseAttention(Module):
     """Features under a map predicted position by position: output = x + f·x, f = Λ(convolutions of x).
 
     A 1x1 convolution to ``hidden`` channels, then three 3x3 ones with dilation, the last to one channel: the baseline
@@ -255,7 +256,7 @@ class PositionwiseAttention(nn.Module):
         return (output, map) if return_map else output
 
 
-class AnchorQuantizer(nn.Module):
+class AnchorQuantizer(Module):
     """Nearest of Q learned anchors for each element, straight-through; counts which anchors are in use.
 
     The anchors start at linspace(0, 1, Q) and move by ``anchor_loss`` alone. ``counts`` (Q,) int64 adds up, in training
@@ -336,7 +337,7 @@ class BottleneckAttended(NamedTuple):
     commitment_loss: torch.Tensor  #: scalar, moves a; 0 without anchors
 
 
-class BottleneckAttention(nn.Module):
+class BottleneckAttention(Module):
     """Features under a map drawn from p(a|x) = N(μ, σ²) and quantized to anchors: output = x + v·x.
 
     μ = Λ(conv3x3(x)), σ = softplus(conv3x3(μ) - 5), a = μ + σε, and v the nearest anchor of a, or a itself without
@@ -398,7 +399,7 @@ class BottleneckAttention(nn.Module):
         return BottleneckAttended(output, map, mean, std, *losses)
 
 
-class CompatibilityPool(nn.Module):
+class CompatibilityPool(Module):
     """Locals averaged by their compatibility with a global query: pooled = Σ a_i ℓ_i, a = softmax_i c(ℓ_i, g).
 
     "parametrised": c = ⟨u, ℓ_i + g⟩ with a learned u. ⟨u, g⟩ is the same for every position, so softmax cancels it: the
@@ -490,7 +491,9 @@ class CompatibilityPool(nn.Module):
             pooled = weighted.sum(2).to(local.dtype)
         if folds:
             pooled = self.projection(pooled)
-        if self.weight is not None and query is not None and query.requires_grad:
+        # A trace must not depend on whether its example has a gradient.
+        followed = query is not None and (query.requires_grad or torch.jit.is_tracing())
+        if self.weight is not None and followed:
             # Zeros even where the query is not finite: nothing here depends on it.
             zero = (query.nan_to_num(0, 0, 0) * 0).sum(-1, keepdim=True)
             pooled = pooled + zero.to(pooled.dtype)
@@ -503,7 +506,7 @@ class CompatibilityPool(nn.Module):
         return f"{self.local_channels}, {self.query_channels}, {compatibility!r}, project={self.project!r}"
 
 
-class ProgressiveAttention(nn.Module):
+class ProgressiveAttention(Module):
     """Features filtered by a map of independent sigmoid scores: output = f·x, f = Λ(⟨u, x_i + g⟩ + b).
 
     The query g is optional. Unlike in :class:`CompatibilityPool`, it matters: a sigmoid does not cancel it.

@@ -18,6 +18,7 @@ from attnkern._common import (
     transformed,
 )
 from attnkern._ops import BACKENDS
+from attnkern._tracing import leaf
 
 
 class CompatibilityPooled(NamedTuple):
@@ -48,6 +49,7 @@ class _CompatibilityPool(torch.autograd.Function):
         return grad_local if ctx.needs_input_grad[0] else None, grad_query, None
 
 
+@leaf
 def compatibility_pool(local: torch.Tensor, query: torch.Tensor, *, backend: str | None = None) -> CompatibilityPooled:
     """Locals averaged by their compatibility with a query: pooled = Σ a_i ℓ_i, a = softmax_i ⟨ℓ_i, q⟩.
 

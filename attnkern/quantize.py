@@ -21,6 +21,7 @@ from attnkern._common import (
 )
 from attnkern._numerics import loss_divisor
 from attnkern._ops import BACKENDS
+from attnkern._tracing import leaf
 
 
 class AnchorQuantized(NamedTuple):
@@ -138,6 +139,7 @@ def _check_anchors(where, anchors, reduction, of, features):
     return companion(where, "anchors", anchors, of, features)
 
 
+@leaf
 def anchor_quantize(
     a: torch.Tensor, anchors: torch.Tensor, *, reduction: str = "mean", backend: str | None = None
 ) -> AnchorQuantized:
@@ -176,6 +178,7 @@ def anchor_quantize(
     return AnchorQuantized(*_AnchorQuantize.apply(a, anchors, reduction, chosen))
 
 
+@leaf
 def anchor_attention(
     x: torch.Tensor,
     a: torch.Tensor,

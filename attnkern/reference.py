@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from attnkern._numerics import SIGMA_FLOOR, aspect_factors, loss_divisor, wide
+from attnkern._tracing import recording
 
 
 def coordinates(length: int, like: torch.Tensor) -> torch.Tensor:
@@ -59,10 +60,12 @@ def modulate(x, map, residual):
 def nearest_anchor(a: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """Index of the anchor nearest to each element in exact arithmetic; the lowest index on ties; 0 for NaN.
 
-    The anchors are sorted, and between neighbours lo < hi stands a threshold: the smallest float64 that prefers hi.
-    It is the midpoint where that is a tie that hi wins or lies above the exact midpoint, else its successor.
+    The anchors are sorted, and between neighbours lo < hi stands a threshold: the smallest number that prefers hi. It
+    is the midpoint where that is a tie that hi wins or lies above the exact midpoint, else its successor. Numbers are
+    those of the smallest type from float32 on that holds both, so that float64 is not needed where no input has it.
     """
-    a, anchors = a.detach().double(), anchors.detach().double()
+    dtype = wide(torch.promote_types(a.dtype, anchors.dtype))
+    a, anchors = a.to(dtype), anchors.to(dtype)
     values, order = torch.sort(anchors, stable=True)
     lo, hi = values[:-1], values[1:]
     # Equal anchors stand together, lowest original index first: every one of a run counts as the first of it.
@@ -73,12 +76,12 @@ def nearest_anchor(a: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     # Both of a sum that overflows are so large that halving them is exact; of others the sum is halved instead, because
     # half of a denormal may round.
     overflows = lo.isfinite() & hi.isfinite() & (lo + hi).isinf()
-    lo, hi = (torch.where(overflows, end / 2, end) for end in (lo, hi))
+    lo, hi = (torch.where(overflows, 0.5 * end, end) for end in (lo, hi))
     total = lo + hi
     tail = total - lo
     error = (lo - (total - tail)) + (hi - tail)  # total + error is exact (Knuth)
-    midpoint = torch.where(overflows, total, total / 2)
-    # Where half the sum is no float64, what it was rounded to is above or below it, and no tie.
+    midpoint = torch.where(overflows, total, 0.5 * total)
+    # Where half the sum is no number of the type, what it was rounded to is above or below it, and no tie.
     doubled = torch.where(overflows, total, midpoint + midpoint)
     hi_first = index[1:] < index[:-1]
     tie_or_above = (error < 0) | ((error == 0) & hi_first)
@@ -92,20 +95,62 @@ def nearest_anchor(a: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     return torch.where(a.isnan() | anchors.isnan().any(), 0, chosen)
 
 
+def nearest_by_distance(a: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """:func:`nearest_anchor` by all distances, for programs that are exported: few runtimes search a sorted table.
+
+    Anchors of the least rounded distance are told apart by what the rounding took away, which is computed exactly.
+    """
+    dtype = wide(torch.promote_types(a.dtype, anchors.dtype))
+    a, anchors = a.to(dtype), anchors.to(dtype)
+    undefined = a.isnan() | anchors.isnan().any()
+    a = a.clamp(anchors.amin(0), anchors.amax(0))[..., None]
+    # A difference that overflows counts where all do. Both numbers are then so large that halving them is exact.
+    overflows = (a - anchors).isinf()
+    lost = overflows & ~overflows.all(-1, keepdim=True)
+    a, anchors = (torch.where(overflows, 0.5 * number, number) for number in (a, anchors))
+    difference = a - anchors
+    back = a - difference
+    error = (a - (back + difference)) + (back - anchors)  # difference + error is exact (Knuth)
+    error = torch.where(difference < 0, -error, error)
+    distance = torch.where(a == anchors, torch.zeros_like(difference), difference.abs())  # infinities are equal, too
+    distance = torch.where(lost, torch.full_like(distance, torch.inf), distance)
+    least = distance == distance.amin(-1, keepdim=True)
+    # Of two infinite distances neither is less: those from infinite anchors on both sides of a number.
+    error = torch.where(distance.isinf(), torch.zeros_like(error), error)
+    nearest = torch.where(least, error, torch.full_like(error, torch.inf)).argmin(-1)
+    return torch.where(undefined, torch.zeros_like(nearest), nearest)
+
+
+def _straight_through(a, values):
+    """``values`` with the gradient of ``a``. (a + (values - a) would round, and is NaN at Inf.)"""
+    if recording():  # ONNX has no changes in place
+        finite = torch.where(a.isfinite(), a, torch.zeros_like(a))
+        return values + (finite - finite.detach())
+    through = a + torch.zeros_like(values)
+    through.detach().copy_(values)
+    return through
+
+
+def _counts(index, counted, anchors):
+    """(Q,) int64: how many of the elements that are counted chose each anchor."""
+    if recording():  # ONNX may add once where an index is repeated
+        chosen = index[:, None] == torch.arange(anchors.shape[0], device=index.device)
+        return (chosen & counted[:, None]).sum(0)
+    return torch.zeros_like(anchors, dtype=torch.int64).index_add(0, index, counted.long())
+
+
 def _quantize(a, anchors, dtype, reduction):
-    index = nearest_anchor(a, anchors)
+    index = (nearest_by_distance if recording() else nearest_anchor)(a.detach(), anchors.detach())
     wide_a, wide_anchors = a.to(dtype), anchors.to(dtype)
     poisoned = anchors.detach().isnan().any()
     chosen = wide_anchors[index] + torch.where(poisoned, torch.nan, 0.0)  # a sum, so that the gradient is NaN as well
     values = torch.where(a.detach().isnan(), torch.nan, chosen.detach())
-    # Straight-through: the anchor's value behind autograd's back. (a + (v - a) would round, and is NaN at Inf.)
-    through = wide_a + torch.zeros_like(values)
-    through.detach().copy_(values)
+    through = _straight_through(wide_a, values)
     divisor = loss_divisor(a, reduction)
     anchor_loss = (wide_a.detach() - chosen).square().sum() / divisor
     commitment_loss = (wide_a - chosen.detach()).square().sum() / divisor
     counted = ~(a.detach().isnan() | poisoned)
-    counts = torch.zeros_like(anchors, dtype=torch.int64).index_add(0, index.flatten(), counted.flatten().long())
+    counts = _counts(index.flatten(), counted.flatten(), anchors)
     return through, index, anchor_loss, commitment_loss, counts
 
 

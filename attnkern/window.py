@@ -22,6 +22,7 @@ from attnkern._common import (
 )
 from attnkern._numerics import aspect_factors
 from attnkern._ops import BACKENDS
+from attnkern._tracing import leaf
 
 
 class WindowAttended(NamedTuple):
@@ -106,6 +107,7 @@ def check_features(where: str, x: torch.Tensor, rectangle: torch.Tensor) -> torc
     return companion(where, "rectangle", rectangle, "x", x)
 
 
+@leaf
 def window_map(
     rectangle: torch.Tensor,
     size: tuple[int, int],
@@ -151,6 +153,7 @@ def window_map(
     return _WindowMap.apply(rectangle, height, width, float(scale), rescale, aspect, chosen)
 
 
+@leaf
 def window_attention(
     x: torch.Tensor,
     rectangle: torch.Tensor,
@@ -194,6 +197,7 @@ def window_attention(
     return WindowAttended(*attended)
 
 
+@leaf
 def rectangle_corners(rectangle: torch.Tensor, size: tuple[int, int], *, aspect: bool = False) -> torch.Tensor:
     """Corners of rectangles in pixels, for drawing: μ + (cos α·u - sin α·v, sin α·u + cos α·v) at (u, v) = (±σ₁, ±σ₂).
 

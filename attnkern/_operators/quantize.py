@@ -42,16 +42,9 @@ def _fake_anchor_bwd(
 # --- decompositions --------------------------------------------------------------------------------------------------
 
 
-def _nearest(a, anchors):
-    """Index of the nearest anchor by distances in float64: few exporters know how to search a sorted table."""
-    a, anchors = a.double(), anchors.double()
-    nearest = a.clamp(anchors.amin(0), anchors.amax(0))[..., None].sub(anchors).abs().argmin(-1)
-    return torch.where(a.isnan() | anchors.isnan().any(), torch.zeros_like(nearest), nearest)
-
-
 def _quantized(a, anchors, dtype, divisor=1):
     wide_a, wide_anchors = a.to(dtype), anchors.to(dtype)
-    index = _nearest(a, anchors)
+    index = reference.nearest_by_distance(a, anchors)
     lost = a.isnan() | anchors.isnan().any()
     values = torch.where(lost, torch.full_like(wide_a, torch.nan), wide_anchors[index])
     difference = (values - wide_a).flatten()

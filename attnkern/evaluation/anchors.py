@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from attnkern._common import check_kind, check_shape
+from attnkern._common import check_kind, check_shape, double
 
 
 class AnchorUsage(NamedTuple):
@@ -27,7 +27,8 @@ def perplexity(counts: torch.Tensor) -> float:
         ValueError, TypeError: counts of another shape or kind, or negative ones.
     """
     check_counts("perplexity", counts)
-    return torch.special.entr(counts.double() / counts.sum()).sum().exp().item()
+    counts = double(counts)
+    return torch.special.entr(counts / counts.sum()).sum().exp().item()
 
 
 def usage(counts: torch.Tensor) -> AnchorUsage:
@@ -42,7 +43,7 @@ def usage(counts: torch.Tensor) -> AnchorUsage:
     """
     check_counts("usage", counts)
     used = (counts > 0).sum().item()
-    frequencies = (counts.double() / counts.sum()).tolist()
+    frequencies = (double(counts) / counts.sum().item()).tolist()
     return AnchorUsage(len(counts), used, used / len(counts), perplexity(counts), frequencies)
 
 

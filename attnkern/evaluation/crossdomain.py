@@ -17,6 +17,7 @@ from attnkern._common import (
     check_shape,
     check_size,
     check_tensor,
+    double,
 )
 from attnkern.evaluation._inputs import Data, Normalise, batches, check_evaluating, identity, listed
 
@@ -120,9 +121,10 @@ def zca(samples: torch.Tensor, floor: float = 1e-3) -> Whitening:
     check_number("zca", floor=floor)
     if not floor >= 0:
         raise ValueError(f"zca: floor must be at least 0, got {floor!r}")
-    flat = samples.detach().flatten(1).double()
+    flat = double(samples.detach().flatten(1))
     mean = flat.mean(0)
-    return Whitening(mean.float(), inverse_root((flat - mean).T @ (flat - mean) / len(flat), floor).float())
+    root = inverse_root((flat - mean).T @ (flat - mean) / len(flat), floor)
+    return Whitening(mean.float().to(samples.device), root.float().to(samples.device))
 
 
 def inverse_root(covariance: torch.Tensor, floor: float = 1e-3) -> torch.Tensor:
@@ -159,7 +161,7 @@ def linear_svm(features: torch.Tensor, labels: torch.Tensor, folds: int = 5, see
     splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
     machine = LinearSVC(C=1.0, random_state=seed)
     found = cross_val_score(
-        machine, features.detach().double().cpu().numpy(), labels.cpu().numpy(), cv=splits, error_score="raise"
+        machine, features.detach().cpu().double().numpy(), labels.cpu().numpy(), cv=splits, error_score="raise"
     )
     return LinearSvm(float(found.mean()), float(found.std()), found.tolist())
 

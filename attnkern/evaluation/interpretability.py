@@ -14,6 +14,7 @@ from attnkern._common import (
     check_number,
     check_shape,
     check_tensor,
+    double,
     numbers_of,
 )
 from attnkern.evaluation._inputs import Data, Normalise, Predict, batches, check_maps, identity
@@ -71,10 +72,14 @@ def occlude(
         check_shape("occlude", "fill", fill, "(M, {}, h, w) (C as images), none of them 0", ok, c)
     elif not (isinstance(fill, str) and fill == "colour"):
         raise ValueError(f"occlude: fill must be 'colour' or a Tensor of images, got {came(fill)}")
-    draws = torch.rand(n, 2 + c, generator=generator, dtype=torch.float64, device=generator.device).to(images.device)
+    try:
+        draws = torch.rand(n, 2 + c, generator=generator, dtype=torch.float64, device=generator.device)
+    except (TypeError, RuntimeError):  # a device without float64
+        draws = torch.rand(n, 2 + c, generator=generator, device=generator.device)
     # The place within the square of every row and column, out of [0, size) beside it.
-    rows = torch.arange(height, device=images.device) - (draws[:, :1] * (height - size + 1)).long()
-    columns = torch.arange(width, device=images.device) - (draws[:, 1:2] * (width - size + 1)).long()
+    top, left = ((draws[:, i, None] * (length - size + 1)).long() for i, length in enumerate((height, width)))
+    rows = torch.arange(height, device=images.device) - top.to(images.device)
+    columns = torch.arange(width, device=images.device) - left.to(images.device)
     inside = ((rows >= 0) & (rows < size))[:, :, None] & ((columns >= 0) & (columns < size))[:, None, :]
     if isinstance(fill, torch.Tensor):
         chosen = fill[(draws[:, 2] * len(fill)).long().to(fill.device)].to(images)
@@ -83,7 +88,7 @@ def occlude(
         rows, columns = rows.clamp(0, size - 1)[:, :, None], columns.clamp(0, size - 1)[:, None, :]
         cover = patches[image, :, rows, columns].movedim(3, 1)
     else:
-        cover = draws[:, 2:, None, None].to(images.dtype)
+        cover = draws[:, 2:, None, None].to(images)
     return torch.where(inside[:, None], cover, images)
 
 
@@ -110,23 +115,24 @@ def frequency(images: torch.Tensor, radius: float, keep: str) -> torch.Tensor:
     if not radius > 0:
         raise ValueError(f"frequency: radius must be positive, got {radius!r}")
     # Zero frequency stands at length // 2 after the shift, which is the published length / 2 for even lengths.
-    rows, columns = (torch.arange(length, device=images.device) - length // 2 for length in images.shape[2:])
+    numbers = double(images)
+    rows, columns = (torch.arange(length, device=numbers.device) - length // 2 for length in images.shape[2:])
     kept = rows[:, None].square() + columns.square() < radius**2
     if keep == "high":
         kept = ~kept
-    spectrum = torch.fft.fftshift(torch.fft.fft2(images.double()), dim=(2, 3))
+    spectrum = torch.fft.fftshift(torch.fft.fft2(numbers), dim=(2, 3))
     filtered = torch.fft.ifft2(torch.fft.ifftshift(spectrum * kept, dim=(2, 3))).real
     low, high = filtered.amin((2, 3), keepdim=True), filtered.amax((2, 3), keepdim=True)
     # Of a constant channel the transform leaves rounding, which must not be blown up to a picture.
     extent = torch.where(high - low > 1e-6, high - low, torch.inf)
-    return ((filtered - low) / extent * 255).round().to(images.dtype) / 255
+    return ((filtered - low) / extent * 255).round().to(images) / 255
 
 
 def _cosine(maps, others, centred):
     """(N,) cosines of flattened maps; 0 where one is zero, or constant and ``centred``."""
     vectors = []
     for each in (maps, others):
-        vector = each.flatten(1).double()
+        vector = double(each.flatten(1))
         if centred:
             extent, largest = vector.amax(1) - vector.amin(1), vector.abs().amax(1)
             # Less its mean, a constant map of float32 is rounding.
@@ -174,10 +180,10 @@ def interpretability_score(
         logits, maps = predict(normalise(raw))
         changed_logits, changed_maps = predict(normalise(modify(raw)))
         check_maps(where, "predict's map", maps)
-        same = logits.argmax(1) == changed_logits.argmax(1)
+        same = (logits.argmax(1) == changed_logits.argmax(1)).cpu()
         total += len(raw)
-        plain.append(_cosine(maps, changed_maps, False)[same].cpu())
-        centred.append(_cosine(maps, changed_maps, True)[same].cpu())
+        plain.append(_cosine(maps, changed_maps, False).cpu()[same])
+        centred.append(_cosine(maps, changed_maps, True).cpu()[same])
     columns = []
     for cosines in (torch.cat(plain), torch.cat(centred)):
         counts = {threshold: (cosines >= threshold).sum().item() for threshold in thresholds}

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from attnkern._common import check_count, check_number, check_shape, check_size, check_tensor
+from attnkern._common import check_count, check_number, check_shape, check_size, check_tensor, double
 from attnkern._numerics import wide
 from attnkern.evaluation._inputs import check_maps, check_masks
 
@@ -101,7 +101,7 @@ def pointing_game(maps: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]
     check_maps("pointing_game", "maps", maps)
     _check_boxes("pointing_game", boxes, maps)
     size = check_size("pointing_game", size)
-    return _hits(maps, boxes, size).double().mean().item()
+    return _hits(maps, boxes, size).cpu().double().mean().item()
 
 
 def binarise(maps: torch.Tensor) -> torch.Tensor:
@@ -171,7 +171,7 @@ def tight_boxes(maps: torch.Tensor, share: float = 0.2) -> torch.Tensor:
 
 
 def jaccard(predicted: torch.Tensor, target: torch.Tensor, empty: float = 1.0) -> torch.Tensor:
-    """Intersection over union of each pair of masks, (N,) float64.
+    """Intersection over union of each pair of masks, (N,) float64; on the CPU where their device has no float64.
 
     Args:
         predicted, target: (N, H, W) bool.
@@ -183,8 +183,8 @@ def jaccard(predicted: torch.Tensor, target: torch.Tensor, empty: float = 1.0) -
     check_masks("jaccard", "predicted", predicted)
     check_masks("jaccard", "target", target, "predicted", predicted)
     check_number("jaccard", empty=empty)
-    intersection = (predicted & target).sum((1, 2)).double()
-    union = (predicted | target).sum((1, 2))
+    intersection = double((predicted & target).sum((1, 2)))
+    union = double((predicted | target).sum((1, 2)))
     return torch.where(union > 0, intersection / union, empty)
 
 

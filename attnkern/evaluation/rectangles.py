@@ -20,6 +20,7 @@ from attnkern._common import (
     check_shape,
     check_size,
     check_tensor,
+    double,
     numbers_of,
 )
 from attnkern._numerics import SIGMA_FLOOR, aspect_factors, wide
@@ -85,17 +86,20 @@ def rectangle_mask(rectangle: torch.Tensor, size: tuple[int, int], aspect: bool 
     size = check_size("rectangle_mask", size)
     check_flag("rectangle_mask", aspect=aspect)
     # In float64, for the same mask on every device.
-    mu1, mu2, sigma1, sigma2, alpha = rectangle.detach().double()[..., None, None].unbind(1)
+    mu1, mu2, sigma1, sigma2, alpha = double(rectangle.detach())[..., None, None].unbind(1)
     row, column = aspect_factors(*size, aspect)
     d1 = (coordinates(size[0], mu1)[:, None] - mu1) * row
     d2 = (coordinates(size[1], mu2) - mu2) * column
     u = torch.cos(alpha) * d1 + torch.sin(alpha) * d2
     v = torch.cos(alpha) * d2 - torch.sin(alpha) * d1
-    return (u.abs() <= sigma1.abs().clamp(min=SIGMA_FLOOR)) & (v.abs() <= sigma2.abs().clamp(min=SIGMA_FLOOR))
+    inside = (u.abs() <= sigma1.abs().clamp(min=SIGMA_FLOOR)) & (v.abs() <= sigma2.abs().clamp(min=SIGMA_FLOOR))
+    return inside.to(rectangle.device)
 
 
 def catching_rate(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Ψ = mean of a·ã over the pixels of two masks on ±1, (N,) float64 from -1 to 1.
+
+    It lies where the masks do, or on the CPU where that device has no float64.
 
     Args:
         predicted, target: (N, H, W) bool; True is +1.
@@ -107,7 +111,7 @@ def catching_rate(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor
     """
     check_masks("catching_rate", "predicted", predicted)
     check_masks("catching_rate", "target", target, "predicted", predicted)
-    return 2 * (predicted == target).double().mean((1, 2)) - 1
+    return 2 * double(predicted == target).mean((1, 2)) - 1
 
 
 def missing_rate(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -358,5 +362,5 @@ def equivariance_errors(
                 difference = after - wanted
                 turned = torch.asin(difference[:, 4].sin().abs().clamp(max=1))
                 norms = difference[:, :2].norm(dim=1), difference[:, 2:4].norm(dim=1), turned
-                found[kind].append(torch.stack((equivariance_distance(after, wanted), *norms)).double().cpu())
+                found[kind].append(torch.stack((equivariance_distance(after, wanted), *norms)).cpu().double())
     return {kind: EquivarianceError(*torch.cat(parts, 1).mean(1).tolist()) for kind, parts in found.items()}

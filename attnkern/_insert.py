@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
-import torch.fx
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -19,31 +18,6 @@ from attnkern._common import check_choice, check_count, check_kind, check_shape,
 from attnkern._tracing import Module
 
 _TAKES_AND_GIVES_FEATURES = (ann.WindowAttention, ann.PositionwiseAttention, ann.ProgressiveAttention)
-
-
-# Symbolic tracing takes these three as they are: a shape that is not known cannot be checked.
-
-
-@torch.fx.wrap
-def _grid_of(tokens):
-    check_tensor("OnTokens", "tokens", tokens)
-    check_shape("OnTokens", "tokens", tokens, "(N, L, C)", tokens.dim() == 3)
-    before, side = OnTokens.grid(int(tokens.shape[1]))  # a tracer has a tensor here
-    return tokens[:, before:].transpose(1, 2).unflatten(2, (side, side))
-
-
-@torch.fx.wrap
-def _put_back(tokens, grid):
-    attended = grid.flatten(2).transpose(1, 2)
-    before = tokens.shape[1] - attended.shape[1]
-    return torch.cat((tokens[:, :before], attended), 1) if before else attended
-
-
-@torch.fx.wrap
-def _channels_first(maps):
-    check_tensor("OnChannelsLast", "maps", maps)
-    check_shape("OnChannelsLast", "maps", maps, "(N, H, W, C)", maps.dim() == 4)
-    return maps.permute(0, 3, 1, 2)
 
 
 class OnTokens(Module):
@@ -69,7 +43,12 @@ class OnTokens(Module):
         return before, side
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return _put_back(tokens, self.module(_grid_of(tokens)))
+        check_tensor("OnTokens", "tokens", tokens)
+        check_shape("OnTokens", "tokens", tokens, "(N, L, C)", tokens.dim() == 3)
+        before, side = self.grid(int(tokens.shape[1]))  # TorchScript's tracer has a tensor here
+        grid = tokens[:, before:].transpose(1, 2).unflatten(2, (side, side))
+        attended = self.module(grid).flatten(2).transpose(1, 2)
+        return torch.cat((tokens[:, :before], attended), 1) if before else attended
 
 
 class OnChannelsLast(Module):
@@ -81,7 +60,9 @@ class OnChannelsLast(Module):
         self.module = module
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        return self.module(_channels_first(maps)).permute(0, 2, 3, 1)
+        check_tensor("OnChannelsLast", "maps", maps)
+        check_shape("OnChannelsLast", "maps", maps, "(N, H, W, C)", maps.dim() == 4)
+        return self.module(maps.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class Attended(nn.Module):

@@ -150,7 +150,7 @@ def report(subject: Subject, run: str | os.PathLike, results: dict[str, Any] | N
     curves = sorted(run.glob("csv/version_*/metrics.csv"))
     if curves:
         note = "Accuracy and loss by epoch. The test curve is for watching; the last epoch counts."
-        figures.append(_figure("Training", note, lambda theme: viz.training_curves({run.name: curves}, theme=theme)))
+        figures.append(_figure("Training", note, lambda theme: viz.training_curves(curves, theme=theme)))
     for name, entry in results.get("anchors", {}).items():
         if isinstance(entry, dict):
             values = torch.tensor(entry["values"])

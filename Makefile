@@ -27,6 +27,7 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 	$(PY) -m attnkern info
 	touch $@
 
+# Every competitor in a default process and in one with tuned malloc: docs/performance.md.
 bench: setup
 	$(PY) -m benchmarks.run
 

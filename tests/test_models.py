@@ -100,7 +100,7 @@ def test_list_models():
 
 
 def test_unknown_model():
-    with pytest.raises(ValueError, match=r"name must be 'efficientnet_b0_none', .*, got 'vgg_att2'"):
+    with pytest.raises(ValueError, match=r"name must be 'attn_vgg_after', .*, got 'vgg_att2'"):
         create_model("vgg_att2", 10)
 
 

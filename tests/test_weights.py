@@ -256,7 +256,8 @@ def test_published_checkpoints_give_the_published_logits(name, tmp_path):
 
 def test_published_checkpoint_for_other_classes(tmp_path):
     theirs = published("vgg_aib", tmp_path / "best.tar")
-    with pytest.warns(UserWarning, match="was read as"):
+    expected = "; as initialised, for another number of classes: classifier.weight, classifier.bias$"
+    with pytest.warns(UserWarning, match=expected):
         ours = small("vgg_aib", 9, pretrained=tmp_path / "best.tar")
     assert torch.equal(ours.encoder[32].weight.double(), theirs.encode[8].weight.float().double())
     assert ours.classifier.out_features == 9

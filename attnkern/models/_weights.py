@@ -109,17 +109,23 @@ def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
     """
     what = "create_model: pretrained"
     read = read_weights(what, path)
-    load_state(what, network, path, read)
+    kept = load_state(what, network, path, read)
     if read.layout:
-        warnings.warn(f"{what}: {os.fspath(path)!r} was read as {read.layout}: {read.summary()}", stacklevel=3)
+        summary = read.summary() + (
+            f"; as initialised, for another number of classes: {', '.join(kept)}" if kept else ""
+        )
+        warnings.warn(f"{what}: {os.fspath(path)!r} was read as {read.layout}: {summary}", stacklevel=3)
 
 
-def load_state(what: str, network: nn.Module, path: str | os.PathLike, read: Renamed) -> None:
-    """Load what was read of ``path``, or say what does not fit."""
+def load_state(what: str, network: nn.Module, path: str | os.PathLike, read: Renamed) -> list[str]:
+    """Load what was read of ``path``, or say what does not fit; names of what stays, for another number of classes."""
     state, own = dict(read.state), network.state_dict()
-    for key in own:
-        if key.startswith(network.class_layers) and key in state and state[key].shape != own[key].shape:
-            state[key] = own[key]
+    kept = [
+        key
+        for key in own
+        if key.startswith(network.class_layers) and key in state and state[key].shape != own[key].shape
+    ]
+    state |= {key: own[key] for key in kept}
     wrong = sorted(own.keys() ^ state.keys())
     shapes = ""
     resized = [key for key in own if key in state and state[key].shape != own[key].shape]
@@ -133,6 +139,7 @@ def load_state(what: str, network: nn.Module, path: str | os.PathLike, read: Ren
             f"{len(wrong)} entries differ, {wrong[0]!r}{shapes} among them{origin}"
         )
     network.load_state_dict(state)
+    return kept
 
 
 def save_state(state: dict[str, torch.Tensor], path: Path) -> None:

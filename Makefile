@@ -62,11 +62,11 @@ fuzz: setup
 mutate: setup
 	$(PY) tests/mutate.py $(if $(SEED),--seed $(SEED))
 
-# Random shapes for three minutes: memory, repeatability, caches.
+# 40,000 calls of random shapes, some minutes: memory, repeatability, caches.
 soak: setup
 	$(PY) tests/soak.py
 
-# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, about four minutes; part of the tests.
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, about two minutes; part of the tests.
 sanitize: setup
 	bash tests/sanitize.sh
 

@@ -16,13 +16,22 @@ import hashlib
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import time
+import traceback
 from pathlib import Path
 
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # pip does not look where it builds without isolation
+    sys.exit(
+        f"attnkern: building needs setuptools 77 or later, this is {setuptools.__version__}: "
+        "pip install --upgrade setuptools"
+    )
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.sdist import sdist
@@ -78,7 +87,7 @@ if "MAX_JOBS" not in os.environ and hasattr(os, "sysconf"):
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, memory // 2**32)))  # 4 GiB a compiler
 
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler  # noqa: E402
 
 MODULES = {"cpu": "attnkern._C", "cuda": "attnkern._C_cuda"}
 # Never -ffast-math: it changes the whole process's floating-point mode and folds NaN checks away. Symbols are hidden:
@@ -91,7 +100,7 @@ FLAGS = {
 
 
 def sources(kind: str) -> list[str]:
-    lines = [line.split() for line in (ROOT / "csrc/sources.txt").read_text().splitlines()]
+    lines = [line.split() for line in (ROOT / "csrc/sources.txt").read_text(encoding="utf-8").splitlines()]
     return [line[1] for line in lines if line[:1] == [kind]]
 
 
@@ -174,7 +183,36 @@ def unfit(kind: str) -> str | None:
     return load_error(path)
 
 
+WITHOUT = "or set ATTNKERN_NO_NATIVE=1 to install without compiled kernels: Triton and the reference need no compiler"
+
+
+def compiler_fault() -> str | None:
+    """Why there is no C++20 compiler here; None when there is one."""
+    compiler = get_cxx_compiler()
+    try:
+        command = [*shlex.split(compiler), *COMMON, "-x", "c++", "-fsyntax-only", "-"]
+        done = subprocess.run(command, input="#include <concepts>\n", capture_output=True, text=True)
+    except OSError as error:
+        return f"{compiler} does not run: {error.strerror}"
+    if done.returncode == 0:
+        return None
+    lines = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit status {done.returncode}"]
+    return f"{compiler} does not compile C++20: {lines[0]}"
+
+
 class Build(BuildExtension):
+    def build_extensions(self):
+        if self.extensions and (fault := compiler_fault()):
+            sys.exit(
+                f"attnkern: building the kernels needs GCC 12 or Clang 16 or later, and {fault}; install one, "
+                f"name one in CXX, {WITHOUT}"
+            )
+        try:
+            super().build_extensions()
+        except Exception:  # after what compiler and linker said
+            traceback.print_exc()
+            sys.exit(f"attnkern: the kernels were not built, see above; repair that, {WITHOUT}")
+
     def run(self):
         if self.inplace:
             reasons = {kind: unfit(kind) for kind in kinds}

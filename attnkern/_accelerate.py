@@ -1,13 +1,17 @@
 """Public implementations in an existing model replaced by ours."""
 
+import functools
+import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from attnkern import compat
-from attnkern._common import check_kind
+from attnkern import _vector_quantize, compat
+from attnkern._common import check_flag, check_kind
 from attnkern._insert import replace, tensors_of
 
 #: Attributes that hold the hooks of a module.
@@ -28,10 +32,13 @@ class Accelerated(NamedTuple):
         return "\n".join(lines) or "nothing to replace"
 
 
-def _attention_inputs(module):
-    weight = module.op.weight
-    options = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(0)}
-    return torch.randn(2, weight.shape[1], 3, 4, **options), torch.randn(2, weight.shape[1], 1, 1, **options)
+class _Known(NamedTuple):
+    """A module that :func:`accelerate` recognises."""
+
+    fits: Callable[[nn.Module], bool]  #: tells by the parts, whatever the class is called
+    ours: type  #: its forward, or the method that counts, replaces theirs
+    inputs: Callable[[nn.Module, dict], tuple]  #: inputs to compare on; may change the tensors in the dict
+    rounds: bool = False  #: theirs is rounded where ours is exact
 
 
 def _is_attention(module):
@@ -42,61 +49,212 @@ def _is_attention(module):
     )  # fmt: skip
 
 
-def _is_quantizer(module):
-    parameters = dict(module.named_parameters())
-    return list(parameters) == ["anchors"] and parameters["anchors"].dim() == 1 and not list(module.children())
-
-
-def _quantizer_inputs(module):
+def _random(like, *shape):
+    """Uniform numbers, the same ones each time, in the dtype and on the device of ``like``."""
     generator = torch.Generator().manual_seed(0)
-    low, high = module.anchors.detach().aminmax()
-    return ((low - 0.3 + (high - low + 0.6) * torch.rand(2, 1, 5, 7, generator=generator)).double(),)
+    return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
 
 
-#: (how to tell by its parts, our class, inputs to compare on)
+def _attention_inputs(module, state):
+    like = state["op.weight"]
+    channels = like.shape[1]
+    numbers = _random(like, 2, channels, 13) * 4 - 2
+    return numbers[..., :12].unflatten(2, (3, 4)), numbers[..., 12:, None]
+
+
+def _only_parameter(module):
+    """Name and shape of the only parameter of a module without children; of others no name."""
+    parameters = list(module.named_parameters())
+    if len(parameters) != 1 or list(module.children()):
+        return "", ()
+    ((name, parameter),) = parameters
+    return name, parameter.shape
+
+
+def _is_quantizer(module):
+    name, shape = _only_parameter(module)
+    return name == "anchors" and len(shape) == 1
+
+
+def _is_bottleneck_quantizer(module):
+    name, shape = _only_parameter(module)
+    layer = isinstance(module, (nn.Linear, nn.Embedding))  # whose weight may have this shape as well
+    return not layer and name == "weight" and len(shape) == 2 and shape[0] == 1
+
+
+def _around(anchors):
+    """Inputs of a quantizer, some beyond its anchors."""
+    low, high = anchors.aminmax()
+    return (low - 0.3 + (high - low + 0.6) * _random(anchors, 2, 1, 5, 7),)
+
+
+def _is_latent_quantizer(module):
+    values = getattr(module, "values_per_latent", None)
+    return isinstance(values, nn.ParameterList) and hasattr(module, "quantize") and hasattr(module, "codes_to_indices")
+
+
+def _latent_inputs(module, state):
+    # Of values at random no index is computed that is an integer but for the rounding.
+    for name in state:
+        if name.startswith("values_per_latent."):
+            state[name] = _random(state[name], len(state[name]))
+    like = state["values_per_latent.0"]
+    return (_random(like, 2, module.dim, 5, 7) * 1.6 - 0.3,)
+
+
+def _is_vector_quantizer(module):
+    codes = getattr(getattr(module, "_codebook", None), "embed", None)
+    alone = getattr(module, "dim", None) == getattr(module, "heads", None) == 1
+    return alone and isinstance(codes, torch.Tensor) and codes.dim() == 3 and codes.shape[0] == codes.shape[2] == 1
+
+
+def _vector_inputs(module, state):
+    # Codes that are far from each other, and numbers nearer to one than to any other by more than theirs is rounded.
+    codes = state["_codebook.embed"]
+    state["_codebook.initted"].fill_(True)
+    codes.copy_(torch.arange(codes.numel(), device=codes.device).flip(0).view_as(codes) / 8)
+    shape = (2, 1, 5, 7) if module.accept_image_fmap else (2, 1, 3, 5, 7) if module.accept_3d_fmap else (2, 9, 1)
+    if not (module.channel_last or module.accept_image_fmap or module.accept_3d_fmap):
+        shape = (2, 1, 9)
+    numbers = _random(codes, *shape)
+    chosen = codes.flatten()[(numbers * codes.numel()).long()]
+    return (chosen + (numbers * 1000 % 1 - 0.5) / 12,)
+
+
 _KNOWN = [
-    (_is_attention, compat.LinearAttentionBlock, _attention_inputs),
-    (_is_quantizer, compat.StraightThroughQuantizer, _quantizer_inputs),
+    _Known(_is_attention, compat.LinearAttentionBlock, _attention_inputs),
+    _Known(_is_quantizer, compat.StraightThroughQuantizer, lambda _, state: _around(state["anchors"])),
+    _Known(_is_bottleneck_quantizer, compat.VectorQuantizer, lambda _, state: _around(state["weight"])),
+    _Known(_is_latent_quantizer, _vector_quantize.LatentQuantize, _latent_inputs, rounds=True),
+    _Known(_is_vector_quantizer, _vector_quantize.VectorQuantize, _vector_inputs, rounds=True),
 ]
 
 
-def _run(kind, module, inputs):
-    """Outputs, gradients and then the buffers of ``kind.forward`` on the parts of ``module``, its own hooks left out.
+@functools.cache
+def _class(ours, theirs):
+    """``theirs`` with what ``ours`` defines in its place: other methods, attributes and isinstance stay.
 
-    In float64.
+    Raises TypeError where a forward takes other arguments; their names may differ, and stay.
     """
-    state = {
-        name: value.detach().double().requires_grad_() if value.is_floating_point() else value.clone()
-        for name, value in tensors_of(module).items()
-    }
-    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+
+    def reduce(self, protocol):  # copy and pickle would look for the class by its name
+        _, _, *state = theirs.__reduce_ex__(self, protocol)
+        return _new, (ours, theirs), *state
+
+    members = {"__module__": ours.__module__, "__reduce_ex__": reduce}
+    if issubclass(ours, nn.Module):
+        wanted, taken = (list(inspect.signature(kind.forward).parameters.values())[1:] for kind in (ours, theirs))
+        if [each.kind for each in taken] != [each.kind for each in wanted]:
+            taken, wanted = (", ".join(each.name for each in parameters) for parameters in (taken, wanted))
+            raise TypeError(f"its forward takes ({taken}), not ({wanted})")
+        wanted, names = ([each.name for each in parameters] for parameters in (wanted, taken))
+        if names != wanted:
+
+            def forward(self, *args, **named):
+                args += tuple(named.pop(name) for name in names[len(args) :] if name in named)
+                return ours.forward(self, *args, **named)
+
+            members["forward"] = forward
+    return type(ours.__name__, (ours, theirs), members)
+
+
+def _new(ours, theirs):
+    kind = _class(ours, theirs)
+    return kind.__new__(kind)
+
+
+def _values(module):
+    """Tensors by name, as numbers to compare on: in float64, where the module lives.
+
+    On the CPU where that device has no float64. Random where there is no data, on the meta device.
+    """
+    values = {}
+    for name, tensor in tensors_of(module).items():
+        if tensor.is_meta or isinstance(tensor, FakeTensor):
+            value = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+            values[name] = _random(value.double(), *value.shape) if value.is_floating_point() else value
+        else:
+            tensor = tensor.detach()
+            device = tensor.device if tensor.device.type != "mps" else torch.device("cpu")
+            dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
+            values[name] = tensor.to(device, dtype, copy=True)
+    return values
+
+
+def _step(parameters, grads):
+    """``parameters`` after a step of an optimizer to which a gradient of None and one of zeros are not the same."""
+    moved = [parameter.detach().clone() for parameter in parameters]
+    for each, grad in zip(moved, grads, strict=True):
+        each.grad = None if grad is None else grad.clone()
+    torch.optim.SGD(moved, lr=0.1, momentum=0.9, weight_decay=0.1).step()
+    return moved
+
+
+def _run(kind, module, values, inputs, needed):
+    """What ``kind.forward`` computes on the parts of ``module``, whose own hooks are left out.
+
+    Its outputs and buffers; for each output alone, and for all of them, every gradient and the parameters after a step.
+
+    Args:
+        needed: whether inputs, and whether parameters, need gradients.
+    """
+    floating = {name: value.is_floating_point() for name, value in values.items()}
+    state = {name: value.clone().requires_grad_(needed[1] and floating[name]) for name, value in values.items()}
+    inputs = [tensor.clone().requires_grad_(needed[0]) for tensor in inputs]
     leaves = [tensor for tensor in [*inputs, *state.values()] if tensor.requires_grad]
     stand_in = nn.Module.__new__(kind)
     stand_in.__dict__ = module.__dict__ | {name: type(module.__dict__[name])() for name in _HOOKS}
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        outputs = torch.func.functional_call(stand_in, state, tuple(inputs), tie_weights=False)
-        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-        total = sum((output * output.detach().cos()).sum() for output in outputs)
-        buffers = [state[name] for name, tensor in tensors_of(module).items() if not isinstance(tensor, nn.Parameter)]
-        return [*outputs, *torch.autograd.grad(total, leaves, allow_unused=True), *buffers]
+    outputs = torch.func.functional_call(stand_in, state, tuple(inputs), tie_weights=False)
+    found = [type(outputs)]
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    buffers = [state[name] for name, tensor in tensors_of(module).items() if not isinstance(tensor, nn.Parameter)]
+    found += [tensor.detach().clone() for tensor in [*outputs, *buffers]]
+    differentiable = [output for output in outputs if output.requires_grad]
+    found.append([output.requires_grad for output in outputs])
+    for used in [*([output] for output in differentiable), differentiable] if differentiable and leaves else []:
+        total = sum((output * output.detach().cos()).sum() for output in used)
+        grads = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+        found += [*grads, *_step(leaves, grads)]
+    return found
 
 
-def _alike(a, b):
-    if a is None or b is None:
-        return a is b
-    return a.shape == b.shape and torch.allclose(a, b, 1e-6, 1e-9)
+def _alike(a, b, rounds):
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return type(a) is type(b) and a == b
+    if a.shape != b.shape or (a.dtype != b.dtype and not rounds):
+        return False
+    return torch.allclose(a.double(), b.double(), *((1e-4, 1e-5) if rounds else (1e-6, 1e-9)))
 
 
-def _difference(module, ours, inputs) -> str | None:
-    """Why ``module`` is no ``ours``; None where it computes the same."""
+def _difference(module, known) -> str | None:
+    """Why ``module`` is not what ``known`` says; None where it computes the same."""
     if any(getattr(part, name) for part in module.modules() if part is not module for name in _HOOKS):
         return "its parts carry hooks, which would not be called"
+    name = known.ours.__name__
+    modes = {part: part.training for part in module.modules()}
     try:
-        found, wanted = (_run(kind, module, inputs) for kind in (ours, type(module)))
+        kinds = _class(known.ours, type(module)), type(module)
+        with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad():
+            values = _values(module)
+            inputs = known.inputs(module, values)
+            device = inputs[0].device
+            devices = [] if device.type == "cpu" else [device]
+            for training, *needed in itertools.product((True, False), repeat=3):
+                results = []
+                for kind in kinds:
+                    for part in modes:
+                        part.training = training
+                    with torch.random.fork_rng(devices, device_type=device.type):
+                        results.append(_run(kind, module, values, inputs, needed))
+                found, wanted = results
+                same = len(found) == len(wanted)
+                if not (same and all(_alike(a, b, known.rounds) for a, b in zip(found, wanted, strict=True))):
+                    return f"it computes something else than {name}"
     except Exception as error:  # someone else's code may raise anything
-        return f"it could not be compared with {ours.__name__}: {error}"
-    if len(found) != len(wanted) or not all(map(_alike, found, wanted)):
-        return f"it computes something else than {ours.__name__}"
+        return f"it could not be compared with {name}: {error}"
+    finally:
+        for part, training in modes.items():
+            part.training = training
     return None
 
 
@@ -121,53 +279,72 @@ def _taken_over(module, new):
 
 
 def accelerate(
-    model: nn.Module, mapping: Mapping[type[nn.Module], Callable[[nn.Module], nn.Module]] | None = None
+    model: nn.Module,
+    mapping: Mapping[type[nn.Module], Callable[[nn.Module], nn.Module]] | None = None,
+    *,
+    allow_rounding: bool = False,
 ) -> Accelerated:
     """Replace what people already have by what computes the same through attnkern's kernels, in place.
 
-    A module of ``model`` is known by its parts, whatever its class is called: "Learn to Pay Attention" blocks (``op``,
-    a 1x1 convolution to one channel without bias, and ``normalize_attn``) and straight-through quantizers of scalars
-    (one parameter, ``anchors`` (Q,)). It is replaced only if outputs and all gradients agree with ours on random
-    numbers in float64. Parameters stay the same objects, so optimizers go on; keys of the state_dict, training mode,
-    hooks, devices and dtypes stay as well.
+    A module of ``model`` is known by its parts, whatever its class is called:
+
+    - "Learn to Pay Attention" blocks: ``op``, a 1x1 convolution to one channel without bias, and ``normalize_attn``.
+    - Straight-through quantizers of scalars, whose only parameter is ``anchors`` (Q,).
+    - The quantizer of the information bottleneck's authors, whose only parameter is ``weight`` (1, Q), and which
+      returns values, anchor loss and commitment loss.
+    - With ``allow_rounding``, vector-quantize-pytorch's ``LatentQuantize`` and its ``VectorQuantize`` of dimension 1
+      with one head.
+
+    It is replaced only if it agrees with ours on random numbers in float64, where the module lives, in training and in
+    evaluation: in outputs and buffers, and for each output alone and for all of them in every gradient, where None is
+    not zero, and in the parameters after an optimizer's step with weight decay. A module on the meta device is compared
+    with random parameters on the CPU.
+
+    Its class becomes one that derives from ours and from its own, so that its other methods stay. Parameters stay the
+    same objects, so optimizers go on; keys of the state_dict, training mode, hooks, devices and dtypes stay as well.
 
     Args:
-        model: changed in place; itself replaced only inside, so pass a model that holds the modules.
+        model: changed in place; a replacement from ``mapping`` is put only inside it.
         mapping: a class of your own -> what makes its replacement from the module; its state_dict must have the same
             keys. It is taken at its word.
+        allow_rounding: replace also what rounds where ours is exact. Theirs may choose another entry for a number that
+            is nearly as far from two, and LatentQuantize the index below; values differ in the last digits.
 
     Returns:
         What was replaced, and what was left and why. Printed, it says so in lines.
 
     Raises:
         ValueError: a replacement of ``mapping`` with other keys; nothing is changed then.
-        TypeError: a model that is no Module, a mapping that is none.
+        TypeError: a model that is no Module, a mapping that is none, a flag that is neither True nor False.
     """
     check_kind("accelerate", nn.Module, model=model)
     check_kind("accelerate", Mapping | None, mapping=mapping)
-    replaced, left, made = {}, {}, {}
+    check_flag("accelerate", allow_rounding=allow_rounding)
+    replaced, left, made, known = {}, {}, {}, {}
     modules = dict(model.named_modules())
     for name, module in modules.items():
         make = (mapping or {}).get(type(module))
         if make is not None and name:
             made[name] = _taken_over(module, make(module))
+            replaced[name] = type(made[name]).__name__
             continue
-        for fits, ours, inputs in _KNOWN:
-            if type(module) is ours or not fits(module):
+        for each in _KNOWN:
+            if isinstance(module, each.ours) or not each.fits(module):
                 continue
             if "forward" in module.__dict__:
                 left[name] = "its forward has been replaced"
             elif getattr(module, "normalize_attn", True) is False:
                 left[name] = "sigmoid weights are not softmax pooling: plain PyTorch does them"
-            elif why := _difference(module, ours, inputs(module)):
+            elif why := _difference(module, each):
                 left[name] = why
+            elif each.rounds and not allow_rounding:
+                left[name] = f"it rounds where {each.ours.__name__} is exact: pass allow_rounding=True"
             else:
-                replaced[name] = ours.__name__
+                known[name] = each.ours
+                replaced[name] = each.ours.__name__
                 break
     for name, new in made.items():
         replace(model, modules[name], new)
-        replaced[name] = type(new).__name__
-    for name, kind in replaced.items():
-        if name not in made:
-            modules[name].__class__ = getattr(compat, kind)
+    for name, ours in known.items():
+        modules[name].__class__ = _class(ours, type(modules[name]))
     return Accelerated(replaced, left)

@@ -1,20 +1,49 @@
 """Attention behind a named layer of any network."""
 
+import contextlib
 import copy
 import itertools
+import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
+import torch.fx
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import attnkern.nn as ann
-from attnkern._common import check_count, check_kind, check_shape, check_tensor
+from attnkern._common import check_choice, check_count, check_kind, check_shape, check_tensor
 from attnkern._tracing import Module
 
 _TAKES_AND_GIVES_FEATURES = (ann.WindowAttention, ann.PositionwiseAttention, ann.ProgressiveAttention)
+
+
+# Symbolic tracing takes these three as they are: a shape that is not known cannot be checked.
+
+
+@torch.fx.wrap
+def _grid_of(tokens):
+    check_tensor("OnTokens", "tokens", tokens)
+    check_shape("OnTokens", "tokens", tokens, "(N, L, C)", tokens.dim() == 3)
+    before, side = OnTokens.grid(int(tokens.shape[1]))  # a tracer has a tensor here
+    return tokens[:, before:].transpose(1, 2).unflatten(2, (side, side))
+
+
+@torch.fx.wrap
+def _put_back(tokens, grid):
+    attended = grid.flatten(2).transpose(1, 2)
+    before = tokens.shape[1] - attended.shape[1]
+    return torch.cat((tokens[:, :before], attended), 1) if before else attended
+
+
+@torch.fx.wrap
+def _channels_first(maps):
+    check_tensor("OnChannelsLast", "maps", maps)
+    check_shape("OnChannelsLast", "maps", maps, "(N, H, W, C)", maps.dim() == 4)
+    return maps.permute(0, 3, 1, 2)
 
 
 class OnTokens(Module):
@@ -40,20 +69,51 @@ class OnTokens(Module):
         return before, side
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        check_tensor("OnTokens", "tokens", tokens)
-        check_shape("OnTokens", "tokens", tokens, "(N, L, C)", tokens.dim() == 3)
-        before, side = self.grid(tokens.shape[1])
-        grid = tokens[:, before:].transpose(1, 2).unflatten(2, (side, side))
-        attended = self.module(grid).flatten(2).transpose(1, 2)
-        return torch.cat((tokens[:, :before], attended), 1) if before else attended
+        return _put_back(tokens, self.module(_grid_of(tokens)))
 
 
-class _Found(Exception):
-    """Ends a run as soon as the layer has returned."""
+class OnChannelsLast(Module):
+    """A module of maps (N, C, H, W) on maps (N, H, W, C)."""
 
-    def __init__(self, shape):
+    def __init__(self, module: nn.Module):
         super().__init__()
-        self.shape = shape
+        check_kind("OnChannelsLast", nn.Module, module=module)
+        self.module = module
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        return self.module(_channels_first(maps)).permute(0, 2, 3, 1)
+
+
+class Attended(nn.Module):
+    """A layer with attention behind it, in the place of the layer: its arguments and public attributes are passed on.
+
+    Private attributes are not: other libraries mark modules with them.
+    """
+
+    def __init__(self, layer: nn.Module, attention: nn.Module):
+        super().__init__()
+        check_kind("Attended", nn.Module, layer=layer, attention=attention)
+        self.layer = layer
+        self.attention = attention
+
+    def forward(self, *args, **kwargs):
+        return self.attention(self.layer(*args, **kwargs))
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+            return getattr(super().__getattr__("layer"), name)
+
+    def __setattr__(self, name, value):
+        layer = vars(self).get("_modules", {}).get("layer")
+        own = name in ("layer", "attention") or name in vars(self) or hasattr(type(self), name)
+        if own or name.startswith("_") or not hasattr(layer, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(layer, name, value)
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -69,33 +129,149 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _output_of(model: nn.Module, layer: nn.Module, example: torch.Tensor | None) -> torch.Size:
-    """Shape of what ``layer`` returns, found without computing anything."""
-    if example is None:
-        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        if first is None:
-            raise ValueError("insert: example must be given for a model without a Conv2d, got None")
-        example = torch.empty(1, first.in_channels, 224, 224, device=first.weight.device, dtype=first.weight.dtype)
-
-    def note(_module, _inputs, output):
-        if not isinstance(output, torch.Tensor):
-            raise TypeError(f"insert: the layer must return a Tensor, got {type(output).__name__}")
-        raise _Found(output.shape)
-
-    training = [module for module in model.modules() if module.training]
-    handle = layer.register_forward_hook(note)
+@contextlib.contextmanager
+def _undone(model: nn.Module):
+    """Undo what a run in evaluation mode leaves in the modules: modes, attributes, caches, buffers, random state."""
+    modules = list(model.modules())
+    attributes = [vars(module) for module in modules]
+    kept = [value for each in attributes for value in each.values() if type(value) in (dict, OrderedDict, list, set)]
+    before = [(container, copy.copy(container)) for container in (*attributes, *kept)]
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    training = [module for module in modules if module.training]
+    devices = {tensor.device.index for tensor in model.parameters() if tensor.device.type == "cuda"}
     try:
-        model.eval()
-        with FakeTensorMode() as fake, torch.no_grad():
-            fakes = {name: fake.from_tensor(tensor) for name, tensor in tensors_of(model).items()}
-            torch.func.functional_call(model, fakes, (fake.from_tensor(example),), tie_weights=False)
-    except _Found as found:
-        return found.shape
+        with torch.random.fork_rng(sorted(devices)):
+            model.eval()
+            yield
     finally:
-        handle.remove()
-        for module in training:
+        for container, old in before:
+            container.clear()
+            container.extend(old) if isinstance(container, list) else container.update(old)
+        for buffer, version, old in buffers:
+            if buffer._version != version:
+                buffer.copy_(old)
+        for module in training:  # of a scripted module it is no attribute
             module.training = True
-    raise ValueError("insert: the layer must run when the model does, and it did not")
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keep PyTorch from logging the traceback of an operator that fails on fake tensors: here that is an answer."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
+
+
+class _Runs:
+    """Runs of a model on fake tensors, which compute nothing; on ``example`` itself where the model needs numbers."""
+
+    def __init__(self, model: nn.Module, example):
+        self.model = model
+        self.given = example is not None
+        self.fake = True
+        if not self.given:
+            first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+            if first is None:
+                raise ValueError("insert: example must be given for a model without a Conv2d, got None")
+            like = ann._like(first, model)
+            example = torch.empty(1, first.in_channels, 224, 224)
+            example = example if like is None else example.to(like.device, like.dtype)
+        self.inputs = example if isinstance(example, tuple) else (example,)
+
+    def __call__(self, layer: nn.Module, change=lambda tensor: tensor):
+        """What ``layer`` returns first (None where it is not reached), and the exception that ended the run, if any.
+
+        Args:
+            change: applied to each tensor of the example.
+        """
+        found = []
+        inputs = tree_map_only(torch.Tensor, change, self.inputs)
+        with _undone(self.model), torch.no_grad():
+            layer.register_forward_hook(lambda _module, _inputs, output: found.append(output))
+            try:
+                if self.fake:
+                    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                        tensors = {name: mode.from_tensor(tensor) for name, tensor in tensors_of(self.model).items()}
+                        inputs = tree_map_only(torch.Tensor, mode.from_tensor, inputs)
+                        torch.func.functional_call(self.model, tensors, inputs, tie_weights=False)
+                else:
+                    self.model(*inputs)
+                error = None
+            except Exception as raised:  # someone else's code may raise anything
+                error = raised
+        return next(iter(found), None), error
+
+    def checked(self, layer: nn.Module):
+        """The same, from a run on the example's numbers where the run on fake tensors fails and there is an example."""
+        output, error = self(layer)
+        if error is not None and self.fake and self.given:
+            self.fake = False
+            output, error = self(layer)
+        return output, error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
+
+
+def _output_of(runs: _Runs, layer: nn.Module) -> tuple[torch.Tensor, bool]:
+    """What ``layer`` returns, and whether the model ran to its end."""
+    output, error = runs.checked(layer)
+    if output is None and error is not None and runs.given:
+        raise ValueError(f"insert: example must be an input that the model runs on: {_first_line(error)}") from error
+    if output is None and error is not None:
+        raise ValueError(
+            "insert: example must be given, an input of the model, which does not run on a fake image of 224x224: "
+            + _first_line(error)
+        ) from error
+    if output is None:
+        raise ValueError("insert: the layer must run when the model does, and it did not")
+    if not isinstance(output, torch.Tensor):
+        raise TypeError(f"insert: the layer must return a Tensor, got {type(output).__name__}")
+    return output, error is None
+
+
+def _layout_of(name: str, runs: _Runs, layer: nn.Module, shape: torch.Size) -> str:
+    """Which axes of an output of this shape are channels and positions, as changed inputs tell."""
+
+    def changed(change):
+        output, _ = runs(layer, change)
+        if not isinstance(output, torch.Tensor) or output.dim() != len(shape):
+            return set()
+        return {axis for axis, length in enumerate(output.shape) if length != shape[axis]}
+
+    returns = f"insert: {name} must return (N, C, H, W), (N, H, W, C) or tokens (N, L, C), got shape {tuple(shape)}"
+    if len(shape) not in (3, 4):
+        raise ValueError(returns)
+    images = [leaf for leaf in tree_leaves(runs.inputs) if isinstance(leaf, torch.Tensor) and leaf.dim() == 4]
+    grown = changed(lambda tensor: tensor.repeat(1, 1, 2, 2) if tensor.dim() == 4 else tensor) if images else set()
+    square = all(image.shape[2] == image.shape[3] for image in images) and bool(images)
+    if len(shape) == 3:
+        more = changed(lambda tensor: tensor.repeat(2, *[1] * (tensor.dim() - 1)) if tensor.dim() else tensor)
+        if more and 0 not in more:
+            raise ValueError(f"{returns}, where the batch is another axis than the first")
+        if 2 in grown:
+            raise ValueError(f"{returns}, where the last axis changes with the size of the image")
+        if images and not square:
+            raise ValueError(
+                f"insert: layout must be 'NLC' if the tokens of {name}, of shape {tuple(shape)}, form a square grid, "
+                "which those of an image that is not square may not, got None"
+            )
+        return "NLC"
+    layouts = {"NCHW": (1, shape[2:]), "NHWC": (3, shape[1:3])}
+    if grown - {0}:
+        fitting = [layout for layout, (channels, _) in layouts.items() if channels not in grown]
+    else:
+        fitting = [layout for layout, (_, size) in layouts.items() if square and size[0] == size[1]]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"insert: layout must be given, 'NCHW' or 'NHWC', where shape {tuple(shape)} of the output of {name} does "
+            "not tell, got None"
+        )
+    return fitting[0]
 
 
 def replace(model: nn.Module, layer: nn.Module, new: nn.Module) -> None:
@@ -111,72 +287,96 @@ def insert(
     name: str,
     module: nn.Module | Callable[..., nn.Module],
     *,
-    example: torch.Tensor | None = None,
+    example: torch.Tensor | tuple[object, ...] | None = None,
+    layout: str | None = None,
     **options: object,
 ) -> nn.Module:
     """Put attention behind the layer ``name`` of ``model``, in place: layer(x) becomes module(layer(x)).
 
     Behind an ``nn.Sequential`` it is appended as ``name.attention`` and every other key of the state_dict stays; any
-    other layer becomes ``name.layer`` beside it. So load a checkpoint of the plain model before. A layer with
-    parameters under several names attends under each.
+    other layer becomes ``name.layer`` beside it, and what stands in its place passes on its arguments and public
+    attributes. So load a checkpoint of the plain model before. A layer with parameters under several names attends
+    under each.
+
+    The model is run in evaluation mode on fake tensors, which compute nothing, and, where it needs numbers (branches on
+    data, NumPy), on ``example``: for the shape of the layer's output, for its layout, with larger images, and once
+    more with the module in place. Where that fails, the model stays as it was.
 
     Args:
-        model: any network. A layer that returns maps (N, C, H, W) takes the module as it is; behind one that returns
-            tokens (N, L, C) it works on their square grid (see :class:`OnTokens`).
+        model: any network.
         name: of a layer, as in ``model.named_modules()``.
         module: a module, or a class that is called with the layer's channels and ``options``.
-        example: an input of the model, to find the channels with; default: an image of 224x224. Nothing is computed.
+        example: an input of the model, or a tuple of its arguments; default: an image of 224x224, on fake tensors only.
+        layout: of the layer's output. "NCHW": maps (N, C, H, W), which the module takes as they are; "NHWC": maps
+            (N, H, W, C), as Swin has them; "NLC": tokens (N, L, C) of a square grid (see :class:`OnTokens`). None: the
+            axes that follow the size of the image tell, else that which is square.
 
     Returns:
         The inserted module.
 
     Raises:
-        ValueError: no such layer, one that the model does not run, tokens that are no square grid, or an output of
-            other dimensions.
+        ValueError: no such layer, one that the model does not run, tokens that are no square grid, an output of
+            other dimensions or whose layout is not clear, a model that does not run on the example or needs one, or
+            that does not run with the module.
         TypeError: a module that does not give back what it takes, a layer that returns no Tensor, or an argument of
             another kind.
     """
     check_kind("insert", nn.Module, model=model)
     check_kind("insert", str, name=name)
     check_kind("insert", nn.Module | Callable, module=module)
-    check_kind("insert", torch.Tensor | None, example=example)
+    check_kind("insert", torch.Tensor | tuple | None, example=example)
+    check_choice("insert", "layout", layout, ("NCHW", "NHWC", "NLC", None))
     layers = dict(model.named_modules(remove_duplicate=False))
     if name not in layers or name == "":
         raise ValueError(f"insert: name must be a layer of the model, got {name!r}; its parts: "
                          + ", ".join(key for key, _ in model.named_children()))  # fmt: skip
+    if any(torch.nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
+        raise ValueError("insert: model must have run once, got one whose lazy layers have no parameters yet")
     layer = layers[name]
     parent, _, key = name.rpartition(".")
     shared = sum(each is layer for each in layers.values()) > 1
     stateless = next(itertools.chain(layer.parameters(), layer.buffers()), None) is None
+    runs = _Runs(model, example)
+    as_it_was = [(part._modules, dict(part._modules)) for part in layers.values() if isinstance(part._modules, dict)]
     # An activation under several names is shared for no reason: here it becomes a layer of its own.
     own = copy.deepcopy(layer) if shared and stateless else layer
     setattr(layers[parent], key, own)
     try:
-        shape = _output_of(model, own, example)
-    finally:
-        setattr(layers[parent], key, layer)
-    if len(shape) == 4:
-        channels = shape[1]
-    elif len(shape) == 3:
-        OnTokens.grid(shape[1])
-        channels = shape[2]
-    else:
-        raise ValueError(f"insert: {name} must return (N, C, H, W) or tokens (N, L, C), got shape {tuple(shape)}")
-    inserted = module if isinstance(module, nn.Module) else module(channels, **options)
-    if isinstance(inserted, (ann.BottleneckAttention, ann.CompatibilityPool, ann.AnchorQuantizer)):
-        fitting = ", ".join(kind.__name__ for kind in _TAKES_AND_GIVES_FEATURES)
-        raise TypeError(f"insert: module must give back the features it takes ({fitting}), got "
-                        f"{type(inserted).__name__}: call it in the model's forward")  # fmt: skip
-    like = next(layer.parameters(), None)
-    if like is None:
-        like = next(model.parameters(), torch.empty(0))
-    inserted.to(like.device, like.dtype).train(layer.training)
-    behind = OnTokens(inserted) if len(shape) == 3 else inserted
-    layer = own
-    setattr(layers[parent], key, layer)
-    if type(layer) is nn.Sequential and "attention" not in dict(layer.named_children()):
-        layer.add_module("attention", behind)
-    else:
-        wrapped = nn.Sequential(OrderedDict(layer=layer, attention=behind)).train(layer.training)
-        replace(model, layer, wrapped)
+        output, to_the_end = _output_of(runs, own)
+        shape = output.shape
+        layout = layout or _layout_of(name, runs, own, shape)
+        if len(shape) != len(layout):
+            raise ValueError(f"insert: layout must fit the output of {name}, got {layout!r} for shape {tuple(shape)}")
+        if layout == "NLC":
+            OnTokens.grid(shape[1])
+        channels = shape[layout.index("C")]
+        inserted = module if isinstance(module, nn.Module) else module(channels, **options)
+        if isinstance(inserted, (ann.BottleneckAttention, ann.CompatibilityPool, ann.AnchorQuantizer)):
+            fitting = ", ".join(kind.__name__ for kind in _TAKES_AND_GIVES_FEATURES)
+            raise TypeError(f"insert: module must give back the features it takes ({fitting}), got "
+                            f"{type(inserted).__name__}: call it in the model's forward")  # fmt: skip
+        like = ann._like(own, model)
+        inserted.to(output.device, None if like is None else like.dtype)
+        behind = inserted if layout == "NCHW" else {"NHWC": OnChannelsLast, "NLC": OnTokens}[layout](inserted)
+        behind.train(own.training)
+        if _appends(own):
+            own.add_module("attention", behind)
+        else:
+            replace(model, own, Attended(own, behind).train(own.training))
+        error = runs.checked(own)[1] if to_the_end else None
+        if error is not None:
+            how = "" if runs.given else " on fake tensors (give example= to run it on real ones)"
+            message = f"insert: the model must run{how} with module behind {name}: {_first_line(error)}"
+            raise ValueError(message) from error
+    except BaseException:
+        for modules, before in as_it_was:
+            modules.clear()
+            modules.update(before)
+        raise
     return inserted
+
+
+def _appends(layer: nn.Module) -> bool:
+    """Does ``layer`` run its parts one after the other, so that another one fits behind them?"""
+    plain = isinstance(layer, nn.Sequential) and type(layer).forward is nn.Sequential.forward
+    return plain and "forward" not in vars(layer) and "attention" not in dict(layer.named_children())

@@ -9,18 +9,6 @@ import inspect
 
 import torch
 
-#: The features among the arguments of each operator, and what lies in memory as the first of them does.
-_FEATURES = {
-    "window_fwd": ("x",),
-    "window_bwd": ("x", "grad_output"),
-    "quantize_fwd": ("a",),
-    "quantize_bwd": ("a", "grad_values", "indices"),
-    "anchor_fwd": ("x",),
-    "anchor_bwd": ("x", "grad_output"),
-    "pool_fwd": ("local",),
-    "pool_bwd": ("local",),
-}
-
 
 def channels_innermost(x: torch.Tensor) -> bool:
     """True for dense (N, C, ...) of three or four dimensions with channels innermost, and not also contiguous.
@@ -51,10 +39,10 @@ def _dense_like(x, tensor):
     return _with_channels_innermost(tensor) if channels_innermost(x) else tensor.contiguous()
 
 
-def in_layout(name: str, kernel):
-    """``kernel`` of operator ``name``, given its tensors in the layouts that it works in."""
+def in_layout(names: tuple[str, ...], kernel):
+    """``kernel``, given its tensors in the layouts that it works in; ``names`` are its features, the first decides."""
     parameters = list(inspect.signature(kernel).parameters)
-    features = [parameters.index(argument) for argument in _FEATURES.get(name, ())]
+    features = [parameters.index(name) for name in names]
 
     @functools.wraps(kernel)
     def call(*args):

@@ -6,9 +6,9 @@ or channels innermost (see attnkern/_layout.py); all else is contiguous.
 
 ``stats``      (N, 7): max z or a bound near it, Σ exp(z - that), and Σ π ∂z/∂β for the five rectangle parameters;
                (N, 0) without rescale.
-``loss``       (): Σ (v - a)², not yet divided by anything.
+``*_loss``     (): Σ (v - a)² / divisor, the same number twice: autograd needs a tensor of each.
 ``residuals``  (Q,): Σ (v - a) over the elements that chose anchor k, so that the anchors' gradient is 2·residuals.
-``divisor``    what the sums of the two losses were divided by.
+``divisor``    what the sums of the two losses are divided by.
 ``pooled_wide`` (N, C) pooled before rounding for half-precision features, else (0,): then it is ``pooled`` itself.
 ``need_grad_*`` False: that gradient is not computed and comes back with shape (0,).
 """
@@ -25,13 +25,15 @@ SCHEMAS = {
     "window_bwd": "(Tensor grad_output, Tensor? grad_map, Tensor x, Tensor rectangle, Tensor stats,"
     " float scale, bool rescale, bool residual, bool aspect, bool need_grad_x)"
     " -> (Tensor grad_x, Tensor grad_rectangle)",
-    "quantize_fwd": "(Tensor a, Tensor anchors)"
-    " -> (Tensor values, Tensor indices, Tensor loss, Tensor counts, Tensor residuals)",
+    "quantize_fwd": "(Tensor a, Tensor anchors, SymInt divisor)"
+    " -> (Tensor values, Tensor indices, Tensor anchor_loss, Tensor commitment_loss,"
+    " Tensor counts, Tensor residuals)",
     "quantize_bwd": "(Tensor? grad_values, Tensor? grad_anchor_loss, Tensor? grad_commitment_loss,"
     " Tensor a, Tensor anchors, Tensor indices, Tensor residuals, SymInt divisor)"
     " -> (Tensor grad_a, Tensor grad_anchors)",
-    "anchor_fwd": "(Tensor x, Tensor a, Tensor anchors, bool residual)"
-    " -> (Tensor output, Tensor values, Tensor indices, Tensor loss, Tensor counts, Tensor residuals)",
+    "anchor_fwd": "(Tensor x, Tensor a, Tensor anchors, bool residual, SymInt divisor)"
+    " -> (Tensor output, Tensor values, Tensor indices, Tensor anchor_loss, Tensor commitment_loss,"
+    " Tensor counts, Tensor residuals)",
     "anchor_bwd": "(Tensor grad_output, Tensor? grad_values, Tensor? grad_anchor_loss, Tensor? grad_commitment_loss,"
     " Tensor x, Tensor a, Tensor anchors, Tensor indices, Tensor residuals,"
     " bool residual, SymInt divisor, bool need_grad_x)"

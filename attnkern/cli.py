@@ -1,7 +1,11 @@
 """The ``attnkern`` command, also ``python -m attnkern``."""
 
 import argparse
+import contextlib
+import io
+import os
 import platform
+import re
 import sys
 from importlib import metadata
 
@@ -44,6 +48,11 @@ def info() -> str:
     return "\n".join(lines)
 
 
+def _info(options: argparse.Namespace) -> int:
+    print(info())
+    return 0
+
+
 def _train(options: argparse.Namespace, others: list[str]) -> int:
     from attnkern.training.recipes import list_recipes, read_recipe
 
@@ -54,9 +63,10 @@ def _train(options: argparse.Namespace, others: list[str]) -> int:
     from attnkern.training.train import train
 
     result = train(options.recipe, options.data, others)
-    published = result["published_error"]
+    published, accuracy = result["published_error"], result["accuracy"]
+    accuracy = "not tested" if accuracy is None else f"accuracy {accuracy:.4f}"
     print(
-        f"{result['recipe']} on {result['data']}: accuracy {result['accuracy']:.4f} after {result['epochs']} epochs, "
+        f"{result['recipe']} on {result['data']}: {accuracy} after {result['epochs']} epochs, "
         f"{result['seconds']:.0f} s, {result['parameters']:,} parameters, seed {result['seed']}"
         + ("" if published is None else f" (published error {published} %)")
     )
@@ -70,30 +80,82 @@ def _models(options: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from attnkern.models import create_model
+    from attnkern.models._weights import load_state, read_weights, save_state
+
+    what = "convert: checkpoint"
+    read = read_weights(what, options.checkpoint, options.average)
+    if not read.layout:
+        raise ValueError(f"{what}: {options.checkpoint!r} has the names of no published implementation that is known")
+    # That every weight finds its place is checked on a network, before anything is written.
+    network = create_model(read.networks[0], read.num_classes, **read.options)
+    load_state(what, network, options.checkpoint, read)
+    print(f"{options.checkpoint}: {read.layout}\n{read.calls()}\n")
+    for old, (new, count) in read.renamed.items():
+        print(f"{old:28} {new:36} {count:4} entries")
+    for old, (reason, count) in read.left_out.items():
+        print(f"{old:28} {'left out: ' + reason:36} {count:4} entries")
+    if options.out is not None:
+        save_state(read.state, Path(options.out))
+        print(f"\nwritten: {options.out}")
+    return 0
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from attnkern.evaluation.protocols import PROTOCOLS, choices, evaluate, plain, write_json
+    from attnkern.evaluation.protocols import PROTOCOLS, check_protocols, choices, write_json
 
-    subject, name = _subject(options)
-    protocols = PROTOCOLS if "all" in options.protocol else options.protocol
-    results = {"network": name, "checkpoint": options.checkpoint, **choices(subject)}
-    results["protocols"] = evaluate(subject, protocols, _progress)
     out = Path(options.out or Path(options.checkpoint).with_name("evaluation.json"))
-    write_json(out, results)
-    _print_entries(plain(results["protocols"]))
+    protocols = PROTOCOLS if "all" in options.protocol else options.protocol
+    check_protocols(protocols)
+    subject, name = _subject(options, out)
+    results = {"network": name, "checkpoint": options.checkpoint, **choices(subject), "protocols": {}}
+    with _printed(results["protocols"]):
+        _measure(subject, protocols, results["protocols"])
+        write_json(out, results)
     print(f"written: {out}")
     return 0
 
 
-def _subject(options):
-    """What a checkpoint, a data set and the other options of ``evaluate`` describe, and the network's name."""
-    from attnkern.evaluation.protocols import Subject
+def _measure(subject, protocols, results):
+    """Fill ``results`` by protocol: what is there stays there when a later one fails."""
+    from tqdm import tqdm
+
+    from attnkern.evaluation.protocols import evaluate
+
+    bar = tqdm(protocols, disable=None)
+    for name in bar:
+        bar.set_description(name)
+        results |= evaluate(subject, [name])
+
+
+@contextlib.contextmanager
+def _printed(results):
+    """Print what ``results`` holds at the end, also at that by an error: it took minutes."""
+    from attnkern.evaluation.protocols import plain
+
+    try:
+        yield
+    finally:
+        _print_entries(plain(results))
+
+
+def _subject(options, out):
+    """What a checkpoint, a data set and the other options of ``evaluate`` describe, and the network's name.
+
+    Raises an error, too, where ``out`` cannot be written: before anything is computed.
+    """
+    from attnkern.evaluation.protocols import Subject, check_writable
     from attnkern.training.data import ImageData
     from attnkern.training.train import load_run
 
-    device = device_of("evaluate", options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _device(options)
     run = load_run(options.checkpoint)
+    check_writable(options.command, out)
     settings = run.data if options.data is None else {"name": options.data, "size": run.data["size"]}
     images = ImageData(**settings | ({} if options.root is None else {"root": options.root}))
     images.setup()
@@ -101,36 +163,41 @@ def _subject(options):
     return Subject(run.network, images, run.normalise.to(device), run.class_names, **shared), run.name
 
 
+def _device(options):
+    """The device of ``--device``, if it can be used here."""
+    if options.device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(options.command, options.device)
+    try:
+        torch.ones(1, device=device).item()
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
+        why = re.split(r"\.?\s*\n|\.\s", str(error).strip())[0]
+        raise ValueError(f"{options.command}: device {options.device!r} cannot be used here: {why}") from error
+    return device
+
+
 def _report(options: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from attnkern.evaluation.protocols import PROTOCOLS, evaluate
+    from attnkern.evaluation.protocols import PROTOCOLS, write_text
     from attnkern.report import report
 
     run = Path(options.run)
     options.checkpoint = run / "last.ckpt"
-    subject, _ = _subject(options)
+    out = Path(options.out or run / "report.html")
+    subject, _ = _subject(options, out)
     held = run / "evaluation.json"
     if held.exists() and options.data is None:
-        results = json.loads(held.read_text())["protocols"]
+        page = report(subject, run, json.loads(held.read_text(encoding="utf-8"))["protocols"], options.examples)
+        write_text(out, page)
     else:
-        results = evaluate(subject, PROTOCOLS, _progress)
-    out = Path(options.out or run / "report.html")
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(report(subject, run, results, options.examples))
-    partial.replace(out)
+        results = {}
+        with _printed(results):
+            _measure(subject, PROTOCOLS, results)
+            write_text(out, report(subject, run, results, options.examples))
     print(f"written: {out}")
     return 0
-
-
-def _progress(names):
-    from tqdm import tqdm
-
-    bar = tqdm(names, disable=None)
-    for name in bar:
-        bar.set_description(name)
-        yield name
 
 
 def _print_entries(entry, indent=0):
@@ -149,8 +216,11 @@ def _print_entries(entry, indent=0):
 
 def _show(options: argparse.Namespace) -> int:
     from attnkern import viz
+    from attnkern.evaluation.protocols import check_writable
     from attnkern.training.show import explain
 
+    if options.out is not None:
+        check_writable("show", options.out)
     shown = explain(options.checkpoint, options.image, options.map)
     rectangle = {} if shown.rectangle is None else {"rectangle": shown.rectangle}
     title = f"{shown.label} ({shown.probability:.0%})"
@@ -175,11 +245,20 @@ def _on_screen(figure) -> int:
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _run(arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="attnkern", description="Fused kernels for spatial attention.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, available backends, and why the others are not")
     commands.add_parser("models", help="the papers' networks, their parameters and attention maps")
+    convert = commands.add_parser(
+        "convert",
+        help="published weights under attnkern's names",
+        description="Shows whose names a published checkpoint has (the bottleneck paper's authors', SaoYan's AttnVGG), "
+        "what each is called here, and which network has the weights; --out writes them under the new names.",
+    )
+    convert.add_argument("checkpoint", help="file of the published implementation")
+    convert.add_argument("--out", help="file to write: .safetensors, otherwise PyTorch's format")
+    convert.add_argument("--average", action="store_true", help="the average over time, where the file has both")
     train = commands.add_parser(
         "train",
         help="train a network of the papers",
@@ -213,12 +292,34 @@ def main(arguments: list[str] | None = None) -> int:
     options, others = parser.parse_known_args(arguments)
     if others and options.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    if options.command == "info":
-        print(info())
-        return 0
-    run = {"models": _models, "train": _train, "evaluate": _evaluate, "report": _report, "show": _show}[options.command]
+    if options.command == "train":
+        return _train(options, others)
+    commands = {
+        "info": _info,
+        "models": _models,
+        "convert": _convert,
+        "evaluate": _evaluate,
+        "report": _report,
+        "show": _show,
+    }
+    return commands[options.command](options)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end a command
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return run(options, others) if options.command == "train" else run(options)
+        try:
+            return _run(arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, not at exit, where an error could not be caught
+    except BrokenPipeError:  # nobody reads on: attnkern info | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        return 128 + 13  # as if SIGPIPE had ended the command
+    except KeyboardInterrupt:
+        print("attnkern: interrupted", file=sys.stderr)
+        return 128 + 2
     except (ImportError, OSError, ValueError) as error:
         print(f"attnkern: {error}", file=sys.stderr)
         return 1

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from attnkern import anchor_quantize, compatibility_pool
-from attnkern._common import check_count, check_flag, check_shape, check_tensor
-from attnkern._ops import wide
+from attnkern._common import check_count, check_flag, check_number, check_shape, check_tensor
+from attnkern._numerics import wide
 from attnkern._tracing import Module
 from attnkern.nn import _untouched
 
-__all__ = ["LinearAttentionBlock", "ProjectorBlock", "StraightThroughQuantizer"]
+__all__ = ["LinearAttentionBlock", "ProjectorBlock", "StraightThroughQuantizer", "VectorQuantizer"]
 
 
 def _channels(module, default):
@@ -20,12 +20,20 @@ def _channels(module, default):
     return getattr(module.op, "in_channels", default)
 
 
+def _quantized(a, anchors):
+    """:func:`attnkern.anchor_quantize` in the dtype that PyTorch promotes both to."""
+    check_tensor("anchor_quantize", "a", a)
+    dtype = torch.promote_types(a.dtype, anchors.dtype)
+    return anchor_quantize(a.to(dtype), anchors.to(dtype))
+
+
 class LinearAttentionBlock(Module):
     """Attention of "Learn to Pay Attention" as its best-known PyTorch port has it: (l, g) to (c, pooled).
 
     c = ⟨u, ℓ_i + g⟩ with u = ``op.weight`` (1, C, 1, 1) and no bias; pooled = Σ softmax(c)_i ℓ_i, the part that is
-    fused. What is not that mathematics stays plain PyTorch: ``normalize_attn=False``, where sigmoids of c weigh an
-    average over positions, a g of several positions, and an ``op`` with hooks.
+    fused. pooled does not depend on g, which gets a zero gradient from it, not None. What is not that mathematics stays
+    plain PyTorch: ``normalize_attn=False``, where sigmoids of c weigh an average over positions, a g of several
+    positions, and an ``op`` with hooks.
 
     Args:
         in_features: C.
@@ -55,8 +63,13 @@ class LinearAttentionBlock(Module):
             c = self.op(l + g)
             return c, (c.flatten(2).softmax(2).view_as(c) * l).sum((2, 3))
         u = self.op.weight.flatten().to(wide(l.dtype))
+        g = g.flatten(1)
         pooled, _, scores = compatibility_pool(l, u)
-        c = scores + (g.flatten(1).to(u.dtype) * u).sum(1)[:, None, None]
+        c = scores + (g.to(u.dtype) * u).sum(1)[:, None, None]
+        if pooled.requires_grad or (g.requires_grad and torch.is_grad_enabled()):
+            # The sign keeps Inf and NaN out. The sum is also a new tensor: what the kernel returns is kept for backward
+            # and must not be changed in place.
+            pooled = pooled.add(g.sign().to(pooled.dtype), alpha=0)
         return c[:, None].to(l.dtype), pooled
 
 
@@ -91,4 +104,39 @@ class StraightThroughQuantizer(Module):
         self.anchors = nn.Parameter(torch.linspace(0, 1, num_anchors))
 
     def forward(self, a: torch.Tensor) -> torch.Tensor:
-        return anchor_quantize(a, self.anchors).values
+        return _quantized(a, self.anchors.detach()).values  # compiled, they would get zeros, not None
+
+
+class VectorQuantizer(Module):
+    """Quantizer of the authors' code of "Information Bottleneck Approach to Spatial Attention Learning".
+
+    Nearest of the learned scalars ``weight`` (1, Q) for each element, straight-through, and the mean squared distances
+    that move the anchors and the map: as in :func:`attnkern.anchor_quantize`.
+
+    Args:
+        embedding_dim: 1, scalars.
+        num_embeddings: Q.
+        commitment_cost: not used, as there.
+        rd_init: anchors from U(0, 1), otherwise linspace(0, 1, Q).
+    """
+
+    def __init__(self, embedding_dim: int, num_embeddings: int, commitment_cost: float = 0.25, rd_init: bool = True):
+        super().__init__()
+        check_count("VectorQuantizer", embedding_dim=embedding_dim, num_embeddings=num_embeddings)
+        if embedding_dim != 1:
+            raise ValueError(f"VectorQuantizer: embedding_dim must be 1, got {embedding_dim}")
+        check_number("VectorQuantizer", commitment_cost=commitment_cost)
+        check_flag("VectorQuantizer", rd_init=rd_init)
+        self.embedding_dim = embedding_dim
+        self.num_embeddings = num_embeddings
+        self.commitment_cost = commitment_cost
+        weight = torch.rand(num_embeddings) if rd_init else torch.linspace(0, 1, num_embeddings)
+        self.weight = nn.Parameter(weight[None])
+
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """input (N, L) or (N, 1, ...) to values of its shape, anchor loss and commitment loss."""
+        check_tensor("VectorQuantizer", "input", input)
+        fits = input.dim() == 2 or (input.dim() > 2 and input.shape[1] == 1)
+        check_shape("VectorQuantizer", "input", input, "(N, L) or (N, 1, ...)", fits)
+        quantized = _quantized(input, self.weight.flatten())
+        return quantized.values, quantized.anchor_loss, quantized.commitment_loss

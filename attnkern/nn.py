@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from attnkern import (
@@ -26,6 +28,7 @@ from attnkern import (
     window_map,
 )
 from attnkern._common import (
+    DTYPES,
     autocasts,
     check_choice,
     check_count,
@@ -39,7 +42,7 @@ from attnkern._common import (
     is_shape,
     transformed,
 )
-from attnkern._ops import wide
+from attnkern._numerics import wide
 from attnkern._tracing import Module
 from attnkern.quantize import check_reduction
 from attnkern.reference import modulate
@@ -56,9 +59,14 @@ __all__ = [
 ]
 
 
-def _untouched(module: nn.Module, kind: type = nn.Identity) -> bool:
-    """True where skipping ``module`` goes unnoticed: it is still of its own kind and no hook would see the call."""
-    return type(module) is kind and not (
+#: The types of parameters whose numbers are all there is to them; PyTorch traces with the last two. Quantized, sharded
+#: and other tensors with behaviour of their own are subclasses.
+_PLAIN = (nn.Parameter, torch.Tensor, FakeTensor, FunctionalTensor)
+
+
+def _observed(module: nn.Module) -> bool:
+    """True where a hook, or a ``forward`` set on the instance, would notice a call."""
+    return bool(
         "forward" in module.__dict__
         or module._forward_hooks
         or module._forward_pre_hooks
@@ -66,6 +74,42 @@ def _untouched(module: nn.Module, kind: type = nn.Identity) -> bool:
         or module._backward_pre_hooks
         or _has_any_global_hook()
     )
+
+
+def _untouched(module: nn.Module, kind: type = nn.Identity) -> bool:
+    """True where ``module`` may be computed from its parameters, without a call, and nobody would notice.
+
+    It is still of its own kind, nothing observes the call, and its parameters are plain tensors.
+    """
+    return (
+        type(module) is kind
+        and not _observed(module)
+        and all(type(parameter) in _PLAIN for parameter in module._parameters.values() if parameter is not None)
+    )
+
+
+def _folds(layer: nn.Module) -> bool:
+    """True for an untouched ``nn.Linear`` without bias, whose product may be taken in another order."""
+    return _untouched(layer, nn.Linear) and layer._parameters.get("weight") is not None and layer.bias is None
+
+
+def _like(*modules: nn.Module) -> torch.Tensor | None:
+    """The first parameter of the modules, in their order, whose dtype is one to compute in; None: they have none."""
+    parameters = itertools.chain.from_iterable(module.parameters() for module in modules)
+    return next((parameter for parameter in parameters if parameter.dtype in DTYPES), None)
+
+
+def _input_for(layer: nn.Module, tensor: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+    """``tensor`` in the dtype of the parameters of ``layer``.
+
+    Where it has none (a quantized layer, a replica of DataParallel), in the dtype of ``before``, which another layer of
+    the model made, or of ``tensor`` itself; widened where autocast made that.
+    """
+    like = _like(layer)
+    if like is None:
+        before = tensor if before is None else before
+        return tensor.to(wide(before.dtype) if autocasts(before) else before.dtype)
+    return tensor.to(like.dtype)
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:
@@ -141,11 +185,9 @@ class WindowAttention(Module):
     def rectangle(self, x: torch.Tensor) -> torch.Tensor:
         """(N, 5) rectangles of features (N, C, H, W): μ₁, μ₂, σ₁, σ₂, α in the units of :func:`attnkern.window_map`."""
         _check_features("WindowAttention", x, self.channels)
-        summary = self.head(x)
+        summary = _input_for(self.regressor, self.head(x))
         with _full_precision(x):
-            row, column, half_height, half_width, angle = _widened(
-                self.regressor(summary.to(self.regressor.weight.dtype))
-            ).unbind(1)
+            row, column, half_height, half_width, angle = _widened(self.regressor(summary)).unbind(1)
             sigmas = []
             for length, raw in zip(x.shape[2:], (half_height, half_width), strict=True):
                 low = 0.5 / max(length - 1, 1)
@@ -337,9 +379,10 @@ class BottleneckAttention(Module):
             "BottleneckAttention", "what the module mean returns", raw_mean, "({}, 1, {}, {}) (as x)",
             is_shape(raw_mean, n, 1, height, width), n, height, width,
         )  # fmt: skip
+        mean = _widened(raw_mean).sigmoid()
+        given = _input_for(self.std, mean, raw_mean)
         with _full_precision(x):
-            mean = _widened(raw_mean).sigmoid()
-            std = F.softplus(_widened(self.std(mean.to(self.std.weight.dtype))) - 5).squeeze(1)
+            std = F.softplus(_widened(self.std(given)) - 5).squeeze(1)
             mean = mean.squeeze(1)
             a = mean
             if self.training if sample is None else sample:
@@ -361,13 +404,14 @@ class CompatibilityPool(Module):
 
     "parametrised": c = ⟨u, ℓ_i + g⟩ with a learned u. ⟨u, g⟩ is the same for every position, so softmax cancels it: the
     pooled vector does not depend on g, whose gradient is exactly zero. g may be left out; when given it gets those
-    zeros (not None), so that an optimizer and DDP treat what made it as part of the graph.
+    zeros (not None) from pooled and from the map, so that an optimizer and DDP treat what made it as part of the graph.
 
     "dot": c = ⟨ℓ_i, g⟩, without 1/√C.
 
     A learned linear map W (no bias) brings the two to equal channels: with ``project="query"`` W g takes the place of
     g; with ``project="local"`` W ℓ_i takes that of ℓ_i, folded: c = ⟨ℓ_i, Wᵀg⟩ and pooled = W·Σ a_i ℓ_i, so that the
-    projected locals never exist.
+    projected locals never exist. Where ``projection`` is no longer an untouched ``nn.Linear`` (hooks, an adapter, a
+    quantized weight), it is called on the locals as (N, positions, C).
 
     Args:
         local_channels, query_channels: C of the locals and of the query.
@@ -432,8 +476,12 @@ class CompatibilityPool(Module):
                 query = self.projection(query)
 
         key = query if self.weight is None else self.weight
-        if self.project == "local":
+        folds = self.project == "local" and _folds(self.projection)
+        if folds:
             key = F.linear(key, self.projection.weight.t())
+        elif self.project == "local":
+            # Projected as (N, positions, C): what a Linear, or whatever took its place, expects.
+            local = self.projection(local.flatten(2).mT).mT.unflatten(2, local.shape[2:])
         key = _widened(key)
         if _untouched(self.map):
             pooled, attention, _ = compatibility_pool(local, key)
@@ -441,13 +489,16 @@ class CompatibilityPool(Module):
             attention = self.map(compatibility_pool(local, key).attention)
             weighted = local.flatten(2).to(attention.dtype) * attention.flatten(1)[:, None]
             pooled = weighted.sum(2).to(local.dtype)
-        if self.project == "local":
+        if folds:
             pooled = self.projection(pooled)
         # A trace must not depend on whether its example has a gradient.
         followed = query is not None and (query.requires_grad or torch.jit.is_tracing())
         if self.weight is not None and followed:
             # Zeros even where the query is not finite: nothing here depends on it.
-            pooled = pooled + (query.nan_to_num(0, 0, 0) * 0).sum(-1, keepdim=True).to(pooled.dtype)
+            zero = (query.nan_to_num(0, 0, 0) * 0).sum(-1, keepdim=True)
+            pooled = pooled + zero.to(pooled.dtype)
+            if return_map:
+                attention = attention + zero.view(-1, *[1] * (attention.dim() - 1)).to(attention.dtype)
         return (pooled, attention) if return_map else pooled
 
     def extra_repr(self):
@@ -456,7 +507,9 @@ class CompatibilityPool(Module):
 
 
 class ProgressiveAttention(Module):
-    """Features filtered by a map of independent sigmoid scores: output = f·x, f = Λ(⟨u, x_i⟩ + b).
+    """Features filtered by a map of independent sigmoid scores: output = f·x, f = Λ(⟨u, x_i + g⟩ + b).
+
+    The query g is optional. Unlike in :class:`CompatibilityPool`, it matters: a sigmoid does not cancel it.
 
     Args:
         channels: C of the features.
@@ -464,7 +517,8 @@ class ProgressiveAttention(Module):
     Raises:
         ValueError, TypeError: a number below 1, or features of other channels.
 
-    Source: Learn to Pay Attention, Appendix A.2 (the lower level of its PAN baseline, after Seo et al.).
+    Source: Learn to Pay Attention, Appendix A.2 (the lower level of its PAN baseline, after Seo et al.), and the
+    authors' code for the query.
     """
 
     def __init__(self, channels: int):
@@ -474,10 +528,24 @@ class ProgressiveAttention(Module):
         self.score = nn.Conv2d(channels, 1, 1)
         self.map = nn.Identity()
 
-    def forward(self, x: torch.Tensor, return_map: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W)."""
-        _check_features("ProgressiveAttention", x, self.channels)
-        check_flag("ProgressiveAttention", return_map=return_map)
-        map = self.map(_widened(self.score(x)).squeeze(1).sigmoid())
+    def forward(
+        self, x: torch.Tensor, return_map: bool = False, query: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W).
+
+        Args:
+            query: g (N, C), added to the features of every position before they are scored.
+        """
+        where = "ProgressiveAttention"
+        _check_features(where, x, self.channels)
+        check_flag(where, return_map=return_map)
+        scored = x
+        if query is not None:
+            check_tensor(where, "query", query)
+            n, c = x.shape[0], self.channels
+            check_shape(where, "query", query, "({}, {}) (N and C as x)", is_shape(query, n, c), n, c)
+            check_device(where, "query", query, "x", x)
+            scored = x + query[:, :, None, None]
+        map = self.map(_widened(self.score(scored)).squeeze(1).sigmoid())
         output = modulate(x, map[:, None], residual=False)
         return (output, map) if return_map else output

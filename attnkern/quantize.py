@@ -19,9 +19,9 @@ from attnkern._common import (
     saved,
     transformed,
 )
+from attnkern._numerics import loss_divisor
 from attnkern._ops import BACKENDS
 from attnkern._tracing import leaf
-from attnkern.reference import loss_divisor
 
 
 class AnchorQuantized(NamedTuple):
@@ -68,11 +68,9 @@ def _reached(grad_a, grad_anchors, grad_anchor_loss, *through):
 class _AnchorQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, anchors, reduction, backend):
-        values, indices, loss, counts, residuals = BACKENDS[backend].quantize_fwd(a, anchors)
-        divisor = loss_divisor(a, reduction)
-        results = values, indices, loss / divisor, loss / divisor, counts
+        *results, residuals = BACKENDS[backend].quantize_fwd(a, anchors, loss_divisor(a, reduction))
         _save(ctx, (a, anchors), results, residuals, (reduction, backend))
-        return results
+        return tuple(results)
 
     @staticmethod
     def backward(ctx, grad_values, _indices, grad_anchor_loss, grad_commitment_loss, _counts):
@@ -97,11 +95,10 @@ class _AnchorQuantize(torch.autograd.Function):
 class _AnchorAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, a, anchors, residual, reduction, backend):
-        output, values, indices, loss, counts, residuals = BACKENDS[backend].anchor_fwd(x, a, anchors, residual)
         divisor = loss_divisor(a, reduction)
-        results = output, values, indices, loss / divisor, loss / divisor, counts
+        *results, residuals = BACKENDS[backend].anchor_fwd(x, a, anchors, residual, divisor)
         _save(ctx, (x, a, anchors), results, residuals, (residual, reduction, backend))
-        return results
+        return tuple(results)
 
     @staticmethod
     def backward(ctx, grad_output, grad_values, _indices, grad_anchor_loss, grad_commitment_loss, _counts):

@@ -7,11 +7,8 @@ formulas, shapes and sources stand at the public functions of the same names.
 import torch
 import torch.nn.functional as F
 
-from attnkern._ops import wide
+from attnkern._numerics import SIGMA_FLOOR, aspect_factors, loss_divisor, wide
 from attnkern._tracing import recording
-
-#: |σ| is floored here, with zero gradient below.
-SIGMA_FLOOR = 1e-6
 
 
 def coordinates(length: int, like: torch.Tensor) -> torch.Tensor:
@@ -19,18 +16,6 @@ def coordinates(length: int, like: torch.Tensor) -> torch.Tensor:
     if length == 1:
         return torch.full((1,), 0.5, dtype=like.dtype, device=like.device)
     return torch.arange(length, dtype=like.dtype, device=like.device) / (length - 1)
-
-
-def aspect_factors(height: int, width: int, aspect: bool) -> tuple[float, float]:
-    """Factors of the row and the column offset: 1, or (H-1)/L and (W-1)/L with L = max(H, W) - 1."""
-    if not aspect:
-        return 1.0, 1.0
-    # max() compares symbolic sizes, and the exported program would hold for one order only.
-    if isinstance(height, torch.Tensor) or isinstance(width, torch.Tensor):  # traced for TorchScript
-        longest = torch.maximum(torch.as_tensor(height), torch.as_tensor(width)) - 1
-    else:
-        longest = (max if isinstance(height, int) and isinstance(width, int) else torch.sym_max)(height, width) - 1
-    return ((height - 1) / longest, (width - 1) / longest) if longest > 0 else (1.0, 1.0)
 
 
 def _log_window(rectangle, height, width, scale, aspect):
@@ -167,11 +152,6 @@ def _quantize(a, anchors, dtype, reduction):
     counted = ~(a.detach().isnan() | poisoned)
     counts = _counts(index.flatten(), counted.flatten(), anchors)
     return through, index, anchor_loss, commitment_loss, counts
-
-
-def loss_divisor(a: torch.Tensor, reduction: str) -> int:
-    """What Σ (v - a)² is divided by; at least 1, so that an empty batch has loss 0."""
-    return max(1, {"mean": a.numel(), "batchmean": a.shape[0], "sum": 1}[reduction])
 
 
 def anchor_quantize(a, anchors, *, reduction="mean"):

@@ -14,7 +14,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 import attnkern
-from attnkern import viz
+from attnkern import _backend, viz
 from attnkern.evaluation.protocols import PROTOCOLS, NotApplicableError, Subject, choices, evaluate, plain
 from attnkern.nn import AnchorQuantizer
 
@@ -78,11 +78,10 @@ def latency(network: torch.nn.Module, images: torch.Tensor) -> dict[str, dict[st
 
     found = {}
     for backend in ("reference", "native"):
+        if _backend.reason(backend, images.device, images.dtype) is not None:
+            continue
         with attnkern.use_backend(backend), torch.no_grad():
-            try:
-                network(images)
-            except RuntimeError:
-                continue  # the backend is not available here, or not on this device
+            network(images)
             times = {"inference": lambda: network(images)} | ({"attention": attend} if inputs else {})
             for what, call in times.items():
                 timer = Timer("call()", globals={"call": call})
@@ -133,7 +132,7 @@ def report(subject: Subject, run: str | os.PathLike, results: dict[str, Any] | N
     """
     run = Path(run)
     results = plain(evaluate(subject, PROTOCOLS) if results is None else results)
-    trained = json.loads((run / "result.json").read_text()) if (run / "result.json").is_file() else {}
+    trained = json.loads((run / "result.json").read_text(encoding="utf-8")) if (run / "result.json").is_file() else {}
     speed = latency(subject.network, subject.normalise(subject.raw[:32].to(subject.device)))
 
     numbers = {"top-1 accuracy": results.get("top1", {}).get("accuracy")}
@@ -178,7 +177,7 @@ def report(subject: Subject, run: str | os.PathLike, results: dict[str, Any] | N
         pass
 
     about = choices(subject)
-    template = string.Template(resources.files("attnkern").joinpath("report.html").read_text())
+    template = string.Template(resources.files("attnkern").joinpath("report.html").read_text(encoding="utf-8"))
     title = trained.get("recipe", run.name)
     subtitle = f"{about['data']['name']}, {about['images']} test images"
     if trained:
@@ -194,6 +193,6 @@ def report(subject: Subject, run: str | os.PathLike, results: dict[str, Any] | N
             for name, entry in results.items()
         ),
         settings=_table(plain(about | ({"options": trained["options"]} if trained else {}))),
-        # In a script element "</" would end it.
-        examples=json.dumps(_examples(subject, examples)).replace("</", "<\\/"),
+        # In a script element "</script" would end it and "<!--" change how it is read.
+        examples=json.dumps(_examples(subject, examples)).replace("<", "\\u003c"),
     )

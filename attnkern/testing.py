@@ -13,6 +13,7 @@ import torch
 import attnkern
 from attnkern import _backend, reference
 from attnkern._common import DTYPES, check_choice, check_items, check_kind, device_of
+from attnkern._numerics import aspect_factors, loss_divisor
 
 __all__ = ["Budget", "accuracy", "available_backends", "check_accuracy"]
 
@@ -34,7 +35,7 @@ def literal_window_map(rectangle, size, *, scale=6.0, rescale=True, aspect=False
     """Eqs. 4, 5 and 7 of Convolutional Rectangular Attention Module: f·HW/Σf."""
     height, width = size
     mu1, mu2, sigma1, sigma2, alpha = rectangle[:, :, None, None].unbind(1)
-    row, column = reference.aspect_factors(height, width, aspect)
+    row, column = aspect_factors(height, width, aspect)
     d1 = (reference.coordinates(height, rectangle)[:, None] - mu1) * row
     d2 = (reference.coordinates(width, rectangle) - mu2) * column
     u = alpha.cos() * d1 + alpha.sin() * d2
@@ -54,7 +55,7 @@ def literal_anchor_quantize(a, anchors, *, reduction="mean"):
     """Eqs. 9 and 10 of Information Bottleneck Approach to Spatial Attention Learning."""
     indices = (a.detach()[..., None] - anchors.detach()).abs().argmin(-1)
     nearest = anchors[indices]
-    divisor = reference.loss_divisor(a, reduction)
+    divisor = loss_divisor(a, reduction)
     anchor_loss = (a.detach() - nearest).square().sum() / divisor
     commitment_loss = (a - nearest.detach()).square().sum() / divisor
     # bincount would wait for the device, to learn how long its result is.
@@ -154,7 +155,7 @@ def _window_terms(x, out, g, rescale=True, residual=True, scale=6.0, aspect=Fals
 
 def _quantize_terms(x, out, g, reduction="mean"):
     difference = (out["values"] - x["a"]).abs()
-    divisor = reference.loss_divisor(x["a"], reduction)
+    divisor = loss_divisor(x["a"], reduction)
     loss = difference.square().sum() / divisor
     per_anchor = torch.zeros_like(x["anchors"]).index_add(0, out["indices"].flatten(), difference.flatten())
     magnitude = x["a"].abs() + out["values"].abs()

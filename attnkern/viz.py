@@ -1,10 +1,12 @@
 """Pictures of maps, rectangles and anchors with matplotlib: the papers' figures, to look at or to :func:`save`.
 
 Nothing here goes through pyplot or changes matplotlib's settings or backend. ``theme`` is "light" or "dark", the page
-that a figure is for.
+that a figure is for. Titles, captions and names appear as they are written: ``$`` begins no mathematics, TeX is off,
+and characters that matplotlib's font lacks come from another installed font, where one has them.
 """
 
 import csv
+import functools
 import math
 import os
 import textwrap
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 try:
+    from matplotlib import font_manager, rcParams
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.patches import Polygon
@@ -115,6 +118,39 @@ def _wrap(text, inches, size):
     """``text`` in lines that fit, where a character is some 0.6 of the font's size wide."""
     letters = max(4, int(inches * 72 / (0.6 * size)))
     return "\n".join(textwrap.fill(line, letters) for line in str(text).split("\n"))
+
+
+def _write(put, text, size, **options):
+    """Give ``text`` to one of matplotlib's methods so that it appears as it is: no mathematics between $, no TeX."""
+    # A file name that is not in the system's encoding holds halves of characters, which no font has.
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    fonts = _fonts_for(frozenset(text), tuple(rcParams["font.family"]))
+    return put(text, fontsize=size, parse_math=False, usetex=False, fontfamily=fonts, **options)
+
+
+@functools.lru_cache(256)
+def _fonts_for(characters, families):
+    """``families``, and installed ones for the characters that these lack, such as Chinese ones."""
+
+    def has(path, character):
+        try:
+            return font_manager.get_font(path).get_char_index(ord(character)) != 0
+        except (OSError, RuntimeError):  # a file that matplotlib cannot read
+            return False
+
+    found = list(families)
+    usual = [font_manager.findfont(font_manager.FontProperties(family=[family])) for family in families]
+    for character in sorted(characters):
+        if character.isspace() or any(has(path, character) for path in usual):
+            continue
+        for font in font_manager.fontManager.ttflist:
+            regular = font.style == "normal" and font.weight in (400, "normal", "regular")
+            # The last resort is a font of boxes.
+            if regular and not font.name.startswith("Last Resort") and has(font.fname, character):
+                found.append(font.name)
+                usual.append(font.fname)
+                break
+    return found
 
 
 def _check_finite(where, name, tensor):
@@ -229,7 +265,7 @@ def _draw(
     ax.spines[:].set_visible(False)
     for text, size, put in ((title, _TITLE, ax.set_title), (caption, _LABEL, ax.set_xlabel)):
         if text is not None:
-            put(_wrap(text, inches, size) if inches else text, fontsize=size)
+            _write(put, _wrap(text, inches, size) if inches else text, size)
 
 
 def overlay(
@@ -397,12 +433,12 @@ def grid(
                 ax.set(xticks=[], yticks=[])
                 ax.spines[:].set_visible(False)
             if i == 0 and column_titles is not None and not ax.get_title():
-                ax.set_title(_wrap(column_titles[j], inches, _TITLE), fontsize=_TITLE)
+                _write(ax.set_title, _wrap(column_titles[j], inches, _TITLE), _TITLE)
             if j == 0 and row_titles is not None:
                 text = _wrap(row_titles[i], 1.0, _TITLE)
-                ax.set_ylabel(text, fontsize=_TITLE, rotation=0, ha="right", va="center")
+                _write(ax.set_ylabel, text, _TITLE, rotation=0, ha="right", va="center")
     if title is not None:
-        figure.suptitle(_wrap(title, figure.get_figwidth(), _TITLE + 1), fontsize=_TITLE + 1)
+        _write(figure.suptitle, _wrap(title, figure.get_figwidth(), _TITLE + 1), _TITLE + 1)
     return _paint(figure, theme)
 
 
@@ -676,7 +712,7 @@ def anchor_histogram(
     # Above the axes, where no data is.
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=_LABEL, borderaxespad=0.2)
     if title is not None:
-        ax.set_title(title, fontsize=_TITLE + 1, pad=24)
+        _write(ax.set_title, title, _TITLE + 1, pad=24)
     return ax.figure if given is not None else _paint(figure, theme)
 
 
@@ -732,7 +768,7 @@ def rectangle_histograms(
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("images", fontsize=_LABEL)
     if title is not None:
-        figure.suptitle(title, fontsize=_TITLE + 1)
+        _write(figure.suptitle, title, _TITLE + 1)
     return _paint(figure, theme)
 
 
@@ -747,7 +783,7 @@ def _rows(run) -> Iterable[Iterable[Mapping]]:
         return [run]
     parts = []
     for path in run:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             parts.append(list(csv.DictReader(file)))
     return parts
 
@@ -799,7 +835,7 @@ def training_curves(runs: Mapping[str, Run] | Run, *, title: str | None = None, 
         for key, epochs in curves.items():
             split, _, measure = key.partition("_")
             epochs = dict(sorted(epochs.items()))
-            label = f"{name} {split}".strip()
+            label = f"{name} {split}" if name else split
             ax = axes[int(measure == "loss")]
             ax.plot(list(epochs), list(epochs.values()), _SPLITS[split], **style, markersize=3, label=label)
     for ax, measure in zip(axes, ("accuracy", "loss"), strict=True):
@@ -808,11 +844,13 @@ def training_curves(runs: Mapping[str, Run] | Run, *, title: str | None = None, 
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.spines[["top", "right"]].set_visible(False)
     shown = max(axes, key=lambda ax: len(ax.lines))
-    figure.legend(*shown.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=_LABEL)
-    for text in figure.legends[0].get_texts():
-        text.set_color(theme.text)
+    # Names are given, since matplotlib leaves those that begin with "_" out of a legend that it makes itself.
+    labels = [line.get_label() for line in shown.lines]
+    legend = figure.legend(shown.lines, labels, loc="outside right upper", frameon=False, fontsize=_LABEL)
+    for text, label in zip(legend.get_texts(), labels, strict=True):
+        _write(lambda label, text=text, **options: text.set(text=label, **options), label, _LABEL, color=theme.text)
     if title is not None:
-        figure.suptitle(title, fontsize=_TITLE + 1)
+        _write(figure.suptitle, title, _TITLE + 1)
     return _paint(figure, theme)
 
 
@@ -838,7 +876,7 @@ def save(figure: Figure, path: str | os.PathLike, *, dpi: float | None = None) -
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in (".png", ".svg"):
-        raise ValueError(f"save: path must end in .png or .svg, got {os.fspath(path)!r}")
+        raise ValueError(f"save: path must end in .png or .svg, got '{path}'")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         # The figure's background, whatever matplotlib's settings say.

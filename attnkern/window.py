@@ -20,6 +20,7 @@ from attnkern._common import (
     saved,
     transformed,
 )
+from attnkern._numerics import aspect_factors
 from attnkern._ops import BACKENDS
 from attnkern._tracing import leaf
 
@@ -222,7 +223,7 @@ def rectangle_corners(rectangle: torch.Tensor, size: tuple[int, int], *, aspect:
     u = torch.stack((-sigma1, -sigma1, sigma1, sigma1), 1)
     v = torch.stack((-sigma2, sigma2, sigma2, -sigma2), 1)
     cos, sin = torch.cos(alpha)[:, None], torch.sin(alpha)[:, None]
-    row, column = reference.aspect_factors(height, width, aspect)
+    row, column = aspect_factors(height, width, aspect)
     # An axis of length 1 has no extent: its factor is 0 and every corner lies on it.
     d1 = (cos * u - sin * v) / row if row else torch.zeros_like(u)
     d2 = (sin * u + cos * v) / column if column else torch.zeros_like(u)

@@ -319,7 +319,7 @@ def worse(rows: list[dict]) -> str:
 def page() -> str:
     parts = [INTRODUCTION]
     for path in sorted(FOLDER.glob("*.json")):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         parts.append(f"## {content['machine']}\n\n{body(content)}\n")
     return "\n".join(parts)
 
@@ -328,7 +328,7 @@ def write(content: dict) -> None:
     """A machine's JSON, a row a line, and the page. What was not measured now stays where all else is the same."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / (re.sub(r"[^a-z0-9]+", "-", content["machine"].lower()).strip("-") + ".json")
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     content = json.loads(json.dumps(content))  # tuples as lists, like what was read
     if all(before.get(key) == value for key, value in content.items() if key not in ("date", "rows")):
         groups = {}
@@ -340,8 +340,8 @@ def write(content: dict) -> None:
         content = content | {"rows": [row for group in groups.values() for row in group]}
     rows = ",\n".join(json.dumps(row) for row in content["rows"])
     about = json.dumps({key: value for key, value in content.items() if key != "rows"})
-    path.write_text(f'{about[:-1]}, "rows": [\n{rows}\n]}}\n')
-    PAGE.write_text(page())
+    path.write_text(f'{about[:-1]}, "rows": [\n{rows}\n]}}\n', encoding="utf-8")
+    PAGE.write_text(page(), encoding="utf-8")
 
 
 def main() -> int:
@@ -351,7 +351,7 @@ def main() -> int:
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page again")
     options = parser.parse_args()
     if options.page:
-        PAGE.write_text(page())
+        PAGE.write_text(page(), encoding="utf-8")
         return 0
     # Read when torch and attnkern are imported, by the processes below. Sums depend on the number of threads.
     os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1" if options.device == "cpu" else "0"}
@@ -378,7 +378,7 @@ def main() -> int:
             print(f"\r\033[K{place}", end="", file=sys.stderr, flush=True)
     print("\r\033[K", end="", file=sys.stderr)
     write(content)
-    print(PAGE.read_text())
+    print(PAGE.read_text(encoding="utf-8"))
     return 0
 
 

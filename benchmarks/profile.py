@@ -105,7 +105,7 @@ def main() -> int:
         ]  # fmt: skip
         # LC_ALL: ncu formats numbers by the locale.
         done = subprocess.run(command, cwd=ROOT, env={**os.environ, "LC_ALL": "C"}, capture_output=True, text=True)
-        text = log.read_text() if log.exists() else ""
+        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     kernels = parse(text)
     if not kernels:
         output = text + done.stdout + done.stderr

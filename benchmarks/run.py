@@ -1,8 +1,9 @@
 """`make bench`: every competitor of every case in one run, rounds interleaved, medians compared.
 
 Prints one table and writes JSON, a Markdown table and a plot to benchmarks/results/, or to the folder that
-ATTNKERN_RESULTS names. Each row is written as soon as it is measured; with --gpu, --full and --networks a run continues
-an earlier one of the same code and options. A competitor that fails is recorded as an error, and the run continues.
+ATTNKERN_RESULTS names. On a CPU, operators and networks are measured in two processes, which PROCESSES describes. Each
+row is written as soon as it is measured; with --gpu, --full and --networks a run continues an earlier one of the same
+code and options. A competitor that fails is recorded as an error, and the run continues.
 """
 
 import argparse
@@ -23,12 +24,17 @@ from pathlib import Path
 from benchmarks.report import ATTENTION, OURS, write
 from benchmarks.store import MEASURED, RESULTS, ROOT, Store, code_version
 
-# glibc gives large blocks back to the kernel and takes them again at every call: keep them, for every competitor alike.
-_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+#: Environments of the processes that measure on a CPU, by name. By default glibc gives large blocks back to the kernel
+#: when they are freed, and takes them again at the next call; the tuned process keeps them, for every competitor alike.
+PROCESSES = {
+    "default": {},
+    "tuned": {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"},
+}
 BUDGET, FLUSHED_BUDGET = 1.5, 0.5  # seconds a case and pass
 DEVICE_BUDGET = 0.1  # seconds a competitor, for its device time and for its cost to the host
 TURN = 0.01  # seconds that a competitor is called in a row
-ROW_LIMIT, TUNED_LIMIT = 120, 300  # seconds, preparation and compilation included
+#: Seconds a row, preparation and compilation included; a rehearsal may run on a busy machine.
+ROW_LIMIT, TUNED_LIMIT, REHEARSED_LIMIT = 120, 300, 3600
 
 #: Exit codes: rows are left because the time is up, or because the device is unusable in this process.
 UNFINISHED, RESTART = 3, 4
@@ -36,7 +42,7 @@ UNFINISHED, RESTART = 3, 4
 
 def processor() -> str:
     if Path("/proc/cpuinfo").exists():
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
         if found:
             return found[1].strip()
     return platform.machine()
@@ -78,32 +84,39 @@ def copy_bandwidth(device) -> float:
     if device.type == "cuda":
         seconds = statistics.median(replay_seconds(copy, 30, device))
     else:
-        seconds = median_times({"copy": copy})["copy"]
+        seconds = median_times({"copy": copy}, clock=clock_of(device))["copy"]
     return 2 * source.numel() * source.itemsize / seconds / 1e9
 
 
-def median_times(ready: dict, budget: float = BUDGET, flush=None) -> dict[str, float]:
+def clock_of(device):
+    """The clock that times calls. On one thread of a CPU it is the time of the process, page faults included: what else
+    runs on the machine does not lengthen it."""
+    import torch
+
+    return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def median_times(ready: dict, budget: float = BUDGET, flush=None, clock=time.perf_counter) -> dict[str, float]:
     """Median seconds of each call; they take turns, so that what disturbs the machine disturbs all.
 
-    A turn is one call after ``flush``, or without it as many calls as take about TURN: each then finds the caches as it
-    left them itself, and not as another competitor did.
+    A turn is one call after ``flush``, or without it an untimed call and then as many calls as take about TURN: each
+    then finds the caches and the free memory as it left them itself, and not as another competitor did.
     """
     calls_a_turn = {}
     for name, call in ready.items():
         call(), call()
-        start = time.perf_counter()
+        start = clock()
         call()
-        calls_a_turn[name] = 1 if flush else math.ceil(TURN / (time.perf_counter() - start))
+        calls_a_turn[name] = 1 if flush else math.ceil(TURN / (clock() - start))
     times = {name: [] for name in ready}
-    began = time.perf_counter()
-    while ready and (len(next(iter(times.values()))) < 7 or time.perf_counter() - began < budget):
+    began = clock()
+    while ready and (len(next(iter(times.values()))) < 7 or clock() - began < budget):
         for name, call in ready.items():
-            if flush is not None:
-                flush()
-            start = time.perf_counter()
+            (flush or call)()
+            start = clock()
             for _ in range(calls_a_turn[name]):
                 call()
-            times[name].append((time.perf_counter() - start) / calls_a_turn[name])
+            times[name].append((clock() - start) / calls_a_turn[name])
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -200,7 +213,8 @@ def row_of(case: str, which: str, seconds: dict[str, float], **more) -> dict:
         best = min((value for name, value in seconds.items() if name in [o + suffix for o in OURS]), default=None)
         rivals = [name for name in seconds if name.endswith(" compiled") == bool(suffix) and not name.startswith(OURS)]
         times |= {name: seconds[name] / best for name in rivals if best is not None}
-    return {"case": case, "pass": which, "ms": {k: v * 1e3 for k, v in seconds.items()}, "times": times, **more}
+    row = {"case": case, "pass": which, "process": "default", "ms": {k: v * 1e3 for k, v in seconds.items()}}
+    return {**row, "times": times, **more}
 
 
 class OutOfTime(Exception):
@@ -270,10 +284,18 @@ class TimeLimit:
 class Bench:
     """Measures rows. In a rehearsal the CPU stands in for the device, and every budget is 0."""
 
-    def __init__(self, device, compiled: dict | None, copy_gb_per_s: float = math.nan, rehearsal: bool = False):
+    def __init__(
+        self,
+        device,
+        compiled: dict | None,
+        copy_gb_per_s: float = math.nan,
+        rehearsal: bool = False,
+        process: str = "default",
+    ):
         import torch
 
         self.device, self.compiled, self.copy_gb_per_s, self.rehearsal = device, compiled, copy_gb_per_s, rehearsal
+        self.process, self.clock = process, clock_of(device)
         self.on_gpu = device.type == "cuda"
         self.flush = None
         if self.on_gpu:
@@ -300,7 +322,7 @@ class Bench:
             ready[name] = attempts.one(name, Call, name, function, work, which)
         ready = {name: call for name, call in ready.items() if call is not None}
         budget = self.budget(FLUSHED_BUDGET if self.on_gpu else BUDGET)
-        seconds = attempts.one("latency", median_times, ready, budget, self.flush) or {}
+        seconds = attempts.one("latency", median_times, ready, budget, self.flush, self.clock) or {}
         more, best = {"bytes": case.bytes(which)}, seconds
         if self.on_gpu or self.rehearsal:
             budget = self.budget(DEVICE_BUDGET)
@@ -323,7 +345,7 @@ class Bench:
             compiled = compile_too and self.compiled is not None
             ready = attempts.one("inputs", network_calls, name, which, self.device, compiled)
         ready = attempts.each(called, ready or {})
-        seconds = attempts.one("latency", median_times, ready, self.budget(4)) or {}
+        seconds = attempts.one("latency", median_times, ready, self.budget(4), None, self.clock) or {}
         return row_of(name, which, seconds, images=NETWORKS[name][2])
 
     def host(self, attempts: Attempts) -> dict[str, dict[str, float]]:
@@ -332,7 +354,7 @@ class Bench:
 
         found = {}
         for what, ready in (attempts.one("inputs", host_calls, self.device) or {}).items():
-            seconds = attempts.one(what, median_times, ready, self.budget(0.3)) or {}
+            seconds = attempts.one(what, median_times, ready, self.budget(0.3), None, self.clock) or {}
             found[what] = {name: value * 1e6 for name, value in seconds.items()}
         return found
 
@@ -352,13 +374,14 @@ def measure(store: Store, bench: Bench, work: list, end: float = math.inf, again
     for number, (case, which) in enumerate(work):
         name = f"{case} {which}".strip()
         progress.begin(number, name)
-        if not again and ("host_us" in content if case == HOST else store.has(str(case), which)):
+        if not again and ("host_us" in content if case == HOST else store.has(str(case), which, bench.process)):
             continue
         if end - time.monotonic() < (10 if bench.on_gpu else 0):
             return UNFINISHED
         tries = content.get("begun", {}).get(name, 0)
         store.put("begun", {name: tries + 1})
-        attempts = Attempts(bench.device, TUNED_LIMIT if which == AUTOTUNED else ROW_LIMIT, end)
+        limit = REHEARSED_LIMIT if bench.rehearsal else TUNED_LIMIT if which == AUTOTUNED else ROW_LIMIT
+        attempts = Attempts(bench.device, limit, end)
         torch._dynamo.reset()
         try:
             if tries >= 2:
@@ -373,6 +396,7 @@ def measure(store: Store, bench: Bench, work: list, end: float = math.inf, again
         except OutOfTime:
             store.put("begun", {})
             return UNFINISHED
+        row["process"] = bench.process
         if attempts.errors:
             row["errors"] = attempts.errors
         content["begun"] = {}
@@ -418,9 +442,22 @@ def measure_scaling(store: Store, device) -> None:
         progress.begin(number, f"{axis}: {case}")
         ready = calls(case, "forward+backward", device, compiled=None)
         chosen = {name: ready[name] for name in ("eager", *OURS) if name in ready}
-        row = row_of(str(case), axis, median_times(chosen, 0.5), op=case.op, bytes=case.bytes("forward+backward"))
+        seconds = median_times(chosen, 0.5, clock=clock_of(device))
+        row = row_of(str(case), axis, seconds, op=case.op, bytes=case.bytes("forward+backward"))
         store.add(row)
         progress.end(row)
+
+
+def run_processes(path: Path, end: float) -> int:
+    """Measure the rows of this command in each of PROCESSES, one after the other. Returns the first exit code not 0."""
+    inherited = {key: value for key, value in os.environ.items() if key not in PROCESSES["tuned"]}
+    for name, environment in PROCESSES.items():
+        more = ["--process", name, "--store", path, "--seconds", str(end - time.monotonic())]
+        command = [sys.executable, "-m", "benchmarks.run", *sys.argv[1:], *more]
+        code = subprocess.run(command, env={**inherited, **environment}).returncode
+        if code:
+            return code
+    return 0
 
 
 def main() -> int:
@@ -436,6 +473,8 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help=f"time limit; exit code {UNFINISHED} if rows are left"
     )
+    parser.add_argument("--process", choices=PROCESSES, help=argparse.SUPPRESS)  # what runs in one of them
+    parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
 
@@ -447,21 +486,28 @@ def main() -> int:
     device = torch.device("cuda" if options.gpu else "cpu")
     compiled = None if options.no_compile else cases.REHEARSED if options.rehearsal else cases.COMPILED
     suite = next((name for name in ("scaling", "networks", "full", "rehearsal") if getattr(options, name)), "")
-    about = machine(device) | {"commit": commit(), "suite": suite}
-    if suite != "scaling" and (suite or options.gpu):
-        about["key"] = {"version": code_version(*MEASURED), "compiled": compiled is not None}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    store = Store(RESULTS, about)
+    if options.store:
+        store = Store.of(options.store)
+    else:
+        about = machine(device) | {"commit": commit(), "suite": suite}
+        if suite != "scaling" and (suite or options.gpu):
+            about["key"] = {"version": code_version(*MEASURED), "compiled": compiled is not None}
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        store = Store(RESULTS, about)
     if "copy_gb_per_s" not in store.content:
         store.put("copy_gb_per_s", copy_bandwidth(device))
     code = 0
     if options.scaling:
         measure_scaling(store, device)
-    else:
-        bench = Bench(device, compiled, store.content["copy_gb_per_s"], options.rehearsal)
+    elif options.gpu or options.rehearsal or options.process:
+        bench = Bench(device, compiled, store.content["copy_gb_per_s"], options.rehearsal, options.process or "default")
         work = cases.work(suite, options.gpu, compiled is not None)
         work = [(case, which) for case, which in work if options.only in f"{case} {which}"]
         code = measure(store, bench, work, end, again=bool(options.only))
+    else:
+        code = run_processes(store.path, end)
+    if options.process:
+        return code
     text = write(store.path)
     if not (options.gpu or options.rehearsal):
         print(text)
@@ -470,7 +516,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if any(os.environ.get(key) != value for key, value in _MALLOC.items()):
-        os.environ.update(_MALLOC)
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.run", *sys.argv[1:]])
     sys.exit(main())

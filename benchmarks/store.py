@@ -23,6 +23,11 @@ def code_version(*patterns: str) -> str:
     return found.hexdigest()[:12]
 
 
+def name_of(row: dict) -> tuple[str, str, str]:
+    """What tells a row from the others of its run."""
+    return row["case"], row["pass"], row["process"]
+
+
 class Store:
     """A results file. A run with a key (the version of the code and the options) continues the file that has the same
     key, machine, version of PyTorch and suite.
@@ -36,7 +41,7 @@ class Store:
             key = hashlib.sha256(json.dumps([about["key"], about["torch"]]).encode()).hexdigest()[:6]
             self.path = self.path.with_stem(f"{self.path.stem}-{key}")
             for path in sorted(folder.glob("*.json")):
-                content = json.loads(path.read_text())
+                content = json.loads(path.read_text(encoding="utf-8"))
                 if all(content.get(name) == about[name] for name in ("key", "machine", "threads", "torch", "suite")):
                     self.path, self.content = path, content
 
@@ -44,17 +49,17 @@ class Store:
     def of(cls, path: Path):
         """The store of an existing file."""
         store = cls.__new__(cls)
-        store.path, store.content = path, json.loads(path.read_text())
+        store.path, store.content = path, json.loads(path.read_text(encoding="utf-8"))
         return store
 
-    def has(self, case: str, which: str) -> bool:
-        return any(row["case"] == case and row["pass"] == which for row in self.content["rows"])
+    def has(self, case: str, which: str, process: str = "default") -> bool:
+        return (case, which, process) in map(name_of, self.content["rows"])
 
     def add(self, row: dict) -> None:
         """Append a row, or replace an earlier measurement of it."""
-        rows, names = self.content["rows"], [(row["case"], row["pass"]) for row in self.content["rows"]]
-        if (row["case"], row["pass"]) in names:
-            rows[names.index((row["case"], row["pass"]))] = row
+        rows, names = self.content["rows"], [name_of(row) for row in self.content["rows"]]
+        if name_of(row) in names:
+            rows[names.index(name_of(row))] = row
         else:
             rows.append(row)
         self.put("rows", rows)
@@ -62,5 +67,5 @@ class Store:
     def put(self, key: str, value) -> None:
         self.content[key] = value
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
+        partial.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
         partial.replace(self.path)

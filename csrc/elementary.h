@@ -1,7 +1,7 @@
 // Elementary functions for host and device, float and double.
 //
-// The host's float versions are branch-free polynomials, so that a loop over them vectorises; none of them needs
-// -ffast-math, and NaN goes through. The device has fast accurate functions of its own.
+// The host's float versions are branch-free polynomials, so that the compiler vectorises loops over them. They do not
+// need -ffast-math, and they propagate NaN. The device uses CUDA's own functions.
 #pragma once
 
 #include <cmath>
@@ -11,8 +11,8 @@
 #if defined(__CUDACC__)
 #define ATTNKERN_INLINE __host__ __device__ __forceinline__
 #else
-// Always inlined: the CPU kernels are compiled once per instruction set, and a shared out-of-line copy would belong to
-// whichever set the linker met first.
+// Always inlined: the CPU kernels are compiled once per instruction set, and the linker would keep a single out-of-line
+// copy, compiled for any one of the sets.
 #define ATTNKERN_INLINE inline __attribute__((always_inline))
 #endif
 
@@ -27,13 +27,13 @@ template <typename To, typename From> ATTNKERN_INLINE To bit_cast(From from) {
 
 ATTNKERN_INLINE double exponential(double x) { return std::exp(x); }
 
-// e^x to 1 ulp. Below -104 it is 0; above 88.8 infinity.
+// e^x with an error of 1 ulp: 0 below -104, infinity above 88.8.
 ATTNKERN_INLINE float exponential(float x) {
 #if defined(__CUDA_ARCH__)
   return expf(x);
 #else
-  const float clamped = x < -104.0f ? -104.0f : (x > 89.0f ? 89.0f : x); // keeps NaN
-  // n = round(x / log 2), read off the low bits after adding 1.5·2²³: no conversion, so NaN is harmless.
+  const float clamped = x < -104.0f ? -104.0f : (x > 89.0f ? 89.0f : x); // NaN passes
+  // n = round(x / log 2), taken from the low bits after adding 1.5·2²³. There is no conversion, so NaN is safe.
   const float shifted = clamped * 1.44269504088896341f + 12582912.0f;
   const float n = shifted - 12582912.0f;
   const float r = (clamped - n * 0.693145751953125f) - n * 1.42860682030941723e-6f;
@@ -44,7 +44,7 @@ ATTNKERN_INLINE float exponential(float x) {
   series = series * r + 1.0f / 6.0f;
   series = series * r + 0.5f;
   series = (series * r) * r + r + 1.0f;
-  // 2ⁿ in two factors, so that denormal results come out right.
+  // 2ⁿ is multiplied as two factors, so that denormal results are correct.
   const int32_t exponent = bit_cast<int32_t>(shifted) - bit_cast<int32_t>(12582912.0f);
   const int32_t half = exponent >> 1;
   const float low = bit_cast<float>(static_cast<uint32_t>(half + 127) << 23);
@@ -55,7 +55,7 @@ ATTNKERN_INLINE float exponential(float x) {
 
 ATTNKERN_INLINE double log1p_unit(double y) { return std::log1p(y); }
 
-// log(1 + y) for y in [0, 1], relative error about 1 ulp: 2·atanh(y / (2 + y)).
+// log(1 + y) = 2·atanh(y / (2 + y)) for y in [0, 1], with a relative error of about 1 ulp.
 ATTNKERN_INLINE float log1p_unit(float y) {
 #if defined(__CUDA_ARCH__)
   return log1pf(y);
@@ -73,7 +73,7 @@ ATTNKERN_INLINE float log1p_unit(float y) {
 #endif
 }
 
-// 1/x to 1 ulp, for x of ordinary size.
+// 1/x with an error of 1 ulp, for x whose reciprocal is a normal number.
 ATTNKERN_INLINE float reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
   float inverse;
@@ -87,7 +87,7 @@ ATTNKERN_INLINE float reciprocal(float x) {
 template <typename T> ATTNKERN_INLINE void sine_cosine(T x, T& sine, T& cosine) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(T) == sizeof(float))
-    sincosf(x, &sine, &cosine); // half of what they cost one by one
+    sincosf(x, &sine, &cosine); // half the cost of two calls
   else
     sincos(x, &sine, &cosine);
 #else

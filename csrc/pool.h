@@ -5,7 +5,7 @@
 
 namespace attnkern {
 
-// exp(score - max), 0 for a score of -Inf even where the maximum is -Inf as well (nothing has been seen yet).
+// exp(score - max), which is 0 for a score of -Inf even if the maximum is -Inf too (as before the first score).
 template <typename T> ATTNKERN_INLINE T softmax_weight(T score, T max) {
   return score == T(-INFINITY) && max == T(-INFINITY) ? T(0) : exponential(score - max);
 }

@@ -3,7 +3,15 @@
 #pragma once
 
 #include <dlfcn.h>
+#if defined(__linux__)
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <type_traits>
@@ -72,6 +80,45 @@ inline AtenTensorHandle empty_strided_or_throw(Sizes sizes, Sizes strides, Scala
   return reinterpret_cast<AtenTensorHandle>(made);
 }
 
+// Whether large new tensors ask for huge pages: where the kernel's policy leaves that to the program ("madvise"), unless
+// the environment variable ATTNKERN_HUGE_PAGES is 0. Read once.
+inline bool asks_for_huge_pages() {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  static const bool asks = [] {
+    const char* chosen = std::getenv("ATTNKERN_HUGE_PAGES");
+    if (chosen != nullptr && std::strcmp(chosen, "0") == 0)
+      return false;
+    const int file = open("/sys/kernel/mm/transparent_hugepage/enabled", O_RDONLY | O_CLOEXEC);
+    if (file < 0)
+      return false;
+    char policy[64] = {};
+    const bool madvise = read(file, policy, sizeof(policy) - 1) > 0 && std::strstr(policy, "[madvise]") != nullptr;
+    close(file);
+    return madvise;
+  }();
+  return asks;
+#else
+  return false;
+#endif
+}
+
+// Asks for huge pages for a new tensor of the CPU, before anything is written to it: glibc maps large blocks anew at each
+// allocation, and the faults of their 4 KiB pages take longer than the kernel that fills them. Pages that the block
+// shares with others are left alone. It is advice: where it fails, nothing changes.
+inline void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr int64_t kLeast = 4 << 20; // bytes
+  int64_t bytes;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  if (bytes < kLeast || !asks_for_huge_pages())
+    return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), page = sysconf(_SC_PAGESIZE);
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
+  if (first < last)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 // Uninitialised, on the device of `like`. Straight to the allocator: an operator's way through the dispatcher takes
 // longer than a kernel on a small map.
 inline Tensor empty_strided(const Tensor& like, Sizes sizes, Sizes strides, ScalarType type) {
@@ -83,7 +130,10 @@ inline Tensor empty_strided(const Tensor& like, Sizes sizes, Sizes strides, Scal
   if (aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), code, device_type, device_index, &made) !=
       TORCH_SUCCESS)
     made = empty_strided_or_throw(sizes, strides, type, device_type, device_index);
-  return Tensor(made);
+  Tensor tensor(made);
+  if (device_type == aoti_torch_device_type_cpu())
+    ask_for_huge_pages(tensor);
+  return tensor;
 }
 
 // The strides of a dense tensor whose dimensions are given from the innermost to the outermost.

@@ -16,11 +16,12 @@ template <typename T> ATTNKERN_INLINE T coordinate(int64_t i, int64_t length) {
   return length == 1 ? T(0.5) : T(i) / T(length - 1);
 }
 
-// The same, digit by digit, where coordinate()'s division takes too long.
+// The same numbers, bit for bit, without a division for each pixel.
 template <typename T> struct Axis {
-  T begin, last, inverse; // coordinate of the first pixel, number of the last, and 1 / last
+  T begin, last, inverse; // coordinate of the first pixel, index of the last, and 1 / last
 
-  // A quotient's error is known exactly, and correcting it once rounds it correctly (Markstein).
+  // The error of a quotient can be computed exactly; one correction with it gives the correctly rounded quotient
+  // (Markstein).
   ATTNKERN_INLINE T at(int64_t i) const {
     const T quotient = T(i) * inverse;
     return begin + std::fma(std::fma(-quotient, last, T(i)), inverse, quotient);
@@ -32,13 +33,13 @@ template <typename T> ATTNKERN_INLINE Axis<T> make_axis(int64_t length) {
   return {length == 1 ? T(0.5) : T(0), last, T(1) / last};
 }
 
-// One image's rectangle, ready to be evaluated.
+// One image's rectangle in the form in which it is evaluated.
 template <typename T> struct Frame {
   T mu1, mu2, cosine, sine;
   T inverse1, inverse2;         // 1/σ, floored
   T row, column;                // aspect factors of the offsets
   T scale;
-  T moves1, moves2;             // 1 where σ is above its floor, else 0
+  T sigma1_free, sigma2_free;   // 1 where |σ| is at or above its floor, else 0
 };
 
 template <typename T>
@@ -50,8 +51,8 @@ ATTNKERN_INLINE Frame<T> make_frame(const T (&rectangle)[kParameters], int64_t h
   const bool floored1 = std::fabs(rectangle[2]) < T(kSigmaFloor), floored2 = std::fabs(rectangle[3]) < T(kSigmaFloor);
   frame.inverse1 = T(1) / (floored1 ? T(kSigmaFloor) : rectangle[2]);
   frame.inverse2 = T(1) / (floored2 ? T(kSigmaFloor) : rectangle[3]);
-  frame.moves1 = floored1 ? T(0) : T(1);
-  frame.moves2 = floored2 ? T(0) : T(1);
+  frame.sigma1_free = floored1 ? T(0) : T(1);
+  frame.sigma2_free = floored2 ? T(0) : T(1);
   sine_cosine(rectangle[4], frame.sine, frame.cosine);
   const int64_t longest = (height > width ? height : width) - 1;
   frame.row = aspect && longest > 0 ? T(height - 1) / T(longest) : T(1);
@@ -67,7 +68,7 @@ template <typename T> ATTNKERN_INLINE T log_sigmoid(T p, T& complement) {
   return (p < T(0) ? p : T(0)) - log1p_unit(e);
 }
 
-// A point seen from the centre along the rectangle's axes, as it is and in half extents.
+// A point's coordinates along the rectangle's axes, from its centre: u, v, and u/σ₁, v/σ₂.
 template <typename T> struct Offset {
   T u, v, u_sigma, v_sigma;
 };
@@ -78,7 +79,7 @@ template <typename T> ATTNKERN_INLINE Offset<T> offset_at(const Frame<T>& frame,
   return {u, v, u * frame.inverse1, v * frame.inverse2};
 }
 
-// The derivatives of z by the five parameters, from Λ(-p) and Λ(-q).
+// The derivatives of z with respect to the five parameters, from Λ(-p) and Λ(-q).
 template <typename T>
 ATTNKERN_INLINE void window_slopes(const Frame<T>& frame, const Offset<T>& at, T outside1, T outside2,
                                    T (&slope)[kParameters]) {
@@ -86,8 +87,8 @@ ATTNKERN_INLINE void window_slopes(const Frame<T>& frame, const Offset<T>& at, T
   const T by_v = T(-2) * frame.scale * outside2 * at.v_sigma * frame.inverse2; // ∂z/∂v
   slope[0] = -frame.row * (frame.cosine * by_u - frame.sine * by_v);
   slope[1] = -frame.column * (frame.sine * by_u + frame.cosine * by_v);
-  slope[2] = -frame.moves1 * by_u * at.u_sigma;
-  slope[3] = -frame.moves2 * by_v * at.v_sigma;
+  slope[2] = -frame.sigma1_free * by_u * at.u_sigma;
+  slope[3] = -frame.sigma2_free * by_v * at.v_sigma;
   slope[4] = by_u * at.v - by_v * at.u;
 }
 
@@ -107,15 +108,15 @@ template <typename T> ATTNKERN_INLINE T log_window(const Frame<T>& frame, T t1, 
   return log_window(frame, t1, t2, slope);
 }
 
-// Λ(p) = e^exponent · fraction, and Λ(-p). There is no logarithm: the exponent is at most 0 and the fraction at least
-// 1/2, so that a softmax over the exponents alone neither overflows nor loses all of its weights.
+// Λ(p) = e^exponent · fraction, and Λ(-p). This avoids a logarithm. The exponent is at most 0 and the fraction at least
+// 1/2, so a softmax over the exponents alone neither overflows nor underflows to all zeros.
 ATTNKERN_INLINE void split_sigmoid(float p, float& exponent, float& fraction, float& complement) {
   const float e = exponential(-std::fabs(p));
   exponent = p < 0.0f ? p : 0.0f;
   fraction = reciprocal(1.0f + e);
   complement = (p < 0.0f ? 1.0f : e) * fraction;
 }
-// In float64 the time does not matter, and a logarithm rounds as in the other backends.
+// In float64 time does not matter; a logarithm gives the rounding of the other backends.
 ATTNKERN_INLINE void split_sigmoid(double p, double& exponent, double& fraction, double& complement) {
   exponent = log_sigmoid(p, complement);
   fraction = 1.0;

@@ -121,7 +121,7 @@ def main() -> int:
             name = f"{draw.__name__}{index or ''}.png"
             viz.save(figure, folder / name, dpi=80)
             lines.append(f"![{title.rstrip('.')}](gallery/{name})")
-    (DOCS / "gallery.md").write_text("\n".join(lines) + "\n")
+    (DOCS / "gallery.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 0
 
 

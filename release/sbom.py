@@ -93,5 +93,5 @@ def bill() -> str:
 if __name__ == "__main__":
     path = Path(sys.argv[1], f"{ROOT}-{distribution(ROOT).version}.cdx.json")
     path.parent.mkdir(exist_ok=True)
-    path.write_text(bill())
+    path.write_text(bill(), encoding="utf-8")
     print(path)

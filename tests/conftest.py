@@ -13,6 +13,9 @@ import torch
 import attnkern
 from attnkern import _backend, _ops
 
+#: Seconds after which what a test waits for hangs. Nothing else depends on a clock: a busy machine changes no outcome.
+PATIENCE = 600
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not _ops.TRITON_INTERPRETS else "cpu")
 
 # Deterministic mode fills what torch.empty and its kind return with NaN, in kernels too. What has no deterministic

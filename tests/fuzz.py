@@ -486,12 +486,12 @@ def main(arguments=None):
     warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # PyTorch's forward-mode AD
     totals, began, done, piece = [0, 0], time.monotonic(), 0, 5000
     print(f"ATTNKERN_FUZZ_SEED={SEED}, backends {', '.join(backends or testing.available_backends())}", flush=True)
-    with tempfile.NamedTemporaryFile("w", prefix="attnkern-fuzz-", suffix=".json") as current:
+    with tempfile.NamedTemporaryFile("w", prefix="attnkern-fuzz-", suffix=".json", encoding="utf-8") as current:
         print(f"should the process die, the case is in {current.name}", flush=True)
 
         def watch(case, counts):
             if counts is None:
-                Path(current.name).write_text(json.dumps(case))
+                Path(current.name).write_text(json.dumps(case), encoding="utf-8")
             else:
                 totals[:] = (a + b for a, b in zip(totals, counts, strict=True))
 

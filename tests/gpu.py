@@ -42,7 +42,8 @@ TESTS = [
 #: A small subset, because the sanitizer slows kernels down a hundredfold.
 SANITIZED = ["tests/test_ops.py", "-k", "(golden and float32) or several_programs"]
 REHEARSED = ["tests/test_ops.py", "-k", "golden and float32 and quantize"]
-#: Time limit of a command in seconds; the time left in the call applies if it is shorter.
+#: Time limit of a command in seconds; the time left in the call applies if it is shorter, and alone in a rehearsal,
+#: whose outcome must not depend on the machine's speed.
 LIMITS = {"build": 540, "info": 120, "tests": 540, "ncu": 120, "control": 60, "sanitizer": 120}
 PROFILED = 4  # rows
 END = 15  # seconds at the end of a call in which nothing is started
@@ -74,7 +75,7 @@ class Run:
         self.folder = ROOT / "build/rehearsal" if rehearsal and RESULTS == COMMITTED else RESULTS
         self.folder.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(self.folder / "gpu-run.jsonl", self.version)
-        self.log = (self.folder / "gpu-run.log").open("a", buffering=1)
+        self.log = (self.folder / "gpu-run.log").open("a", buffering=1, encoding="utf-8")
         self.torch = self.gpu = ""  # until `identify` knows them
         self.backends: list[str] = []
         self.tell(f"\n=== make gpu: code {self.version}, {minutes:g} minutes, results in {self.folder}")
@@ -86,6 +87,10 @@ class Run:
     def left(self) -> float:
         return self.end - time.monotonic() - END
 
+    def within(self, limit: float) -> float:
+        """The seconds that a command with this limit may take."""
+        return self.left() if self.rehearsal else min(limit, self.left())
+
     def need(self, seconds: float) -> None:
         """Start nothing that could not get anywhere."""
         if self.left() < seconds:
@@ -94,7 +99,7 @@ class Run:
     def command(self, *words, limit: float, quiet: bool = False, **environment) -> tuple[int | None, str]:
         """Run a command. Returns its exit code, or None if it took too long, and its output."""
         self.need(5)
-        limit = min(limit, self.left())
+        limit = self.within(limit)
         words = [str(word) for word in words]
         print("$", *words, file=self.log)
         if self.rehearsal:
@@ -123,7 +128,7 @@ class Run:
             self.tell(f"stopped after {limit:.0f} s: {' '.join(words[:6])} ...")
         finally:
             self._end(process)
-            reader.join(5)
+            reader.join(30)  # a child in a group of its own may hold the pipe open
         return code, "".join(lines)
 
     @staticmethod
@@ -173,7 +178,7 @@ class Run:
 
     def pytest(self, stage: str, *tests: str, backends: list[str], limit: float, before=(), **environment):
         """Run those of the tests that the journal does not contain. Returns exit code and output."""
-        limit = min(limit, self.left())
+        limit = self.within(limit)
         return self.command(
             *before, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "resume",
             "--journal", self.journal.path, "--journal-version", self.journal.version, "--journal-stage", stage,
@@ -223,7 +228,7 @@ class Run:
         """File and content of the benchmark results of this version of the code on this machine."""
         key = {"version": code_version(*MEASURED), "compiled": True}
         for path in sorted(self.folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             same = content.get("key") == key and content["torch"] == self.torch
             if same and (content["suite"] == "rehearsal" if self.rehearsal else content["machine"] == self.gpu):
                 return path, content

@@ -11,12 +11,12 @@ class Journal:
         self.path, self.version = Path(path), version
 
     def add(self, stage: str, **entry) -> None:
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"version": self.version, "stage": stage, **entry}) + "\n")
 
     def entries(self, stage: str) -> list[dict]:
         found = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else ():
             try:
                 entry = json.loads(line)
             except ValueError:  # the last line of a run that was killed

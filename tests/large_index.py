@@ -74,9 +74,9 @@ def passes(ops, shape, layout):
     yield "window_fwd", (x, rectangle, *window), (0, 1, 2)
     stats = ops.window_fwd(x[-1:], rectangle[-1:], *window)[2]
     yield "window_bwd", (grad, grad_map, x, rectangle, stats.expand(n, -1).contiguous(), *window, True), (0, 1)
-    yield "anchor_fwd", (x, a, anchors, True), (0, 1, 2)
+    yield "anchor_fwd", (x, a, anchors, True, 7), (0, 1, 2)
     indices = torch.zeros(a.shape, dtype=torch.int64)
-    indices[-1] = ops.anchor_fwd(x[-1:], a[-1:], anchors, True)[2]
+    indices[-1] = ops.anchor_fwd(x[-1:], a[-1:], anchors, True, 7)[2]
     residuals = torch.zeros(5)
     yield "anchor_bwd", (grad, a, loss, loss, x, a, anchors, indices, residuals, True, 7, True), (0, 1)
     yield "pool_fwd", (x, query), (0, 1, 2, 3)
@@ -115,9 +115,9 @@ def main(kind):
             print(name, layout, "same", flush=True)
     a, anchors = torch.empty(2**31 + 4096, dtype=torch.bfloat16), torch.linspace(0, 1, 5).bfloat16()
     a[-2048:] = torch.rand(2048, generator=torch.Generator().manual_seed(0))
-    wanted = ops.quantize_fwd(a[-2048:], anchors)
+    wanted = ops.quantize_fwd(a[-2048:], anchors, 1)
     restore = last(3)  # the emulation may have two left over
-    found = ops.quantize_fwd(a, anchors)
+    found = ops.quantize_fwd(a, anchors, 1)
     restore()
     assert torch.equal(found[0][-256:], wanted[0][-256:])
     assert torch.equal(found[1][-256:], wanted[1][-256:])

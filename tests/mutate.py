@@ -92,7 +92,7 @@ def code_of(path: Path) -> str:
 
     So is what differs under the host emulation, which would not see a fault there.
     """
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
 
     def blank(match):
         return re.sub(r"[^\n]", " ", match.group())
@@ -133,7 +133,7 @@ def undefined(new: str, code: str, position: int) -> bool:
 
 def faults_in(path: Path) -> dict[str, list[dict]]:
     """Everything that can be planted in a file, by class."""
-    text, code = path.read_text(), code_of(path)
+    text, code = path.read_text(encoding="utf-8"), code_of(path)
     found = {}
     for kind, rules in FAULTS.items():
         for pattern, replacement in rules:
@@ -235,7 +235,9 @@ class Copy:
 
     def build(self, kind: str, file: str) -> bool:
         """Bring the libraries up to date that the tests of a kind load."""
-        baseline = "" if "ATTNKERN_X86" in (self.root / file).read_text() else "-DATTNKERN_BASELINE_ONLY"
+        baseline = (
+            "" if "ATTNKERN_X86" in (self.root / file).read_text(encoding="utf-8") else "-DATTNKERN_BASELINE_ONLY"
+        )
         done = self.python("-c", BUILD, baseline, env=self.environment)
         if done.returncode == 0 and kind == "cuda":
             load = "import sys; sys.path.insert(0, 'tests'); import cuda_on_host; cuda_on_host.load()"
@@ -283,11 +285,11 @@ def judged_by(path: Path) -> tuple[str, str | None]:
 def judge(copy: Copy, fault: dict) -> bool:
     """Plant a fault, and note what caught it; False when the compiler refuses it."""
     path = copy.root / fault["file"]
-    original = path.read_text()
+    original = path.read_text(encoding="utf-8")
     begin, end, new = fault.pop("at")
     kind, operator = judged_by(ROOT / fault["file"])
     began = time.monotonic()
-    path.write_text(original[:begin] + new + original[end:])
+    path.write_text(original[:begin] + new + original[end:], encoding="utf-8")
     try:
         if not copy.build(kind, fault["file"]):
             return False
@@ -295,7 +297,7 @@ def judge(copy: Copy, fault: dict) -> bool:
         fault["seconds"] = round(time.monotonic() - began)
         return fault["caught"] != REFUSED
     finally:
-        path.write_text(original)
+        path.write_text(original, encoding="utf-8")
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -341,8 +343,8 @@ def page(results: dict) -> str:
 
 def save(results: dict) -> None:
     results["mutants"].sort(key=lambda m: (m["file"], m["line"], m["after"]))
-    RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    PAGE.write_text(page(results))
+    RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    PAGE.write_text(page(results), encoding="utf-8")
 
 
 def key(mutant):
@@ -360,7 +362,7 @@ def main() -> int:
     parser.add_argument("--why", nargs=2, metavar=("NUMBER", "TEXT"), help="explain a survivor, counted from 0")
     arguments = parser.parse_args()
 
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"seed": None, "mutants": []}
+    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"seed": None, "mutants": []}
     if arguments.why:
         survivors = [m for m in kept["mutants"] if not m["caught"]]
         survivors[int(arguments.why[0])]["why"] = arguments.why[1]

@@ -70,13 +70,13 @@ def run(lane: str, beside_others: bool = False) -> tuple[dict[str, int], float]:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "--durations=5", f"--junit-xml={report}"]
         log = Path(folder) / "log"
-        with log.open("w") if beside_others else contextlib.nullcontext() as output:
+        with log.open("w", encoding="utf-8") if beside_others else contextlib.nullcontext() as output:
             done = subprocess.run(
                 [*command, *(str(HERE / name) for name in files)],
                 env={**os.environ, **environment}, cwd=HERE.parent, stdout=output, stderr=output,
             )  # fmt: skip
         if beside_others:
-            print(heading, log.read_text(), sep="\n", flush=True)
+            print(heading, log.read_text(encoding="utf-8", errors="replace"), sep="\n", flush=True)
         counts = {"passed": 0, "failed": 0, "skipped": 0}
         if report.exists():
             suite = ElementTree.parse(report).getroot().find("testsuite")

@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree: builds, runs the operators'
-# tests, and plants an error that each sanitizer must find: sanitize.sh [python] [address|undefined].
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer together, in a copy of the tree: builds, runs the
+# operators' tests, and plants an error for each sanitizer, which must find it: sanitize.sh [python].
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
 python=${1:-$root/.venv/bin/python}
 [[ $python == */* ]] && python=$(realpath -s "$python")
-names=${2:-address undefined}
 cxx=${CXX:-g++}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -20,69 +19,70 @@ cd "$work"
 failed=0
 # Not what limits memory or forks: ASan reserves terabytes of addresses, and other processes lack its library.
 suitable="not midway and not larger_than_any_memory and not forked and not does_not_import"
+sanitizers="-fsanitize=address,undefined,float-cast-overflow"
 
-build() { # sanitizer, flags: attnkern/_C.so of the copy
+build() { # attnkern/_C.so of the copy; compiles the sources that have no object
   local pids=()
   for source in "${sources[@]}"; do
+    [[ -e $(basename "$source").o ]] && continue
     # -O1 keeps the kernels' vectors (omp simd) and the frames of a report.
     "$cxx" -std=c++20 -O1 -g1 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -fvisibility=hidden \
-      -fno-omit-frame-pointer "-fsanitize=$1" "${@:2}" "-DATTNKERN_SCHEMA_HASH=\"$hash\"" -Icsrc \
+      -fno-omit-frame-pointer "$sanitizers" -fno-sanitize-recover=all "-DATTNKERN_SCHEMA_HASH=\"$hash\"" -Icsrc \
       -isystem "$torch/include" -c "$source" -o "$(basename "$source").o" &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid"; done
-  "$cxx" -shared "-fsanitize=$1" -o attnkern/_C.so ./*.cpp.o -L"$torch/lib" -ltorch -ltorch_cpu -lc10
+  "$cxx" -shared "$sanitizers" -o attnkern/_C.so ./*.cpp.o -L"$torch/lib" -ltorch -ltorch_cpu -lc10
 }
 
-run() { # sanitizer, pytest's arguments
-  local preload=""
+run() { # pytest's arguments
+  local preload
   # The process is Python: ASan must come before it, and the C++ library whose throw ASan intercepts with it.
-  [[ $1 == address ]] && preload="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libstdc++.so)"
-  # Reports must come past pytest's capture (-s). Python and PyTorch leave memory to the end of the process: no leak detection. Their code is not instrumented.
+  preload="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libstdc++.so)"
+  # Reports must come past pytest's capture (-s). Python and PyTorch leave memory to the end of the process: no leak
+  # detection. Their code is not instrumented.
   LD_PRELOAD=$preload ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-    "$python" -m pytest -q -s -p no:cacheprovider "${@:2}" >log 2>&1
+    "$python" -m pytest -q -s -p no:cacheprovider "$@" >log 2>&1
 }
 
-check() { # sanitizer, its other flags, what it says of the planted error, file, sed's script
-  local name=$1 flags=$2 finding=$3 file=$4 script=$5 began=$SECONDS
-  # shellcheck disable=SC2086
-  build "$name" $flags
-  if run "$name" tests/test_{ops,window,quantize,pool,promises,faults}.py -k "$suitable"; then
-    echo "$name: $(tail -1 log)"
-  else
-    echo "$name: FAILED"
-    grep -n -m 5 -A 12 "ERROR: AddressSanitizer\|runtime error" log || tail -30 log
-    failed=1
-  fi
+plant() { # sanitizer, what it says of the error, file, sed's script that plants it
+  local name=$1 finding=$2 file=$3 script=$4
   cp "$file" original
   sed -i "$script" "$file"
   if cmp -s "$file" original; then
     echo "$name: nothing planted, $file has no line for $script"
     failed=1
+    return
+  fi
+  rm -f "$(basename "$file").o"
+  build
+  if run tests/test_window.py -k hard_rectangles; then
+    echo "$name: FAILED, the planted error was not found"
+    failed=1
+  elif grep -q "$finding" log; then
+    echo "$name: the planted error is found: $(grep -m 1 "$finding" log)"
   else
-    # shellcheck disable=SC2086
-    build "$name" $flags
-    if run "$name" tests/test_window.py -k hard_rectangles; then
-      echo "$name: FAILED, the planted error was not found"
-      failed=1
-    elif grep -q "$finding" log; then
-      echo "$name: the planted error is found: $(grep -m 1 "$finding" log)"
-    else
-      echo "$name: FAILED, the planted error showed otherwise"
-      tail -30 log
-      failed=1
-    fi
+    echo "$name: FAILED, the planted error showed otherwise"
+    tail -30 log
+    failed=1
   fi
   cp original "$file"
-  echo "$name: $((SECONDS - began)) s"
+  rm "$(basename "$file").o" # the next build has none of it
 }
 
 where=$("$python" -c 'import attnkern; print(attnkern.__path__[0])')
 [[ $where == "$work/attnkern" ]] || { echo "attnkern comes from $where, not from the copy" >&2; exit 1; }
-[[ " $names " != *" address "* ]] || check address "" "ERROR: AddressSanitizer: heap-buffer-overflow" csrc/cpu/window.cpp \
+build
+if run tests/test_{ops,window,quantize,pool,promises,faults}.py -k "$suitable"; then
+  echo "tests: $(tail -1 log)"
+else
+  echo "tests: FAILED"
+  grep -n -m 5 -A 12 "ERROR: AddressSanitizer\|runtime error" log || tail -30 log
+  failed=1
+fi
+plant address "ERROR: AddressSanitizer: heap-buffer-overflow" csrc/cpu/window.cpp \
   's/A max = to\[0\];/A max = to[positions];/'
-[[ " $names " != *" undefined "* ]] || check undefined "-fsanitize=float-cast-overflow -fno-sanitize-recover=all" \
-  "runtime error: signed integer overflow" csrc/cpu/window.cpp \
+plant undefined "runtime error: signed integer overflow" csrc/cpu/window.cpp \
   's/const Frame<A> frame = windows.frame(image);/const Frame<A> frame = windows.frame(image + (INT64_MAX + positions) - INT64_MAX - positions);/'
 echo "sanitize: $SECONDS s"
 exit "$failed"

@@ -1,13 +1,12 @@
-"""Random shapes on every backend here for a while: memory flat, results of fixed inputs equal bitwise, caches bounded.
+"""Many random shapes on every backend here: memory flat, results of fixed inputs equal bitwise, caches bounded.
 
-`python tests/soak.py --seconds 180` ends with a sentence for each promise that was not kept, and then exits with 1.
+`python tests/soak.py --calls 40000` prints a sentence for each promise that was not kept, and then exits with 1.
 """
 
 import argparse
 import ctypes
 import functools
 import gc
-import os
 import random
 import sys
 import time
@@ -18,9 +17,9 @@ from cases import CASES, make, run
 
 from attnkern import _backend, testing
 
-#: Growth of resident memory that is no leak: after malloc_trim, glibc still keeps pages that hold one live block each,
+#: Growth of memory that is no leak: after malloc_trim, glibc still keeps pages that hold one live block each,
 #: some MiB after any mix of shapes. A leaked tensor of the smallest shape here, some 500 bytes of bookkeeping, comes
-#: to 16 MiB after 34,000 calls; 180 seconds make several times as many.
+#: to 16 MiB after 34,000 calls.
 MEMORY = 16 * 2**20
 #: Entries that the library's caches may gain after the warm-up: those are keyed by devices, not by calls.
 ENTRIES = 8
@@ -29,11 +28,12 @@ LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "misaligned")
 
 
 def resident():
-    """Bytes of this process in memory that something still holds."""
+    """Bytes of memory that this process still holds, swapped out or not; pages of files come and go."""
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    return sum(int(status[key].split()[0]) * 1024 for key in ("RssAnon", "VmSwap"))
 
 
 def caches():
@@ -74,27 +74,21 @@ def one(random, backend, interpreted):
     run(function, tensors, size=size, backend=backend, **options)
 
 
-def soak(seconds, backends=None, seed=0):
-    """(What was not kept, a line about what was done)."""
+def soak(calls, backends=None, seed=0):
+    """(What was not kept, a line about what was done), after so many calls. The first third warms up."""
     backends = backends or testing.available_backends()
     interpreted = _backend._ops.TRITON_INTERPRETS
     draw = random.Random(seed)
     began = time.monotonic()
     first = fixed(backends)
-    calls = before = 0
-    entries = None
-    broken = []
+    warm, broken = calls // 3, []
     checked = 1  # at the end
-    while True:
-        now = time.monotonic() - began
-        # The first third warms up: every kind of call, and the shapes that memory is kept for.
-        if entries is None and now > seconds / 3:
-            before, entries, warm = resident(), caches(), calls
-        if now > seconds and entries is not None:
-            break
-        one(draw, backends[calls % len(backends)], interpreted and backends[calls % len(backends)] == "triton")
-        calls += 1
-        if calls % 2000 == 0 and not broken:
+    for number in range(calls):
+        if number == warm:
+            before, entries = resident(), caches()
+        backend = backends[number % len(backends)]
+        one(draw, backend, interpreted and backend == "triton")
+        if (number + 1) % 2000 == 0 and not broken:
             broken, checked = differing(first, fixed(backends)), checked + 1
     broken = broken or differing(first, fixed(backends))
     growth = resident() - before
@@ -123,10 +117,10 @@ def differing(first, again):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=180)
+    parser.add_argument("--calls", type=int, default=40_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    broken, line = soak(options.seconds, seed=options.seed)
+    broken, line = soak(options.calls, seed=options.seed)
     print(line, *broken, sep="\n")
     return int(bool(broken))
 

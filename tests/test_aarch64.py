@@ -10,7 +10,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [line.split()[1] for line in (ROOT / "csrc/sources.txt").read_text().splitlines() if line.startswith("cpu ")]
+SOURCES = [
+    line.split()[1]
+    for line in (ROOT / "csrc/sources.txt").read_text(encoding="utf-8").splitlines()
+    if line.startswith("cpu ")
+]
 COMPILER = shutil.which("aarch64-linux-gnu-g++")
 QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 

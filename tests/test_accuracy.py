@@ -110,4 +110,4 @@ def test_tables_show_who_is_worse():
 
 
 def test_the_page_is_what_was_measured():
-    assert accuracy.PAGE.read_text() == accuracy.page(), "run `python -m benchmarks.accuracy --page`"
+    assert accuracy.PAGE.read_text(encoding="utf-8") == accuracy.page(), "run `python -m benchmarks.accuracy --page`"

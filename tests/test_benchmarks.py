@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import signal
 import types
 from pathlib import Path
 
@@ -56,6 +57,87 @@ def test_losses_stay_in_the_table():
     assert "MISSED: 0.50 × torch.compile at the slowest, pool" in verdict
 
 
+def in_both(case, which, default, tuned):
+    return [run.row_of(case, which, default), run.row_of(case, which, tuned, process="tuned")]
+
+
+def test_both_processes_are_side_by_side(tmp_path):
+    """A line for a case and pass; a competitor that one process could not measure keeps its place."""
+    rows = [
+        *in_both("pool float32", "forward", {"eager": 9e-3, "native": 3e-3}, {"eager": 4e-3, "native": 2e-3}),
+        *in_both("window float32", "forward", {"eager": 8e-3, "native": 4e-3}, {"native": 1e-3}),
+    ]
+    _, _, pool, window = report.table(rows).splitlines()
+    assert [cell.strip() for cell in pool.split("|")[1:-1]] == [
+        "pool float32", "forward", "9.000 / 4.000", "3.000 / 2.000", "3.00 / 2.00"
+    ]  # fmt: skip
+    assert [cell.strip() for cell in window.split("|")[3:-1]] == ["8.000 / –", "4.000 / 1.000", "2.00 / –"]
+    assert report.BOTH in report.tables(rows)
+    assert report.BOTH not in report.tables(rows[::2])
+    failed = [{**rows[1], "errors": {"compile": "no luck"}}, rows[0]]
+    assert "- pool float32, forward, tuned process, compile: no luck" in report.tables(failed)
+    path = tmp_path / "plot.svg"
+    both = in_both("pool", "forward+backward", {"eager": 9e-3, "native": 3e-3}, {"eager": 4e-3, "native": 2e-3})
+    report.plot(both, path)
+    two = path.read_text()
+    report.plot(both[:1], path)
+    assert two.count("<path") == path.read_text().count("<path")  # the default process alone
+
+
+def test_each_process_has_its_targets():
+    """Those of the core rows in the default process only; the slowest forward is named, and how many are below."""
+
+    def both(case, default, tuned):
+        ours = {"eager": 7e-3, "native": 1e-3}
+        return [
+            *in_both(case, "forward+backward", {**ours, "compile": default}, {**ours, "compile": tuned}),
+            *in_both(case, "forward", {**ours, "compile": 0.9e-3}, {**ours, "compile": 2e-3}),
+        ]
+
+    core = both("window_attention 2x2x2x2 float32 contiguous", 2.5e-3, 1.1e-3)
+    others = both("anchor_attention 2x2x2x2 float32 contiguous", 1e-3, 4e-3)
+    default, chosen, tuned = report.verdict([*core, *others]).split("\n\n")
+    assert default.startswith("Forward and backward, float32, default process:\n- met: 7.00 × eager")
+    assert "\n- met: 1.58 × torch.compile by geometric mean (target: at least 1.3)" in default
+    assert "\n- met: 1.00 × torch.compile at the slowest, anchor_attention" in default
+    assert "\n- MISSED: 0.90 × torch.compile at the slowest, forward alone, window_attention" in default
+    assert "float32 contiguous, one of 2 rows below (target: at least 1)" in default
+    assert chosen.startswith("Forward and backward, float32, default process, window_attention, compatibility_pool and")
+    assert "\n- met: 2.50 × torch.compile by geometric mean (target: at least 2.2)" in chosen
+    assert "\n- met: 2.50 × torch.compile at the slowest, window_attention" in chosen
+    assert tuned.startswith("Forward and backward, float32, tuned process:")
+    assert "\n- met: 1.10 × torch.compile at the slowest, window_attention" in tuned
+    assert "MISSED" not in tuned
+
+
+@pytest.mark.parametrize("codes, ran", [((0, 0), ["default", "tuned"]), ((3, 0), ["default"])])
+def test_the_environments_of_both_processes(codes, ran, tmp_path, monkeypatch):
+    """The default one keeps nothing that tunes malloc; one that leaves rows ends the run."""
+    found = []
+
+    def start(command, env):
+        found.append((command, env))
+        return types.SimpleNamespace(returncode=codes[len(found) - 1])
+
+    for name in run.PROCESSES["tuned"]:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(run.subprocess, "run", start)
+    assert run.run_processes(tmp_path / "store.json", math.inf) == codes[0]
+    assert [command[command.index("--process") + 1] for command, _ in found] == ran
+    for (_, environment), name in zip(found, ran, strict=True):
+        assert {key: environment[key] for key in run.PROCESSES["tuned"] if key in environment} == run.PROCESSES[name]
+        assert environment["PATH"]
+
+
+def test_one_thread_is_timed_by_its_own_clock(monkeypatch):
+    """What only waits takes no time there."""
+    for threads, clock in ((1, run.time.process_time), (2, run.time.perf_counter)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert run.clock_of(CPU) is clock
+    ticks = itertools.count(step=0.5)
+    assert run.median_times({"call": list}, budget=0, clock=lambda: next(ticks)) == {"call": 0.5}
+
+
 ABOUT = {"machine": "m", "threads": 1, "date": "2026-01-01", "torch": "2", "suite": ""}
 KEY = {"version": "a", "compiled": True}
 
@@ -68,8 +150,9 @@ def test_store_resumes(tmp_path):
     assert again.path == first.path
     assert again.has("window float32 contiguous", "forward+backward")
     assert not again.has("window float32 contiguous", "forward")
+    assert not again.has("window float32 contiguous", "forward+backward", "tuned")
     again.add(ROWS[1])
-    assert len(json.loads(first.path.read_text())["rows"]) == 2
+    assert len(json.loads(first.path.read_text(encoding="utf-8"))["rows"]) == 2
     for other in ({"key": {**KEY, "version": "b"}}, {"key": {**KEY, "compiled": False}}, {"key": KEY, "machine": "n"}):
         store = Store(tmp_path, {**ABOUT, **other})
         assert store.content["rows"] == []
@@ -87,12 +170,12 @@ def test_a_row_that_is_measured_again_takes_its_place(tmp_path):
 
 def test_the_version_of_the_code_follows_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.store.ROOT", tmp_path)
-    (tmp_path / "a").write_text("1")
-    (tmp_path / "b").write_text("2")
+    (tmp_path / "a").write_text("1", encoding="utf-8")
+    (tmp_path / "b").write_text("2", encoding="utf-8")
     before = code_version("a")
-    (tmp_path / "b").write_text("3")
+    (tmp_path / "b").write_text("3", encoding="utf-8")
     assert code_version("a") == before
-    (tmp_path / "a").write_text("2")
+    (tmp_path / "a").write_text("2", encoding="utf-8")
     assert code_version("a") != before
 
 
@@ -138,19 +221,19 @@ def test_scaling_shows_the_exponent(tmp_path):
     ]
     assert "| images | pool | 1.000 | 4.000 | 3.0 | 1.00 |" in report.scaling_table(rows)
     report.plot_scaling(rows, tmp_path / "scaling.svg")
-    assert "<svg" in (tmp_path / "scaling.svg").read_text()
+    assert "<svg" in (tmp_path / "scaling.svg").read_text(encoding="utf-8")
 
 
 def test_every_committed_run_is_on_the_page():
     page = report.page()
     for path in COMMITTED.glob("*.json"):
-        assert json.loads(path.read_text())["machine"] in page
-    assert report.PAGE.read_text() == page, "run `python -m benchmarks.report`"
+        assert json.loads(path.read_text(encoding="utf-8"))["machine"] in page
+    assert report.PAGE.read_text(encoding="utf-8") == page, "run `python -m benchmarks.report`"
 
 
 def test_plot(tmp_path):
     report.plot(ROWS, tmp_path / "plot.svg")
-    drawn = (tmp_path / "plot.svg").read_text()
+    drawn = (tmp_path / "plot.svg").read_text(encoding="utf-8")
     assert "<svg" in drawn
     assert "legend" in drawn
 
@@ -235,7 +318,7 @@ def test_a_competitor_that_fails_leaves_its_error_in_its_cell(tmp_path, monkeypa
     monkeypatch.setattr(cases, "competitors", lambda *arguments: {"compile": fail, **competitors(*arguments)})
     store = Store(tmp_path, ABOUT)
     assert run.measure(store, bench(), [(small("compatibility_pool"), "forward")]) == 0
-    (row,) = json.loads(store.path.read_text())["rows"]
+    (row,) = json.loads(store.path.read_text(encoding="utf-8"))["rows"]
     assert row["errors"] == {"compile": "RuntimeError: no luck"}
     assert {"eager", "sdpa", "native"} <= row["ms"].keys() == row["device_ms"].keys() == row["host_us"].keys()
     text = report.tables([row])
@@ -266,24 +349,38 @@ def test_host_costs_are_stored_apart(tmp_path, monkeypatch):
     assert [row["errors"] for row in store.content["rows"]] == [{"broken": "RuntimeError: no luck"}]
 
 
-def endless(**inputs):
-    while True:
-        pass
+def test_a_time_limit_ends_what_does_not_end():
+    before = signal.getsignal(signal.SIGALRM)
+    limit = run.TimeLimit(0.01)
+
+    def endless():
+        with limit:
+            while True:
+                pass
+
+    with pytest.raises(TimeoutError, match="it took more than 0 s"):
+        endless()
+    assert limit.reached
+    assert signal.getsignal(signal.SIGALRM) == before
+
+
+def reaches_its_limit(**inputs):
+    """At once, however fast the machine is: the clock's signal comes from here."""
+    signal.raise_signal(signal.SIGALRM)
 
 
 def test_a_competitor_that_does_not_end_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "ROW_LIMIT", 0.5)
-    monkeypatch.setattr(cases, "competitors", lambda *arguments: {"compile": endless})
+    monkeypatch.setattr(cases, "competitors", lambda *arguments: {"compile": reaches_its_limit})
     store = Store(tmp_path, ABOUT)
     assert run.measure(store, bench(), [(small("window_attention"), "forward")]) == 0
     assert store.content["rows"][0]["errors"]["compile"].startswith("TimeoutError: it took more than")
 
 
 def test_a_row_that_the_end_of_a_call_cuts_short_is_left_to_the_next(tmp_path, monkeypatch):
-    monkeypatch.setattr(cases, "competitors", lambda *arguments: {"compile": endless})
+    monkeypatch.setattr(cases, "competitors", lambda *arguments: {"compile": reaches_its_limit})
     store = Store(tmp_path, ABOUT)
     work = [(small("window_attention"), "forward")]
-    assert run.measure(store, bench(), work, end=run.time.monotonic() + 0.5) == run.UNFINISHED
+    assert run.measure(store, bench(), work, end=run.time.monotonic() + run.REHEARSED_LIMIT / 2) == run.UNFINISHED
     assert store.content["rows"] == []
     assert store.content["begun"] == {}
     assert run.measure(store, bench(), work, end=run.time.monotonic() - 1) == run.UNFINISHED
@@ -386,7 +483,7 @@ def test_the_slowest_rows():
 
 def test_what_ncu_writes_is_read():
     """A line for each metric, among lines of its own and of the program."""
-    kernels = profile.parse((Path(__file__).parent / "data/ncu.csv").read_text())
+    kernels = profile.parse((Path(__file__).parent / "data/ncu.csv").read_text(encoding="utf-8"))
     assert kernels == [
         {"kernel": "attnkern::window_fwd", "µs": "53.2", "MB read": "51.4", "registers": "96"},
         {"kernel": "_anchor_fwd_kernel", "µs": "2.5"},

@@ -438,7 +438,9 @@ def test_a_launch_is_written_down_instead_of_run(tmp_path, monkeypatch):
     monkeypatch.setenv("ATTNKERN_HOST_RECORD", str(tmp_path / "launches"))
     x = torch.ones(64)
     result = operators.faulty_sum(x, 7)
-    offset, blocks, threads, shared, cluster, parameters, *pointers = (tmp_path / "launches").read_text().split()
+    offset, blocks, threads, shared, cluster, parameters, *pointers = (
+        (tmp_path / "launches").read_text(encoding="utf-8").split()
+    )
     assert launches._symbols()[int(offset)] == "faulty_sum_kernel"
     assert (blocks, threads, shared, cluster) == ("1", "64", "0", "1")
     assert struct.unpack("<QQi", bytes.fromhex(parameters)) == (x.data_ptr(), result.data_ptr(), 7)
@@ -580,7 +582,7 @@ def test_no_more_than_the_committed_counts(name, backend, committed):
 
 
 def test_the_page_is_of_the_committed_counts():
-    assert page.PAGE.read_text() == page.text(page.load()), "run `python -m benchmarks.count --page`"
+    assert page.PAGE.read_text(encoding="utf-8") == page.text(page.load()), "run `python -m benchmarks.count --page`"
 
 
 def test_losses_are_on_the_page():
@@ -600,8 +602,12 @@ def test_losses_are_on_the_page():
 
 def test_the_readme_quotes_the_page():
     """How many times faster than torch.compile's kernels the native ones are on an H200: the page's fourth column."""
-    table = dict(re.findall(r"^\| (\w+ \w+, \w+ maps) +\| (.+) \|$", page.PAGE.read_text(), re.MULTILINE))
-    quoted = re.findall(r"^\| `(\w+)` \| (.+, worst .+) \|$", (code.ROOT / "README.md").read_text(), re.MULTILINE)
+    table = dict(
+        re.findall(r"^\| (\w+ \w+, \w+ maps) +\| (.+) \|$", page.PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    quoted = re.findall(
+        r"^\| `(\w+)` \| (.+, worst .+) \|$", (code.ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert len(quoted) == 3
     passes = [f"{which}, {size} maps" for size in ("large", "small") for which in ("forward", "backward")]
     for op, cells in quoted:

@@ -145,8 +145,10 @@ def test_libraries_of_these_sources_stay(carried):
 )
 def test_libraries_of_other_sources_are_built_again(file, reasons, carried):
     path = carried.folder / file
-    text = path.read_text()
-    path.write_text(text.replace("CONTRACT = ", "CONTRACT = 1") if path.suffix == ".py" else text + "\n")
+    text = path.read_text(encoding="utf-8")
+    path.write_text(
+        text.replace("CONTRACT = ", "CONTRACT = 1") if path.suffix == ".py" else text + "\n", encoding="utf-8"
+    )
     assert carried.unfit() == reasons
 
 
@@ -200,7 +202,7 @@ def test_building_in_place_compiles_only_what_does_not_fit(toolkit, carried):
         return done.returncode, [line for line in done.stderr.splitlines() if line.startswith("attnkern: _C")]
 
     assert build() == (0, ["attnkern: _C.so stays", "attnkern: _C_cuda.so stays"])
-    (carried.folder / "csrc/cuda/pool.cu").write_text("changed")
+    (carried.folder / "csrc/cuda/pool.cu").write_text("changed", encoding="utf-8")
     code, lines = build()
     assert code != 0
     said = "is built" if toolkit else "does not do"

@@ -194,17 +194,19 @@ def elements(shape, dtype, kind):
     return a
 
 
-def assert_quantized(got, want, dtype):
-    values, index, loss, counts, residuals = got
+def assert_quantized(got, want, divisor, dtype):
+    values, index, anchor_loss, commitment_loss, counts, residuals = got
     want_values, want_index, want_loss, _, want_counts = want
+    want_loss = want_loss.detach() / divisor
     assert torch.equal(index, want_index)
     assert torch.equal(counts, want_counts)
     assert torch.equal(values.isnan(), want_values.isnan())
     assert torch.equal(values.nan_to_num(), want_values.to(dtype).nan_to_num())
     if want_loss.isfinite():
-        assert_near("loss", loss, want_loss.detach(), FLOAT)
+        assert_near("anchor_loss", anchor_loss, want_loss, FLOAT)
     else:
-        assert torch.equal(loss.double(), want_loss.detach()) or loss.isnan()
+        assert torch.equal(anchor_loss.double(), want_loss) or anchor_loss.isnan()
+    assert torch.equal(anchor_loss.nan_to_num(), commitment_loss.nan_to_num())
     assert residuals.shape == counts.shape
 
 
@@ -215,12 +217,13 @@ def test_quantize(kind, dtype, shape):
     anchors, a = torch.tensor(ANCHORS[kind], dtype=dtype), elements(shape, dtype, kind)
     exact_a, exact_anchors = double(a), double(anchors)
     want = reference.anchor_quantize(exact_a, exact_anchors, reduction="sum")
-    got = ops.quantize_fwd(a, anchors)
-    assert_quantized(got, want, dtype)
+    divisor = 3
+    got = ops.quantize_fwd(a, anchors, divisor)
+    assert_quantized(got, want, divisor, dtype)
     wide = got[2].dtype
     grads = normal(shape, dtype, 6), torch.tensor(0.7, dtype=wide), torch.tensor(1.3, dtype=wide)
-    wants = gradients((want[0], want[2], want[3]), grads, (exact_a, exact_anchors))
-    grad_a, grad_anchors = ops.quantize_bwd(*grads, a, anchors, got[1], got[4], 1)
+    wants = gradients((want[0], want[2] / divisor, want[3] / divisor), grads, (exact_a, exact_anchors))
+    grad_a, grad_anchors = ops.quantize_bwd(*grads, a, anchors, got[1], got[5], divisor)
     if kind == "infinite":  # a gradient of an infinite distance is nobody's
         return
     assert_near("grad_a", grad_a, wants[0], dtype)
@@ -228,14 +231,14 @@ def test_quantize(kind, dtype, shape):
         assert grad_anchors.isnan().any() == (a.numel() > 0)
         return
     assert_near("grad_anchors", grad_anchors, wants[1], dtype)
-    grad_a, grad_anchors = ops.quantize_bwd(None, None, None, a, anchors, got[1], got[4], 1)
+    grad_a, grad_anchors = ops.quantize_bwd(None, None, None, a, anchors, got[1], got[5], divisor)
     assert not grad_a.any()
     assert not grad_anchors.any()
 
 
 def test_quantize_nan_and_infinity():
     a = torch.tensor([[torch.nan, torch.inf, -torch.inf, 0.2]])
-    values, index, loss, counts, residuals = ops.quantize_fwd(a, torch.tensor([0.0, 1.0, -1.0]))
+    values, index, loss, _, counts, residuals = ops.quantize_fwd(a, torch.tensor([0.0, 1.0, -1.0]), 4)
     assert index.tolist() == [[0, 1, 2, 0]]
     assert counts.tolist() == [1, 1, 1]
     assert values[0, 0].isnan()
@@ -254,16 +257,16 @@ def test_anchor(case, kind):
     anchors = torch.tensor(ANCHORS[kind], dtype=companion)
     exact = double(x), double(a), double(anchors)
     want = reference.anchor_attention(*exact, residual=residual, reduction="sum")
-    output, *got = ops.anchor_fwd(x, a, anchors, residual)
+    divisor = 3
+    output, *got = ops.anchor_fwd(x, a, anchors, residual, divisor)
     assert output.stride() == x.stride()
     assert_near("output", output, want[0], dtype)
-    assert_quantized(got, want[1:], companion)
+    assert_quantized(got, want[1:], divisor, companion)
     wide = got[2].dtype
-    divisor = 3
     grads = normal(a.shape, companion, 6), torch.tensor(0.7, dtype=wide), torch.tensor(1.3, dtype=wide)
     # The gradient of a sum over channels, each term rounded nowhere.
     wants = gradients((want[0], want[1], want[3] / divisor, want[4] / divisor), (grad_output, *grads), exact)
-    args = (x, a, anchors, got[1], got[4], residual, divisor)
+    args = (x, a, anchors, got[1], got[5], residual, divisor)
     grad_x, grad_a, grad_anchors = ops.anchor_bwd(grad_output, *grads, *args, True)
     assert grad_x.stride() == x.stride()
     for name, grad, exact_grad, of in zip(
@@ -280,7 +283,7 @@ def test_anchor(case, kind):
 def test_anchor_spreads_nan(poison):
     x, a, anchors = normal((2, 5, 3, 3), FLOAT, 0), normal((2, 1, 3, 3), FLOAT, 1), torch.tensor([0.0, 1.0])
     (a[1, 0, 2] if poison == "a" else anchors)[1] = torch.nan
-    output, values, index, _, counts, residuals = ops.anchor_fwd(x, a, anchors, True)
+    output, values, index, _, _, counts, residuals = ops.anchor_fwd(x, a, anchors, True, 1)
     bad = a.isnan() if poison == "a" else torch.ones_like(a, dtype=torch.bool)
     assert torch.equal(output.isnan(), bad.expand_as(x))
     assert torch.equal(values.isnan(), bad)
@@ -370,16 +373,16 @@ def passes(shape, channels_last, anchors):
     rectangle, anchors = rectangles(shape[0], FLOAT), torch.linspace(-1, 1, anchors)
     map, map_stats = ops.window_map_fwd(rectangle, *shape[2:], 6.0, True, False)
     _, _, stats = ops.window_fwd(x, rectangle, 6.0, True, True, False)
-    _, _, index, loss, _, residuals = ops.anchor_fwd(x, a, anchors, True)
+    _, _, index, loss, _, _, residuals = ops.anchor_fwd(x, a, anchors, True, 1)
     pooled, attention, scores, _ = ops.pool_fwd(x, query)
     return {
         "window_map_fwd": lambda: ops.window_map_fwd(rectangle, *shape[2:], 6.0, True, False),
         "window_map_bwd": lambda: ops.window_map_bwd(map, rectangle, map_stats, 6.0, True, False),
         "window_fwd": lambda: ops.window_fwd(x, rectangle, 6.0, True, True, False),
         "window_bwd": lambda: ops.window_bwd(x, map, x, rectangle, stats, 6.0, True, True, False, True),
-        "quantize_fwd": lambda: ops.quantize_fwd(a, anchors),
+        "quantize_fwd": lambda: ops.quantize_fwd(a, anchors, 1),
         "quantize_bwd": lambda: ops.quantize_bwd(a, loss, loss, a, anchors, index, residuals, 1),
-        "anchor_fwd": lambda: ops.anchor_fwd(x, a, anchors, True),
+        "anchor_fwd": lambda: ops.anchor_fwd(x, a, anchors, True, 1),
         "anchor_bwd": lambda: ops.anchor_bwd(x, a, loss, loss, x, a, anchors, index, residuals, True, 1, True),
         "pool_fwd": lambda: ops.pool_fwd(x, query),
         "pool_bwd": lambda: ops.pool_bwd(pooled, attention, scores, x, query, attention, pooled, True),
@@ -419,7 +422,7 @@ def test_results_know_nothing_of_batch_place_or_alignment(dtype, channels_last, 
     def run(x, grad_output, rectangle, a):
         output, map, stats = ops.window_fwd(x, rectangle, 6.0, True, True, False)
         grads = ops.window_bwd(grad_output, None, x, rectangle, stats, 6.0, True, True, False, True)
-        modulated, values, index, _, _, residuals = ops.anchor_fwd(x, a, anchors, True)
+        modulated, values, index, _, _, _, residuals = ops.anchor_fwd(x, a, anchors, True, 1)
         others = ops.anchor_bwd(grad_output, None, None, None, x, a, anchors, index, residuals, True, 1, True)
         query, grad_pooled = rectangle.repeat(1, 4)[:, : x.shape[1]].contiguous(), x[:, :, 1, 1].contiguous()
         pooled = ops.pool_fwd(x, query)

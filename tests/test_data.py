@@ -22,6 +22,7 @@ from PIL import Image  # noqa: E402
 from torch.utils.data import default_collate  # noqa: E402
 from torchvision.transforms import v2  # noqa: E402
 
+from attnkern.training import show  # noqa: E402
 from attnkern.training.data import _KINDS, ZCA, EpochSampler, ImageData, data_sets  # noqa: E402
 from attnkern.training.digits import digits_clutter, extents  # noqa: E402
 
@@ -36,7 +37,7 @@ def save(path, pixels, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     if path.suffix == ".jpg":
-        options = {"quality": 100, "subsampling": 0} if image.mode == "RGB" else {"quality": 100}
+        options |= {"quality": 100, "subsampling": 0} if image.mode == "RGB" else {"quality": 100}
     image.save(path, **options)
 
 
@@ -91,7 +92,7 @@ def write_stl10(root):
         np.array(labels, np.uint8).tofile(folder / f"{part}_y.bin")
         written.append((pixels, [label - 1 for label in labels]))
     noise(1, 3, 96, 96).tofile(folder / "unlabeled_X.bin")
-    (folder / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)) + "\n")
+    (folder / "class_names.txt").write_text("\n".join(f"class{i}" for i in range(10)) + "\n", encoding="utf-8")
     return written
 
 
@@ -113,7 +114,7 @@ def write_pets(root, each=2):
                 lines.append(f"{name} {label} {label} {label}\n")
                 save(folder / "images" / f"{name}.jpg", np.uint8(255 * ANIMAL)[..., None].repeat(3, 2))
                 save(folder / "annotations" / "trimaps" / f"{name}.png", trimap)
-        (folder / "annotations" / f"{part}.txt").write_text("".join(lines))
+        (folder / "annotations" / f"{part}.txt").write_text("".join(lines), encoding="utf-8")
 
 
 def write_caltech101(root, each=10):
@@ -141,8 +142,8 @@ def write_cub(root):
         for lines, value in zip(tables.values(), values, strict=True):
             lines.append(f"{number} {value}\n")
     for name, lines in tables.items():
-        (root / f"{name}.txt").write_text("".join(lines))
-    (root / "classes.txt").write_text("1 001.Black\n2 002.Laysan\n")
+        (root / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
+    (root / "classes.txt").write_text("1 001.Black\n2 002.Laysan\n", encoding="utf-8")
 
 
 def palette():
@@ -273,6 +274,140 @@ def test_folder_layouts(tmp_path):
     assert sorted(label for _, label in data.test) == [0] * 2 + [1] * 2
 
 
+@pytest.mark.parametrize(
+    "tree, classes, told",
+    [
+        # folders with images in them; the classes; what the user is told
+        ("bus car train", ["bus", "car", "train"], "as a folder of classes, 'train' among them"),
+        ("bus test train val", ["bus", "test", "train", "val"], "'train', 'test', 'val' among them"),
+        ("train/a train/b test/a test/b", ["a", "b"], None),
+        ("Train/a Train/b Validation/a", ["a", "b"], None),
+        ("train/a test/a val/a", ["a"], "by its parts 'train' and 'test', without 'val'"),
+        ("train/a valid/a test", ["a"], "by its parts 'train' and 'valid', without 'test'"),
+        ("train/a test/a bus", ["a"], "by its parts 'train' and 'test', without 'bus'"),
+        ("learn/a learn/b exam/a", ["exam", "learn"], "as the classes 'exam', 'learn', whose images lie in folders"),
+        ("bus bus/small car", ["bus", "car"], None),
+    ],
+)
+def test_a_split_holds_folders_of_classes(tree, classes, told, tmp_path, recwarn):
+    for folder in tree.split():
+        for number in range(9):
+            save(tmp_path / folder / f"{number}.png", noise(3, 3))
+    data = loaded(name="folder", root=tmp_path, size=8)
+    assert data.class_names == classes
+    messages = [str(warning.message) for warning in recwarn]
+    assert [message for message in messages if told is None or told not in message] == []
+    assert len(messages) == (told is not None)
+    parts = "train/" in tree.lower()
+    assert len(data.train) == (9 * tree.lower().count("train/") if parts else len(data.train))
+    assert parts or len(data.train) + len(data.test) == 9 * len(tree.split())
+
+
+@pytest.mark.parametrize(
+    "tree, message",
+    [
+        ("train test", "folder: 'train', 'test' in {root} hold no folders of images; "),
+        ("test/a test/b", "folder: of train and test only 'test' holds folders of images; "),
+        ("train/a test", "folder: of train and test only 'train' holds folders of images; "),
+    ],
+)
+def test_no_split(tree, message, tmp_path):
+    for folder in tree.split():
+        save(tmp_path / folder / "1.png", noise(3, 3))
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(message.format(root=tmp_path))}"):
+        loaded(name="folder", root=tmp_path)
+
+
+def test_what_tools_leave_in_folders(tmp_path, recwarn):
+    write_folder(tmp_path)
+    for part in ("train", "test"):
+        for folder in (".ipynb_checkpoints", ".git/x", "__MACOSX", "ant/.ipynb_checkpoints", "ant/@eaDir"):
+            save(tmp_path / part / folder / "0-checkpoint.png", noise(3, 3))
+        (tmp_path / part / "ant" / "._0.png").write_bytes(b"no image")
+        (tmp_path / part / "ant" / "Thumbs.db").write_bytes(b"no image")
+    (tmp_path / ".cache").mkdir()
+    data = loaded(name="folder", root=tmp_path, size=8)
+    assert data.class_names == ["ant", "bee"]
+    assert [path.name for path in data.train.part.pictures.paths] == ["0.png", "0.png"]
+    assert len(list(data.train)) == len(list(data.test)) == 2
+    assert not list(recwarn)
+
+
+def test_pictures_that_are_not_read_are_counted(tmp_path):
+    write_folder(tmp_path)
+    for name in ("1.HEIC", "2.svg", "3.txt"):
+        (tmp_path / "train" / "ant" / name).touch()
+    message = f"folder: 2 files in {tmp_path / 'train'} that end in .heic, .heif, .jxl, .svg are passed over"
+    with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
+        data = loaded(name="folder", root=tmp_path, size=8)
+    assert len(data.train) == 2
+
+
+def test_classes_without_images_are_named(tmp_path):
+    write_folder(tmp_path)
+    for name in ("$none", "cat_ & <dog>"):
+        (tmp_path / "train" / name).mkdir()
+    (tmp_path / "train" / "$none" / "notes.txt").touch()
+    message = f"folder: no images of '$none', 'cat_ & <dog>' in {tmp_path / 'train'}; "
+    with pytest.raises(FileNotFoundError, match=f"^{re.escape(message)}"):
+        loaded(name="folder", root=tmp_path)
+
+
+def test_classes_of_one_image_are_named(tmp_path):
+    write_folder(tmp_path, [""], each=3)
+    save(tmp_path / "wasp$" / "1.png", noise(3, 3))
+    message = "folder: a split needs at least two images of each class, got one of 'wasp$'"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        loaded(name="folder", root=tmp_path)
+    save(tmp_path / "wasp$" / "2.png", noise(3, 3))
+    message = "folder: a split of 8 images with 0.8 for training has 2 test images, fewer than the 3 classes"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        loaded(name="folder", root=tmp_path)
+    write_pets(tmp_path)
+    with pytest.raises(ValueError, match=r"^pets: a split of 8 images with 0\.1 for training has 0 training images"):
+        loaded(name="pets", root=tmp_path, ratio=0.1)
+
+
+def test_names_of_classes_are_kept(tmp_path):
+    names = sorted(["$x^2$", "_hidden", "a\nb", "a b  c", "a|b", "b\\c", "cat&<dog>", "é 猫 🐈", "{x}%s"])
+    for name in names:
+        for part in ("train", "test"):
+            save(tmp_path / part / name / "1.png", noise(3, 3))
+    assert loaded(name="folder", root=tmp_path, size=8).class_names == names
+
+
+def test_data_sets_and_show_read_alike(tmp_path):
+    """Deep, transparent and turned pictures."""
+    ramp = np.linspace(0, 65535, 24).astype(np.uint16)[None].repeat(16, 0)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for part in ("train", "test"):
+        save(tmp_path / part / "deep" / "1.png", ramp)
+        save(tmp_path / part / "turned" / "1.jpg", Image.fromarray(noise(16, 24, 3)), exif=exif.tobytes())
+        save(tmp_path / part / "clear" / "1.png", noise(16, 24, 4))
+        save(tmp_path / part / "moving" / "1.gif", noise(16, 24))
+    data = loaded(name="folder", root=tmp_path, size=12)
+    assert len(data.test) == 4
+    for index, path in enumerate(data.test.part.pictures.paths):
+        assert torch.equal(data.raw()[index][0], show.read_image(path, 12))
+    assert data.raw()[1][0].mean().item() == pytest.approx(0.5, abs=2e-3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_named(workers, tmp_path):
+    write_folder(tmp_path)
+    damaged = tmp_path / "test" / "bee" / "0 $ & <x>.jpg"
+    (tmp_path / "test" / "bee" / "0.png").unlink()
+    save(damaged, noise(99, 99))
+    damaged.write_bytes(damaged.read_bytes()[:4000])
+    data = loaded(name="folder", root=tmp_path, size=8, workers=workers)
+    with pytest.raises(ValueError, match=f"^'{re.escape(str(damaged))}' cannot be read: [^\n]*$"):
+        list(data.test_dataloader())
+    damaged.unlink()
+    with pytest.raises(FileNotFoundError, match=f"^there is no image '{re.escape(str(damaged))}'$"):
+        list(data.test_dataloader())
+
+
 # Where things are
 
 
@@ -351,11 +486,33 @@ def test_trimaps_move_with_the_image(tmp_path):
     torch.testing.assert_close(image, data.test[2][0])
 
 
+def test_regions_turn_with_the_image(tmp_path):
+    """Annotations count the stored pixels; EXIF orientation 6 turns these clockwise."""
+    write_cub(tmp_path)
+    write_pets(tmp_path)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for path in tmp_path.rglob("*.jpg"):
+        with Image.open(path) as picture:
+            picture.load()
+        picture.save(path, quality=100, subsampling=0, exif=exif.tobytes())
+    for name, size, item in (("cub", 16, 0), ("cub", 16, 1), ("pets", 20, 2)):
+        data = loaded(name=name, root=tmp_path, size=size)
+        image, _, box, mask = data.located()[item]
+        assert torch.equal(mask, data.raw()[item][0].mean(0) > 0.5)
+        assert torch.equal(extents(mask[None])[0], box)
+        torch.testing.assert_close(image, data.test[item][0])
+    # Rows 8 to 11 and columns 2 to 5 as stored: the columns become the rows, the last row the first column.
+    assert loaded(name="cub", root=tmp_path, size=16).located()[0][2].tolist() == [2, 4, 5, 7]
+    image, _ = loaded(name="cub", root=tmp_path, size=16, box_crop=True).raw()[1]
+    assert (image > 0.95).all()
+
+
 # Splits
 
 
 def paths(view):
-    return [str(view.part.pictures.datasets[i // 40]._images[i % 40]) for i in view.part.chosen]
+    return [str(view.part.pictures.paths[i]) for i in view.part.chosen]
 
 
 def test_stratified_splits(tmp_path):
@@ -640,12 +797,15 @@ def test_missing_folder(tmp_path):
 
     fails(FileNotFoundError, f"folder: no data; {layout}")
     root.mkdir()
-    fails(FileNotFoundError, f"folder: a class without images, or no class; {layout}")
+    fails(FileNotFoundError, f"folder: no folder of images is there; {layout}")
     write_folder(root, ["train"])
-    fails(FileNotFoundError, f"folder: only ['train'] found; {layout}")
-    (root / "val").mkdir()
-    fails(FileNotFoundError, f"folder: a class without images, or no class; {layout}")
+    only = f"folder: of train and test only 'train' holds folders of images; {layout}"
+    fails(FileNotFoundError, only)
+    (root / "val" / "ant").mkdir(parents=True)
+    fails(FileNotFoundError, only)
     save(root / "val" / "wasp" / "1.png", noise(3, 3))
+    fails(FileNotFoundError, f"folder: no images of 'ant' in {root / 'val'}; {layout}")
+    (root / "val" / "ant").rmdir()
     fails(ValueError, f"folder: classes in {root / 'val'} that are not in {root / 'train'}: ['wasp']")
     with pytest.raises(ValueError, match="split does not apply to a folder with train and val, got 2"):
         loaded(name="folder", root=root, split=2)

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, FUNCTIONS, call, case_id, check, check_run, doubles, make, run, same, upstream
-from conftest import DEVICE
+from conftest import DEVICE, PATIENCE
+from test_accelerate import Network
+
+import attnkern
 
 if DEVICE.type != "cuda":
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -90,7 +93,7 @@ print("same")
 def test_a_graph_captured_cold(function, backend, tmp_path):
     """The first call of a process, compilation and all, while a graph is captured; replayed on other numbers."""
     code = COLD.format(tests=str(Path(__file__).parent), function=function, options={}, backend=backend)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout.strip()) == (0, "same"), done.stderr
 
 
@@ -165,3 +168,11 @@ def test_tensors_on_another_device_than_the_current(function, backend):
     found = run(function, there, size=SIZE, grads=grads, backend=backend)
     assert torch.cuda.current_device() == 0
     same({name: tensor.to("cuda:0") for name, tensor in found.items()}, expected, "on another device")
+
+
+def test_a_model_on_the_gpu_is_compared_there():
+    model = Network().to(DEVICE)
+    done = attnkern.accelerate(model)
+    assert done.replaced == {"attention": "LinearAttentionBlock", "quantizer": "StraightThroughQuantizer"}
+    model(torch.randn(2, 3, 9, 8, device=DEVICE))[0].sum().backward()
+    assert all(parameter.is_cuda for parameter in model.parameters())

@@ -52,7 +52,7 @@ def needs(code):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/how-to.md", "docs/tutorial.md"])
 def test_python_runs(page, request, tmp_path, monkeypatch):
-    text = (ROOT / page).read_text()
+    text = (ROOT / page).read_text(encoding="utf-8")
     blocks = [
         (text[: match.start(3)].count("\n"), match[3])
         for match in FENCE.finditer(text)
@@ -71,14 +71,14 @@ def test_python_runs(page, request, tmp_path, monkeypatch):
 
 
 def test_only_what_needs_more_than_this_test_is_marked_as_not_run():
-    marked = [m[3] for path in DOCS.glob("*.md") for m in FENCE.finditer(path.read_text()) if m[1]]
+    marked = [m[3] for path in DOCS.glob("*.md") for m in FENCE.finditer(path.read_text(encoding="utf-8")) if m[1]]
     reasons = ("DistributedDataParallel", "torch.compile", "aoti", "onnx", "register_sharding")
     assert all(any(reason in code for reason in reasons) for code in marked)
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
-    text = FENCE.sub("", path.read_text())
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         file, _, anchor = target.partition("#")
         if re.match(r"\w+:", target) or (path.parent == DOCS and file in MADE_LATER):
@@ -86,7 +86,7 @@ def test_links_lead_somewhere(path):
         found = path.parent / file if file else path
         assert found.exists(), target
         if anchor:
-            headings = re.findall(r"^#+ (.+)$", FENCE.sub("", found.read_text()), re.MULTILINE)
+            headings = re.findall(r"^#+ (.+)$", FENCE.sub("", found.read_text(encoding="utf-8")), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
@@ -104,7 +104,7 @@ def test_every_public_name_is_in_the_api():
     for package in ("torchvision", "matplotlib"):
         pytest.importorskip(package)
     # That what is mentioned exists, the site's build finds out.
-    mentioned = set(re.findall(r"\battnkern[\w.]*\w", (DOCS / "api.md").read_text()))
+    mentioned = set(re.findall(r"\battnkern[\w.]*\w", (DOCS / "api.md").read_text(encoding="utf-8")))
     assert public_names() <= mentioned
 
 
@@ -135,7 +135,7 @@ def test_the_site_builds_and_fetches_nothing(tmp_path, monkeypatch):
     shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
     for name in MADE_LATER:
         if not (DOCS / name).exists():
-            (tmp_path / "docs" / name).write_text(f"# {name}\n")
+            (tmp_path / "docs" / name).write_text(f"# {name}\n", encoding="utf-8")
     site = tmp_path / "site"
     config = load_config(str(ROOT / "mkdocs.yml"), docs_dir=str(tmp_path / "docs"), site_dir=str(site), strict=True)
     config.plugins.on_startup(command="build", dirty=False)
@@ -145,15 +145,15 @@ def test_the_site_builds_and_fetches_nothing(tmp_path, monkeypatch):
     assert len(pages) >= len(list(DOCS.glob("*.md")))
     for page in pages:
         parser = Fetched()
-        parser.feed(page.read_text())
+        parser.feed(page.read_text(encoding="utf-8"))
         for url in parser.urls:
             assert not re.match(r"(\w+:)?//", url), f"{page.name} fetches {url}"
             local = url.partition("?")[0].partition("#")[0]
             assert url.startswith("data:") or local.startswith("/") or (page.parent / local).exists(), url
     for style in site.rglob("*.css"):
-        assert not re.search(r"(@import|url\()\s*[\"']?(\w+:)?//", style.read_text()), style.name
+        assert not re.search(r"(@import|url\()\s*[\"']?(\w+:)?//", style.read_text(encoding="utf-8")), style.name
 
-    api = (site / "api.html").read_text()
+    api = (site / "api.html").read_text(encoding="utf-8")
     assert 'id="attnkern.window_attention"' in api
     assert "the features' dtype and memory format" in api.replace("&#39;", "'")  # a field's comment
     assert not re.search(r":(func|class|meth|mod):", api)

@@ -305,11 +305,23 @@ def test_modes_of_compile(mode):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0_window", "vgg_aib_qt", "vgg_att2_concat_pc"])
+def test_a_deep_network_is_one_graph():
+    """Traced only: its many generated kernels take half a minute to compile, and nearly all of them are PyTorch's."""
+    pytest.importorskip("torchvision")
+    from attnkern.models import create_model
+
+    torch.manual_seed(0)
+    network = create_model("efficientnet_b0_window", 3, width=0.1).eval()
+    torch._dynamo.reset()
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        found = torch.compile(network, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(found, network(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vgg_aib_qt", "vgg_att2_concat_pc"])
 def test_networks_are_one_graph(name, capsys):
     """No break in the whole network; what the compiled network launches is counted in its code and printed."""
-    if "efficientnet" in name:
-        pytest.importorskip("torchvision")
     from torch._inductor.utils import run_and_get_code
 
     from attnkern.models import create_model

@@ -17,7 +17,8 @@ from torch import nn
 import attnkern
 import attnkern.compat
 import attnkern.nn as ann
-from attnkern import _decompositions, _ops, reference
+from attnkern import _ops, reference
+from attnkern._operators import OPERATORS
 
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
 
@@ -66,7 +67,7 @@ def namespaces(program):
 def test_every_decomposition_computes_what_its_operator_does(dtype, device):
     checked = set()
     for name, arguments in operator_calls(device, "native", dtype, "contiguous"):
-        found = getattr(_decompositions, f"_{name}")(*arguments)
+        found = OPERATORS[name].decomposition(*arguments)
         wanted = getattr(_ops.BACKENDS["native"], name)(*arguments)
         pairs = [(found, wanted)] if isinstance(wanted, torch.Tensor) else list(zip(found, wanted, strict=True))
         if "window" in name and name.endswith("fwd"):
@@ -82,8 +83,8 @@ def test_nearest_anchors_at_the_edges(device):
     a = torch.tensor([[0.25, 0.75, -9.0, 9.0, torch.inf, -torch.inf, torch.nan]], device=device)
     for anchors in ([0.0, 0.5, 1.0], [1.0, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, torch.nan, 1.0], [0.3]):
         anchors = torch.tensor(anchors, device=device)
-        found = dict(enumerate(_decompositions._quantize_fwd(a, anchors)[:2]))
-        same(found, dict(enumerate(_ops.BACKENDS["native"].quantize_fwd(a, anchors)[:2])))
+        found = dict(enumerate(OPERATORS["quantize_fwd"].decomposition(a, anchors, 1)[:2]))
+        same(found, dict(enumerate(_ops.BACKENDS["native"].quantize_fwd(a, anchors, 1)[:2])))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=case_id)

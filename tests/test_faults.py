@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, FUNCTIONS, call, case_id, check, check_run, doubles, make, run, same, upstream
-from conftest import DEVICE
+from conftest import DEVICE, PATIENCE
 
 import attnkern
 from attnkern import _backend, _ops
@@ -481,7 +481,7 @@ def test_eight_threads_at_once(backend, device):
     barrier = threading.Barrier(8)
 
     def loop(_):
-        barrier.wait(60)
+        barrier.wait(PATIENCE)
         return [everything() for _ in range(5)]
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -519,7 +519,7 @@ def test_forked_workers_of_a_data_loader(backend):
         run("compatibility_pool", big, backend=backend)  # its threads run now
         here = [data[i] for i in range(len(data))]
         loader = torch.utils.data.DataLoader(
-            data, None, num_workers=2, timeout=60, multiprocessing_context="fork", persistent_workers=False
+            data, None, num_workers=2, timeout=PATIENCE, multiprocessing_context="fork", persistent_workers=False
         )
         count = 0
         for there, expected in zip(loader, here, strict=True):
@@ -540,7 +540,7 @@ def python(code, **environment):
     inherited = {k: v for k, v in os.environ.items() if k not in ("ATTNKERN_BACKEND", "TRITON_INTERPRET")}
     done = subprocess.run(
         [sys.executable, "-c", code], env=inherited | {"PYTHONPATH": folders} | environment, capture_output=True,
-        text=True, timeout=120,
+        text=True, timeout=PATIENCE,
     )  # fmt: skip
     # PyTorch writes of exceptions in its C interface to standard error, also where they are caught.
     return done.returncode, (done.stdout + (done.stderr if done.returncode else "")).strip()
@@ -610,7 +610,8 @@ def test_memory_that_ends_midway(backend):
 
 IMPOSSIBLE = """
 import resource, torch, attnkern
-resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), resource.getrlimit(resource.RLIMIT_AS)[1]))
 r = torch.full((1, 5), 0.5)
 try:
     attnkern.window_map(r, {size}, backend={backend!r})

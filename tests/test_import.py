@@ -1,7 +1,10 @@
-"""Fresh processes: what import needs, costs and leaves alone; missing and stale parts; every CPU instruction set."""
+"""Fresh processes: what import needs, costs and leaves alone; missing and stale parts; every CPU instruction set; huge
+pages.
+"""
 
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -177,21 +180,25 @@ except ImportError as error:
 
 
 def test_import_is_quick_and_touches_nothing():
-    """Under 60 ms after torch, at best of several; nothing but torch is imported, no CUDA started."""
+    """Nothing but torch is imported, no CUDA started, and at most twice as many functions are called as when 7,100 in
+    Python and 10,800 in C took 35 ms."""
     code = """
-import sys, time, torch
-known, began = set(sys.modules), time.perf_counter()
+import sys, torch
+known, calls = set(sys.modules), 0
+
+def count(frame, event, argument):
+    global calls
+    calls += event in ("call", "c_call")
+
+sys.setprofile(count)
 import attnkern
-seconds = time.perf_counter() - began
+sys.setprofile(None)
 new = {name.split(".")[0] for name in set(sys.modules) - known}
 assert not new & {"triton", "torchvision", "numpy", "sklearn", "matplotlib"}, new
 assert not torch.cuda.is_initialized()
-print(seconds)
+print(calls)
 """
-    seconds = []
-    while not seconds or (min(seconds) > 0.06 and len(seconds) < 6):
-        seconds.append(float(python(code)))
-    assert min(seconds) <= 0.06, seconds
+    assert int(python(code)) <= 36_000
 
 
 @needs_library
@@ -268,3 +275,61 @@ def test_each_instruction_set_is_right():
     assert len(set(digests.values())) == len(names), digests
     if "ATTNKERN_CPU_ISA" not in os.environ:
         assert core() == digests[names[-1]], "without the variable the best set runs"
+
+
+# --- huge pages ------------------------------------------------------------------------------------------------------
+
+POLICY = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+#: prints the ranges of memory that are advised, and the whole pages inside outputs and gradients of at least 4 MiB
+ADVISED = """
+import json, re, resource, torch, attnkern
+
+def joined(ranges):
+    found = []
+    for begin, end in sorted(ranges):
+        if found and found[-1][1] == begin:
+            found[-1][1] = end
+        elif begin < end:
+            found.append([begin, end])
+    return found
+
+def pages(tensor):
+    size, begin = resource.getpagesize(), tensor.data_ptr()
+    return -(-begin // size) * size, (begin + tensor.nbytes) // size * size
+
+def leaf(*shape):
+    return torch.rand(shape).requires_grad_()
+
+made = []
+for channels in (8, 7):  # 4 MiB, and a little less
+    x, a, rectangle, query = leaf(2, channels, 256, 256), leaf(2, 1, 256, 256), leaf(2, 5), leaf(channels)
+    wide = leaf(channels, 1, 512, 256)
+    for results, leaves in (
+        (attnkern.window_attention(x, rectangle), (x, rectangle)),
+        (attnkern.anchor_attention(x, a, torch.ones(2)), (x, a)),
+        (attnkern.compatibility_pool(x, query), (x, query)),
+        (attnkern.anchor_quantize(wide, torch.ones(2)), (wide,)),
+    ):
+        made += [*results, *torch.autograd.grad(results[0], leaves, torch.ones_like(results[0]))]
+advised, mapping = [], None
+for line in open("/proc/self/smaps"):
+    if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+        mapping = [int(bound, 16) for bound in found.groups()]
+    elif line.startswith("VmFlags:") and "hg" in line.split():
+        advised.append(mapping)
+large = [pages(tensor) for tensor in made if tensor is not None and tensor.nbytes >= 4 << 20]
+print(json.dumps([joined(advised), joined(large), len(large)]))
+"""
+
+
+@needs_library
+@pytest.mark.skipif(not POLICY.exists(), reason="this kernel has no transparent huge pages")
+@pytest.mark.parametrize("asked", [None, "0", "1"])
+def test_large_outputs_ask_for_huge_pages(asked):
+    """Every page inside one, and no other; only under the policy "madvise", and not with the variable at 0."""
+    environment = {} if asked is None else {"ATTNKERN_HUGE_PAGES": asked}
+    advised, large, count = json.loads(python(ADVISED, **environment))
+    # Two of window_attention, two of anchor_attention, one of compatibility_pool, four of anchor_quantize.
+    assert count == 9
+    assert advised == (large if asked != "0" and "[madvise]" in POLICY.read_text() else [])

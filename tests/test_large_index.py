@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import PATIENCE
 
 HERE = Path(__file__).parent
 
@@ -16,6 +17,7 @@ def test_the_last_image_is_where_it_belongs(kind, monkeypatch):
         pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1" if kind == "triton" else "0")
     monkeypatch.delenv("MALLOC_PERTURB_", raising=False)  # it would touch all of it
-    done = subprocess.run([sys.executable, HERE / "large_index.py", kind], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, HERE / "large_index.py", kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" same") == 13

@@ -1,5 +1,6 @@
 """The networks: sizes, registry, weights from files, losses, frozen trunk, feature and attention maps by name."""
 
+import copy
 import itertools
 import math
 import subprocess
@@ -21,12 +22,15 @@ from attnkern.models import (
     list_models,
     map_names,
 )
+from attnkern.nn import CompatibilityPool, ProgressiveAttention
 
 #: Attention maps of each network, with their share of the image's resolution.
 PC = {"attention10.map": 2, "attention13.map": 4}
 PC_CUB = {"attention10.map": 5, "attention13.map": 10}
 LAST, LAST_CUB = {"attention13.map": 4}, {"attention13.map": 10}
 MODELS = {
+    "attn_vgg_before": {"attention7.map": 1, **PC},
+    "attn_vgg_after": {"attention7.map": 2, "attention10.map": 4, "attention13.map": 8},
     "vgg": {},
     "vgg_cub": {},
     "vgg_gap": {"map": 4},
@@ -65,8 +69,8 @@ every_model = pytest.mark.parametrize("name", MODELS)
 each_class = pytest.mark.parametrize(
     "name",
     [
-        "vgg", "vgg_gap", "vgg_att2_concat_pc", "rn164_att2", "vgg_aib_qt", "wrn28_10_abn", "wrn28_10_aib_qt",
-        "vgg16_aib_qt", "efficientnet_b0_window",
+        "attn_vgg_before", "vgg", "vgg_gap", "vgg_att2_concat_pc", "rn164_att2", "vgg_aib_qt", "wrn28_10_abn",
+        "wrn28_10_aib_qt", "vgg16_aib_qt", "efficientnet_b0_window",
     ],
 )  # fmt: skip
 #: Fewer of what is alike.
@@ -131,10 +135,10 @@ else:
 
 #: Millions of parameters for 10 classes. Known before: 20.04 of VGG-aib, 1.7 of ResNet-164, 36.5 of WRN-28-10.
 MILLIONS = {
-    "vgg": 14.99, "vgg_gap": 14.73, "vgg_pan": 19.72, "vgg_att_pc": 19.71, "vgg_att2_concat_pc": 19.72,
+    "vgg": 14.99, "vgg_gap": 14.73, "vgg_pan": 24.70, "vgg_att_pc": 19.71, "vgg_att2_concat_pc": 19.72,
     "vgg_att3_concat_pc": 19.86, "rn164": 1.70, "rn164_att": 2.36, "rn164_att2": 2.40,
     "vgg_dvib": 20.04, "vgg_aib": 20.04, "vgg_aib_qt": 20.04, "wrn28_10": 36.48, "wrn28_10_abn": 64.35,
-    "wrn28_10_aib": 65.00, "vgg16_aib": 22.06, "wrn50_2_aib": 110.93,
+    "wrn28_10_aib": 65.00, "vgg16_aib": 17.15, "wrn50_2_aib": 109.94,
     "efficientnet_b0_none": 4.67, "efficientnet_b0_positionwise": 4.81, "efficientnet_b0_window": 5.22,
     "mobilenet_v3_large_none": 3.47, "mobilenet_v3_large_positionwise": 3.66, "mobilenet_v3_large_window": 4.39,
 }  # fmt: skip
@@ -156,6 +160,23 @@ def test_parameter_counts_by_hand():
     plan = [3, 64, 64, 128, 128, *[256] * 3, *[512] * 8]
     convs = sum((9 * a + 1) * b + 2 * b for a, b in itertools.pairwise(plan))
     assert parameters(create_model("vgg_att2_concat_pc", 10)) == convs + 513 * 512 + 2 * 512 + 4 * 512 + 1025 * 10
+
+
+@pytest.mark.parametrize(
+    "name, num_classes, published",
+    [
+        ("vgg_pan", 10, 24_698_956 - 1),  # without the bias that the softmax cancels
+        ("vgg16_aib", 200, 17_196_307),
+        ("vgg16_aib_qt", 200, 24_275_751),
+        ("wrn50_2_aib", 200, 109_990_675),
+        ("wrn50_2_aib_qt", 200, 109_990_695),
+    ],
+)
+def test_parameter_counts_of_the_authors_code(name, num_classes, published):
+    if name.startswith(BACKBONES):
+        pytest.importorskip("torchvision")
+    with torch.device("meta"):
+        assert parameters(create_model(name, num_classes)) == published
 
 
 @pytest.mark.parametrize("backbone, attended", [("efficientnet_b0", 320), ("mobilenet_v3_large", 960)])
@@ -249,6 +270,39 @@ def test_class_activation_map():
     torch.testing.assert_close(logits.amax(1), expected, rtol=1e-4, atol=1e-5)
 
 
+class Wrapped(nn.Module):
+    """A layer in the place of another, without a weight to look at: what adapters and quantized layers are."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.in_features, self.compute = layer.in_features, layer.forward
+
+    def forward(self, x):
+        return self.compute(x)
+
+
+@pytest.mark.parametrize(
+    "name", ["vgg_gap", "vgg_att2_concat_pc", "vgg_att2_indep_dp", "vgg_aib_qt", "wrn28_10_aib_qt"]
+)
+def test_a_classifier_is_called_whatever_took_its_place(name):
+    model, images = small(name).eval(), torch.rand(2, 3, 32, 32)
+    labels = torch.tensor([0, 2])
+    with torch.no_grad():
+        expected, expected_maps = attention_maps(model, images)
+        loss = model.loss(expected, labels)
+        heads = model.classifier
+        if isinstance(heads, nn.ModuleList):
+            model.classifier = nn.ModuleList(map(Wrapped, heads))
+        else:
+            model.classifier = Wrapped(heads)
+        found, maps = attention_maps(model, images)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(maps, expected_maps, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.loss(found, labels), loss)
+        model.double().reset_classifier(7)
+        assert model(images.double()).shape == (2, 7)
+
+
 def test_unknown_map():
     with pytest.raises(ValueError, match=r"names must be of 'attention\.map', got 'map'"):
         attention_maps(small("vgg_aib"), torch.rand(1, 3, 32, 32), ["map"])
@@ -330,7 +384,7 @@ def test_wrong_pretrained_weights(tmp_path):
 @pytest.mark.parametrize(
     "name, published",
     [
-        ("rn164_att2", [0.4, 0.5, 0.3, 0.3, 0.3]),
+        ("rn164_att2", [0.4, 0.5, 0.3, 0.3, 0.5]),
         ("wrn28_10_aib", [0.3] * 4),
         ("vgg_att2_concat_pc", [0.3] + [0.4] * 7 + [0.4] * 2 + [0.5] + [0.5] * 2),
         ("efficientnet_b0_window", [0.2]),
@@ -382,6 +436,10 @@ def test_wrong_options(name, options, kind, message):
         ("rn164", {"levels": (5,)}, r"levels must be different ones of 2, 3 and 4, got \(5,\)"),
         ("rn164", {"blocks": 0}, "blocks must be at least 1, got 0"),
         ("vgg", {"first_pool": 0}, "first_pool must be at least 1, got 0"),
+        *(
+            (name, {"init": "keras"}, "init must be 'torch7' or 'pytorch', got 'keras'")
+            for name in ("vgg", "vgg_gap", "vgg_att_pc", "rn164")
+        ),
         ("wrn28_10", {"blocks": 0}, "blocks must be at least 1, got 0"),
         ("vgg16_aib", {"backbone": "vgg19"}, "backbone must be 'vgg16' or 'wrn50_2', got 'vgg19'"),
         ("efficientnet_b0_none", {"attention": "all"}, "attention must be 'none', .*, got 'all'"),
@@ -459,7 +517,69 @@ def test_progressive_attention_filters_the_next_block():
     model.local13.register_forward_pre_hook(lambda _m, inputs: seen.__setitem__("filtered", inputs[0]))
     with torch.no_grad():
         _, maps = attention_maps(model, torch.rand(2, 3, 32, 32))
+        g = model.trunk10(seen["local"])
+        score = model.attention10.score(seen["local"] + g[:, :, None, None])
+    assert g.shape == (2, 64)
+    torch.testing.assert_close(maps["attention10.map"], score[:, 0].sigmoid())
     torch.testing.assert_close(seen["filtered"], seen["local"] * maps["attention10.map"][:, None])
+
+
+def test_progressive_attention_trains_its_own_branch():
+    model = small("vgg_pan")
+    model.loss(model(torch.rand(2, 3, 32, 32)), torch.tensor([0, 1])).backward()
+    assert model.trunk10[-1].weight.grad.abs().sum() > 0
+    assert not any(parameter.requires_grad for parameter in model.trunk.parameters())
+
+
+def test_poolings_of_the_form_for_cub():
+    sides = []
+    model = small("vgg_cub").eval()
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.AdaptiveAvgPool2d)):
+            module.register_forward_pre_hook(lambda _m, inputs: sides.append(inputs[0].shape[-1]))
+    with torch.no_grad():
+        model(torch.rand(1, 3, 80, 80))
+    assert sides == [80, 80, 40, 40, 20, 20, 20, 10, 10, 10, 5, 5, 3, 1]
+    # It begins with the weights of the form for CIFAR.
+    assert model.state_dict().keys() == small("vgg").state_dict().keys()
+
+
+def test_bottlenecks_take_their_stride_in_the_first_convolution():
+    torch.manual_seed(0)
+    strided = small("rn164").level3[0].eval()
+    plain, x = copy.deepcopy(strided), torch.randn(2, 8, 9, 10)
+    for layer in (plain.body[0], plain.shortcut):
+        assert layer.stride == (2, 2)
+        layer.stride = (1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(strided(x), plain(x[:, :, ::2, ::2]))
+
+
+def test_initialisation_of_the_authors_code():
+    torch.manual_seed(0)
+    model = create_model("vgg_att2_concat_pc", 10)
+    u = torch.cat([model.attention10.weight, model.attention13.weight]).detach()
+    assert abs(u.mean()) < 0.2
+    assert u.std().item() == pytest.approx(math.sqrt(2), rel=0.1)
+    for name in ("vgg_att2_concat_pc", "vgg", "vgg_gap", "rn164_att2", "vgg_aib"):
+        scales = [m.weight.detach() for m in small(name).modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+        scales = torch.cat(scales)
+        assert 0 <= scales.min() < 0.1
+        assert 0.9 < scales.max() <= 1, name
+    for name in ("vgg_att2_concat_pc", "vgg_pan", "vgg", "vgg_gap", "rn164_att2"):
+        model = small(name, init="pytorch")
+        for module in model.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                assert torch.equal(module.weight, torch.ones_like(module.weight)), name
+            elif isinstance(module, CompatibilityPool):
+                assert module.weight.abs().max() <= module.weight.numel() ** -0.5, name
+            elif isinstance(module, ProgressiveAttention):
+                assert module.score.weight.abs().max() <= module.score.weight.numel() ** -0.5, name
+    for name in ("wrn28_10", "wrn28_10_abn", "wrn28_10_aib", "rn164"):
+        linear = [m for m in small(name).modules() if isinstance(m, nn.Linear)]
+        assert linear
+        assert not any(m.bias.count_nonzero() for m in linear), name
+    assert small("rn164_att2").classifier.bias.count_nonzero() > 0
 
 
 # --- abn -------------------------------------------------------------------------------------------------------------
@@ -580,5 +700,5 @@ def test_the_documented_table_is_the_networks(capsys):
     pytest.importorskip("torchvision")
     assert cli.main(["models"]) == 0
     found = capsys.readouterr().out
-    assert Path(__file__).parents[1].joinpath("docs/models.md").read_text().endswith(found)
+    assert Path(__file__).parents[1].joinpath("docs/models.md").read_text(encoding="utf-8").endswith(found)
     assert [line.split("`")[1] for line in found.splitlines()[2:]] == list_models()

@@ -12,7 +12,7 @@ FILES = mutate.kernel_files()
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(mutate.ROOT)))
 def test_faults_of_a_file(path):
     """Each changes code, in one place; the draw repeats."""
-    text, code = path.read_text(), mutate.code_of(path)
+    text, code = path.read_text(encoding="utf-8"), mutate.code_of(path)
     assert len(code) == len(text)
     assert code.count("\n") == text.count("\n")
     faults = [fault for of_class in mutate.faults_in(path).values() for fault in of_class]
@@ -41,13 +41,13 @@ def test_every_class_has_faults_in_every_language():
 )  # fmt: skip
 def test_comments_strings_and_declarations_are_no_code(suffix, code, tmp_path):
     path = tmp_path / f"source{suffix}"
-    path.write_text(code)
+    path.write_text(code, encoding="utf-8")
     left = mutate.code_of(path).split()
     assert left == (["int", "a", "=", "0;", "auto", "s", "=", ";"] if suffix == ".cpp" else ["return", "a"])
 
 
 def test_published_result():
     """The page is the result's, and lists files that lack faults; whatever survived is explained."""
-    results = json.loads(mutate.RESULTS.read_text())
-    assert mutate.PAGE.read_text() == mutate.page(results)
+    results = json.loads(mutate.RESULTS.read_text(encoding="utf-8"))
+    assert mutate.PAGE.read_text(encoding="utf-8") == mutate.page(results)
     assert all(m["caught"] or m.get("why") for m in results["mutants"])

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnkern
 from attnkern import _backend
@@ -596,6 +598,19 @@ def test_pool_equals_the_papers_formula(name, backend):
         torch.testing.assert_close(a, b.float(), rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("positions", [(H, W), (H * W,)])
+@pytest.mark.parametrize("shape", [(N, C), (C,)])
+def test_parametrised_gradient_of_g_from_the_map_alone(positions, shape):
+    torch.manual_seed(0)
+    module = ann.CompatibilityPool(C, C, project="query")
+    local, query = torch.randn(N, C, *positions), torch.randn(shape, requires_grad=True)
+    map = module(local, query, return_map=True)[1]
+    assert torch.equal(map, module(local, return_map=True)[1])
+    map.square().sum().backward()
+    assert torch.equal(query.grad, torch.zeros_like(query))
+    assert torch.equal(module.projection.weight.grad, torch.zeros(C, C))
+
+
 @every_backend
 @pytest.mark.parametrize("project", [None, "query", "local"])
 def test_parametrised_gradient_of_g_is_exactly_zero(backend, project):
@@ -613,6 +628,203 @@ def test_parametrised_gradient_of_g_is_exactly_zero(backend, project):
         assert module.projection.weight.grad.count_nonzero() == 0
 
 
+def test_progressive_attention_adds_its_query_to_every_position():
+    torch.manual_seed(0)
+    module, x, query = ann.ProgressiveAttention(C), torch.randn(N, C, H, W), torch.randn(N, C, requires_grad=True)
+    output, map = module(x, return_map=True, query=query)
+    expected = torch.einsum("c,nchw->nhw", module.score.weight.flatten(), x + query[:, :, None, None])
+    torch.testing.assert_close(map, (expected + module.score.bias).sigmoid())
+    torch.testing.assert_close(output, map[:, None] * x)
+    output.sum().backward()
+    assert query.grad.abs().min() > 0
+
+
+# --- what people do to layers ----------------------------------------------------------------------------------------
+
+
+class Adapted(nn.Module):
+    """A low-rank adapter around a layer, as adapter libraries have it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer = layer
+        self.down, self.up = nn.Linear(layer.in_features, 2), nn.Linear(2, layer.out_features)
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+class Packed(torch.Tensor):
+    """A weight of a type of its own that knows linear layers only, as quantized and sharded ones are."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            x, weight = args[:2]
+            return F.linear(x, 2 * weight.detach().as_subclass(torch.Tensor))
+        if function in (torch.Tensor.t, torch.Tensor.matmul):
+            raise NotImplementedError("only as a layer's weight")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def offloaded(layer):
+    """The weight comes to the device for a call only."""
+    weight = layer.weight.detach()
+    layer.weight = nn.Parameter(weight.to("meta"))
+    layer.forward = lambda x: F.linear(x, weight)
+
+
+def stale_weight_norm(layer):
+    """Until the first call ``weight`` is what it was before ``weight_g`` was loaded."""
+    torch.nn.utils.weight_norm(layer)
+    with torch.no_grad():
+        layer.weight_g *= 1.5
+
+
+def spectral_norm(layer):
+    torch.nn.utils.spectral_norm(layer)(torch.zeros(C))
+    layer.eval()  # else each call improves the estimate of the norm
+
+
+def packed(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Packed), requires_grad=False)
+
+
+#: What is done to the layer; a replacement for it, if any, is returned.
+TO_A_LAYER = {
+    "forward hook": lambda layer: layer.register_forward_hook(lambda _layer, _inputs, output: 2 * output) and None,
+    "pre-hook": lambda layer: layer.register_forward_pre_hook(lambda _layer, inputs: (inputs[0].relu(),)) and None,
+    "adapter": Adapted,
+    "bias": lambda layer: nn.Linear(layer.in_features, layer.out_features),
+    "offload": offloaded,
+    "weight_norm": stale_weight_norm,
+    "spectral_norm": spectral_norm,
+    "parametrization": lambda layer: torch.nn.utils.parametrizations.orthogonal(layer) and None,
+    "pruning": lambda layer: torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5) and None,
+    "packed weight": packed,
+    "own class": lambda layer: type("Own", (nn.Linear,), {"forward": lambda self, x: 3 * F.linear(x, self.weight)})(
+        layer.in_features, layer.out_features, bias=False
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("compatibility", ["dot", "parametrised"])
+@pytest.mark.parametrize("how", TO_A_LAYER)
+def test_a_projection_is_called_once_anything_is_done_to_it(how, compatibility, hooked):
+    """The papers' formula over the projected locals, which the layer makes; gradients to all parameters as well."""
+    torch.manual_seed(0)
+    pool = ann.CompatibilityPool(C, G, compatibility, project="local").train()
+    pool.projection = TO_A_LAYER[how](pool.projection) or pool.projection
+    local, query = torch.randn(N, C, H, W, requires_grad=True), torch.randn(N, G)
+    leaves = [local, *(parameter for parameter in pool.parameters() if parameter.requires_grad)]
+    leaves = [leaf for leaf in leaves if not leaf.is_meta]
+    if hooked:
+        pool.map.register_forward_hook(lambda *_: None)
+    steps = []
+    for _ in range(2):
+        found = pool(local, query)
+        steps.append([found, *torch.autograd.grad(scalar([found]), leaves)])
+    projected = pool.projection(local.flatten(2).mT).mT.unflatten(2, (H, W))
+    key = query if pool.weight is None else pool.weight.expand(N, -1)
+    expected = literal_pool(projected, torch.einsum("nc,nchw->nhw", key, projected))
+    expected = [expected, *torch.autograd.grad(scalar([expected]), leaves)]
+    for step in steps:
+        for a, b in zip(step, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["eager", "functional_call", "export"])
+def test_an_untouched_projection_is_folded(how):
+    """The layer is applied to a vector an image, never to every position."""
+    pool, (local, query) = build("pool-dot-local"), inputs("pool-dot-local")
+    if how == "export":
+        call = torch.export.export(pool, (local, query)).module()
+    elif how == "functional_call":
+        state = {name: parameter.detach() for name, parameter in pool.named_parameters()}
+
+        def call(*args):
+            return torch.func.functional_call(pool, state, args)
+
+    else:
+        call = pool
+    products = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+                products.append(tuple(output.shape))
+            return output
+
+    with torch.no_grad(), Products():
+        found = call(local, query)
+    torch.testing.assert_close(found, pool(local, query))
+    assert products == [(N, C), (N, G)]
+
+
+@pytest.mark.parametrize("name", ["window", "bottleneck", "bottleneck-anchors"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_layers_that_have_no_weight_to_look_at(name, autocast):
+    """Quantized layers, and adapters around them, have packed weights behind a method, or none."""
+
+    class Opaque(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.compute = layer.forward
+
+        def weight(self):
+            raise AssertionError("nobody's business")
+
+        def forward(self, x):
+            assert x.dtype == torch.float32
+            return self.compute(x)
+
+    module, tensors = build(name).eval(), inputs(name)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = run(module, tensors)
+        part = "regressor" if name == "window" else "std"
+        setattr(module, part, Opaque(getattr(module, part)))
+        found = run(module, tensors)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "quantizer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replicas_of_data_parallel(name, dtype):
+    """Their parameters are tensors in attributes, so that ``parameters()`` is empty."""
+
+    def replica_of(module):
+        replica = module._replicate_for_data_parallel()
+        for key, parameter in module._parameters.items():
+            setattr(replica, key, None if parameter is None else parameter.clone())
+        for key, child in module._modules.items():
+            replica._modules[key] = child if child is None else replica_of(child)
+        return replica
+
+    module, tensors = build(name, dtype).eval(), inputs(name, dtype)
+    replica = replica_of(module)
+    assert not list(replica.parameters())
+    for a, b in zip(run(replica, tensors), run(module, tensors), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.05 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("name", ["window", "bottleneck", "bottleneck-anchors"])
+def test_a_module_in_bfloat16_under_autocast(name):
+    module, tensors = build(name, torch.bfloat16).eval(), inputs(name, torch.bfloat16)
+    expected = run(module, tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(module, tensors)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 ERRORS = {
@@ -622,6 +834,8 @@ ERRORS = {
                    ValueError, r"PositionwiseAttention: x must be \(N, 6, H, W\), got shape \(6, 3, 3\)"),
     "no position": (lambda: ann.ProgressiveAttention(C)(torch.ones(1, C, 0, 3)),
                     ValueError, r"ProgressiveAttention: x must have at least one position, got a map of size \(0, 3\)"),
+    "progressive query": (lambda: ann.ProgressiveAttention(C)(torch.ones(2, C, 3, 3), query=torch.ones(1, C)),
+                          ValueError, r"query must be \(2, 6\) \(N and C as x\), got shape \(1, 6\)"),
     "integers": (lambda: ann.BottleneckAttention(C)(torch.ones(1, C, 3, 3, dtype=torch.int64)),
                  TypeError, "BottleneckAttention: x must be float32, bfloat16, float16 or float64, got int64"),
     "not a tensor": (lambda: ann.WindowAttention(C)([1.0]),

@@ -1,5 +1,6 @@
 """What is shipped: a source archive that is always the same, holds every file, builds and passes tests; wheels."""
 
+import ast
 import hashlib
 import os
 import shutil
@@ -25,9 +26,43 @@ def tracked():
         listed = ROOT / "attnkern.egg-info/SOURCES.txt"
         if not listed.exists():
             pytest.skip("neither a git checkout nor a source archive")
-        names = listed.read_text()
+        names = listed.read_text(encoding="utf-8")
     made = ("attnkern.egg-info/", "PKG-INFO", "setup.cfg")
     return [name for name in names.splitlines() if not name.startswith(made) and (ROOT / name).exists()]
+
+
+def without_encoding(code):
+    """The calls that open, read or write a text file in whatever encoding the locale has."""
+    for call in (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)):
+        owner, _, name = ast.unparse(call.func).rpartition(".")
+        if any(keyword.arg in ("encoding", None) for keyword in call.keywords):
+            continue
+        if owner and name in ("read_text", "write_text"):
+            yield call
+        elif name in ("open", "fdopen", "TemporaryFile", "NamedTemporaryFile"):
+            if name == "open" and owner in ("Image", "os", "tarfile"):  # of binary files
+                continue
+            place = 1 if name == "fdopen" or (name, owner) == ("open", "") else 0  # Path.open takes the mode alone
+            modes = [*call.args[place : place + 1], *(k.value for k in call.keywords if k.arg == "mode")]
+            mode = ast.unparse(modes[0]) if modes else "b" if name.endswith("File") else ""
+            if "b" not in mode:
+                yield call
+
+
+def test_every_text_file_names_its_encoding():
+    """Else a page that declares UTF-8 is written in the locale's encoding, and what was written is read in another."""
+    assert (
+        len(list(without_encoding("p.read_text(); open(f); p.open('w'); NamedTemporaryFile('r'); p.write_text(t)")))
+        == 5
+    )
+    assert not list(without_encoding("open(f, 'rb'); p.open('wb'); p.read_text('x', encoding='utf-8'); Image.open(f)"))
+    found = {
+        f"{name}:{call.lineno}: {ast.unparse(call)}"
+        for name in tracked()
+        if name.endswith(".py")
+        for call in without_encoding((ROOT / name).read_text(encoding="utf-8"))
+    }
+    assert found == set()
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +194,52 @@ def test_a_wheel_without_a_compiler_runs_on_the_reference(source, tmp_path):
         file.extractall(tmp_path / "site")
     code = "import torch, attnkern; print(attnkern.compatibility_pool(torch.ones(1, 2, 3, 3), torch.ones(2)).pooled)"
     assert offline.python("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).strip() == "tensor([[1., 1.]])"
+
+
+def refused(source, *arguments, code="pass", **environment):
+    """The last line of what setup.py says where it refuses to build."""
+    code = f"import sys, runpy; {code}; sys.argv = {['setup.py', *arguments]}; runpy.run_path('setup.py')"
+    environment = os.environ | environment
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_building_with_an_old_setuptools_says_what_to_do(source):
+    """One as ``python3.11 -m venv`` brings it, without the command that makes wheels."""
+    code = "import setuptools; setuptools.__version__ = '65.5.0'; sys.modules['setuptools.command.bdist_wheel'] = None"
+    assert refused(source, code=code) == (
+        "attnkern: building needs setuptools 77 or later, this is 65.5.0: pip install --upgrade setuptools"
+    )
+
+
+@pytest.mark.parametrize(
+    "compiler, fault",
+    [
+        ("/nowhere/c++", "/nowhere/c++ does not run: No such file"),
+        ("false", "false does not compile C++20: exit status 1"),
+    ],
+)
+def test_building_without_a_compiler_says_what_to_do(compiler, fault, source):
+    line = refused(source, "build_ext", FORCE_CUDA="0", CXX=compiler)
+    assert line.startswith(f"attnkern: building the kernels needs GCC 12 or Clang 16 or later, and {fault}")
+    assert "or set ATTNKERN_NO_NATIVE=1" in line
+
+
+def test_what_does_not_compile_leaves_a_way_out(source, tmp_path):
+    """A compiler that knows C++20 and still fails."""
+    compiler = tmp_path / "c++"
+    script = 'case " $* " in *" -c "*) exit 1;; *) exec c++ "$@";; esac'
+    compiler.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    compiler.chmod(0o755)
+    command = [sys.executable, "setup.py", "build_ext"]
+    environment = os.environ | {"FORCE_CUDA": "0", "CXX": str(compiler)}
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    shutil.rmtree(source / "build", ignore_errors=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("attnkern: the kernels were not built, see above; ")
+    assert "ATTNKERN_NO_NATIVE=1" in done.stderr.splitlines()[-1]
 
 
 def test_building_without_pytorch_says_what_to_do(source):

@@ -141,8 +141,8 @@ def test_strides_that_a_compiler_was_told(function, odd, backend, device):
             output, map, stats = ops.window_fwd(first, second, *window, False)
             return output, map, stats, *ops.window_bwd(output, map, first, second, stats, *window, False, True)
         if function == "anchor_attention":
-            output, *rest = ops.anchor_fwd(first, second, tensors["anchors"], True)
-            through = output, rest[0], rest[2], rest[2], first, second, tensors["anchors"], rest[1], rest[4]
+            output, *rest = ops.anchor_fwd(first, second, tensors["anchors"], True, 1)
+            through = output, rest[0], rest[2], rest[3], first, second, tensors["anchors"], rest[1], rest[5]
             return output, *rest, *ops.anchor_bwd(*through, True, 1, True)
         pooled, attention, scores, pooled_wide = ops.pool_fwd(first, second)
         through = pooled, attention, scores, first, second, attention, pooled
@@ -172,7 +172,7 @@ def test_features_in_either_layout_are_not_copied(layout):
     x, grad, rectangle = (lay(torch.randn(2, 3, 4, 5), layout) for _ in range(3))
     seen = []
     kernel = in_layout(
-        "window_bwd", lambda grad_output, grad_map, x, rectangle: seen.extend((grad_output, x, rectangle))
+        ("x", "grad_output"), lambda grad_output, grad_map, x, rectangle: seen.extend((grad_output, x, rectangle))
     )
     with Recorded() as recorded:
         kernel(grad, None, x, rectangle)

@@ -39,7 +39,7 @@ ONLY_SOME = {"query", "anchors", "rectangles", "rates", "equivariance"}
 def checkpoints(tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("runs"), {}
     for name in RUNS:
-        size = ["--data.size", "64"] if "mobilenet" in name else []
+        size = ["--data.size", "64"] if "mobilenet" in name else ["--model.options.width", "0.0625"]
         train(name, "digits-clutter", [*SMALL, *size, "--out", str(folder / name)])
         found[name] = folder / name / "last.ckpt"
     return found
@@ -58,7 +58,7 @@ def test_every_protocol_says_numbers_or_why_not(name, checkpoints, tmp_path, cap
     arguments = ["evaluate", str(checkpoints[name]), "--limit", "60", "--out", str(out), "--device", "cpu"]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
-    result = json.loads(out.read_text())
+    result = json.loads(out.read_text(encoding="utf-8"))
     assert set(result["protocols"]) == set(protocols.PROTOCOLS)
     missing = {key for key, value in result["protocols"].items() if "not applicable" in value}
     assert missing == ONLY_SOME - RUNS[name] | {"transfer"} | ({"crossdomain"} & missing)
@@ -68,7 +68,7 @@ def test_every_protocol_says_numbers_or_why_not(name, checkpoints, tmp_path, cap
     # The same once more: nothing depends on what was drawn before.
     again = tmp_path / "again.json"
     assert cli.main([*arguments[:-4], "--out", str(again), "--device", "cpu"]) == 0
-    assert json.loads(again.read_text()) == result
+    assert json.loads(again.read_text(encoding="utf-8")) == result
 
 
 def test_numbers_of_the_protocols_are_those_of_the_functions(checkpoints):
@@ -106,6 +106,14 @@ def test_transfer_to_other_classes(checkpoints):
     assert "share a class" in protocols.evaluate(strangers, ["transfer"])["transfer"]["not applicable"]
 
 
+def test_small_classes_are_named(checkpoints):
+    few = subject(checkpoints["vgg"], limit=30)
+    named = [f"'{name}'" for name, count in enumerate(few.labels.bincount().tolist()) if count < 5]
+    assert 0 < len(named) <= 5
+    reason = protocols.evaluate(few, ["crossdomain"])["crossdomain"]["not applicable"]
+    assert reason == f"five folds need five images of each class, got fewer of {', '.join(named)}"
+
+
 def test_anchors_are_counted(checkpoints):
     found = protocols.evaluate(subject(checkpoints["vgg_aib_qt"], limit=50), ["anchors"])["anchors"]
     entry = found["attention.quantizer"]
@@ -118,15 +126,15 @@ def test_a_chosen_map(checkpoints, tmp_path):
     out = tmp_path / "one.json"
     arguments = ["evaluate", str(checkpoints["vgg_att2_concat_dp"]), "--protocol", "localisation", "--limit", "20"]
     assert cli.main([*arguments, "--map", "attention13.map", "--out", str(out), "--device", "cpu"]) == 0
-    assert json.loads(out.read_text())["map"] == "attention13.map"
+    assert json.loads(out.read_text(encoding="utf-8"))["map"] == "attention13.map"
     assert cli.main([*arguments, "--map", "local10", "--out", str(out), "--device", "cpu"]) == 0
-    assert json.loads(out.read_text())["map"] == "Grad-CAM local10"
+    assert json.loads(out.read_text(encoding="utf-8"))["map"] == "Grad-CAM local10"
 
 
 def test_plain_values(tmp_path):
     assert protocols.plain({1: float("nan"), "a": (1, torch.tensor([2.0]))}) == {"1": None, "a": [1, [2.0]]}
     protocols.write_json(tmp_path / "x.json", {"a": math.inf})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": None}
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == {"a": None}
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
@@ -170,7 +178,7 @@ def test_mistakes_end_in_a_sentence(arguments, message, checkpoints, tmp_path, c
     import re
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "text.png").write_text("no image", encoding="utf-8")
     filled = [each.format(text="text.png", vgg=checkpoints["vgg"]) for each in arguments]
     assert cli.main(filled) == 1
     assert re.search(message, capsys.readouterr().err)

@@ -1,7 +1,9 @@
 """Recipes and ``attnkern train``: every row is read and built, runs leave what they should and resume exactly."""
 
 import csv
+import importlib.util
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +17,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import ReduceLROnPlateau
 
 from attnkern import cli, models
 from attnkern.evaluation.rectangles import equivariance_distance, transform_images, transform_rectangle
@@ -30,6 +33,7 @@ TINY = [
     "--trainer.limit_test_batches", "1", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu",
     "--trainer.log_every_n_steps", "1",
 ]  # fmt: skip
+NARROW = ["--model.options.width", "0.0625"]
 
 
 @pytest.fixture
@@ -39,7 +43,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def tiny(name, *arguments, epochs=2, out="run"):
-    more = ["--trainer.max_epochs", str(epochs), "--out", str(out), *arguments]
+    more = ["--trainer.max_epochs", str(epochs), *([] if out is None else ["--out", str(out)]), *arguments]
     return train(name, "digits-clutter", [*TINY, *more])
 
 
@@ -47,7 +51,7 @@ def logged(out, key):
     """Every value of a column of the run's CSV files, in order."""
     values = []
     for path in sorted(out.glob("csv/version_*/metrics.csv")):
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             values += [float(row[key]) for row in csv.DictReader(file) if row.get(key)]
     return values
 
@@ -56,7 +60,8 @@ def logged(out, key):
 
 
 def test_every_network_has_a_recipe():
-    assert set(models.list_models()) <= set(list_recipes())
+    ported = {"attn_vgg_after", "attn_vgg_before"}  # there for the weights that another implementation trained
+    assert set(models.list_models()) - ported <= set(list_recipes())
     extra = set(list_recipes()) - set(models.list_models())
     assert extra == {"efficientnet_b0_window_equivariance", "mobilenet_v3_large_window_equivariance"}
 
@@ -217,11 +222,11 @@ def test_a_run_leaves_settings_logs_weights_and_result(name, folder):
     size = ["--data.size", "64"] if "mobilenet" in name else []
     result = tiny(name, *size)
     out = folder / "run"
-    assert json.loads((out / "result.json").read_text()) == result
+    assert json.loads((out / "result.json").read_text(encoding="utf-8")) == result
     assert result["epochs"] == 2
     assert result["localisation"]["images"] == 359
     assert 0 <= result["localisation"]["iou_tight"] <= 1
-    assert "seed_everything: 0" in (out / "config.yaml").read_text()
+    assert "seed_everything: 0" in (out / "config.yaml").read_text(encoding="utf-8")
     assert list((out / "tensorboard").glob("events*"))
     assert len(logged(out, "val_accuracy")) == 2
     run = load_run(out / "last.ckpt")
@@ -291,10 +296,10 @@ def test_half_precision_and_accumulated_gradients(folder):
 
 def test_nothing_is_overwritten_unasked(folder):
     tiny("vgg_gap", epochs=1)
-    before = (folder / "run" / "result.json").read_text()
+    before = (folder / "run" / "result.json").read_text(encoding="utf-8")
     with pytest.raises(FileExistsError, match=r"'run' holds a run; go on with --resume true, replace it"):
         tiny("vgg_gap", epochs=1)
-    assert (folder / "run" / "result.json").read_text() == before
+    assert (folder / "run" / "result.json").read_text(encoding="utf-8") == before
     assert tiny("vgg_gap", "--overwrite", "true", epochs=1)["epochs"] == 1
     with pytest.raises(FileNotFoundError, match=r"resume: there is no checkpoint 'other/last\.ckpt'"):
         tiny("vgg_gap", "--resume", "true", out="other")
@@ -303,7 +308,7 @@ def test_nothing_is_overwritten_unasked(folder):
 def test_what_is_no_checkpoint(folder):
     with pytest.raises(FileNotFoundError, match=r"there is no file 'none\.ckpt'"):
         load_network("none.ckpt")
-    (folder / "text.ckpt").write_text("no checkpoint")
+    (folder / "text.ckpt").write_text("no checkpoint", encoding="utf-8")
     with pytest.raises(ValueError, match=r"'text\.ckpt' is no checkpoint of attnkern train"):
         load_network("text.ckpt")
 
@@ -314,12 +319,188 @@ def test_two_processes(folder):
     more = ["--trainer.max_epochs", "1", "--trainer.strategy", "ddp", "--trainer.devices", "2", "--out", "run"]
     done = subprocess.run([*command, *more], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads((folder / "run" / "result.json").read_text())
+    result = json.loads((folder / "run" / "result.json").read_text(encoding="utf-8"))
     assert result["epochs"] == 1
     # Each process took half of the 64 images, in batches of 16.
     assert torch.load(folder / "run" / "last.ckpt", weights_only=True)["global_step"] == 2
     (perplexity,) = logged(folder / "run", "anchor_perplexity")
     assert 1 <= perplexity <= 20
+
+
+# --- Lightning's options ---------------------------------------------------------------------------------------------
+
+
+def test_a_logger_of_the_users_own_takes_the_place_of_ours(folder):
+    tiny("vgg_gap", *NARROW, "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "mine", epochs=1)
+    (metrics,) = (folder / "mine").rglob("metrics.csv")
+    assert "val_accuracy" in metrics.read_text(encoding="utf-8")
+    assert {path.name for path in (folder / "run").iterdir()} == {"config.yaml", "last.ckpt", "result.json"}
+
+
+@pytest.mark.parametrize(
+    "options, left, tested",
+    [
+        (["fast_dev_run", "true"], None, True),
+        (["limit_test_batches", "0"], {"config.yaml", "csv", "last.ckpt", "result.json", "tensorboard"}, False),
+        (["enable_checkpointing", "false"], {"config.yaml", "csv", "result.json", "tensorboard"}, True),
+        (["logger", "false"], {"config.yaml", "last.ckpt", "result.json"}, True),
+        (["barebones", "true"], {"config.yaml", "result.json"}, False),
+    ],
+)
+def test_what_is_switched_off_is_left_out(options, left, tested, folder, capsys):
+    base = [
+        "--data.count",
+        "64",
+        "--data.batch_size",
+        "16",
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.max_epochs",
+        "1",
+    ]
+    base += [] if "barebones" in options else ["--trainer.enable_progress_bar", "false"]
+    name, value = options
+    command = ["train", "vgg_gap", "--data", "digits-clutter", *NARROW, "--out", "run", *base]
+    assert cli.main([*command, f"--trainer.{name}", value]) == 0
+    out = capsys.readouterr().out
+    assert ("accuracy 0." in out, "not tested after 1 epochs" in out) == (tested, not tested)
+    assert left == ({path.name for path in (folder / "run").iterdir()} if (folder / "run").exists() else None)
+    if left is not None:
+        result = json.loads((folder / "run" / "result.json").read_text(encoding="utf-8"))
+        assert (result["accuracy"] is not None) is tested
+        assert (result["localisation"] is None) is (name == "limit_test_batches")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--trainer.accelerator", "mps"], "can not run on your system"),
+        (["--trainer.devices", "-1"], "`devices` selected with `CPUAccelerator` should be an int > 0"),
+        (["--trainer.strategy", "ddp_spawn"], "trainer.strategy must start processes of their own"),
+        (["--trainer.profiler", "nonsense"], "it can only be one of ['simple', 'advanced'"),
+        (["--trainer.barebones", "true", "--trainer.logger", "true"], "disabled in barebones mode"),
+        (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches must be at least 1, got 0"),
+        (["--trainer.model_registry", "name"], "trainer.model_registry does not apply"),
+        (["--trainer.logger", "CometLogger"], "comet"),
+        (
+            ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=loss"],
+            "metric `loss` which is not avail",
+        ),
+        (["--model.lr_scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau"], "must name a metric: --model.lr_sch"),
+        (
+            ["--model.lr_scheduler", "lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor", "lost"],
+            "ReduceLROnPlateau conditioned on metric lost which is not available",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_lightning_refuses_is_said_in_one_sentence(options, message, folder, capsys):
+    if torch.backends.mps.is_available() and "mps" in options:
+        pytest.skip("there is one here")
+    if "CometLogger" in options and importlib.util.find_spec("comet_ml"):
+        pytest.skip("it is installed")
+    command = [
+        "train",
+        "vgg_gap",
+        "--data",
+        "digits-clutter",
+        *TINY,
+        *NARROW,
+        "--trainer.max_epochs",
+        "1",
+        "--out",
+        "run",
+    ]
+    assert cli.main([*command, *options]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("attnkern: ")
+    assert message in lines[-1]
+    assert not (folder / "run" / "result.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_there_is_no_gpu(folder):
+    with pytest.raises(ValueError, match=r"^train: No supported gpu backend found!$"):
+        tiny("vgg_gap", *NARROW, "--trainer.accelerator", "gpu")
+
+
+def test_faults_keep_their_traceback(folder):
+    """Only what Lightning itself refuses becomes a sentence."""
+    failing = ["--trainer.callbacks", json.dumps([{"class_path": f"{__name__}.Failing"}])]
+    with pytest.raises(ZeroDivisionError):
+        tiny("vgg_gap", *NARROW, *failing)
+
+
+class Failing(Callback):
+    def on_train_batch_end(self, *_):
+        1 / 0  # noqa: B018
+
+
+def test_a_rate_that_falls_on_a_plateau(folder):
+    options = {"monitor": "train_loss", "patience": 0, "threshold": 100.0}  # no loss ever improves by that factor
+    schedule = {"class_path": "lightning.pytorch.cli.ReduceLROnPlateau", "init_args": options}
+    rate = ["--model.optimizer", json.dumps({"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}})]
+    tiny("vgg_gap", *NARROW, *rate, "--model.lr_scheduler", json.dumps(schedule), epochs=3)
+    assert logged(folder / "run", "lr-SGD") == pytest.approx([0.01, 0.001, 0.0001])
+
+
+def test_a_plateau_cannot_follow_a_warm_up():
+    def plateau(optimizer):
+        return ReduceLROnPlateau(optimizer, "val_loss")
+
+    module = built(Classification, "vgg_gap", lr_scheduler=plateau, warmup=[(1, 0.01)])
+    with pytest.raises(ValueError, match=r"cannot follow a warm-up; pass --model\.warmup null"):
+        module.configure_optimizers()
+
+
+def test_other_precisions_checkpoints_and_folders(folder):
+    """A run in float64, whose folder is Lightning's, beside a ModelCheckpoint and with reports of the user's."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("lightning.pytorch").addHandler(handler)
+    options = ["--trainer.precision", "64-true", "--trainer.default_root_dir", "mine", "--trainer.profiler", "simple"]
+    options += ["--trainer.enable_model_summary", "true", "--trainer.callbacks+=ModelCheckpoint"]
+    try:
+        result = tiny("vgg_gap", *NARROW, *options, "--trainer.limit_test_batches", "1.0", epochs=1, out=None)
+    finally:
+        logging.getLogger("lightning.pytorch").removeHandler(handler)
+    assert {"config.yaml", "last.ckpt", "result.json"} <= {path.name for path in (folder / "mine").iterdir()}
+    assert any("Profiler Report" in text for text in said)
+    assert any("Trainable params" in text for text in said)
+    run = load_run(folder / "mine" / "last.ckpt")
+    images = ImageData(**run.data)
+    images.setup()
+    inputs, labels = zip(*(images.test[i] for i in range(len(images.test))), strict=True)
+    with torch.no_grad():
+        right = run.network(torch.stack(inputs)).argmax(1) == torch.tensor(labels)
+    assert result["accuracy"] == pytest.approx(right.double().mean().item(), abs=0.01)
+
+
+def test_without_a_seed_runs_differ(folder):
+    states = []
+    for out in ("a", "b"):
+        tiny("vgg_gap", *NARROW, "--seed_everything", "false", epochs=1, out=out)
+        states.append(load_network(folder / out / "last.ckpt").state_dict()["classifier.weight"])
+    assert not torch.equal(*states)
+    assert "PL_GLOBAL_SEED" not in os.environ
+
+
+def test_a_result_that_cannot_be_written_is_in_the_message(folder, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("attnkern.training.train.write_json", full)
+    with pytest.raises(
+        OSError, match=r"run/result.json cannot be written \(No space left on device\): .*\"accuracy\": 0"
+    ):
+        tiny("vgg_gap", *NARROW, epochs=1)
+
+
+def test_reproduce_looks_first_where_it_will_write(folder, monkeypatch):
+    monkeypatch.setattr(reproduce, "run", lambda name, folder: pytest.fail("nothing is to be trained"))
+    with pytest.raises(OSError, match=r"'nowhere/reproduction\.json' cannot be written .*another place with --docs"):
+        reproduce.main(["--docs", "nowhere"])
 
 
 # --- command ---------------------------------------------------------------------------------------------------------
@@ -364,7 +545,7 @@ def test_unknown_options_are_named(folder, capsys):
 
 def test_the_documented_errors_are_the_recipes():
     documented = {}
-    for line in (Path(__file__).parents[1] / "docs/training.md").read_text().splitlines():
+    for line in (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("| `") and line.split("`")[1] in list_recipes():
             cells = [cell.strip() for cell in line.strip("|").split("|")[1:]]
             documented[line.split("`")[1]] = [float(cell) for cell in cells if cell != "–"]
@@ -378,8 +559,8 @@ def test_the_documented_errors_are_the_recipes():
 
 def test_the_documented_reproduction_is_what_was_measured():
     docs = Path(__file__).parents[1] / "docs"
-    results = json.loads((docs / "reproduction.json").read_text())
-    assert (docs / "reproduction.md").read_text() == reproduce.table(results)
+    results = json.loads((docs / "reproduction.json").read_text(encoding="utf-8"))
+    assert (docs / "reproduction.md").read_text(encoding="utf-8") == reproduce.table(results)
     ours, baselines = results["vgg_att2_concat_pc"], [results["vgg"], results["vgg_gap"]]
     for measure in ("pointing", "iou_tight"):
         assert all(ours["localisation"][measure] > other["localisation"][measure] for other in baselines)

@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 import attnkern
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 DEVELOPMENT = {"bench", "dev", "docs"}
 
@@ -36,7 +36,9 @@ def requirements(*lists):
 USED = requirements(PROJECT["project"]["dependencies"], *(EXTRAS[name] for name in EXTRAS.keys() - DEVELOPMENT))
 PINS = {
     canonicalize_name(name): pin
-    for name, pin in re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    for name, pin in re.findall(
+        r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE
+    )
 }
 
 
@@ -52,7 +54,7 @@ def sbom():
 
 
 def test_the_changelog_knows_the_version():
-    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1].rstrip(",")
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1].rstrip(",")
     assert newest == attnkern.__version__
 
 
@@ -69,7 +71,7 @@ def test_users_get_a_range():
 
 
 def test_every_line_of_the_constraints_is_a_pin():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert len(PINS) == sum(not line.startswith("#") for line in lines)
 
 
@@ -86,7 +88,7 @@ def test_users_are_asked_for_what_is_imported():
     asked = {canonicalize_name(requirement.name) for requirement in USED}
     providers = packages_distributions()
     for path in (ROOT / "attnkern").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
             for name in {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"attnkern"}:
@@ -104,7 +106,7 @@ def bill(sbom, tmp_path_factory):
         folder = tmp_path_factory.mktemp("bill")
         environment = os.environ | {"SOURCE_DATE_EPOCH": "1700000000", "PYTHONHASHSEED": seed}
         subprocess.run([sys.executable, ROOT / "release/sbom.py", folder], env=environment, check=True)
-        texts.append((folder / f"attnkern-{attnkern.__version__}.cdx.json").read_text())
+        texts.append((folder / f"attnkern-{attnkern.__version__}.cdx.json").read_text(encoding="utf-8"))
     assert texts[0] == texts[1]
     return texts[0]
 
@@ -181,7 +183,11 @@ def unsafe(code):
 
 @pytest.mark.parametrize("path", ["attnkern", "benchmarks", "release"])
 def test_no_file_is_run_as_code(path):
-    found = {str(file): lines for file in (ROOT / path).rglob("*.py") if (lines := list(unsafe(file.read_text())))}
+    found = {
+        str(file): lines
+        for file in (ROOT / path).rglob("*.py")
+        if (lines := list(unsafe(file.read_text(encoding="utf-8"))))
+    }
     assert found == {}
 
 

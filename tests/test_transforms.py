@@ -51,12 +51,12 @@ def operator_calls(device, backend, dtype, layout):
         yield "window_fwd", (x, rectangle, *window, True, False)
         for grad_map, need in ((torch.ones_like(map), True), (None, False)):
             yield "window_bwd", (x, grad_map, x, rectangle, stats, *window, True, False, need)
-    yield "quantize_fwd", (a, anchors)
-    values, indices, loss, _, residuals = ops.quantize_fwd(a, anchors)
+    yield "quantize_fwd", (a, anchors, 24)
+    values, indices, loss, _, _, residuals = ops.quantize_fwd(a, anchors, 24)
     one = torch.ones_like(loss)
     yield "quantize_bwd", (torch.ones_like(values), one, one, a, anchors, indices, residuals, 24)
     yield "quantize_bwd", (None, None, one, a, anchors, indices, residuals, 1)
-    yield "anchor_fwd", (x, a, anchors, True)
+    yield "anchor_fwd", (x, a, anchors, True, 24)
     yield "anchor_bwd", (x, None, one, one, x, a, anchors, indices, residuals, True, 24, True)
     yield "anchor_bwd", (x, values, None, None, x, a, anchors, indices, residuals, False, 1, False)
     for q in (query, query[0]):

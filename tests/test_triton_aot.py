@@ -88,13 +88,13 @@ def run_window_map(x, companion):
 
 def run_anchor_quantize(x, companion):
     a, anchors = meta(x.shape[0], 1, *x.shape[2:], dtype=x.dtype), meta(20, dtype=companion)
-    values, indices, loss, _, residuals = quantize.quantize_fwd(a, anchors)
+    values, indices, loss, _, _, residuals = quantize.quantize_fwd(a, anchors, a.numel())
     quantize.quantize_bwd(values, loss, loss, a, anchors, indices, residuals, a.numel())
 
 
 def run_anchor_attention(x, companion):
     a, anchors = meta(x.shape[0], 1, *x.shape[2:], dtype=companion), meta(20, dtype=companion)
-    output, values, indices, loss, _, residuals = quantize.anchor_fwd(x, a, anchors, True)
+    output, values, indices, loss, _, _, residuals = quantize.anchor_fwd(x, a, anchors, True, a.numel())
     quantize.anchor_bwd(output, values, loss, loss, x, a, anchors, indices, residuals, True, a.numel(), True)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ pytest.importorskip("matplotlib")
 
 import matplotlib
 import numpy
+from matplotlib import font_manager
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from attnkern import viz, window_map
@@ -119,7 +123,7 @@ def test_every_figure_is_drawn_and_saved(theme, page, tmp_path):
         with Image.open(tmp_path / f"{name}.png") as image:
             assert numpy.asarray(image.convert("L")).std() > 5
     viz.save(drawn["overlay"], tmp_path / "overlay.svg")
-    assert (tmp_path / "overlay.svg").read_text().lstrip().startswith("<?xml")
+    assert (tmp_path / "overlay.svg").read_text(encoding="utf-8").lstrip().startswith("<?xml")
     assert dict(matplotlib.rcParams) == before
     assert matplotlib.get_backend() == backend
 
@@ -128,6 +132,58 @@ def test_captions_say_cosine_and_prediction():
     figure = figures("light")["occlusion_rows"]
     texts = [ax.get_xlabel() for ax in figure.axes]
     assert any("cosine" in text and "prediction" in text for text in texts)
+
+
+#: Names that matplotlib would read as mathematics, leave out of a legend or could not draw.
+NAMES = ["$x^2$", "$\\frac{", "_ant", "a_b^c", "50% & <b>", "a|b\\c", "{x}", "é \u2900", "two\nlines", "byte \udce9"]
+
+
+def texts(figure):
+    return [text for text in figure.findobj(Text) if text.get_text()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_appear_as_they_are_written(name, tmp_path):
+    image, map = torch.rand(3, 4, 4), torch.rand(2, 2)
+    rows = [{"epoch": str(e), "val_accuracy": str(e / 4)} for e in range(3)]
+    with matplotlib.rc_context({"text.usetex": name == NAMES[0]}):
+        drawn = {
+            "overlay": viz.overlay(image, map, title=name, caption=name),
+            "grid": viz.grid(
+                [[{"image": image, "caption": name}]], row_titles=[name], column_titles=[name], title=name
+            ),
+            "levels": viz.levels(image[None], {name: map[None]}),
+            "anchors": viz.anchor_histogram(torch.rand(3), torch.ones(3), title=name),
+            "rectangles": viz.rectangle_histograms(torch.rand(2, 5), title=name),
+            "curves": viz.training_curves({name: rows}, title=name),
+        }
+        given = Figure().add_subplot()
+        viz.overlay(image, title=name, ax=given)
+        drawn["on given axes"] = given.figure
+    shown = name.replace("\udce9", "\\udce9")
+    counts = {"overlay": 2, "grid": 4, "levels": 1, "anchors": 1, "rectangles": 1, "curves": 2, "on given axes": 1}
+    for kind, figure in drawn.items():
+        written = [text for text in texts(figure) if text.get_text() in (shown, f"{shown} val")]
+        assert len(written) == counts[kind], kind
+        assert not any(text.get_parse_math() or text.get_usetex() for text in written)
+    viz.save(drawn["overlay"], tmp_path / "overlay.svg")
+    viz.save(drawn["on given axes"], tmp_path / "given.png")
+
+
+def test_characters_come_from_a_font_that_has_them():
+    """Matplotlib brings STIX, whose arrow with a double stroke its default font lacks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels(viz.overlay(torch.rand(3, 4, 4), title="\u2900"))
+    (title,) = texts(viz.overlay(torch.rand(3, 4, 4), title="\u2900"))
+    with matplotlib.rc_context({"font.family": ["DejaVu Sans"]}):
+        (other,) = texts(viz.overlay(torch.rand(3, 4, 4), title="\u2900"))
+    for family in (title.get_fontfamily()[-1], other.get_fontfamily()[-1]):
+        font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties(family=[family])))
+        assert font.get_char_index(0x2900)
+    assert other.get_fontfamily()[0] == "DejaVu Sans"
+    (plain,) = texts(viz.overlay(torch.rand(3, 4, 4), title="plain"))
+    assert plain.get_fontfamily() == matplotlib.rcParams["font.family"]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""What the kernels share: launching, features as matrices, rounding, and sums over partial results.
+"""What the kernels share: launches, features as matrices, features times a map, and sums of partial results.
 
-Features of an image are a matrix of channels by positions, either of which lies innermost in memory. Tiles are
-(BLOCK_C, BLOCK_P) in both layouts; only their offsets differ. All results are bitwise the same from run to run, and
-those of an image do not depend on the batch: tiles follow from C, H, W, dtype and layout only, sums have a fixed
-order, and no kernel sees a misaligned pointer, since that would change how a tile lies in registers.
+The features of an image are a matrix of channels by positions, either of which is innermost in memory. Tiles are
+(BLOCK_C, BLOCK_P) in both layouts; only their offsets differ. All results are bitwise repeatable, and those of an image
+do not depend on the batch: tiles depend on C, H, W, dtype and layout only, sums have a fixed order, and kernels always
+get aligned pointers, because the alignment would change how a tile is distributed over registers.
 """
 
 import functools
@@ -24,13 +24,13 @@ _INTERPRETED = tl.constexpr(TRITON_INTERPRETS)
 
 
 def launch(kernel, programs: int, *arguments, num_warps: int = 4, **constants) -> None:
-    """Run ``kernel`` in ``programs`` programs on its tensors' device; no launch where there are none.
+    """Launch ``programs`` programs of ``kernel`` on the device of its tensors, or nothing if there are none.
 
-    ``num_warps`` counts 32 threads each.
+    ``num_warps`` counts warps of 32 threads.
     """
     if programs == 0:
         return
-    # A kernel takes multiples of 16 bytes for granted. Outputs come from the allocator, which aligns.
+    # Kernels require addresses that are multiples of 16. Outputs come from the allocator, which aligns them.
     arguments = [
         argument.clone() if isinstance(argument, torch.Tensor) and argument.data_ptr() % 16 else argument
         for argument in arguments
@@ -38,7 +38,7 @@ def launch(kernel, programs: int, *arguments, num_warps: int = 4, **constants) -
     device = next(argument for argument in arguments if isinstance(argument, torch.Tensor)).device
     if torch.version.hip is not None:
         num_warps = max(1, 32 * num_warps // warp_size(device))
-    # Pipelining over shared memory (num_stages) only adds instructions to loops without matrix products.
+    # Pipelining through shared memory (num_stages) only adds instructions to loops without matrix products.
     constants.update(num_warps=num_warps, num_stages=1, enable_fp_fusion=True)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -49,12 +49,12 @@ def launch(kernel, programs: int, *arguments, num_warps: int = 4, **constants) -
 
 @functools.cache
 def warp_size(device: torch.device) -> int:
-    """Threads of an AMD GPU's warp: 32, or 64 on those for data centres (CDNA)."""
+    """Threads per warp of an AMD GPU: 32, or 64 on data-centre GPUs (CDNA)."""
     return torch.cuda.get_device_properties(device).warp_size
 
 
 def ceil_power(n: int) -> int:
-    """The smallest power of two that is at least ``n``, and 1."""
+    """The smallest power of two that is at least ``n`` and at least 1."""
     return 1 << max(0, n - 1).bit_length()
 
 
@@ -65,19 +65,19 @@ class Features(NamedTuple):
     itemsize: int
     channels: int
     positions: int
-    fold: int  #: channels in a row: a row of several lets odd maps such as 7x7 have rows of whole vectors
-    vector: int  #: numbers in a vector of at most 16 bytes that every row starts and ends with
+    fold: int  #: channels per row; joining several gives odd maps such as 7x7 rows of whole vectors
+    vector: int  #: elements of the longest vector, at most 16 bytes, that divides every row
 
     @property
     def scalar(self) -> bool:
-        """Are rows of positions loaded by less than 8 bytes at a time, in an image so large that this costs more than
-        a second launch?"""
+        """Whether rows of positions are read by less than 8 bytes at a time, in an image so large that this costs more
+        than a second launch."""
         short = not self.channels_last and self.vector * self.itemsize < 8
         return short and self.channels * self.positions > 8192
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """C // VEC_C, P // VEC_P: Triton learns from the product in the kernel that the innermost size is divisible."""
+        """C // VEC_C and P // VEC_P. The kernel multiplies again, which tells Triton that the product is divisible."""
         if self.channels_last:
             return self.channels // self.vector, self.positions
         return self.channels, self.positions // self.vector
@@ -93,7 +93,8 @@ class Features(NamedTuple):
 
 
 def features(x: torch.Tensor, foldable: bool = False) -> Features:
-    """How the kernels see dense features; ``foldable`` where they need no sum over channels at each position."""
+    """The matrix form of dense features. ``foldable`` allows several channels per row, for kernels that do not sum over
+    the channels of a position."""
     channels, positions, widest = x.shape[1], math.prod(x.shape[2:]), 16 // x.itemsize
     if channels_innermost(x):
         return Features(True, x.itemsize, channels, positions, 1, math.gcd(widest, channels))
@@ -105,14 +106,14 @@ def features(x: torch.Tensor, foldable: bool = False) -> Features:
 
 
 class Tile(NamedTuple):
-    """A program's part of an image: all of ``group`` channels at ``block_p`` positions, ``block_c`` at a time."""
+    """A program's part of an image: ``group`` channels at ``block_p`` positions, in steps of ``block_c`` channels."""
 
     block_c: int
     block_p: int
     group: int
 
     def programs(self, x: Features) -> int:
-        """Programs per image; at least one, because maps are written where there are no channels, too."""
+        """Programs per image; at least one, because maps are written even if there are no channels."""
         return max(1, triton.cdiv(x.channels, self.group)) * triton.cdiv(x.positions, self.block_p)
 
     @property
@@ -121,7 +122,7 @@ class Tile(NamedTuple):
 
 
 def addressable(x: Features, block: int) -> int:
-    """At most ``block`` rows of a tile, channels or positions: so few that offsets between them have 32 bits."""
+    """``block`` rows of a tile (channels or positions), or fewer so that offsets within the tile fit into 32 bits."""
     length = x.channels if x.channels_last else x.positions
     while block > 1 and block * length > 2**31:
         block //= 2
@@ -129,8 +130,8 @@ def addressable(x: Features, block: int) -> int:
 
 
 def share(x: Features, block_c: int, block_p: int, numbers: int) -> Tile:
-    """The tile of a program that takes about ``numbers`` features, in steps over channels that share their positions'
-    values of the map."""
+    """The tile of a program that processes about ``numbers`` elements. Its steps over channels share the values of the
+    map."""
     if x.channels_last:
         block_p = addressable(x, block_p)
     else:
@@ -139,16 +140,16 @@ def share(x: Features, block_c: int, block_p: int, numbers: int) -> Tile:
 
 
 def tile_last(x: Features, step: int, numbers: int) -> Tile:
-    """With channels innermost, ``step`` numbers in a step: whole sectors of memory, but of few channels, because each
-    thread that has channels of a position forms its value of the map."""
+    """A tile with channels innermost and ``step`` elements per step. It has whole sectors of memory but few channels,
+    because every thread that has a channel of a position computes the position's value of the map."""
     block_c = min(32, ceil_power(x.channels))
     return share(x, block_c, min(step // block_c, 256, ceil_power(x.positions)), numbers)
 
 
 @functools.lru_cache
 def fwd_tile(x: Features) -> Tile:
-    """Of a pass that multiplies features by a map: 16 numbers a thread, or 32 in half precision."""
-    # Between 256 and 1024 positions the statistics of the map take each program longest: fewer programs.
+    """The tile of a forward pass: 16 elements per thread, or 32 in half precision."""
+    # Between 256 and 1024 positions the statistics of the map dominate each program: use fewer programs.
     middle = 256 < x.positions // x.fold <= 1024
     numbers = 32768 if middle else 16384
     if x.channels_last:
@@ -162,7 +163,7 @@ def fwd_tile(x: Features) -> Tile:
 
 @triton.jit
 def place(C, P, GROUP, BLOCK_P):
-    """Image (int64), channel group and position tile of this program."""
+    """This program's image (int64), channel group and position tile."""
     tiles = tl.cdiv(P, BLOCK_P)
     groups = tl.maximum(tl.cdiv(C, GROUP), 1)
     program = tl.program_id(0)
@@ -171,8 +172,8 @@ def place(C, P, GROUP, BLOCK_P):
 
 @triton.jit
 def store(pointers, values, mask):
-    """Store float32 values rounded to nearest even in the pointers' type."""
-    if _INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:  # the interpreter truncates instead
+    """Store float32 values in the type of the pointers, rounded to nearest even."""
+    if _INTERPRETED and pointers.dtype.element_ty == tl.bfloat16:  # the interpreter truncates
         bits = values.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         bits = tl.where(values == values, rounded, 0x7FC0).to(tl.uint16)
@@ -183,8 +184,8 @@ def store(pointers, values, mask):
 
 @triton.jit
 def _tile(n, c, p, C, P, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Where the tile of image n (int64) with its corner at channel c and position p begins, its elements' offsets from
-    there and which of them exist, (BLOCK_C, BLOCK_P)."""
+    """The offset of the tile of image n (int64) whose corner is channel c and position p, the offsets of its elements
+    relative to that, and a mask of those that exist, (BLOCK_C, BLOCK_P)."""
     i = tl.arange(0, BLOCK_C)[:, None]
     j = tl.arange(0, BLOCK_P)[None, :]
     mask = (c + i < C) & (p + j < P)
@@ -196,16 +197,48 @@ def _tile(n, c, p, C, P, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLO
 
 @triton.jit
 def load_tile(x, n, c, p, C, P, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Features in float32, zero outside, (BLOCK_C, BLOCK_P)."""
+    """A tile of features in float32, (BLOCK_C, BLOCK_P); zero where none exist."""
     begin, offsets, mask = _tile(n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     return tl.load(x + begin + offsets, mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_tile(x, values, n, c, p, C, P, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Store float32 values (BLOCK_C, BLOCK_P) rounded where features are."""
+    """Store float32 values (BLOCK_C, BLOCK_P) as a tile of features, rounded to their dtype."""
     begin, offsets, mask = _tile(n, c, p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     store(x + begin + offsets, values, mask)
+
+
+# --- features times a map ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def modulate(
+    x, map, output, n, group, first_p, C, P, RESIDUAL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """output = map·x, plus x with RESIDUAL, for the channels of a group; map is (BLOCK_P,)."""
+    for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
+        value = load_tile(x, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)  # (BLOCK_C, BLOCK_P)
+        attended = value * map[None, :]
+        attended = attended + value if RESIDUAL else attended
+        store_tile(output, attended, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+
+
+@triton.jit
+def modulate_backward(
+    grad_output, x, map, grad_x, n, group, first_p, C, P, RESIDUAL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x, unless ``grad_x`` is None; returns that of the map, Σ grad_output·x over the group."""
+    products = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
+        dy = load_tile(grad_output, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        products += dy * load_tile(x, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        if grad_x is not None:
+            dx = dy * map[None, :]
+            store_tile(grad_x, dx + dy if RESIDUAL else dx, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    return tl.sum(products, 0)
 
 
 # --- sums of partial results -----------------------------------------------------------------------------------------
@@ -229,6 +262,6 @@ def sum_rows(partials: torch.Tensor, output: torch.Tensor) -> None:
     k = output.shape[-1]
     n = output.numel() // max(1, k)
     rows = partials.numel() // max(1, n * k)
-    # 16 rows at a time hide the latency of memory.
+    # Reading 16 rows at a time hides the latency of memory.
     block_k = min(64 if k <= 1024 else 128, ceil_power(k))
     launch(_sum_rows_kernel, n * triton.cdiv(k, block_k), partials, output, rows, k, BLOCK_R=16, BLOCK_K=block_k)

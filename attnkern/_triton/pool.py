@@ -1,11 +1,12 @@
 """Triton kernels of softmax compatibility pooling. Formulas: attnkern/pool.py.
 
-A program has all channels of some positions of an image, its split, and reads them once: scores and weighted sum come
-from one tile in registers. A second launch adds the splits in order; a small image is one split and needs none.
+A program processes all channels of some positions of an image, called its split, and reads them once: it computes
+scores and weighted sums from a tile in registers. A second launch adds the splits in order, unless the image is a
+single split.
 
-Beyond 2048 channels, and where rows of a small map are not whole vectors (7x7), programs have a part of the channels
-and all positions instead. A first launch leaves scores over groups of channels, a second reads features again, mostly
-from a cache.
+If there are more than 2048 channels, or the rows of a small map are not whole vectors (7x7), programs process a part
+of the channels at all positions instead. The first launch computes scores over groups of channels; the second one reads
+the features again, mostly from a cache.
 """
 
 import functools
@@ -33,13 +34,13 @@ from attnkern._triton.common import (
 
 @triton.jit
 def _shift(largest):
-    """What to subtract from scores: their maximum, or 0 where all are -Inf so far, for -Inf - -Inf is NaN."""
+    """The number to subtract from scores: their maximum, or 0 if all are -Inf so far, because -Inf - -Inf is NaN."""
     return tl.where(largest == -float("inf"), 0.0, largest)
 
 
 @triton.jit
 def _channels(vector, c, C, BLOCK_C: tl.constexpr):
-    """Entries of a vector over channels from c on in float32, zero outside; zeros for None."""
+    """BLOCK_C entries of a vector from channel c on, in float32; zeros beyond C, or if the vector is None."""
     if vector is None:
         return tl.zeros((BLOCK_C,), tl.float32)
     else:
@@ -49,7 +50,7 @@ def _channels(vector, c, C, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _row(tensor, n, length):
-    """Where row n of a tensor begins; None for None."""
+    """A pointer to row n of a tensor; None for None."""
     if tensor is not None:
         tensor += n * length
     return tensor
@@ -73,7 +74,7 @@ def _delta(grad_pooled, grad_attention, attention, pooled, n, C, P, BLOCK_C: tl.
 
 @triton.jit
 def _score_grad(s, grad_attention, grad_scores, attention, delta, n, p, P):
-    """Attention, and ∂/∂c through the softmax: a(s - Δ) with s = ⟨ℓ, dg⟩, to which da is added here."""
+    """Attention a, and the gradient of the scores, a(s + da - Δ) + dscores with s = ⟨ℓ, dg⟩."""
     a = tl.load(attention + n * P + p, p < P, other=0.0)
     if grad_attention is not None:
         s += tl.load(grad_attention + n * P + p, p < P, other=0.0)
@@ -106,7 +107,7 @@ def _pool_fwd_kernel(
         score = tl.sum(tile * q[:, None], 0)
         tl.store(scores + p, score, p < P)
         score = tl.where(p < P, score, -float("inf"))
-        # Online softmax: sums so far are relative to the largest score so far.
+        # Online softmax: the sums are relative to the largest score so far.
         new_largest = tl.maximum(largest, tl.max(score))
         shift = _shift(new_largest)
         decay = tl.exp(largest - shift)
@@ -115,11 +116,11 @@ def _pool_fwd_kernel(
         weighted = weighted * decay + tl.sum(tile * weight[None, :], 1)
         largest = new_largest
     c = tl.arange(0, BLOCK_C)
-    if peaks is None:  # the image is one split
+    if peaks is None:  # the image is a single split
         store(pooled + n * C + c, weighted / total, c < C)
         if pooled_wide is not None:
             tl.store(pooled_wide + n * C + c, weighted / total, c < C)
-        tl.debug_barrier()  # scores were stored by other threads
+        tl.debug_barrier()  # other threads stored the scores
         for first_p in range(0, P, 128):
             p = first_p + tl.arange(0, 128)
             weight = tl.exp(tl.load(scores + p, p < P, other=0.0) - _shift(largest))
@@ -210,7 +211,7 @@ def _pool_score_kernel(
 
 @triton.jit
 def _sum_groups(partials, n, p, C, P, GROUP: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Products ⟨ℓ_i, vector⟩ at positions p, from those of groups of channels."""
+    """⟨ℓ_i, vector⟩ at positions p, as the sum over groups of channels."""
     groups = tl.cdiv(C, GROUP)
     total = tl.zeros((BLOCK_P,), tl.float32)
     for group in range(groups):
@@ -283,30 +284,30 @@ def _pool_grad_kernel(
 
 
 class _Plan(NamedTuple):
-    """How programs share an image where they have all channels of their positions, ``block_p`` at a time.
+    """How programs share an image if each has all channels of its positions, in tiles of ``block_p`` positions.
 
-    A tile has at least 8 positions, or 16 where rows of half-precision positions fill a sector of memory only then, and
-    32 numbers a thread, up to 64 with 1024 channels or more. A split is all of a small image, which takes about as long
-    as a second launch; else few positions, for many programs, unless that makes very many sums to add.
+    A tile has at least 8 positions, or 16 if half-precision rows fill a sector of memory only then, and 32 elements per
+    thread, up to 64 with 1024 channels or more. A small image is a single split, because this takes about as long as a
+    second launch. Otherwise a split has few positions, so that there are many programs, but not too many sums to add.
     """
 
-    split: int  #: positions of a program
+    split: int  #: positions per program
     block_p: int
     warps: int
 
     @classmethod
     @functools.lru_cache
     def of(cls, x: Features, backward: bool) -> Self | None:
-        """None where a program had too many channels, or would load single numbers of a small map."""
+        """None if a program would have too many channels, or would load single elements of a small map."""
         channels, positions = ceil_power(x.channels), ceil_power(x.positions)
-        numbers, most = (32, 2048) if x.vector >= 4 else (16, 512)  # the addresses of single numbers take registers
+        numbers, most = (32, 2048) if x.vector >= 4 else (16, 512)  # the addresses of single elements take registers
         if not x.channels_last:
             most = addressable(x, most)
         if channels > most or (x.scalar and x.positions <= 256):
             return None
         if x.itemsize == 2 and not backward and channels <= 512 and (x.channels_last or positions > 128):
-            numbers = 64  # in half precision a thread's sums cost more instructions than its registers cost warps
-        sector = 8 if x.itemsize == 4 or x.channels_last else 16  # positions that memory is read by
+            numbers = 64  # saves instructions for sums at the cost of registers
+        sector = 8 if x.itemsize == 4 or x.channels_last else 16  # positions per sector of memory
         warps = 4 if channels * sector <= 128 * numbers else 8
         block_p = min(128, max(8, 32 * numbers * warps // channels), positions)
         if x.channels * x.positions <= 32768:
@@ -324,16 +325,17 @@ class _Plan(NamedTuple):
 
 
 def _stride_n(query: torch.Tensor) -> int:
-    """0 for a query that the batch shares."""
+    """The query's stride over images: 0 if the batch shares it."""
     return query.stride(0) if query.dim() == 2 else 0
 
 
-#: Channels over which the first pass sums, where programs have a part of the channels.
+#: Channels per group of the first launch, if programs have a part of the channels.
 _GROUP = 512
 
 
 def _part_constants(x: Features) -> dict:
-    """Positions are a constant, with which the rows of a tile share an address: they need not be whole vectors."""
+    """Constants if programs have a part of the channels. The number of positions is one of them, so that the rows of a
+    tile share their address computation even if they are not whole vectors."""
     block_c, block_p = min(128, ceil_power(x.channels)), min(16, ceil_power(x.positions))
     if x.channels_last:
         block_p = addressable(x, block_p)
@@ -346,12 +348,12 @@ def _part_constants(x: Features) -> dict:
 
 
 def _part_warps(channels: int) -> int:
-    """Of the second pass. Where channels are no multiple of 16, each row of a tile has its own mask, in registers."""
+    """Warps of the second launch. Unless channels are a multiple of 16, each row of a tile has a mask in registers."""
     return 4 if channels % 16 == 0 else 8
 
 
 def _partials(local, vector, x: Features):
-    """Products of each position's features with a vector (N, C) or (C,) over groups of channels."""
+    """⟨ℓ_i, vector⟩ over each group of channels, (N, groups, positions), for a vector (N, C) or (C,)."""
     n, constants = local.shape[0], _part_constants(x)
     groups = triton.cdiv(x.channels, _GROUP)
     partials = local.new_empty((n, groups, x.positions), dtype=torch.float32)
@@ -402,7 +404,7 @@ def pool_bwd(grad_pooled, grad_attention, grad_scores, local, query, attention, 
     splits = 1 if plan is None else triton.cdiv(x.positions, plan.split)
     grad_local = torch.empty_like(local) if need_grad_local else None
     grad_query = torch.empty_like(query)
-    # Each program may have the only term of a query's gradient: it rounds it once.
+    # A program that has the only term of a query's gradient writes it directly, rounded once.
     one = splits == 1 and query.dim() == 2
     sums = grad_query if one else attention.new_empty((n, splits, c))
     grads = grad_pooled, grad_attention, grad_scores

@@ -1,8 +1,8 @@
 """Triton kernels of nearest-anchor quantization, alone and applied to features. Formulas: attnkern/quantize.py.
 
-One launch forward where one program has all elements of the batch; else a second adds the partial sums of the first,
-and applies the map to the features. One launch backward, two where the channels of a position are too many for one
-program.
+Forward takes one launch if one program can quantize all elements of the batch. Otherwise a second launch adds the
+partial sums of the first and applies the map to the features. Backward takes one launch, or two if a position has too
+many channels for one program.
 """
 
 import functools
@@ -19,11 +19,11 @@ from attnkern._triton.common import (
     features,
     fwd_tile,
     launch,
-    load_tile,
+    modulate,
+    modulate_backward,
     place,
     share,
     store,
-    store_tile,
 )
 
 _NOBODY = tl.constexpr(2**31 - 1)  # an index that no anchor has
@@ -34,7 +34,7 @@ _NOBODY = tl.constexpr(2**31 - 1)  # an index that no anchor has
 
 @triton.jit
 def _next_above(x):
-    """The next float32 above x; Inf stays."""
+    """The next float32 above x; Inf is unchanged."""
     bits = x.to(tl.int32, bitcast=True)
     bits = tl.where(x == 0, 1, tl.where(x > 0, bits + 1, bits - 1))
     return tl.where(x == float("inf"), x, bits.to(tl.float32, bitcast=True))
@@ -42,7 +42,7 @@ def _next_above(x):
 
 @triton.jit
 def _threshold(lo, hi, hi_first):
-    """The smallest float32 that is nearer to hi than to lo < hi, or as near where hi comes first."""
+    """The smallest float32 whose nearest anchor is hi rather than lo < hi; on a tie hi wins if ``hi_first``."""
     half_lo = lo.to(tl.float64) * 0.5
     half_hi = hi.to(tl.float64) * 0.5
     midpoint = half_lo + half_hi
@@ -52,14 +52,14 @@ def _threshold(lo, hi, hi_first):
     above = nearest.to(tl.float64) - midpoint
     prefers_hi = (above > 0) | ((nearest.to(tl.float64) == midpoint) & ((error < 0) | ((error == 0) & hi_first)))
     threshold = tl.where(prefers_hi, nearest, _next_above(nearest))
-    # Opposite infinities have no midpoint: every finite number is as far from one as from the other.
+    # Opposite infinities have no midpoint: every finite number is equally far from both.
     halfway = tl.where(hi_first, _next_above(-float("inf") + tl.zeros_like(lo)), float("inf"))
     return tl.where(midpoint == midpoint, threshold, halfway)
 
 
 @triton.jit
 def _closer(best, best_index, values, candidates, j):
-    """The largest number below each value and its lowest index, among the best so far and later candidates."""
+    """The largest number below each value, with its lowest index, among the best so far and the candidates at j."""
     below = tl.where(candidates[None, :] < values[:, None], candidates[None, :], -float("inf"))
     largest = tl.max(below, 1)
     matches = (candidates[None, :] == largest[:, None]) & (candidates[None, :] < values[:, None])
@@ -70,10 +70,10 @@ def _closer(best, best_index, values, candidates, j):
 
 @triton.jit
 def _intervals(anchors, k, Q, BLOCK_J: tl.constexpr):
-    """The numbers nearest to each of anchors k: those that reach `lower` and do not reach `upper`; is any anchor NaN?
+    """The interval lower <= a < upper of the numbers nearest to each of anchors k, and whether any anchor is NaN.
 
-    NaN is reached by no number: it is the lower end of an anchor that is never chosen (because an equal one comes
-    before it, or because some anchor is NaN), and the upper end of the largest.
+    Comparisons with NaN are false. NaN is therefore the lower end for an anchor that is never chosen (because an equal
+    one comes before it, or because some anchor is NaN), and the upper end for the largest anchor.
     """
     value = tl.load(anchors + k, k < Q, other=0.0).to(tl.float32)
     below = tl.zeros_like(value)
@@ -101,7 +101,7 @@ def _intervals(anchors, k, Q, BLOCK_J: tl.constexpr):
 def _nearest(a, anchors, Q, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr):
     """Index + 1 and value of the anchor nearest to each a, (BLOCK_P,), and whether any anchor is NaN.
 
-    NaN is nothing's neighbour: 0 and NaN.
+    They are 0 and NaN if a or any anchor is NaN.
     """
     rank = tl.zeros(a.shape, tl.int32)
     poisoned = 0
@@ -115,13 +115,24 @@ def _nearest(a, anchors, Q, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr):
 
 
 @triton.jit
+def _store_losses(anchor_loss, commitment_loss, total, divisor):
+    if commitment_loss is None:
+        tl.store(anchor_loss, total)
+    else:
+        loss = tl.div_rn(total, divisor)
+        tl.store(anchor_loss, loss)
+        tl.store(commitment_loss, loss)
+
+
+@triton.jit
 def _quantize(
-    a, anchors, values, indices, loss, counts, residuals, first, SIZE, Q,
+    a, anchors, values, indices, anchor_loss, commitment_loss, counts, residuals, first, SIZE, Q, divisor,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Quantize BLOCK_P elements of a from `first` on: everything elementwise, and their sums.
+    """Quantize BLOCK_P elements of a, the first at index `first`, and sum over them.
 
-    counts and residuals (Q,) take how many chose each anchor, and Σ (value - a) over them.
+    counts and residuals (Q,) are the number of elements that chose each anchor, and Σ (value - a) over these. If
+    commitment_loss is None, the sums are partial and the loss is not divided.
     """
     p = first + tl.arange(0, BLOCK_P)
     inside = p < SIZE
@@ -130,13 +141,13 @@ def _quantize(
     store(values + p, value, inside)
     tl.store(indices + p, tl.maximum(rank - 1, 0).to(tl.int64), inside)
     difference = tl.where(inside, value - element, 0.0)
-    tl.store(loss, tl.sum(difference * difference))
-    # An element without a neighbour has index 0: its distance to that anchor is NaN.
+    _store_losses(anchor_loss, commitment_loss, tl.sum(difference * difference), divisor)
+    # A NaN element has index 0, and makes the residual of that anchor NaN.
     stray = tl.max((inside & (rank == 0)).to(tl.int32)) | poisoned
     rank = tl.where(inside, rank, 0)
     for start in range(0, Q, BLOCK_Q):
         k = start + tl.arange(0, BLOCK_Q)
-        # (BLOCK_P, BLOCK_Q): neighbouring threads have neighbouring anchors, so that they exchange no sums.
+        # (BLOCK_P, BLOCK_Q): neighbouring threads have different anchors, so that sums need no exchange between them.
         chosen = rank[:, None] == k[None, :] + 1
         residual = tl.sum(tl.where(chosen, difference[:, None], 0.0), 0)
         tl.store(residuals + k, tl.where((k == 0) & (stray != 0), float("nan"), residual), k < Q)
@@ -145,10 +156,10 @@ def _quantize(
 
 @triton.jit
 def _add_partials(
-    block, part_loss, part_counts, part_residuals, loss, counts, residuals, T, Q,
+    block, part_loss, part_counts, part_residuals, anchor_loss, commitment_loss, counts, residuals, T, Q, divisor,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Add the sums of T programs for anchors block·BLOCK_K onwards; the first block adds the loss as well."""
+    """Add the sums of T programs for the anchors from block·BLOCK_K on; the first block also adds the losses."""
     k = block * BLOCK_K + tl.arange(0, BLOCK_K)
     count = tl.zeros((BLOCK_T, BLOCK_K), tl.int64)
     residual = tl.zeros((BLOCK_T, BLOCK_K), tl.float32)
@@ -163,12 +174,12 @@ def _add_partials(
     tl.store(counts + k, tl.sum(count, 0), k < Q)
     tl.store(residuals + k, tl.sum(residual, 0), k < Q)
     if block == 0:
-        tl.store(loss, tl.sum(total))
+        _store_losses(anchor_loss, commitment_loss, tl.sum(total), divisor)
 
 
 @triton.jit
 def _poisoned(anchors, Q, BLOCK_J: tl.constexpr):
-    """1 if any anchor is NaN."""
+    """1 if any anchor is NaN, else 0."""
     found = tl.zeros((BLOCK_J,), tl.int32)
     for start in range(0, Q, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
@@ -179,9 +190,9 @@ def _poisoned(anchors, Q, BLOCK_J: tl.constexpr):
 
 @triton.jit
 def _chosen(anchors, indices, element, poisoned, p, mask, Q):
-    """The anchors that elements p chose, in full precision; NaN for NaN.
+    """The values of elements p in full precision: their anchors, or NaN if the element or any anchor is NaN.
 
-    A result can be written to behind PyTorch's back (.data, NumPy): nothing beside the anchors is read for it.
+    Users can overwrite the saved indices without PyTorch noticing (.data, NumPy); no read outside the anchors results.
     """
     index = tl.load(indices + p, mask, other=0)
     value = tl.load(anchors + tl.where((index >= 0) & (index < Q), index, 0)).to(tl.float32)
@@ -190,7 +201,7 @@ def _chosen(anchors, indices, element, poisoned, p, mask, Q):
 
 @triton.jit
 def _grad_element(through, element, value, grad_values, grad_commitment_loss, p, mask, divisor):
-    """Gradient of elements: what came through the features and the values, and the commitment loss's share."""
+    """Gradient of elements: ``through`` the features, that of the values, and that of the commitment loss."""
     grad = through
     if grad_values is not None:
         grad += tl.load(grad_values + p, mask, other=0.0).to(tl.float32)
@@ -201,7 +212,7 @@ def _grad_element(through, element, value, grad_values, grad_commitment_loss, p,
 
 @triton.jit
 def _grad_anchors(grad_anchor_loss, residuals, grad_anchors, Q, divisor, BLOCK_J: tl.constexpr):
-    """Gradient of the anchors, 2 Σ (v - a) of the loss's: an even share of the anchors for each program."""
+    """Gradient of the anchors, 2 Σ (v - a) times that of their loss. The programs share the anchors evenly."""
     for start in range(tl.program_id(0) * BLOCK_J, Q, tl.num_programs(0) * BLOCK_J):
         k = start + tl.arange(0, BLOCK_J)
         grad = tl.zeros((BLOCK_J,), tl.float32)
@@ -216,30 +227,31 @@ def _grad_anchors(grad_anchor_loss, residuals, grad_anchors, Q, divisor, BLOCK_J
 
 @triton.jit(do_not_specialize=["SIZE", "Q"])
 def _quantize_fwd_kernel(
-    a, anchors, values, indices, loss, counts, residuals, SIZE, Q,
+    a, anchors, values, indices, anchor_loss, commitment_loss, counts, residuals, SIZE, Q, divisor,
     BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     _quantize(
-        a, anchors, values, indices, loss + t, counts + t * Q, residuals + t * Q, t * BLOCK_P, SIZE, Q,
-        BLOCK_P, BLOCK_Q, BLOCK_J,
+        a, anchors, values, indices, anchor_loss + t, commitment_loss, counts + t * Q, residuals + t * Q,
+        t * BLOCK_P, SIZE, Q, divisor, BLOCK_P, BLOCK_Q, BLOCK_J,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "Q"])
 def _add_partials_kernel(
-    part_loss, part_counts, part_residuals, loss, counts, residuals, T, Q,
+    part_loss, part_counts, part_residuals, anchor_loss, commitment_loss, counts, residuals, T, Q, divisor,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     _add_partials(
-        tl.program_id(0), part_loss, part_counts, part_residuals, loss, counts, residuals, T, Q, BLOCK_T, BLOCK_K
-    )
+        tl.program_id(0), part_loss, part_counts, part_residuals, anchor_loss, commitment_loss, counts, residuals,
+        T, Q, divisor, BLOCK_T, BLOCK_K,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "Q", "SIZE"])
 def _anchor_fwd_kernel(
-    x, a, anchors, part_loss, part_counts, part_residuals, output, values, indices, loss, counts, residuals,
-    T, Q, SIZE, C, P, HW,
+    x, a, anchors, part_loss, part_counts, part_residuals,
+    output, values, indices, anchor_loss, commitment_loss, counts, residuals, T, Q, SIZE, C, P, HW, divisor,
     WHOLE: tl.constexpr, ROUNDED: tl.constexpr, RESIDUAL: tl.constexpr, FOLD: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, VEC_C: tl.constexpr, VEC_P: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr,
@@ -251,24 +263,24 @@ def _anchor_fwd_kernel(
     first_p = tile * BLOCK_P
     p = first_p + tl.arange(0, BLOCK_P)
     at_map = n * HW + (p % HW if FOLD > 1 else p)
-    if WHOLE:  # small: all find their anchors for themselves, and the first program does the sums
+    if WHOLE:  # few elements: every program looks up its own, and the first one computes the outputs and sums
         if tl.program_id(0) == 0:
-            _quantize(a, anchors, values, indices, loss, counts, residuals, 0, SIZE, Q, BLOCK_A, BLOCK_Q, BLOCK_J)
+            _quantize(
+                a, anchors, values, indices, anchor_loss, commitment_loss, counts, residuals, 0, SIZE, Q, divisor,
+                BLOCK_A, BLOCK_Q, BLOCK_J,
+            )  # fmt: skip
         element = tl.load(a + at_map, p < P, other=0.0).to(tl.float32)
         _, v, _ = _nearest(element, anchors, Q, BLOCK_Q, BLOCK_J)
     else:
         for block in range(tl.program_id(0), tl.cdiv(Q, BLOCK_K), tl.num_programs(0)):
             _add_partials(
-                block, part_loss, part_counts, part_residuals, loss, counts, residuals, T, Q, BLOCK_T, BLOCK_K
-            )
+                block, part_loss, part_counts, part_residuals, anchor_loss, commitment_loss, counts, residuals,
+                T, Q, divisor, BLOCK_T, BLOCK_K,
+            )  # fmt: skip
         v = tl.load(values + at_map, p < P, other=0.0).to(tl.float32)
-        if ROUNDED:  # the values were rounded to a narrower type than the anchors'
+        if ROUNDED:  # the dtype of the values is narrower than that of the anchors
             v = _chosen(anchors, indices, v, 0, at_map, p < P, Q)
-    for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
-        value = load_tile(x, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)  # (BLOCK_C, BLOCK_P)
-        attended = value * v[None, :]
-        attended = attended + value if RESIDUAL else attended
-        store_tile(output, attended, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+    modulate(x, v, output, n, group, first_p, C, P, RESIDUAL, CHANNELS_LAST, BLOCK_C, BLOCK_P, GROUP)
 
 
 @triton.jit(do_not_specialize=["SIZE", "Q"])
@@ -307,14 +319,9 @@ def _anchor_bwd_kernel(
     at_map = n * (P // FOLD) + (p % (P // FOLD) if FOLD > 1 else p)
     element = tl.load(a + at_map, p < P, other=0.0).to(tl.float32)
     v = _chosen(anchors, indices, element, _poisoned(anchors, Q, BLOCK_J), at_map, p < P, Q)
-    products = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-    for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
-        dy = load_tile(grad_output, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        products += dy * load_tile(x, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        if grad_x is not None:
-            dx = dy * v[None, :]
-            store_tile(grad_x, dx + dy if RESIDUAL else dx, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-    grad = tl.sum(products, 0)
+    grad = modulate_backward(
+        grad_output, x, v, grad_x, n, group, first_p, C, P, RESIDUAL, CHANNELS_LAST, BLOCK_C, BLOCK_P, GROUP
+    )
     if through is None:
         grad = _grad_element(grad, element, v, grad_values, grad_commitment_loss, at_map, p < P, divisor)
         store(grad_a + at_map, grad, p < P)
@@ -326,35 +333,27 @@ def _anchor_bwd_kernel(
 
 # --- launchers -------------------------------------------------------------------------------------------------------
 
-#: Elements of a batch that one program quantizes alone, so that no second launch adds anything. (A batch may choose
-#: this: what belongs to one image has no sums.)
+#: Up to this many elements of a batch, one program quantizes them alone, which saves the launch that adds sums. (This
+#: may depend on the batch: the results of an image contain no sums.)
 _WHOLE = 512
-#: Elements that one of many programs quantizes.
-_PART = 256
 
 
-class _Sums(NamedTuple):
-    """Per program, or over the batch."""
+class _Parts(NamedTuple):
+    """Sums per program: Σ (v - a)², and per anchor how many chose it and Σ (v - a) over them."""
 
     loss: torch.Tensor
     counts: torch.Tensor
     residuals: torch.Tensor
 
-    @classmethod
-    def empty(cls, like, parts, q, dtype):
-        """Uninitialised; float32 but for the counts of ``dtype``. ``parts`` is () or (T,)."""
-        loss, residuals = (like.new_empty(shape, dtype=torch.float32) for shape in (parts, (*parts, q)))
-        return cls(loss, like.new_empty((*parts, q), dtype=dtype), residuals)
-
 
 def _part(size: int) -> tuple[int, int]:
-    """Elements that one of many programs quantizes, and its warps: few, unless there are programs enough to share the
-    work on the anchors among more."""
+    """Elements per program, if there are several programs, and warps. With many programs, each has more elements, which
+    share the work on the anchors."""
     return (256, 8) if size <= 131072 else (1024, 4)
 
 
 def _blocks(elements: int, q: int, warps: int) -> dict:
-    """At most 32 pairs of elements and anchors a thread at a time."""
+    """Block sizes for at most 32 pairs of an element and an anchor per thread."""
     return {
         "BLOCK_Q": min(32, ceil_power(q), max(1, 1024 * warps // elements)),
         "BLOCK_J": _anchor_block(q),
@@ -366,13 +365,14 @@ def _anchor_block(q: int) -> int:
 
 
 def _add_blocks(q: int) -> dict:
-    """8 numbers a thread."""
+    """Block sizes for 8 elements per thread."""
     return {"BLOCK_T": 32, "BLOCK_K": min(32, ceil_power(q))}
 
 
 def _results(a, anchors):
-    """Uninitialised values and indices, and the sums: zeros where there is nothing to sum."""
-    sums = _Sums.empty(a, (), anchors.shape[0], torch.int64)
+    """Uninitialised values, indices, and sums (two losses, counts, residuals). The sums of an empty batch are zero."""
+    losses = (a.new_empty((), dtype=torch.float32) for _ in range(2))
+    sums = *losses, torch.empty_like(anchors, dtype=torch.int64), torch.empty_like(anchors, dtype=torch.float32)
     if a.numel() == 0:
         for tensor in sums:
             tensor.zero_()
@@ -380,62 +380,67 @@ def _results(a, anchors):
 
 
 def _launch_parts(a, anchors, values, indices):
-    """Quantize in many programs; their sums."""
+    """Quantize in several programs; returns their sums."""
     size, q = a.numel(), anchors.shape[0]
     part, warps = _part(size)
     programs = triton.cdiv(size, part)
-    parts = _Sums.empty(a, (programs,), q, torch.int32)
+    parts = _Parts(
+        a.new_empty((programs,), dtype=torch.float32),
+        a.new_empty((programs, q), dtype=torch.int32),
+        a.new_empty((programs, q), dtype=torch.float32),
+    )
     launch(
-        _quantize_fwd_kernel, programs, a, anchors, values, indices, *parts, size, q,
+        _quantize_fwd_kernel, programs, a, anchors, values, indices, parts.loss, None, parts.counts, parts.residuals,
+        size, q, 1.0,
         BLOCK_P=part, **_blocks(part, q, warps), num_warps=warps,
     )  # fmt: skip
     return parts
 
 
-def quantize_fwd(a, anchors):
+def quantize_fwd(a, anchors, divisor):
     size, q = a.numel(), anchors.shape[0]
     values, indices, sums = _results(a, anchors)
     if size > _WHOLE:
         parts = _launch_parts(a, anchors, values, indices)
         blocks = _add_blocks(q)
         programs = triton.cdiv(q, blocks["BLOCK_K"])
-        launch(_add_partials_kernel, programs, *parts, *sums, parts.loss.shape[0], q, **blocks)
+        launch(_add_partials_kernel, programs, *parts, *sums, parts.loss.shape[0], q, float(divisor), **blocks)
     elif size > 0:
         block = ceil_power(size)
         launch(
-            _quantize_fwd_kernel, 1, a, anchors, values, indices, *sums, size, q,
+            _quantize_fwd_kernel, 1, a, anchors, values, indices, *sums, size, q, float(divisor),
             BLOCK_P=block, **_blocks(block, q, 8), num_warps=8,
         )  # fmt: skip
     return values, indices, *sums
 
 
-def anchor_fwd(x, a, anchors, residual):
+def anchor_fwd(x, a, anchors, residual, divisor):
     size, q = a.numel(), anchors.shape[0]
     values, indices, sums = _results(a, anchors)
     output = torch.empty_like(x)
-    seen = features(x, foldable=True)
-    tile = fwd_tile(seen)
+    layout = features(x, foldable=True)
+    tile = fwd_tile(layout)
     whole = size <= _WHOLE
-    parts = _Sums(None, None, None) if whole else _launch_parts(a, anchors, values, indices)
+    parts = _Parts(None, None, None) if whole else _launch_parts(a, anchors, values, indices)
     block = ceil_power(size) if whole else 1
     launch(
-        _anchor_fwd_kernel, x.shape[0] * tile.programs(seen),
+        _anchor_fwd_kernel, x.shape[0] * tile.programs(layout),
         x, a, anchors, *parts, output, values, indices, *sums,
-        0 if whole else parts.loss.shape[0], q, size, *seen.sizes, seen.positions // seen.fold,
-        WHOLE=whole, ROUNDED=a.dtype != torch.float32 and a.dtype != anchors.dtype, RESIDUAL=residual, FOLD=seen.fold,
-        BLOCK_A=block, **_blocks(max(block, tile.block_p), q, 8), **_add_blocks(q), **seen.constants, **tile.constants,
-        num_warps=8 if whole else 4,
+        0 if whole else parts.loss.shape[0], q, size, *layout.sizes, layout.positions // layout.fold, float(divisor),
+        WHOLE=whole, ROUNDED=a.dtype != torch.float32 and a.dtype != anchors.dtype, RESIDUAL=residual, FOLD=layout.fold,
+        BLOCK_A=block, **_blocks(max(block, tile.block_p), q, 8), **_add_blocks(q),
+        **layout.constants, **tile.constants, num_warps=8 if whole else 4,
     )  # fmt: skip
     return output, values, indices, *sums
 
 
 def _launch_quantize_bwd(grads, quantized, grad_a, grad_anchors, divisor, through, positions):
-    """The gradients of a and the anchors; ``through`` (N, groups, positions) is what came through the features."""
+    """The gradients of a and the anchors; ``through`` (N, groups, positions) is the gradient of the map."""
     a, anchors, _, _ = quantized
     q = anchors.shape[0]
     groups = 0 if through is None else through.shape[1]
-    block_p = 512 if groups == 0 else 128  # a program reads 16 numbers a thread at a time
-    # One program at least: an empty batch still gives the anchors their zeros.
+    block_p = 512 if groups == 0 else 128  # 16 elements per thread and read
+    # At least one program: it writes the zero gradients of the anchors for an empty batch.
     launch(
         _quantize_bwd_kernel, max(1, triton.cdiv(a.numel(), block_p)), through, *grads, *quantized,
         grad_a, grad_anchors, a.numel(), q, positions, float(divisor),
@@ -452,12 +457,12 @@ def quantize_bwd(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors
 
 @functools.lru_cache
 def _bwd_tile(x: Features) -> Tile:
-    """16 numbers a thread and all channels of few positions, as long as that is not more than 32,768 numbers.
+    """A tile with 16 elements per thread, and all channels of a few positions unless these exceed 32,768 elements.
 
-    Where positions lie innermost, 32 of them at least: whole sectors of memory.
+    With positions innermost it has at least 32 of them, which are whole sectors of memory.
     """
     channels, positions = ceil_power(x.channels), ceil_power(x.positions)
-    if x.fold > 1:  # a second launch adds in any case
+    if x.fold > 1:  # there is a second launch in any case
         block_p = min(128, positions)
         return share(x, min(2048 // block_p, channels), block_p, 16384)
     if x.channels_last:
@@ -476,17 +481,18 @@ def anchor_bwd(
     grads, quantized = (grad_values, grad_anchor_loss, grad_commitment_loss), (a, anchors, indices, residuals)
     grad_x = torch.empty_like(x) if need_grad_x else None
     grad_a, grad_anchors = torch.empty_like(a), torch.empty_like(anchors)
-    seen = features(x)
-    if seen.scalar:  # several channels in a row, which take a second launch
-        seen = features(x, foldable=True)
-    tile = _bwd_tile(seen)
-    groups, positions = triton.cdiv(seen.channels, tile.group) * seen.fold, seen.positions // seen.fold
+    layout = features(x)
+    if layout.scalar:  # join several channels to a row, which takes a second launch
+        layout = features(x, foldable=True)
+    tile = _bwd_tile(layout)
+    groups, positions = triton.cdiv(layout.channels, tile.group) * layout.fold, layout.positions // layout.fold
     through = x.new_empty((x.shape[0], groups, positions), dtype=torch.float32) if groups > 1 else None
     launch(
-        _anchor_bwd_kernel, x.shape[0] * tile.programs(seen),
+        _anchor_bwd_kernel, x.shape[0] * tile.programs(layout),
         grad_output, *grads, x, *quantized, grad_x, grad_a, grad_anchors, through,
-        anchors.shape[0], *seen.sizes, float(divisor),
-        RESIDUAL=residual, FOLD=seen.fold, BLOCK_J=_anchor_block(anchors.shape[0]), **seen.constants, **tile.constants,
+        anchors.shape[0], *layout.sizes, float(divisor),
+        RESIDUAL=residual, FOLD=layout.fold, BLOCK_J=_anchor_block(anchors.shape[0]),
+        **layout.constants, **tile.constants,
     )  # fmt: skip
     if through is not None or a.numel() == 0:
         _launch_quantize_bwd(grads, quantized, grad_a, grad_anchors, divisor, through, positions)

@@ -1,8 +1,8 @@
 """Triton kernels of the rotated sigmoid window. Formulas: attnkern/window.py; statistics: attnkern/_schemas.py.
 
-Small maps take one launch: every program forms the softmax statistics of its image for itself. Larger ones take a
-launch before it that leaves partial statistics of chunks. Backward takes a second launch to add the sums of an image's
-programs, unless one program has the whole image.
+Forward takes one launch for small maps, in which every program computes the softmax statistics of its image. For larger
+maps, an earlier launch computes the statistics of chunks. Backward takes a second launch, which adds the sums of an
+image's programs, unless one program processes the whole image.
 """
 
 import functools
@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attnkern._numerics import SIGMA_FLOOR, aspect_factors
 from attnkern._triton.common import (
     Features,
     Tile,
@@ -18,17 +19,16 @@ from attnkern._triton.common import (
     features,
     fwd_tile,
     launch,
-    load_tile,
+    modulate,
+    modulate_backward,
     place,
     share,
     store,
-    store_tile,
     tile_last,
 )
-from attnkern.reference import SIGMA_FLOOR, aspect_factors
 
 _SIGMA_FLOOR = tl.constexpr(SIGMA_FLOOR)
-#: Positions of a map whose statistics every program forms for itself: 8 each for 128 threads.
+#: Up to this many positions, every program computes the statistics of the map: 8 positions per thread.
 _SMALL = 1024
 
 
@@ -37,7 +37,7 @@ _SMALL = 1024
 
 @triton.jit
 def _frame(rectangle, n):
-    """Image n's rectangle, ready to be evaluated: μ₁, μ₂, 1/σ₁, 1/σ₂, cos α, sin α, and where σ is above its floor."""
+    """Image n's rectangle: μ₁, μ₂, 1/σ₁, 1/σ₂, cos α, sin α, and for each σ 1 if it is not below its floor, else 0."""
     rectangle += n * 5
     sigma1 = tl.load(rectangle + 2).to(tl.float32)
     sigma2 = tl.load(rectangle + 3).to(tl.float32)
@@ -60,14 +60,14 @@ def _frame(rectangle, n):
 def _coordinate(i, length):
     """Pixel centres of an axis, from 0 to 1 with corners aligned; 0.5 for an axis of length 1."""
     i, last = i.to(tl.float32), tl.maximum(length - 1, 1).to(tl.float32)
-    inverse = 1.0 / last  # the same for all: a product and its correction round like a division, which is a branch each
+    inverse = 1.0 / last  # the product with it and one correction round like a division, without branches
     t = i * inverse
     return tl.where(length == 1, 0.5, tl.fma(tl.fma(-t, last, i), inverse, t))
 
 
 @triton.jit
 def _log_sigmoids(p, q):
-    """log Λ(p) + log Λ(q), and 1 - Λ(p) and 1 - Λ(q), its derivatives."""
+    """log Λ(p) + log Λ(q) and its derivatives, 1 - Λ(p) and 1 - Λ(q)."""
     e_p = tl.exp(-tl.abs(p))
     e_q = tl.exp(-tl.abs(q))
     z = tl.minimum(p, 0.0) + tl.minimum(q, 0.0) - tl.log((1.0 + e_p) * (1.0 + e_q))
@@ -76,8 +76,8 @@ def _log_sigmoids(p, q):
 
 @triton.jit
 def _log_window(position, frame, H, W, scale, row, column):
-    """z = log Λ(p) + log Λ(q) at positions of the map, and its derivatives by the five parameters."""
-    mu1, mu2, inverse1, inverse2, cosine, sine, moves1, moves2 = frame
+    """z = log Λ(p) + log Λ(q) at positions of the map, and its derivatives with respect to the five parameters."""
+    mu1, mu2, inverse1, inverse2, cosine, sine, sigma1_free, sigma2_free = frame
     i = position.to(tl.uint32) // W.to(tl.uint32)
     j = position.to(tl.uint32) - i * W.to(tl.uint32)
     d1 = (_coordinate(i, H) - mu1) * row
@@ -91,14 +91,14 @@ def _log_window(position, frame, H, W, scale, row, column):
     by_v = -2.0 * scale * outside2 * v_sigma * inverse2  # ∂z/∂v
     by_mu1 = -row * (cosine * by_u - sine * by_v)
     by_mu2 = -column * (sine * by_u + cosine * by_v)
-    by_sigma1 = -moves1 * by_u * u_sigma
-    by_sigma2 = -moves2 * by_v * v_sigma
+    by_sigma1 = -sigma1_free * by_u * u_sigma
+    by_sigma2 = -sigma2_free * by_v * v_sigma
     return z, by_mu1, by_mu2, by_sigma1, by_sigma2, by_u * v - by_v * u
 
 
 @triton.jit
 def _columns(a, b, c, d, e, f, g):
-    """Seven vectors as the columns of a matrix, (BLOCK_P, 8) with zeros last: reduced together, in one pass."""
+    """Seven vectors as the columns of a matrix (BLOCK_P, 8), zeros in the last: one reduction sums all of them."""
     even = tl.join(tl.join(a, e), tl.join(c, g))
     odd = tl.join(tl.join(b, f), tl.join(d, tl.zeros_like(a)))
     return tl.reshape(tl.join(even, odd), (a.shape[0], 8))
@@ -106,7 +106,7 @@ def _columns(a, b, c, d, e, f, g):
 
 @triton.jit
 def _statistics(position, frame, H, W, scale, row, column):
-    """max z, Σ exp(z - max z) and Σ exp(z - max z) ∂z/∂β over those positions that lie on the map, (8,)."""
+    """max z, Σ exp(z - max z) and Σ exp(z - max z) ∂z/∂β over the positions that lie on the map, (8,)."""
     z, by_mu1, by_mu2, by_sigma1, by_sigma2, by_alpha = _log_window(position, frame, H, W, scale, row, column)
     z = tl.where(position < H * W, z, -float("inf"))
     largest = tl.max(z)
@@ -116,14 +116,15 @@ def _statistics(position, frame, H, W, scale, row, column):
 
 
 @triton.jit
-def _gradient(sums, once, HW, RESCALE: tl.constexpr):
+def _gradient(sums, slope_sums, HW, RESCALE: tl.constexpr):
     """dβ (8,) from Σ G f (∂z - mean), with Σ G f in column 5, and Σ f (∂z - mean).
 
-    The last is zero but for rounding, which a large mean of G, Σ G f / HW, would bring into the first: it goes.
+    The last sum is zero up to rounding. A large mean of G, Σ G f / HW, multiplies this rounding error in the first sum;
+    it is subtracted.
     """
     if RESCALE:
         mean = tl.sum(tl.where(tl.arange(0, 8) == 5, sums, 0.0)) / HW
-        sums = sums - mean * once
+        sums = sums - mean * slope_sums
     return sums
 
 
@@ -163,7 +164,7 @@ def _window_fwd_kernel(
             weight = tl.exp(largest_s - largest)
             total = tl.sum(weight * tl.load(chunks + s * 8 + 1, s < per_image, other=0.0))
         else:
-            if BLOCK_S == 0:  # the tile has the whole map
+            if BLOCK_S == 0:  # the tile covers the whole map
                 s = p
                 z_s = z
             else:
@@ -188,11 +189,7 @@ def _window_fwd_kernel(
     if group == 0:
         tl.store(map + n * HW + p, f, p < HW)
     if x is not None:
-        for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
-            value = load_tile(x, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)  # (BLOCK_C, BLOCK_P)
-            attended = value * f[None, :]
-            attended = attended + value if RESIDUAL else attended
-            store_tile(output, attended, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
+        modulate(x, f, output, n, group, first_p, C, P, RESIDUAL, CHANNELS_LAST, BLOCK_C, BLOCK_P, GROUP)
 
 
 @triton.jit(do_not_specialize=["H", "W"])
@@ -214,28 +211,23 @@ def _window_bwd_kernel(
         f = tl.exp(z - tl.load(stats)) * (HW / tl.load(stats + 1))
     else:
         f = tl.exp(z)
-    reached = tl.zeros((BLOCK_P,), tl.float32)  # G
+    grad_f = tl.zeros((BLOCK_P,), tl.float32)  # G
     if grad_map is not None:
-        reached += tl.load(grad_map + n * HW + p, (p < HW) & (group == 0), other=0.0)
+        grad_f += tl.load(grad_map + n * HW + p, (p < HW) & (group == 0), other=0.0)
     if x is not None:
-        products = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
-        for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
-            dy = load_tile(grad_output, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            products += dy * load_tile(x, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-            if grad_x is not None:
-                dx = dy * f[None, :]
-                store_tile(grad_x, dx + dy if RESIDUAL else dx, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        reached += tl.sum(products, 0)
-    # The slopes only now: through the loop they would take registers.
+        grad_f += modulate_backward(
+            grad_output, x, f, grad_x, n, group, first_p, C, P, RESIDUAL, CHANNELS_LAST, BLOCK_C, BLOCK_P, GROUP
+        )
+    # The slopes are computed after the loop, because they would occupy registers during it.
     _, by_mu1, by_mu2, by_sigma1, by_sigma2, by_alpha = _log_window(position, frame, H, W, scale, row, column)
     if RESCALE:
-        # Centred, so that a common part of G cancels position by position, not as a difference of sums.
+        # The slopes are centred, so that a constant part of G cancels at each position rather than in the sums.
         by_mu1 -= tl.load(stats + 2)
         by_mu2 -= tl.load(stats + 3)
         by_sigma1 -= tl.load(stats + 4)
         by_sigma2 -= tl.load(stats + 5)
         by_alpha -= tl.load(stats + 6)
-    weight = tl.where(p < P, reached * f, 0.0)
+    weight = tl.where(p < P, grad_f * f, 0.0)
     zero = tl.zeros_like(weight)
     sums = tl.sum(
         _columns(
@@ -243,19 +235,19 @@ def _window_bwd_kernel(
         ),
         0,
     )
-    once = tl.zeros((8,), tl.float32)
+    slope_sums = tl.zeros((8,), tl.float32)
     if RESCALE:
         own = tl.where((p < HW) & (group == 0), f, 0.0)
-        once = tl.sum(
+        slope_sums = tl.sum(
             _columns(own * by_mu1, own * by_mu2, own * by_sigma1, own * by_sigma2, own * by_alpha, zero, zero), 0
         )
     k = tl.arange(0, 8)
     if partials is None:
-        store(grad_rectangle + n * 5 + k, _gradient(sums, once, HW, RESCALE), k < 5)
+        store(grad_rectangle + n * 5 + k, _gradient(sums, slope_sums, HW, RESCALE), k < 5)
     else:
         row16 = partials + tl.program_id(0).to(tl.int64) * 16 + k
         tl.store(row16, sums)
-        tl.store(row16 + 8, once)
+        tl.store(row16 + 8, slope_sums)
 
 
 @triton.jit(do_not_specialize=["R", "HW"])
@@ -263,38 +255,38 @@ def _window_rectangle_kernel(partials, grad_rectangle, R, HW, RESCALE: tl.conste
     n = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, 8)
     sums = tl.zeros((BLOCK_R, 8), tl.float32)
-    once = tl.zeros((BLOCK_R, 8), tl.float32)
+    slope_sums = tl.zeros((BLOCK_R, 8), tl.float32)
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         at = partials + (n * R + r)[:, None] * 16 + k[None, :]
         sums += tl.load(at, (r < R)[:, None], other=0.0)
-        once += tl.load(at + 8, (r < R)[:, None], other=0.0)
-    store(grad_rectangle + n * 5 + k, _gradient(tl.sum(sums, 0), tl.sum(once, 0), HW, RESCALE), k < 5)
+        slope_sums += tl.load(at + 8, (r < R)[:, None], other=0.0)
+    store(grad_rectangle + n * 5 + k, _gradient(tl.sum(sums, 0), tl.sum(slope_sums, 0), HW, RESCALE), k < 5)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
 def _chunk(positions):
-    """Positions of a chunk: few, for many programs to share the work, unless that makes too many chunks to add."""
+    """Positions per chunk: few, so that many programs share the work, unless there were too many chunks to add."""
     return 256 if positions <= 4096 else 1024
 
 
 def _features(x, height, width):
-    """How the kernels see x; without features, rows of a map alone."""
+    """The matrix form of x, or of the map alone if there are no features."""
     return Features(False, 4, 0, height * width, 1, 1) if x is None else features(x, foldable=True)
 
 
 @functools.lru_cache
 def _bwd_tile(x: Features) -> tuple[Tile, int]:
-    """Tile and warps, 16 numbers a thread: two streams and a sum are in registers at once.
+    """Tile and warps: 16 elements per thread, because two inputs and a sum are in registers together.
 
-    A small image is one program's, so that nothing is left to add: up to 32,768 numbers take it about as long as a
-    second launch.
+    One program processes a small image alone, which saves the launch that adds sums; up to 32,768 elements this takes
+    about as long as that launch.
     """
     block_p = ceil_power(x.positions)
     if x.channels * x.positions <= 32768 and block_p <= (128 if x.channels_last else 1024):
-        # Sums over channels innermost cost registers: half as many numbers at a time.
+        # Sums over innermost channels take more registers: half as many elements per step.
         block_c = min((2048 if x.channels_last else 4096) // block_p, ceil_power(x.channels))
         return Tile(block_c, block_p, ceil_power(x.channels)), 8
     if x.channels_last:
@@ -308,28 +300,28 @@ def _forward(x, rectangle, height, width, scale, rescale, residual, aspect):
     output = None if x is None else torch.empty_like(x)
     map = rectangle.new_empty((n, height, width), dtype=torch.float32)
     stats = rectangle.new_empty((n, 7 if rescale else 0), dtype=torch.float32)
-    seen = _features(x, height, width)
-    tile = fwd_tile(seen)
+    layout = _features(x, height, width)
+    tile = fwd_tile(layout)
     geometry = (height, width, scale, *aspect_factors(height, width, aspect))
     positions, chunk, chunks = height * width, _chunk(height * width), None
-    block_s = 0 if seen.positions <= tile.block_p else ceil_power(positions)
+    block_s = 0 if layout.positions <= tile.block_p else ceil_power(positions)
     if rescale and positions > _SMALL:
         per_image = triton.cdiv(positions, chunk)
         chunks, block_s = map.new_empty((n, per_image, 8)), ceil_power(per_image)
         launch(_window_chunk_kernel, n * per_image, rectangle, chunks, *geometry, CHUNK=chunk)
     launch(
-        _window_fwd_kernel, n * tile.programs(seen),
-        x, rectangle, chunks, output, map, stats, *seen.sizes, *geometry,
-        RESCALE=rescale, RESIDUAL=residual, FOLD=seen.fold, BLOCK_S=block_s, CHUNK=chunk,
-        **seen.constants, **tile.constants,
+        _window_fwd_kernel, n * tile.programs(layout),
+        x, rectangle, chunks, output, map, stats, *layout.sizes, *geometry,
+        RESCALE=rescale, RESIDUAL=residual, FOLD=layout.fold, BLOCK_S=block_s, CHUNK=chunk,
+        **layout.constants, **tile.constants,
     )  # fmt: skip
     return output, map, stats
 
 
 def _backward(grad_output, grad_map, x, rectangle, stats, size, scale, rescale, residual, aspect, need_grad_x):
-    seen = _features(x, *size)
-    tile, warps = _bwd_tile(seen)
-    programs = tile.programs(seen)
+    layout = _features(x, *size)
+    tile, warps = _bwd_tile(layout)
+    programs = tile.programs(layout)
     grad_x = torch.empty_like(x) if need_grad_x else None
     grad_rectangle = torch.empty_like(rectangle)
     partials = None
@@ -337,9 +329,9 @@ def _backward(grad_output, grad_map, x, rectangle, stats, size, scale, rescale, 
         partials = rectangle.new_empty((rectangle.shape[0], programs, 16), dtype=torch.float32)
     launch(
         _window_bwd_kernel, rectangle.shape[0] * programs,
-        grad_output, grad_map, x, rectangle, stats, grad_x, partials, grad_rectangle, *seen.sizes,
+        grad_output, grad_map, x, rectangle, stats, grad_x, partials, grad_rectangle, *layout.sizes,
         *size, scale, *aspect_factors(*size, aspect),
-        RESCALE=rescale, RESIDUAL=residual, FOLD=seen.fold, **seen.constants, **tile.constants, num_warps=warps,
+        RESCALE=rescale, RESIDUAL=residual, FOLD=layout.fold, **layout.constants, **tile.constants, num_warps=warps,
     )  # fmt: skip
     if programs > 1:
         launch(

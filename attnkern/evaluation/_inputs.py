@@ -1,6 +1,6 @@
 """What the protocols share: batches of images, and checks of maps and masks."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -16,6 +16,12 @@ Normalise = Callable[[torch.Tensor], torch.Tensor]
 
 def identity(images: torch.Tensor) -> torch.Tensor:
     return images
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Names as they are written, in quotes, for a sentence; of many the first ones and the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"'{name}'" for name in names[:most]) + more
 
 
 def batches(where: str, name: str, data: Data, batch_size: int, device=None) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -19,7 +19,7 @@ from attnkern._common import (
     check_tensor,
     double,
 )
-from attnkern.evaluation._inputs import Data, Normalise, batches, check_evaluating, identity
+from attnkern.evaluation._inputs import Data, Normalise, batches, check_evaluating, identity, listed
 
 
 class Whitening(NamedTuple):
@@ -212,7 +212,7 @@ def direct_transfer(
     index = {name: number for number, name in enumerate(classes)}
     known = [index.get(name, index.get(synonyms.get(name), -1)) for name in target_classes]
     if max(known, default=-1) < 0:
-        raise ValueError(f"{where}: target_classes must share a class with classes, got {list(target_classes)}")
+        raise ValueError(f"{where}: target_classes must share a class with classes, got [{listed(target_classes)}]")
     known = torch.tensor(known)
     total, shared, correct = 0, 0, 0
     for batch in batches(where, "data", data, batch_size, device):

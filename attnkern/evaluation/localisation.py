@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from attnkern._common import check_count, check_number, check_shape, check_size, check_tensor, double
-from attnkern._ops import wide
+from attnkern._numerics import wide
 from attnkern.evaluation._inputs import check_maps, check_masks
 
 

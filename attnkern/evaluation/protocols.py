@@ -1,5 +1,6 @@
 """Every protocol by name on a trained network: ``attnkern evaluate CHECKPOINT --protocol all``."""
 
+import errno
 import functools
 import json
 import math
@@ -14,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 import attnkern
-from attnkern.evaluation._inputs import collect
+from attnkern.evaluation._inputs import collect, listed
 from attnkern.evaluation.anchors import usage
 from attnkern.evaluation.classification import top1
 from attnkern.evaluation.crossdomain import direct_transfer, features_at, linear_svm, zca
@@ -154,12 +155,12 @@ def _fooling(subject):
 
 def _crossdomain(subject):
     """Whitened features at the classifier's input under a linear SVM, on these images."""
-    if not isinstance(subject.network.get_classifier(), torch.nn.Linear):
+    if isinstance(subject.network.get_classifier(), torch.nn.ModuleList):
         raise NotApplicableError("the network has a classifier for each level")
     features = features_at(subject.network, "classifier", subject.raw, **subject.common)
-    fewest = torch.bincount(subject.labels).min().item()
-    if fewest < 5:
-        raise NotApplicableError(f"five folds need five images of each class, and one has {fewest}")
+    few = [subject.images.class_names[i] for i, n in enumerate(subject.labels.bincount().tolist()) if n < 5]
+    if few:
+        raise NotApplicableError(f"five folds need five images of each class, got fewer of {listed(few)}")
     return {"features": features.shape[1], **linear_svm(zca(features)(features), subject.labels)._asdict()}
 
 
@@ -267,25 +268,23 @@ PROTOCOLS: dict[str, Callable[[Subject], dict[str, Any]]] = {
 }
 
 
-def evaluate(
-    subject: Subject,
-    protocols: Iterable[str] = tuple(PROTOCOLS),
-    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
-) -> dict[str, Any]:
-    """The results of protocols by name; where one does not apply, ``{"not applicable": why}``.
+def check_protocols(protocols: Iterable[str]) -> None:
+    """Raise ValueError unless each is a name in :data:`PROTOCOLS`."""
+    for name in protocols:
+        if name not in PROTOCOLS:
+            raise ValueError(f"evaluate: protocol must be one of all, {', '.join(PROTOCOLS)}; got {name!r}")
 
-    Args:
-        progress: wraps the names, such as ``tqdm``.
+
+def evaluate(subject: Subject, protocols: Iterable[str] = tuple(PROTOCOLS)) -> dict[str, Any]:
+    """The results of protocols by name; where one does not apply, ``{"not applicable": why}``.
 
     Raises:
         ValueError: an unknown protocol.
     """
     protocols = list(protocols)
-    for name in protocols:
-        if name not in PROTOCOLS:
-            raise ValueError(f"evaluate: protocol must be one of all, {', '.join(PROTOCOLS)}; got {name!r}")
+    check_protocols(protocols)
     results = {}
-    for name in progress(protocols):
+    for name in protocols:
         try:
             results[name] = PROTOCOLS[name](subject)
         except NotApplicableError as reason:
@@ -321,9 +320,38 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def check_writable(where: str, path: str | os.PathLike, option: str = "--out") -> None:
+    """Raise OSError unless :func:`write_text` can write ``path``: to be asked before anything is computed.
+
+    Args:
+        option: what chooses another path, for the message.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        partial = _partial(path)
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        why = f"{os.fspath(path)!r} cannot be written ({error.strerror})"
+        raise OSError(f"{where}: {why}; choose another place with {option}") from error
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write whole or not at all, in UTF-8."""
+    partial = _partial(Path(path))
+    try:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be valid text
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
     """Write whole or not at all."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(plain(content), indent=1) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(plain(content), indent=1) + "\n")

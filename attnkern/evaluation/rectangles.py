@@ -23,10 +23,10 @@ from attnkern._common import (
     double,
     numbers_of,
 )
-from attnkern._ops import wide
+from attnkern._numerics import SIGMA_FLOOR, aspect_factors, wide
 from attnkern.evaluation._inputs import Data, Normalise, batches, check_masks, identity
 from attnkern.evaluation.localisation import jaccard
-from attnkern.reference import SIGMA_FLOOR, aspect_factors, coordinates
+from attnkern.reference import coordinates
 
 PADDINGS = ("zeros", "border", "reflection")
 ORDERS = ("column", "row", "both", "height", "width", "angle")

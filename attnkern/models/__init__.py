@@ -10,7 +10,7 @@ from attnkern.models.information_bottleneck import (
     WideResNetBottleneck,
     bottleneck_loss,
 )
-from attnkern.models.learn_to_pay_attention import ResNetAttention, Vgg, VggAttention, VggGap
+from attnkern.models.learn_to_pay_attention import AttnVgg, ResNetAttention, Vgg, VggAttention, VggGap
 from attnkern.models.rectangular import RectangularNetwork
 from attnkern.models.registry import (
     FeatureMaps,
@@ -23,6 +23,7 @@ from attnkern.models.registry import (
 
 __all__ = [
     "AttentionBranched",
+    "AttnVgg",
     "BottleneckNetwork",
     "Bottlenecked",
     "FeatureMaps",

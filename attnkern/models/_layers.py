@@ -1,5 +1,6 @@
 """What the networks share."""
 
+import math
 import os
 
 import torch
@@ -7,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from attnkern._common import came, check_choice, check_count, check_labels, check_number, check_shape, check_tensor
+from attnkern.models._weights import read_state
+from attnkern.nn import _like
 
 
 class Network(nn.Module):
@@ -47,7 +50,8 @@ class Network(nn.Module):
         check_count(type(self).__name__, num_classes=num_classes)
 
         def renewed(layer):
-            return nn.Linear(layer.in_features, num_classes).to(layer.weight)
+            new, like = nn.Linear(layer.in_features, num_classes), _like(layer, self)
+            return new if like is None else new.to(like.device, like.dtype)
 
         self.num_classes = num_classes
         old = self.classifier
@@ -95,13 +99,29 @@ def conv_bn_relu(inputs: int, outputs: int, eps: float = 1e-5) -> list[nn.Module
     ]
 
 
-def initialise(network: nn.Module) -> None:
-    """He et al.'s normal weights for every convolution, by its outputs; zero biases."""
+def he_normal(network: nn.Module) -> None:
+    """He et al.'s normal weights for every convolution, by its outputs."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out")
+
+
+def zero_biases(network: nn.Module, kind: type[nn.Module]) -> None:
+    """Of every layer of this kind that has one."""
+    for module in network.modules():
+        if isinstance(module, kind) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def xavier_uniform(network: nn.Module) -> None:
+    """Glorot and Bengio's uniform weights with the gain of ReLU, zero biases, scales of BatchNorm uniform in [0, 1]."""
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(module.weight, gain=math.sqrt(2))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight)
 
 
 class _TrainsOnOne:
@@ -138,8 +158,8 @@ def backbone_weights(where: str, known, weights, prefix: str) -> dict[str, torch
         weights = known[weights]
     if isinstance(weights, known):
         state = weights.get_state_dict(progress=False, check_hash=True)
-    elif isinstance(weights, (str, os.PathLike)) and os.path.exists(weights):
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+    elif isinstance(weights, (str, os.PathLike)) and os.path.isfile(weights):
+        state = read_state(f"{where}: weights", weights)
     else:
         names = ", ".join(map(repr, known.__members__))
         raise ValueError(f"{where}: weights must be None, {names} or a file, got {came(weights)}")

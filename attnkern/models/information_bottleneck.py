@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attnkern._common import check_choice, check_count, check_flag, check_kind, check_number
-from attnkern._ops import wide
+from attnkern._numerics import wide
 from attnkern.models._layers import (
     MapNorm,
     Network,
@@ -21,12 +21,14 @@ from attnkern.models._layers import (
     check_logits,
     conv_bn_relu,
     halved,
-    initialise,
+    he_normal,
     replace_stem,
     scaled,
+    xavier_uniform,
+    zero_biases,
 )
 from attnkern.models.registry import register_model
-from attnkern.nn import BottleneckAttention
+from attnkern.nn import BottleneckAttention, _input_for
 from attnkern.reference import modulate
 
 
@@ -120,7 +122,7 @@ class BottleneckNetwork(Network):
         return mean, F.softplus(raw_std - 5), losses
 
     def _decode(self, z):
-        return self.classifier(self.decoder(z.to(self.classifier.weight.dtype)))
+        return self.classifier(self.decoder(_input_for(self.classifier, z)))
 
     def forward(self, x: torch.Tensor) -> Bottlenecked | torch.Tensor:
         """:class:`Bottlenecked` in training, else logits, of images (N, in_chans, H, W)."""
@@ -200,12 +202,7 @@ class VggBottleneck(BottleneckNetwork):
         )  # fmt: skip
         self.decoder = nn.Sequential(nn.Linear(c256, c256), nn.ReLU(inplace=True))
         self.classifier = nn.Linear(c256, num_classes)
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.xavier_uniform_(module.weight, gain=math.sqrt(2))
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.weight)
+        xavier_uniform(self)
 
 
 class _WideBlock(nn.Module):
@@ -301,7 +298,8 @@ class WideResNetBottleneck(BottleneckNetwork):
         )  # fmt: skip
         self.decoder = nn.ReLU()
         self.classifier = nn.Linear(k, num_classes)
-        initialise(self)
+        he_normal(self)
+        zero_biases(self, nn.Linear)
 
 
 class AttentionBranched(NamedTuple):
@@ -317,7 +315,7 @@ class _AttentionBranch(nn.Module):
     def __init__(self, stage, channels, num_classes):
         super().__init__()
         self.head = _map_head(stage, channels, num_classes)
-        self.score = nn.Conv2d(num_classes, num_classes, 1)
+        self.score = nn.Conv2d(num_classes, num_classes, 1, bias=False)
         self.map = nn.Identity()
 
     def forward(self, x):
@@ -370,7 +368,8 @@ class WideResNet(Network):
         self.stage = _wide_stage(c320, c640, 2, blocks, rate)
         self.norm = MapNorm(c640)
         self.classifier = nn.Linear(c640, num_classes)
-        initialise(self)
+        he_normal(self)
+        zero_biases(self, nn.Linear)
 
     def forward(self, x: torch.Tensor) -> AttentionBranched | torch.Tensor:
         """Logits (N, num_classes) of images (N, in_chans, H, W); with the branch, in training, both kinds."""
@@ -388,40 +387,46 @@ class WideResNet(Network):
         return sum(super(WideResNet, self).loss(logits, labels) for logits in outputs)
 
 
-def _vgg16(where, width, weights):
-    """Features to 1/16, the rest, and the head of μ: three 3x3 convolutions, then one to a single map."""
+def _vgg16(where, width, weights, quantized):
+    """Features up to VGG16's last convolution, the layers up to the encoder's linear one, and the head of μ."""
     from torchvision.models import VGG16_Weights, vgg
 
     plan = [c if c == "M" else scaled(c, width) for c in vgg.cfgs["D"]]
-    layers = vgg.make_layers(plan)
-    for layer in layers:
+    features = vgg.make_layers(plan)[:-1]
+    c = scaled(512, width)
+    hidden = [layer for _ in range(3) for layer in (nn.Conv2d(c, c, 3, padding=1), nn.ReLU(inplace=True))]
+    mean = nn.Sequential(*(hidden if quantized else ()), nn.Conv2d(c, 1, 3, padding=1))
+    xavier_uniform(features)
+    xavier_uniform(mean)
+    for layer in features:
         if isinstance(layer, nn.MaxPool2d):
             layer.ceil_mode = True
     if weights is not None:
-        layers.load_state_dict(backbone_weights(where, VGG16_Weights, weights, "features."))
-    c = scaled(512, width)
-    mean = [layer for _ in range(3) for layer in (nn.Conv2d(c, c, 3, padding=1), nn.ReLU(inplace=True))]
-    return layers[:24], layers[24:], nn.Sequential(*mean, nn.Conv2d(c, 1, 3, padding=1)), c, c, scaled(256, width)
+        features.load_state_dict(backbone_weights(where, VGG16_Weights, weights, "features."))
+    return features, [nn.AdaptiveAvgPool2d(3)], mean, c, 9 * c
 
 
-def _wrn50_2(where, width, weights, num_classes):
-    """Features to 1/16, the last stage, and the head of μ with a copy of that stage at stride 1."""
+def _wrn50_2(where, width, weights):
+    """Features up to WRN-50-2's third stage, the last stage, and the head of μ with a stage of its own at stride 1."""
     from torchvision.models import Wide_ResNet50_2_Weights, resnet
 
     network = resnet.ResNet(
         resnet.Bottleneck, [3, 4, 6, 3], width_per_group=max(1, round(128 * width)), norm_layer=MapNorm
     )
+    # The stage of μ begins with random weights, whatever the backbone's.
+    own_stage = copy.deepcopy(network.layer4)
+    mean = nn.Sequential(own_stage, nn.Conv2d(2048, 1, 3, padding=1))
+    for module in mean.modules():
+        if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)
+    he_normal(mean)
     if weights is not None:
         state = backbone_weights(where, Wide_ResNet50_2_Weights, weights, "")
         network.load_state_dict({**state, **{k: v for k, v in network.state_dict().items() if k.startswith("fc.")}})
     features = nn.Sequential(
         network.conv1, network.bn1, network.relu, network.maxpool, network.layer1, network.layer2, network.layer3
     )
-    copied = copy.deepcopy(network.layer4)
-    for module in copied.modules():
-        if isinstance(module, nn.Conv2d):
-            module.stride = (1, 1)
-    return features, network.layer4, _map_head(copied, 2048, num_classes), 1024, 2048, scaled(512, width)
+    return features, [network.layer4, nn.AdaptiveAvgPool2d(1)], mean, 1024, 2048
 
 
 @register_model("vgg16_aib", backbone="vgg16")
@@ -431,8 +436,12 @@ def _wrn50_2(where, width, weights, num_classes):
 class ImageNetBottleneck(BottleneckNetwork):
     """CUB's forms: torchvision's VGG16 or WRN-50-2 with bottlenecked attention at 1/16 of the image's resolution.
 
-    The encoder is the rest of the backbone, global average and a linear layer to 2K, the decoder ReLU and a linear
-    layer; the paper leaves both open.
+    As in the authors' code, K = 256 and the decoder is Linear K to K, ReLU, Linear.
+
+    - VGG16: attention stands behind all thirteen convolutions. The encoder averages to 3x3, then Linear to 2K. The raw
+      map of μ comes from one 3x3 convolution; with anchors, three 3x3 convolutions with ReLU stand before it.
+    - WRN-50-2: attention stands before the last stage. The encoder is that stage, global average, Linear to 2K. The raw
+      map of μ comes from a copy of that stage at stride 1 with weights of its own, and a 3x3 convolution.
 
     Args:
         num_classes: number of logits.
@@ -443,7 +452,8 @@ class ImageNetBottleneck(BottleneckNetwork):
         weights: of the backbone: None for random ones, a member of torchvision's weights for it or its name
             (torchvision downloads it where it is not cached), or a file that holds such a state_dict. They need
             ``width=1`` and ``in_chans=3``.
-        variant, samples, beta, anchor_weight, commitment_weight: as :class:`BottleneckNetwork`. Published samples: 12.
+        variant, samples, beta, anchor_weight, commitment_weight: as :class:`BottleneckNetwork`; published samples:
+            (12, 12).
 
     Raises:
         ImportError: torchvision is not installed.
@@ -451,9 +461,6 @@ class ImageNetBottleneck(BottleneckNetwork):
 
     Source: Information Bottleneck Approach to Spatial Attention Learning, Section 4.2.
     """
-
-    feature_modules = ("features", "stage")
-    class_layers = ("classifier.", "attention.mean.")
 
     def __init__(
         self,
@@ -476,15 +483,19 @@ class ImageNetBottleneck(BottleneckNetwork):
         self._configure(variant, samples, beta, anchor_weight, commitment_weight)
         check_backbone(where, backbone, ("vgg16", "wrn50_2"), weights, width, in_chans)
         if backbone == "vgg16":
-            self.features, stage, mean, c, last, k = _vgg16(where, width, weights)
+            self.features, stage, mean, c, last = _vgg16(where, width, weights, num_anchors is not None)
+            self.feature_modules = tuple(f"features.{index}" for index in (3, 8, 15, 22, 29))
         else:
-            self.features, stage, mean, c, last, k = _wrn50_2(where, width, weights, num_classes)
+            self.features, stage, mean, c, last = _wrn50_2(where, width, weights)
+            self.feature_modules = ("features.2", "features.4", "features.5", "features.6", "encoder.0")
         replace_stem(self.features, in_chans)
+        k = scaled(256, width)
         self.attention = BottleneckAttention(c, num_anchors, mean=mean)
-        self.stage = stage
-        self.statistics = nn.Linear(last, 2 * k)
-        self.decoder = nn.ReLU()
+        self.encoder = nn.Sequential(*stage, nn.Flatten(), nn.Linear(last, 2 * k))
+        self.decoder = nn.Sequential(nn.Linear(k, k), nn.ReLU(inplace=True))
         self.classifier = nn.Linear(k, num_classes)
-
-    def encoder(self, x: torch.Tensor) -> torch.Tensor:
-        return self.statistics(self.stage(x).mean((2, 3)))
+        if backbone == "vgg16":
+            for part in (self.attention.std, self.encoder, self.decoder, self.classifier):
+                xavier_uniform(part)
+        else:
+            he_normal(self.attention.std)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from attnkern._common import came, check_choice, check_flag, check_items, check_kind, check_tensor
+from attnkern._common import check_choice, check_flag, check_items, check_kind, check_tensor
+from attnkern.models._weights import load_weights
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
 
@@ -51,15 +52,18 @@ def create_model(
     (N, num_classes). Images may have any size, batches may hold one.
 
     Args:
-        pretrained: a file of weights of this network: a state_dict (PyTorch's format or safetensors), or a checkpoint
-            of ``attnkern train``. Layers for another number of classes stay as initialised.
+        pretrained: a file of weights of this network: a state_dict (PyTorch's format or safetensors), a checkpoint that
+            holds one, such as those of ``attnkern train``, or a published checkpoint of the bottleneck paper's authors
+            or of SaoYan's AttnVGG, whose names are mapped (a warning says how). No code in the file is run. The
+            prefixes of DDP, FSDP and ``torch.compile`` are removed. Layers for another number of classes stay as
+            initialised.
         features_only: return :class:`FeatureMaps` of the network, which gives its feature maps instead of logits.
         out_indices: which of them, by default all.
         options: go to the network's constructor; all take ``width`` (a multiplier of the channels) and ``in_chans``.
 
     Raises:
-        ValueError, TypeError: an unknown name; weights of another network; out_indices that are no feature map's; an
-            option that the network's constructor refuses.
+        ValueError, TypeError: an unknown name; weights of another network, or a file that is damaged or holds more than
+            weights; out_indices that are no feature map's; an option that the network's constructor refuses.
         FileNotFoundError: no file of weights.
     """
     check_choice("create_model", "name", name, list_models())
@@ -72,42 +76,6 @@ def create_model(
     if out_indices is not None and not features_only:
         raise ValueError("create_model: out_indices needs features_only=True")
     return FeatureMaps(network, out_indices) if features_only else network
-
-
-def read_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The state_dict in a file: PyTorch's own format (no code in it is run), safetensors, or Lightning's checkpoint."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(f"create_model: pretrained must be None or a file of weights, got {came(path)}")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"create_model: pretrained: there is no file {os.fspath(path)!r}")
-    if os.fspath(path).endswith(".safetensors"):
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise ImportError("reading .safetensors needs safetensors: pip install safetensors") from error
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        prefix = "network."
-        state = {k.removeprefix(prefix): v for k, v in state["state_dict"].items() if k.startswith(prefix)}
-    return state
-
-
-def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
-    """Load a file into ``network``; layers for another number of classes stay as they are."""
-    state, own = read_weights(path), network.state_dict()
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"create_model: pretrained: {os.fspath(path)!r} holds no state_dict")
-    for key in own:
-        if key.startswith(network.class_layers) and key in state and state[key].shape != own[key].shape:
-            state[key] = own[key]
-    wrong = sorted(own.keys() ^ state.keys()) + [k for k in own if k in state and state[k].shape != own[k].shape]
-    if wrong:
-        raise ValueError(
-            f"create_model: pretrained: {os.fspath(path)!r} holds weights of another network than "
-            f"{type(network).__name__}: {len(wrong)} entries differ, {wrong[0]!r} among them"
-        )
-    network.load_state_dict(state)
 
 
 class FeatureMaps(nn.Module):

@@ -3,26 +3,30 @@
 import functools
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from attnkern._common import check_count, check_flag, check_integer, check_items, check_kind, check_number, check_tensor
+from attnkern.evaluation._inputs import listed
 from attnkern.evaluation.crossdomain import inverse_root
 from attnkern.training.digits import digits_clutter, extents
 
 try:
     from lightning.pytorch import LightningDataModule
-    from PIL import Image
+    from lightning.pytorch.utilities import rank_zero_warn
     from torchvision import datasets, tv_tensors
     from torchvision.transforms import InterpolationMode, v2
     from torchvision.transforms.v2 import functional as F
 except ImportError as error:
     raise ImportError("attnkern.training.data needs lightning and torchvision: pip install attnkern[train]") from error
+
+from attnkern.training.images import ImageError, opened, read_image, resized, stored, upright
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _SPLITS = ({"split": "train"}, {"split": "test"})
@@ -71,6 +75,18 @@ _KINDS = {
 #: CUB-200-2011's tables; each line starts with the number of an image, in the last one of a class.
 _CUB = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "bounding_boxes.txt", "classes.txt")
 
+#: Suffixes of the image files in a folder of images.
+_SUFFIXES = (*datasets.folder.IMG_EXTENSIONS, ".avif", ".gif", ".jfif", ".jp2")
+
+#: Suffixes of pictures that Pillow does not read by itself; a warning says that they are passed over.
+_UNREAD = (".heic", ".heif", ".jxl", ".svg")
+
+#: Names of a folder's parts, in any case: training images are in the first, test images in the first of the others.
+_PARTS = ("train", "test", "val", "valid", "validation")
+
+#: Folders that tools and operating systems leave, beside those that begin with a dot.
+_LEFTOVERS = ("$RECYCLE.BIN", "@eaDir", "System Volume Information", "__MACOSX", "__pycache__", "lost+found")
+
 #: Above this many values an image, their covariance is too large to invert.
 _WHITENED = 3072
 
@@ -117,7 +133,11 @@ class _Late(DataLoader):
     """
 
     def __iter__(self):
-        yield from super().__iter__()
+        try:
+            yield from super().__iter__()
+        except (FileNotFoundError, ImageError) as error:
+            # The message of a worker's error holds its traceback, too; what is wrong stands behind it.
+            raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].strip()) from error
 
 
 class ZCA(nn.Module):
@@ -167,7 +187,8 @@ class _Part(Dataset):
     """The training or the test images: items (picture as RGB tensor, label).
 
     ``pictures`` yields tuples that start with the picture, ``chosen`` are the indices that belong to the part, and
-    ``region`` finds what is to be located, where the data set says: a mask (H, W) or BoundingBoxes with one box.
+    ``region`` finds what is to be located, where the data set says: a mask (H, W) or BoundingBoxes with one box, in the
+    pixels as they are stored.
     """
 
     def __init__(
@@ -194,15 +215,17 @@ class _Part(Dataset):
 
     def mask(self, item, size):
         """(size, size) bool: the region on the resized image."""
-        region = self.region(self.chosen[item])
-        if not isinstance(region, tv_tensors.BoundingBoxes):
+        index = self.chosen[item]
+        region = self.region(index)
+        if isinstance(region, tv_tensors.BoundingBoxes):
+            region = F.convert_bounding_box_format(region, new_format=tv_tensors.BoundingBoxFormat.XYXY)
+            x0, y0, x1, y1 = F.resize(region, [size, size])[0].tolist()
+            mask = torch.zeros(size, size, dtype=torch.bool)
+            mask[_covered(y0, y1, size), _covered(x0, x1, size)] = True
+        else:
             # For masks torchvision's resize takes "nearest", which is off by up to half a pixel from the image.
-            return F.resize_image(region[None], [size, size], interpolation=InterpolationMode.NEAREST_EXACT)[0]
-        region = F.convert_bounding_box_format(region, new_format=tv_tensors.BoundingBoxFormat.XYXY)
-        x0, y0, x1, y1 = F.resize(region, [size, size])[0].tolist()
-        mask = torch.zeros(size, size, dtype=torch.bool)
-        mask[_covered(y0, y1, size), _covered(x0, x1, size)] = True
-        return mask
+            mask = F.resize_image(region[None], [size, size], interpolation=InterpolationMode.NEAREST_EXACT)[0]
+        return upright(mask, stored(self.pictures.paths[index])[1]) if isinstance(self.pictures, _Files) else mask
 
 
 def _covered(start, end, size):
@@ -239,8 +262,7 @@ class _View(Dataset):
 
     def _drawn(self, item):
         image, label = self.part[item]
-        image = F.resize(image, [self.size, self.size], antialias=True)
-        image = F.to_dtype(image, torch.float32, scale=True)
+        image = resized(image, self.size)
         for transform in self.augment:
             image = transform(image)
         return image, label
@@ -257,12 +279,23 @@ def _whitening(view):
     return ZCA(mean, products / len(view) - mean.outer(mean))
 
 
-def _stratified(labels, share, split):
+def _stratified(name, labels, classes, share, split):
     """Indices for training, ``share`` of each class, and for testing."""
     try:
         from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise ImportError("attnkern.training.data needs scikit-learn to split: pip install attnkern[train]") from error
+    counts = Counter(labels)
+    alone = [classes[label] for label, count in sorted(counts.items()) if count == 1]
+    if alone:
+        raise ValueError(f"{name}: a split needs at least two images of each class, got one of {listed(alone)}")
+    training = math.floor(share * len(labels))
+    for part, count in (("training", training), ("test", len(labels) - training)):
+        if count < len(counts):
+            raise ValueError(
+                f"{name}: a split of {len(labels)} images with {share:g} for training has {count} {part} images, fewer "
+                f"than the {len(counts)} classes"
+            )
     # By the number of the split alone: runs of other seeds never train on the images that this one tests on.
     parts = train_test_split(range(len(labels)), train_size=share, stratify=labels, random_state=split)
     return tuple(map(sorted, parts))
@@ -290,55 +323,51 @@ def _present(name, root, **options):
 
 def _torchvision(name, root):
     """Train, test and names of the classes of a data set that comes in two parts."""
-    opened = _present(name, root)
-    parts = [_Part(part, part.targets if hasattr(part, "targets") else part.labels) for part in opened]
-    return *parts, getattr(opened[0], "classes", range(10))
+    found = _present(name, root)
+    parts = [_Part(part, part.targets if hasattr(part, "targets") else part.labels) for part in found]
+    return *parts, getattr(found[0], "classes", range(10))
 
 
-def _trimap(pictures, index):
+class _Files(Dataset):
+    """Pictures in image files, cut to boxes (x, y, width, height) where these are given."""
+
+    def __init__(self, paths, boxes=None):
+        self.paths = paths
+        self.boxes = boxes
+
+    def __getitem__(self, index):
+        return (read_image(self.paths[index], self.boxes and self.boxes[index]),)
+
+
+def _trimap(paths, index):
     """Everything but the background, which is 2: the animal, 1, and its outline, 3."""
-    return F.pil_to_tensor(pictures[index][1])[0] != 2
+    with opened(paths[index]) as trimap:
+        return F.pil_to_tensor(trimap)[0] != 2
 
 
 def _pets(root, ratio, split):
     trainval, test = _present("pets", root)
-    pictures, labels = ConcatDataset([trainval, test]), trainval._labels + test._labels
-    chosen = range(len(trainval)), range(len(trainval), len(pictures))
+    paths, trimaps, labels = (getattr(trainval, name) + getattr(test, name) for name in ("_images", "_segs", "_labels"))
+    chosen = range(len(trainval)), range(len(trainval), len(paths))
     if ratio is not None:
-        chosen = _stratified(labels, ratio, split)
-    region = functools.partial(_trimap, ConcatDataset(_opened("pets", root, target_types="segmentation")))
-    return *(_Part(pictures, labels, part, region) for part in chosen), trainval.classes
+        chosen = _stratified("pets", labels, trainval.classes, ratio, split)
+    region = functools.partial(_trimap, trimaps)
+    return *(_Part(_Files(paths), labels, part, region) for part in chosen), trainval.classes
 
 
 def _caltech101(root, split):
-    (pictures,) = _present("caltech101", root)
-    parts = _stratified(pictures.y, 0.7, split)
-    return *(_Part(pictures, pictures.y, part) for part in parts), pictures.categories
+    (found,) = _present("caltech101", root)
+    folders = [Path(found.root, "101_ObjectCategories", found.categories[label]) for label in found.y]
+    paths = [folder / f"image_{number:04d}.jpg" for folder, number in zip(folders, found.index, strict=True)]
+    parts = _stratified("caltech101", found.y, found.categories, 0.7, split)
+    return *(_Part(_Files(paths), found.y, part) for part in parts), found.categories
 
 
-class _Birds(Dataset):
-    """CUB's pictures and their boxes: x, y, width, height."""
-
-    def __init__(self, files, boxes, crop):
-        self.files = files
-        self.boxes = boxes
-        self.crop = crop
-
-    def __getitem__(self, index):
-        picture = Image.open(self.files[index])
-        if not self.crop:
-            return (picture,)
-        x, y, width, height = self.boxes[index]
-        left, top = min(max(round(x), 0), picture.width - 1), min(max(round(y), 0), picture.height - 1)
-        right, bottom = min(round(x + width), picture.width), min(round(y + height), picture.height)
-        return (picture.crop((left, top, max(right, left + 1), max(bottom, top + 1))),)
-
-    def region(self, index):
-        with self[index][0] as picture:
-            width, height = picture.size
-        box = (0, 0, width, height) if self.crop else self.boxes[index]
-        box = torch.tensor([box], dtype=torch.float64)
-        return tv_tensors.BoundingBoxes(box, format="XYWH", canvas_size=(height, width))
+def _box(paths, boxes, index):
+    """A box, or without boxes the whole picture."""
+    width, height = stored(paths[index])[0]
+    box = torch.tensor([boxes[index] if boxes else (0, 0, width, height)], dtype=torch.float64)
+    return tv_tensors.BoundingBoxes(box, format="XYWH", canvas_size=(height, width))
 
 
 def _cub(root, crop):
@@ -350,41 +379,106 @@ def _cub(root, crop):
         )
     tables = []
     for name in _CUB:
-        lines = (root / name).read_text().splitlines()
+        lines = (root / name).read_text(encoding="utf-8").splitlines()
         tables.append(dict(line.strip().split(maxsplit=1) for line in lines if line.strip()))
     files, classes_of, training, boxes, classes = tables
-    birds = _Birds(
-        [root / "images" / file for file in files.values()],
-        [tuple(map(float, boxes[bird].split())) for bird in files],
-        crop,
-    )
+    paths = [root / "images" / file for file in files.values()]
+    boxes = [tuple(map(float, boxes[bird].split())) for bird in files]
+    birds = _Files(paths, boxes if crop else None)
+    region = functools.partial(_box, paths, None if crop else boxes)
     numbers = {number: label for label, number in enumerate(classes)}
     labels = [numbers[classes_of[bird]] for bird in files]
     chosen = [[i for i, bird in enumerate(files) if training[bird] == wanted] for wanted in "10"]
-    return *(_Part(birds, labels, part, birds.region) for part in chosen), classes.values()
+    return *(_Part(birds, labels, part, region) for part in chosen), classes.values()
+
+
+def _entries(folder, kind):
+    """Sorted names of what is in a folder, files or folders, without what tools leave there."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if kind(entry)]
+    return sorted(name for name in names if not name.startswith(".") and name not in _LEFTOVERS)
+
+
+def _subfolders(folder) -> list[str]:
+    return _entries(folder, os.DirEntry.is_dir)
+
+
+def _own_images(folder, suffixes=_SUFFIXES) -> list[str]:
+    return [name for name in _entries(folder, os.DirEntry.is_file) if name.lower().endswith(suffixes)]
+
+
+def _images(folder, suffixes=_SUFFIXES) -> Iterator[Path]:
+    """The image files in a folder and in the folders within it, in the order of torchvision's ImageFolder."""
+
+    def walk(folder):
+        yield folder
+        for name in _subfolders(folder):
+            yield from walk(folder / name)
+
+    for place in sorted(walk(folder), key=str):
+        yield from (place / name for name in _own_images(place, suffixes))
+
+
+def _tree(root, layout):
+    """Paths and labels of the images under a folder of classes, and the names of the classes."""
+    classes = _subfolders(root)
+    pictures = [list(_images(root / name, _SUFFIXES + _UNREAD)) for name in classes]
+    found = [[path for path in paths if path.suffix.lower() not in _UNREAD] for paths in pictures]
+    unread = sum(map(len, pictures)) - sum(map(len, found))
+    if unread:
+        rank_zero_warn(f"folder: {unread} files in {root} that end in {', '.join(_UNREAD)} are passed over")
+    empty = [name for name, paths in zip(classes, found, strict=True) if not paths]
+    if not classes:
+        raise FileNotFoundError(f"folder: no folder of images is there; {layout}")
+    if empty:
+        raise FileNotFoundError(f"folder: no images of {listed(empty)} in {root}; {layout}")
+    labels = [label for label, paths in enumerate(found) for _ in paths]
+    return [path for paths in found for path in paths], labels, classes
+
+
+def _parts(root, layout):
+    """Names of the folders for training and for testing under a folder of images, None where it has only classes."""
+    folders = _subfolders(root)
+    spelled = {name.lower(): name for name in folders}
+    named = [spelled[part] for part in _PARTS if part in spelled]
+    parts = [name for name in named if any(any(_images(root / name / inner)) for inner in _subfolders(root / name))]
+    if parts and (parts[0].lower() != "train" or len(parts) == 1):
+        raise FileNotFoundError(f"folder: of train and test only {listed(parts)} holds folders of images; {layout}")
+    if parts:
+        unused = [name for name in folders if name not in parts[:2]]
+        if unused:
+            rank_zero_warn(
+                f"folder: {root} is read by its parts '{parts[0]}' and '{parts[1]}', without {listed(unused)}"
+            )
+        return parts[:2]
+    if named and len(named) == len(folders):
+        raise FileNotFoundError(f"folder: {listed(named)} in {root} hold no folders of images; {layout}")
+    if named:
+        rank_zero_warn(f"folder: {root} is read as a folder of classes, {listed(named)} among them")
+    elif folders and not any(_own_images(root / name) for name in folders):
+        rank_zero_warn(f"folder: {root} is read as the classes {listed(folders)}, whose images lie in folders within")
+    return None
 
 
 def _folder(root, split):
     layout = f"{root} must hold train/CLASS/IMAGE and test/CLASS/IMAGE (or val), or CLASS/IMAGE to be split"
-    names = [name for name in ("train", "test", "val") if (root / name).is_dir()]
-    if not root.is_dir() or (names and (names[0] != "train" or len(names) == 1)):
-        raise FileNotFoundError(f"folder: {f'only {names} found' if names else 'no data'}; {layout}")
-    try:
-        trees = [datasets.ImageFolder(root / name) for name in names[:2]] or [datasets.ImageFolder(root)]
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"folder: a class without images, or no class; {layout}") from error
-    if not names:
-        (tree,) = trees
-        return *(_Part(tree, tree.targets, part) for part in _stratified(tree.targets, 0.8, split)), tree.classes
+    if not root.is_dir():
+        raise FileNotFoundError(f"folder: no data; {layout}")
+    parts = _parts(root, layout)
+    if parts is None:
+        paths, labels, classes = _tree(root, layout)
+        chosen = _stratified("folder", labels, classes, 0.8, split)
+        return *(_Part(_Files(paths), labels, part) for part in chosen), classes
     if split:
-        raise ValueError(f"ImageData: split does not apply to a folder with {names[0]} and {names[1]}, got {split}")
-    train, test = trees
-    unknown = sorted(set(test.classes) - set(train.classes))
+        raise ValueError(f"ImageData: split does not apply to a folder with {' and '.join(parts)}, got {split}")
+    (paths, labels, classes), (test_paths, test_labels, test_classes) = (_tree(root / name, layout) for name in parts)
+    unknown = [name for name in test_classes if name not in classes]
     if unknown:
-        raise ValueError(f"folder: classes in {root / names[1]} that are not in {root / 'train'}: {unknown}")
-    # ImageFolder numbers the classes of each tree by itself.
-    labels = [train.class_to_idx[test.classes[label]] for label in test.targets]
-    return _Part(train, train.targets), _Part(test, labels), train.classes
+        raise ValueError(f"folder: classes in {root / parts[1]} that are not in {root / parts[0]}: [{listed(unknown)}]")
+    # Each tree numbers its classes by itself.
+    number = {name: label for label, name in enumerate(classes)}
+    test_labels = [number[test_classes[label]] for label in test_labels]
+    return _Part(_Files(paths), labels), _Part(_Files(test_paths), test_labels), classes
 
 
 def _digits(size, seed, count):
@@ -397,10 +491,12 @@ class ImageData(LightningDataModule):
     """Training and test images of one data set, resized, augmented and normalised.
 
     After ``setup()``: ``num_classes``, ``class_names``, ``in_chans``, and the data sets ``train`` and ``test``, whose
-    items are (image (3, size, size) float32, label). Grey and palette images become RGB.
+    items are (image (3, size, size) float32, label). Image files are read as viewers show them, see
+    :func:`attnkern.training.images.read_image`.
 
     Splits: those that the data sets come with. Caltech-101 has none: 70 % of each class train; nor has a folder of
-    classes without train and test: 80 %.
+    classes without train and test: 80 %. A folder's ``train`` and ``test`` (or ``val``, ``valid``, ``validation``) are
+    its parts only where they hold folders with images in them; a warning says where a choice was made.
 
     Args:
         name: one of :func:`data_sets`.
@@ -421,8 +517,10 @@ class ImageData(LightningDataModule):
         workers: processes that load images.
 
     Raises:
-        ValueError, TypeError: an argument out of its range, or one that does not apply to the data set.
-        FileNotFoundError: in ``setup``: the data set is not there; says where to put it.
+        ValueError, TypeError: an argument out of its range, or one that does not apply to the data set; in ``setup``:
+            too few images of a class to split them.
+        FileNotFoundError: in ``setup``: the data set is not there, or a class has no images; says where to put it.
+        ImageError: an item's image file is damaged or no image; a ValueError and an OSError that names the file.
         ImportError: in ``setup``: scikit-learn is not installed and needed.
 
     Source: pets at 300 and their ratio: Convolutional Rectangular Attention Module. cub at 80, box_crop,

@@ -30,8 +30,9 @@ class Classification(pl.LightningModule):
         num_classes: of its logits; None: those of the data.
         options: go to the network's constructor: ``{"width": 0.25}``.
         optimizer: from groups of parameters to an optimizer.
-        lr_scheduler: from an optimizer to a schedule, which is stepped once an epoch; None: the rate stays.
-        warmup: before it, in turn, (epochs, learning rate).
+        lr_scheduler: from an optimizer to a schedule, which is stepped once an epoch; None: the rate stays. One that
+            looks at a metric names it, as ``lightning.pytorch.cli.ReduceLROnPlateau`` does by ``monitor``.
+        warmup: before it, in turn, (epochs, learning rate); not before a schedule that looks at a metric.
         pretrained: a file of weights to begin with.
         backend: "native", "triton" or "reference"; None: chosen automatically.
         compiled: run the network through ``torch.compile``.
@@ -94,8 +95,9 @@ class Classification(pl.LightningModule):
     def on_train_epoch_start(self):
         # Dropout, noise and augmentation of an epoch follow from seed and epoch alone: a run that was killed goes on
         # with what it would have drawn.
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        torch.manual_seed(hash((seed, self.current_epoch, self.global_rank)) % 2**63)
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        if seed is not None:  # else nothing is to be seeded
+            torch.manual_seed(hash((int(seed), self.current_epoch, self.global_rank)) % 2**63)
 
     def training_step(self, batch, batch_idx):
         images, labels = batch
@@ -133,6 +135,16 @@ class Classification(pl.LightningModule):
             milestones.append(len(rates) - 1)
         if self.make_schedule is not None:
             schedules.append(self.make_schedule(optimizer))
+        if schedules and isinstance(schedules[-1], torch.optim.lr_scheduler.ReduceLROnPlateau):
+            if self.warmup:
+                raise ValueError("lr_scheduler: ReduceLROnPlateau cannot follow a warm-up; pass --model.warmup null")
+            monitor = getattr(schedules[-1], "monitor", None)
+            if monitor is None:
+                raise ValueError(
+                    "lr_scheduler: ReduceLROnPlateau must name a metric: "
+                    "--model.lr_scheduler lightning.pytorch.cli.ReduceLROnPlateau --model.lr_scheduler.monitor val_loss"
+                )
+            return [optimizer], [{"scheduler": schedules[-1], "monitor": monitor}]
         if len(schedules) == 2:
             schedules = [torch.optim.lr_scheduler.SequentialLR(optimizer, schedules, milestones)]
         return [optimizer], schedules

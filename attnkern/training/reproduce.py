@@ -12,6 +12,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from attnkern.evaluation.protocols import check_writable, write_text
+
 #: The papers' networks, each family's baselines first.
 ROWS = {
     "Learn to Pay Attention": ("vgg", "vgg_gap", "vgg_pan", "vgg_att2_concat_dp", "vgg_att2_concat_pc"),
@@ -77,7 +79,7 @@ def run(name: str, folder: Path) -> dict:
         if done.returncode != 0:
             raise RuntimeError(f"reproduce: {name} failed:\n{done.stderr[-2000:]}")
         print(done.stdout.strip().splitlines()[-1], flush=True)
-    return json.loads((out / "result.json").read_text())
+    return json.loads((out / "result.json").read_text(encoding="utf-8"))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -85,13 +87,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the table goes")
     options = parser.parse_args(arguments)
+    numbers, page = options.docs / "reproduction.json", options.docs / "reproduction.md"
+    for path in (numbers, page):
+        check_writable("reproduce", path, "--docs")
     names = [name for rows in ROWS.values() for name in rows]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = dict(zip(names, pool.map(lambda name: run(name, options.runs), names), strict=True))
-    (options.docs / "reproduction.json").write_text(json.dumps(results, indent=1) + "\n")
     text = table(results)
-    (options.docs / "reproduction.md").write_text(text)
     print(text)
+    write_text(numbers, json.dumps(results, indent=1) + "\n")
+    write_text(page, text)
     return 0
 
 

@@ -7,6 +7,7 @@ import torch
 
 from attnkern.evaluation.maps import map_of
 from attnkern.nn import AnchorQuantizer, WindowAttention
+from attnkern.training import images
 from attnkern.training.train import load_run
 
 
@@ -23,23 +24,13 @@ class Explained(NamedTuple):
 
 
 def read_image(path: str | os.PathLike, size: int) -> torch.Tensor:
-    """(3, size, size) in [0, 1] of an image file, as the data sets resize theirs.
+    """(3, size, size) in [0, 1] of an image file, as the data sets read and resize theirs.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is no image.
+        ValueError: a file that is no image, is damaged or too large.
     """
-    from PIL import Image, UnidentifiedImageError
-    from torchvision.transforms.v2 import functional as F
-
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"show: there is no image {os.fspath(path)!r}")
-    try:
-        with Image.open(path) as picture:
-            image = F.to_dtype(F.pil_to_tensor(picture.convert("RGB")), torch.float32, scale=True)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"show: {os.fspath(path)!r} is no image that can be read") from error
-    return F.resize(image, [size, size], antialias=True).clamp(0, 1)
+    return images.resized(images.read_image(path), size)
 
 
 def explain(checkpoint: str | os.PathLike, path: str | os.PathLike, map: str | None = None) -> Explained:

@@ -1,23 +1,26 @@
 """``attnkern train``: a recipe, a data set and Lightning's own command line."""
 
+import contextlib
 import json
 import logging
 import os
 import platform
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 try:
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
     from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 except ImportError as error:
     raise ImportError("attnkern train needs lightning: pip install attnkern[train]") from error
 
@@ -26,6 +29,7 @@ from attnkern._common import check_items, check_kind
 from attnkern.evaluation._inputs import collect
 from attnkern.evaluation.localisation import localisation
 from attnkern.evaluation.maps import attention_of, gradcam_of
+from attnkern.evaluation.protocols import write_json
 from attnkern.models import create_model, map_names
 from attnkern.training.data import ImageData, normalisation_from
 from attnkern.training.modules import FAMILIES
@@ -41,19 +45,50 @@ class _SaveSettings(SaveConfigCallback):
     def save_config(self, trainer, pl_module, stage):
         out = run_folder(self.config)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(f"# attnkern train\n{self.parser.dump(self.config)}")
+        (out / "config.yaml").write_text(f"# attnkern train\n{self.parser.dump(self.config)}", encoding="utf-8")
 
 
 def run_folder(config) -> Path:
     """Where a run leaves its files."""
-    return Path(config.out or f"runs/{config.model.name}-{config.data.name}")
+    return Path(config.out or config.trainer.default_root_dir or f"runs/{config.model.name}-{config.data.name}")
+
+
+class _LastCheckpoint(ModelCheckpoint):
+    """``last.ckpt`` after each epoch. A class of its own, so that the user's ModelCheckpoint can stand beside it."""
+
+    def __init__(self, out: Path):
+        # The same name each epoch: the file is replaced at once, so a kill leaves the old or the new one.
+        super().__init__(out, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+
+
+@contextlib.contextmanager
+def _in_one_sentence():
+    """What Lightning refuses, it refuses for an option: the ValueError has Lightning's message alone.
+
+    Errors that Lightning does not raise itself are faults and keep their traceback.
+    """
+    try:
+        yield
+    except Exception as error:
+        first = error  # jsonargparse wraps what a class raised in a list of all types that the option may have
+        while first.__cause__ is not None:
+            first = first.__cause__
+        frames = traceback.extract_tb(first.__traceback__)
+        where = frames[-1] if frames else None
+        if not (where and _LIGHTNING in Path(where.filename).parents and (where.line or "").startswith("raise ")):
+            raise
+        raise ValueError(f"train: {' '.join(str(first).split())}") from error
+
+
+_LIGHTNING = Path(pl.__file__).parents[1]
 
 
 class _Command(LightningCLI):
     """Lightning's command line, of which ``--out``, ``--resume`` and ``--overwrite`` are ours."""
 
     def add_arguments_to_parser(self, parser):
-        parser.add_argument("--out", type=str | None, default=None, help="folder of the run, by default runs/NAME-DATA")
+        folder = "folder of the run, by default --trainer.default_root_dir or else runs/NAME-DATA"
+        parser.add_argument("--out", type=str | None, default=None, help=folder)
         parser.add_argument("--resume", type=bool, default=False, help="go on from the last checkpoint in --out")
         parser.add_argument("--overwrite", type=bool, default=False, help="replace the run in --out")
 
@@ -64,21 +99,40 @@ class _Command(LightningCLI):
         if config.resume and not self.last.exists():
             raise FileNotFoundError(f"train: resume: there is no checkpoint {os.fspath(self.last)!r}")
         held = self.last.exists() or (self.out / "result.json").exists()
-        if held and not config.resume and not config.overwrite:
+        if held and not config.resume and not config.overwrite and not config.trainer.fast_dev_run:
             raise FileExistsError(
                 f"train: {os.fspath(self.out)!r} holds a run; go on with --resume true, replace it with "
                 "--overwrite true, or choose another --out"
             )
+        if config.seed_everything is False:  # an earlier run of this process may have left its seed
+            os.environ.pop("PL_GLOBAL_SEED", None)
 
     def instantiate_trainer(self, **kwargs):
-        self.trainer_defaults["callbacks"] = [
-            # The same name each epoch: the file is replaced at once, so a kill leaves the old or the new one.
-            ModelCheckpoint(self.out, filename="last", save_on_train_epoch_end=True, enable_version_counter=False),
-            LearningRateMonitor("epoch"),
-        ]
-        # A resumed run gets a CSV file of its own: Lightning would empty the first one.
-        loggers = [TensorBoardLogger(self.out, "tensorboard", version=""), CSVLogger(self.out, "csv")]
-        return super().instantiate_trainer(logger=loggers, **kwargs)
+        given = self.config_init.trainer
+        if given.accumulate_grad_batches < 1:
+            raise ValueError(
+                f"train: trainer.accumulate_grad_batches must be at least 1, got {given.accumulate_grad_batches}"
+            )
+        if given.model_registry is not None:
+            raise ValueError("train: trainer.model_registry does not apply, a run keeps its checkpoint in --out")
+        # Lightning refuses callbacks for what is switched off.
+        callbacks = self.trainer_defaults["callbacks"] = []
+        if given.enable_checkpointing is not False and not given.barebones:
+            callbacks.append(_LastCheckpoint(self.out))
+        logger = given.logger
+        if (logger is None or logger is True) and not given.barebones:
+            # A resumed run gets a CSV file of its own: Lightning would empty the first one.
+            logger = [TensorBoardLogger(self.out, "tensorboard", version=""), CSVLogger(self.out, "csv")]
+        if logger:
+            callbacks.append(LearningRateMonitor("epoch"))
+        root = given.default_root_dir or self.out
+        trainer = super().instantiate_trainer(logger=logger, default_root_dir=root, **kwargs)
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # leaves network and images in its children
+            raise ValueError(
+                "train: trainer.strategy must start processes of their own, as ddp does from a command line or a "
+                "script; got one that spawns or forks this process"
+            )
+        return trainer
 
 
 def train(name: str, data: str | None = None, arguments: list[str] | None = None) -> dict[str, Any]:
@@ -86,7 +140,8 @@ def train(name: str, data: str | None = None, arguments: list[str] | None = None
 
     The folder gets the settings (``config.yaml``), logs (``csv/``, ``tensorboard/``), ``last.ckpt`` after each
     epoch and ``result.json``. A run that was killed goes on with ``--resume true`` and ends with the weights it would
-    have had. The last epoch counts; nothing is selected by the test set.
+    have had. The last epoch counts; nothing is selected by the test set. With ``--trainer.fast_dev_run true``
+    nothing is written.
 
     Args:
         name: of the recipe; :func:`attnkern.training.recipes.list_recipes`.
@@ -94,51 +149,63 @@ def train(name: str, data: str | None = None, arguments: list[str] | None = None
         arguments: of Lightning's command line, which win over the recipe: ``["--trainer.max_epochs", "3"]``.
 
     Returns:
-        what ``result.json`` holds.
+        what ``result.json`` holds. ``accuracy`` is None where nothing was tested (``--trainer.limit_test_batches 0``),
+        ``localisation`` also where the data set does not say where things are.
 
     Raises:
-        ValueError, TypeError: an unknown recipe or data set, or an argument of another kind.
+        ValueError, TypeError: an unknown recipe or data set, an argument of another kind, or an option that Lightning
+            refuses.
         FileExistsError: the folder holds a run already, and neither resume nor overwrite is asked for.
         FileNotFoundError: no data, or nothing to resume.
     """
     family, settings, published = read_recipe(name, data)
     if arguments is not None:
         check_items("train", str, arguments=arguments)
-    # What Lightning says of itself, and of the folder and the arguments that we give it on purpose.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # What Lightning says of itself, and of the folder and the arguments that we give it on purpose. What callbacks and
+    # profilers say was asked for.
+    for chatty in ("utilities.rank_zero", "accelerators.cuda"):
+        logging.getLogger(f"lightning.pytorch.{chatty}").setLevel(logging.WARNING)
     for message in ("LightningCLI's args parameter", "Checkpoint directory .* exists", ".*LeafSpec"):
         warnings.filterwarnings("ignore", message=message)
-    cli = _Command(
-        FAMILIES[family],
-        ImageData,
-        args=["--config", yaml.safe_dump(settings), *(arguments or [])],
-        run=False,
-        save_config_callback=_SaveSettings,
-        seed_everything_default=0,
-        trainer_defaults={"enable_model_summary": False},
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-    )
-    trainer, module, images, out = cli.trainer, cli.model, cli.datamodule, cli.out
+    with _in_one_sentence():
+        cli = _Command(
+            FAMILIES[family],
+            ImageData,
+            args=["--config", yaml.safe_dump(settings), *(arguments or [])],
+            run=False,
+            save_config_callback=_SaveSettings,
+            seed_everything_default=0,
+            trainer_defaults={"enable_model_summary": False},
+            parser_kwargs={"prog": "attnkern train"},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+        trainer, module, images, out = cli.trainer, cli.model, cli.datamodule, cli.out
+        began = time.perf_counter()
+        try:
+            trainer.fit(module, images, ckpt_path=cli.last if cli.config.resume else None, weights_only=True)
+        except SystemExit as error:
+            if error.code == 1 and trainer.interrupted:  # what Lightning makes of Ctrl-C
+                raise KeyboardInterrupt from error
+            raise
+        seconds, epochs = time.perf_counter() - began, trainer.current_epoch
+        tested = trainer.test(module, images, verbose=False)
     data = cli.config.data.name
-
-    began = time.perf_counter()
-    trainer.fit(module, images, ckpt_path=cli.last if cli.config.resume else None, weights_only=True)
-    seconds = time.perf_counter() - began
-    if trainer.interrupted:
-        raise KeyboardInterrupt
-    (test,) = trainer.test(module, images, verbose=False)
-    located = images.located()
+    accuracy = tested[0].get("test_accuracy") if tested else None  # without batches or without logging there is none
+    located = images.located() if trainer.limit_test_batches else None
+    if located is not None and trainer.fast_dev_run:
+        located = Subset(located, range(min(int(trainer.fast_dev_run) * images.batch_size, len(located))))
+    module.network.float()  # after a run with --trainer.precision 16-true or the like
     result = {
         "recipe": name,
         "network": module.hparams.name,
         "options": module.hparams.options or {},
         "data": data,
         "seed": cli.config.seed_everything,
-        "epochs": trainer.current_epoch,
+        "epochs": epochs,
         "parameters": sum(p.numel() for p in module.network.parameters()),
         "seconds": round(seconds, 1),
-        "accuracy": round(test["test_accuracy"], 4),
+        "accuracy": None if accuracy is None else round(accuracy, 4),
         "published_error": published.get(data),
         "localisation": None if located is None else localise(module.network, located, cli.config.data.batch_size),
         "versions": {
@@ -148,8 +215,12 @@ def train(name: str, data: str | None = None, arguments: list[str] | None = None
             "python": platform.python_version(),
         },
     }
-    if trainer.is_global_zero:
-        (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    if trainer.is_global_zero and not trainer.fast_dev_run:
+        path = out / "result.json"
+        try:
+            write_json(path, result)
+        except OSError as error:  # the numbers must not be lost
+            raise OSError(f"train: {path} cannot be written ({error.strerror}): {json.dumps(result)}") from error
     return result
 
 

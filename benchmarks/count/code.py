@@ -51,10 +51,10 @@ def stored(key: str, make):
     """What ``make`` returns, kept in build/count under a key that names all it depends on."""
     path = CACHE / f"{key}.json"
     if path.exists():
-        return _restored(json.loads(path.read_text()))
+        return _restored(json.loads(path.read_text(encoding="utf-8")))
     made = make()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
         json.dump(_plain(made), file)
     Path(file.name).replace(path)
     return made

@@ -20,7 +20,8 @@ CACHED_SCRATCH = 32 << 20
 def _version() -> str:
     """Of the interpreter: counts that another one made do not count."""
     return digest(
-        *(Path(module.__file__).read_text() for module in (sass, opcodes, machine)), Path(__file__).read_text()
+        *(Path(module.__file__).read_text(encoding="utf-8") for module in (sass, opcodes, machine)),
+        Path(__file__).read_text(encoding="utf-8"),
     )
 
 
@@ -42,9 +43,9 @@ def count(launch: Launch) -> dict:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(_count(launch)))
+        partial.write_text(json.dumps(_count(launch)), encoding="utf-8")
         partial.replace(path)
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _count(launch: Launch) -> dict:

@@ -263,5 +263,5 @@ def compiled(case: cases.Case) -> dict[str, Recorded]:
             found[which] = Recorded(launches, [other for part in recorded for other in part.others])
         return found
 
-    key = digest(case, torch.__version__, triton.__version__, *(path.read_text() for path in sources))
+    key = digest(case, torch.__version__, triton.__version__, *(path.read_text(encoding="utf-8") for path in sources))
     return stored(f"compiled/{key}", make)

@@ -205,7 +205,7 @@ def native(case: cases.Case, sources: tuple[Path, ...] = ()) -> dict[str, Record
     """What a case launches natively, by pass; machine code of the built library or of other ones."""
     kernels, operators = native_kernels(sources), _host_operators()
     with (
-        tempfile.NamedTemporaryFile("r") as file,
+        tempfile.NamedTemporaryFile("r", encoding="utf-8") as file,
         mock.patch.dict(os.environ, {"ATTNKERN_HOST_RECORD": file.name}),
         nothing_filled(),
     ):

@@ -28,7 +28,7 @@ STATED = estimate.BANDWIDTH["H200"]
 def save(counted: list[dict], versions: dict[str, str]) -> None:
     """One row a line, so that what changes shows."""
     lines = ",\n".join(json.dumps(_compact(row)) for row in counted)
-    COUNTS.write_text(f'{{"versions": {json.dumps(versions)},\n"rows": [\n{lines}\n]}}\n')
+    COUNTS.write_text(f'{{"versions": {json.dumps(versions)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def _compact(row):
@@ -46,7 +46,7 @@ def _compact(row):
 
 
 def load() -> dict:
-    return json.loads(COUNTS.read_text())
+    return json.loads(COUNTS.read_text(encoding="utf-8"))
 
 
 # --- what a row comes to ---------------------------------------------------------------------------------------------
@@ -199,27 +199,36 @@ def targets(table, device: str = "H200") -> str:
         )
         lines += _misses(misses)
     near, rival, small = ([], 0), ([], 0), ([], 0)
+    bounded = 0  # small maps whose bytes alone take too long
     for (case, which), found in table.items():
         fastest = best(found, device)
         if fastest is None or case.op == "anchor_quantize":
             continue
         seconds, backend = fastest
         text = f"{name(case)} {which}, {backend}"
+        ratio = seconds / rows.goal(found[backend], device)
         if is_large(case):
-            ratio = seconds / rows.goal(found[backend], device)
             near = near[0] + ([(ratio, f"{text}: {ratio:.2f} × the goal")] if ratio > NEAR else []), near[1] + 1
         if "compile" in found:
             faster = estimate.row(found["compile"], device).seconds / seconds
             needed = 1.0 if is_large(case) else SMALL_MAPS
-            miss = [(1 / faster, f"{text}: {faster:.2f} × as fast as torch.compile")] if faster < needed else []
+            at_goal = f"; at the goal it would be {ratio * faster:.2f} ×"
+            miss = (
+                [(1 / faster, f"{text}: {faster:.2f} × as fast as torch.compile{at_goal}")] if faster < needed else []
+            )
             if is_large(case):
                 rival = rival[0] + miss, rival[1] + 1
             else:
                 small = small[0] + miss, small[1] + 1
+                bounded += ratio * faster < SMALL_MAPS
     for text, (misses, count) in (
         (f"Large maps, the better of native and Triton: at most {NEAR} × the goal", near),
         ("Large maps, the better of the two: faster than the kernels of torch.compile", rival),
-        (f"Small maps, the better of the two: at least {SMALL_MAPS} × as fast as torch.compile", small),
+        (
+            f"Small maps, the better of the two: at least {SMALL_MAPS} × as fast as torch.compile"
+            f" (the goal itself is slower than that in {bounded} rows)",
+            small,
+        ),
     ):
         lines.append(f"- {text}: {_verdict(count - len(misses), count)}.")
         lines += _misses(misses)
@@ -391,4 +400,4 @@ TITLES = ("Native", "Triton", "torch.compile")
 
 def write() -> None:
     """The page, from the committed counts."""
-    PAGE.write_text(text(load()))
+    PAGE.write_text(text(load()), encoding="utf-8")

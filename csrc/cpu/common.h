@@ -35,13 +35,13 @@ ATTNKERN_INLINE float widen(float x) { return x; }
 ATTNKERN_INLINE float widen(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 ATTNKERN_INLINE float widen(Half x) {
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
-  // 2^112 rebiases the exponent and normalises denormals; the largest exponent stands for Inf and NaN.
+  // Multiplying by 2^112 rebiases the exponent and normalises denormals. The largest exponent means Inf or NaN.
   const uint32_t rebiased = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
   const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
   return bit_cast<float>(rebiased | special | static_cast<uint32_t>(x.bits & 0x8000) << 16);
 }
 
-// To the nearest, ties to even.
+// Rounds to nearest, ties to even.
 template <typename T> ATTNKERN_INLINE T narrow(Wide<T> x) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     const uint32_t bits = bit_cast<uint32_t>(x);
@@ -50,7 +50,7 @@ template <typename T> ATTNKERN_INLINE T narrow(Wide<T> x) {
   } else if constexpr (std::is_same_v<T, Half>) {
     const uint32_t bits = bit_cast<uint32_t>(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
     const uint32_t normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-    // Adding 0.5, whose last bit is the denormals' step, rounds to that step.
+    // The last bit of 0.5 is the spacing of the denormals: adding 0.5 rounds to that spacing.
     const uint32_t denormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
     const uint32_t finite = magnitude < (113u << 23) ? denormal : normal;
     const uint32_t infinite = magnitude > 0x7f800000u ? 0x7e00 : 0x7c00;
@@ -80,7 +80,7 @@ struct Shape {
   }
   int64_t image_size() const { return channels * positions; }
 
-  // Too large for the caches to hand to the next reader.
+  // Whether the features are too large to stay in the caches until they are read again.
   template <typename T> bool streams() const {
     return images * image_size() * static_cast<int64_t>(sizeof(T)) >= int64_t(32) << 20;
   }
@@ -88,22 +88,22 @@ struct Shape {
 
 // --- parallelism ---
 
-// Calls body(i) for i in [0, count), on several threads where it pays: an item costs about `cost` elements. What an
-// item computes never depends on the thread that runs it.
+// Calls body(i) for i in [0, count), on several threads if the work is large enough; an item costs about as much as
+// `cost` elements. The results do not depend on the number of threads.
 template <typename Body> void parallel(int64_t count, int64_t cost, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, cost));
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       body(i);
 #if defined(ATTNKERN_X86)
-    _mm_sfence(); // streamed stores (simd.h) become visible before the caller goes on
+    _mm_sfence(); // makes streamed stores (simd.h) visible before the caller continues
 #endif
   });
 }
 
 // --- companions: small tensors beside the features, in any dtype ---
 
-// A tensor's numbers as A: its own where they are A already.
+// A tensor's elements as A; not copied if they are of type A already.
 template <typename A> class Widened {
   std::vector<A> copy_;
   const A* data_;
@@ -121,7 +121,7 @@ public:
     });
     data_ = copy_.data();
   }
-  Widened(const Widened&) = delete; // it points into itself
+  Widened(const Widened&) = delete; // it may hold a pointer to its own storage
 
   const A* begin() const { return data_; }
   const A* end() const { return data_ + size_; }
@@ -129,7 +129,7 @@ public:
   A operator[](int64_t i) const { return data_[i]; }
 };
 
-// Numbers in A to be written, that become a tensor of the shape and dtype of `like`.
+// A buffer of type A that is converted to a tensor with the shape and dtype of `like`.
 template <typename A> class Narrowed {
   Tensor tensor_;
   std::vector<A> wide_;

@@ -1,5 +1,5 @@
-// Includes ATTNKERN_KERNELS once per instruction set, each time inside its own namespace attnkern::ATTNKERN_ISA and
-// compiled for that set: one binary uses what the processor has.
+// Includes ATTNKERN_KERNELS once per instruction set. Each copy is compiled for its set, in its own namespace
+// attnkern::ATTNKERN_ISA, so that one binary uses what the processor offers.
 #define ATTNKERN_ISA baseline
 #include ATTNKERN_KERNELS
 #undef ATTNKERN_ISA

@@ -1,6 +1,6 @@
-// Which instruction set this process uses: the best that the processor has, or the one named by the environment
-// variable ATTNKERN_CPU_ISA (baseline, avx2 or avx512; one that the processor lacks is ignored). A library built with
-// -DATTNKERN_BASELINE_ONLY has no other, and builds in a third of the time.
+// The instruction set that this process uses: the best one that the processor supports, or the one named by the
+// environment variable ATTNKERN_CPU_ISA (baseline, avx2 or avx512; one that the processor lacks is ignored). With
+// -DATTNKERN_BASELINE_ONLY the library has the baseline only and builds in a third of the time.
 #pragma once
 
 #include <cstdlib>

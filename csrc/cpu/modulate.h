@@ -1,16 +1,16 @@
-// Features times a map, forward and backward: what window_attention and anchor_attention have in common.
+// Features times a map, forward and backward: the part that window_attention and anchor_attention share.
 // Included once per instruction set.
 
 #include "cpu/simd.h"
 
 namespace attnkern::ATTNKERN_ISA {
 
-// How features with positions innermost are cut into work: from the shape of an image only, because sums over channels
-// are formed per item and then added in order.
+// How features with positions innermost are divided into work items. This depends on the shape of an image only,
+// because sums over channels are computed per item and then added in order.
 struct Items {
-  int64_t times;    // channels of one row: short rows are taken as a long one against a repeated map, so that a 7x7 map
-                    // fills vectors as well as a large one
-  int64_t length;   // positions of a row: a large map is cut, so that what an item keeps of it stays in the cache
+  int64_t times;    // channels of one row. Short rows are joined into a long one and the map is repeated, so that a
+                    // 7x7 map fills vectors as well as a large one
+  int64_t length;   // positions of a row. A large map is split, so that an item's part of it stays in the cache
   int64_t tiles;    // of an image's positions
   int64_t channels; // of an item
   int64_t blocks;   // of an image's channels
@@ -26,7 +26,7 @@ struct Items {
   }
 };
 
-// Partial sums over channels that each position has.
+// Number of partial sums over channels per position.
 inline int64_t partial_sums(const Shape& shape) { return shape.channels_inner ? 1 : Items(shape).blocks; }
 
 // An item: some channels of an image at some positions.
@@ -34,7 +34,7 @@ struct Item {
   int64_t image, block, first, length; // positions
 };
 
-// Runs row(state, offset, length) for each long row of an item; state = begin(item) before, end(state, item) after.
+// Calls state = begin(item), row(state, offset, length) for each joined row, and end(state, item) for each item.
 template <typename Begin, typename Row, typename End>
 void for_rows(const Shape& shape, const Items& items, const Begin& begin, const Row& row, const End& end) {
   const int64_t per_image = items.blocks * items.tiles;
@@ -51,7 +51,7 @@ void for_rows(const Shape& shape, const Items& items, const Begin& begin, const 
   });
 }
 
-// An item's part of the map plus the residual's 1, as often as a row has channels.
+// An item's part of the map, plus 1 for the residual, repeated for each channel of a row.
 template <typename A>
 std::vector<A> repeated_factor(const Shape& shape, const Items& items, const Item& item, const A* map, A residual) {
   std::vector<A> factor(item.length * items.times);
@@ -138,7 +138,7 @@ void modulate_backward(const Shape& shape, const T* dy, const T* x, const Wide<T
       });
 }
 
-// G of one image: its partial sums in order, plus the gradient that reached the map itself.
+// G of one image: its partial sums in order, plus the gradient of the map output.
 template <typename A>
 std::vector<A> add_partials(const Shape& shape, const A* partial, int64_t image, const A* grad_map) {
   const int64_t parts = partial_sums(shape);

@@ -1,5 +1,5 @@
-// Softmax compatibility pooling on the CPU. An image is cut into tiles of positions that stay in the L2 cache, so that
-// scores and weighted sums read the locals from memory once; tiles are combined in order.
+// Softmax compatibility pooling on the CPU. An image is divided into tiles of positions that fit into the L2 cache, so
+// that scores and weighted sums read the features from memory once. Tiles are combined in order.
 
 #if defined(ATTNKERN_ISA) // ------------------------------------------------- kernels, once per instruction set
 
@@ -7,7 +7,7 @@
 
 namespace attnkern::ATTNKERN_ISA {
 
-// The locals of a tile as they lie in memory: rows are channels, or positions where channels are innermost.
+// The features of a tile as a matrix in memory: rows are channels, or positions if channels are innermost.
 template <typename T> struct Matrix {
   const T* first;
   int64_t rows, columns, stride;
@@ -29,7 +29,7 @@ template <typename T> Matrix<T> tile_of(const Tiles& tiles, const T* local, int6
 template <typename T> void times_vector(const Matrix<T>& m, const Wide<T>* weight, Wide<T>* out) {
   using A = Wide<T>;
   const int64_t columns = m.columns, whole = columns < kLanes ? 0 : columns & -kLanes;
-  // The last vector of a row overlaps the one before it; what was seen weighs nothing.
+  // The last vector of a row overlaps the one before it; elements that have been counted get weight 0.
   A last[kLanes] = {};
   if (whole > 0)
     std::copy(weight + whole, weight + columns, last + kLanes - (columns - whole));
@@ -91,7 +91,8 @@ void vector_times(const Wide<T>* weight, const Matrix<T>& m, int64_t r, int64_t 
   }
 }
 
-// Over all rows: block by block, so that a sum's rounding grows with the rows of a block and the blocks, not with all.
+// Over all rows, block by block: the rounding error grows with the rows per block plus the number of blocks, not with
+// the number of rows.
 template <typename T> void vector_times(const Wide<T>* weight, const Matrix<T>& m, Wide<T>* out) {
   constexpr int64_t kRows = 128;
   vector_times(weight, m, 0, std::min(kRows, m.rows), out);
@@ -104,12 +105,12 @@ template <typename T> void vector_times(const Wide<T>* weight, const Matrix<T>& 
   }
 }
 
-// Outer products, as below, where a row is kVectors vectors (a map of 7x7, say): the right sides stay in registers from row to row.
+// Outer products, as below, for rows of kVectors vectors (such as a 7x7 map): the right-hand sides stay in registers.
 template <int kVectors, typename T>
 void outer_products_few(const Matrix<T>& m, const Wide<T>* left1, const Wide<T>* right1, const Wide<T>* left2,
                         const Wide<T>* right2, T* out) {
   using A = Wide<T>;
-  int64_t at[kVectors]; // the last overlaps the one before it
+  int64_t at[kVectors]; // of each vector; the last one overlaps the one before it
   A first[kVectors][kLanes], second[kVectors][kLanes];
   for (int v = 0; v < kVectors; ++v) {
     at[v] = std::min<int64_t>(v * kLanes, m.columns - kLanes);
@@ -128,7 +129,7 @@ void outer_products_few(const Matrix<T>& m, const Wide<T>* left1, const Wide<T>*
   }
 }
 
-// out = left1 ⊗ right1 + left2 ⊗ right2, laid out as m.
+// out = left1 ⊗ right1 + left2 ⊗ right2, in the layout of m.
 template <typename T>
 void outer_products(const Matrix<T>& m, const Wide<T>* left1, const Wide<T>* right1, const Wide<T>* left2,
                     const Wide<T>* right2, bool stream, T* out) {
@@ -150,7 +151,7 @@ void outer_products(const Matrix<T>& m, const Wide<T>* left1, const Wide<T>* rig
   }
 }
 
-// Scores of a tile's positions against a vector of channels, and the sum of its locals under weights of positions.
+// A tile's scores ⟨ℓ, vector⟩, and the sum of its features with a weight per position.
 template <typename T> void dot_channels(const Tiles& tiles, const Matrix<T>& m, const Wide<T>* weight, Wide<T>* out) {
   tiles.shape.channels_inner ? times_vector(m, weight, out) : vector_times(weight, m, out);
 }
@@ -184,7 +185,7 @@ void pool_forward(const Tiles& tiles, const T* local, const Widened<Wide<T>>& qu
   parallel(tiles.shape.images, positions + tiles.per_image * channels, [&](int64_t image) {
     const int64_t first = image * tiles.per_image;
     const A max = *std::max_element(&maxima[first], &maxima[first] + tiles.per_image);
-    A* sum = &sums[first * channels]; // the first tile's, and then of all
+    A* sum = &sums[first * channels]; // of the first tile, then of all tiles
     A total = 0;
     for (int64_t tile = first; tile < first + tiles.per_image; ++tile) {
       const A weight = softmax_weight(maxima[tile], max);
@@ -207,7 +208,7 @@ void pool_forward(const Tiles& tiles, const T* local, const Widened<Wide<T>>& qu
   });
 }
 
-// dq per image, (N, C), and the gradient of the locals unless it is null.
+// dq per image, (N, C), and the gradient of the features unless it is null.
 template <typename T>
 void pool_backward(const Tiles& tiles, const Wide<T>* grad_pooled, const Wide<T>* grad_attention,
                    const Wide<T>* grad_scores, const T* local, const Widened<Wide<T>>& query,
@@ -272,7 +273,7 @@ void pool_backward(const Tiles& tiles, const Wide<T>* grad_pooled, const Wide<T>
 
 namespace attnkern {
 
-// Images cut into tiles of positions. The length follows from the channels only, so that sums do not depend on N.
+// Images divided into tiles of positions. The length depends on the channels only, so that sums do not depend on N.
 struct Tiles {
   Shape shape;
   int64_t length, per_image;
@@ -286,7 +287,7 @@ struct Tiles {
   int64_t count() const { return shape.images * per_image; }
 };
 
-// The query of an image: its own, or the one that the batch shares.
+// The query of an image: its own, or the one shared by the batch.
 template <typename A> const A* query_of(const Widened<A>& query, int64_t image, int64_t channels) {
   return query.begin() + (query.size() > channels ? image * channels : 0);
 }

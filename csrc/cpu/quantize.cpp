@@ -1,5 +1,5 @@
-// Nearest-anchor quantization on the CPU. Distinct anchors are sorted once, each element counts the thresholds that it
-// reaches, and each chunk of elements keeps its own bins, added in order at the end.
+// Nearest-anchor quantization on the CPU. The distinct anchors are sorted once; an element's anchor follows from the
+// number of thresholds that are not above it. Each chunk of elements has its own bins, which are added in order.
 
 #if defined(ATTNKERN_ISA) // ------------------------------------------------- kernels, once per instruction set
 
@@ -9,7 +9,7 @@ namespace attnkern::ATTNKERN_ISA {
 
 constexpr int64_t kBlock = 256; // elements whose thresholds are counted together
 
-// rank[i] = number of thresholds that element i reaches; 0 for NaN.
+// rank[i] = number of thresholds that are not above element i; 0 for NaN.
 template <typename A> void count_thresholds(const std::vector<A>& thresholds, const A* a, int64_t count, int32_t* rank) {
   if (thresholds.size() > 64) {
     for (int64_t i = 0; i < count; ++i)
@@ -23,10 +23,10 @@ template <typename A> void count_thresholds(const std::vector<A>& thresholds, co
       rank[i] += a[i] >= threshold;
 }
 
-// `wide_values` gets the values before they are rounded to T, unless it is null.
+// `wide_values` receives the values before rounding to T, unless it is null.
 template <typename T, typename A>
 Sums<A> quantize(const Anchors<A>& anchors, const T* a, int64_t count, T* values, int64_t* indices, A* wide_values) {
-  // From the number of anchors only: sums are formed per chunk and then in order.
+  // This depends on the number of anchors only: sums are computed per chunk and then added in order.
   const int64_t chunk = std::max<int64_t>(2048, 16 * anchors.count), chunks = (count + chunk - 1) / chunk;
   std::vector<Sums<A>> sums(chunks, Sums<A>(anchors.count));
   parallel(chunks, chunk * 8, [&](int64_t c) {
@@ -40,7 +40,7 @@ Sums<A> quantize(const Anchors<A>& anchors, const T* a, int64_t count, T* values
       for (int64_t i = 0; i < length; ++i)
         element[i] = static_cast<A>(widen(a[first + i]));
       count_thresholds(anchors.thresholds, element, length, rank);
-      double loss = 0; // of the block, so that its rounding does not grow with the chunk
+      double loss = 0; // per block, so that the rounding error does not grow with the chunk
       for (int64_t i = 0; i < length; ++i) {
         const bool is_nan = element[i] != element[i], counted = !is_nan && !anchors.poisoned;
         const int64_t index = counted ? anchors.index[rank[i]] : 0;
@@ -65,8 +65,8 @@ Sums<A> quantize(const Anchors<A>& anchors, const T* a, int64_t count, T* values
   return total;
 }
 
-// grad_a = what came through the values, and the commitment loss's share. `through` is the gradient of the map from the
-// features, null without features; `scale` is the gradient of the loss over its divisor.
+// The gradient of a: that of the values plus that of the commitment loss. `through` is the gradient that reaches the
+// map through the features; it is null if there are no features.
 template <typename T, typename A>
 void quantize_backward(const T* a, const Widened<A>& anchors, const int64_t* indices, int64_t count,
                        const T* grad_values, const A* through, A grad_loss, A divisor, T* grad_a) {
@@ -87,7 +87,7 @@ void quantize_backward(const T* a, const Widened<A>& anchors, const int64_t* ind
   });
 }
 
-// The gradient of the map: Σ_c dy·x.
+// The gradient of the map, Σ_c dy·x.
 template <typename T>
 std::vector<Wide<T>> map_gradient(const Shape& shape, const T* dy, const T* x, const Wide<T>* map, bool residual,
                                   T* dx) {
@@ -124,7 +124,7 @@ template <typename A> struct Anchors {
   explicit Anchors(const Widened<A>& anchors) : count(anchors.size()) {
     for (const A anchor : anchors)
       poisoned |= anchor != anchor;
-    if (poisoned) // no order among NaN, and none is needed
+    if (poisoned) // NaN has no order, and none is needed
       return;
     std::vector<int64_t> order(count);
     std::iota(order.begin(), order.end(), 0);
@@ -163,14 +163,16 @@ namespace attnkern {
 namespace {
 
 template <typename A> struct Quantized {
-  Tensor values, indices, loss, counts, residuals;
-  const A* wide_values;   // the values unrounded
-  std::vector<A> storage; // of wide_values where values themselves are rounded
+  Tensor values, indices, anchor_loss, commitment_loss, counts, residuals;
+  const A* wide_values;   // the values before rounding
+  std::vector<A> storage; // of wide_values if `values` are rounded
 };
 
-template <typename A> Quantized<A> quantized(const Tensor& a, const Tensor& anchors, bool keep_wide) {
-  Quantized<A> q{empty_same(a), empty_like<int64_t>(a), empty<A>(a, {}), empty_like<int64_t>(anchors),
-                 empty_like<A>(anchors),       nullptr,               {}};
+template <typename A>
+Quantized<A> quantized(const Tensor& a, const Tensor& anchors, int64_t divisor, bool keep_wide) {
+  Quantized<A> q{empty_same(a),   empty_like<int64_t>(a),        empty<A>(a, {}),
+                 empty<A>(a, {}), empty_like<int64_t>(anchors), empty_like<A>(anchors),
+                 nullptr,         {}};
   const Anchors<A> table{Widened<A>(anchors)};
   dispatch(a.scalar_type(), [&](auto t) {
     using T = decltype(t);
@@ -180,7 +182,7 @@ template <typename A> Quantized<A> quantized(const Tensor& a, const Tensor& anch
       q.wide_values = (q.storage.resize(a.numel()), q.storage.data());
     const Sums<A> sums = ATTNKERN_BY_ISA(quantize, table, data<T>(a), a.numel(), mutable_data<T>(q.values),
                                          mutable_data<int64_t>(q.indices), q.storage.data());
-    *mutable_data<A>(q.loss) = static_cast<A>(sums.loss);
+    *mutable_data<A>(q.anchor_loss) = *mutable_data<A>(q.commitment_loss) = static_cast<A>(sums.loss / divisor);
     std::copy(sums.counts.begin(), sums.counts.end(), mutable_data<int64_t>(q.counts));
     std::copy(sums.residuals.begin(), sums.residuals.end(), mutable_data<A>(q.residuals));
   });
@@ -191,7 +193,7 @@ template <typename A> A scalar(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? Widened<A>(*tensor)[0] : A(0);
 }
 
-// The gradients of a and of the anchors; `through` is the gradient of the map from the features, null without.
+// The gradients of a and of the anchors; `through` as above.
 template <typename A>
 std::tuple<Tensor, Tensor> gradients(const std::optional<Tensor>& grad_values,
                                      const std::optional<Tensor>& grad_anchor_loss,
@@ -212,12 +214,12 @@ std::tuple<Tensor, Tensor> gradients(const std::optional<Tensor>& grad_values,
   return {grad_a, grad_anchors.tensor()};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_fwd(Tensor a, Tensor anchors) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_fwd(Tensor a, Tensor anchors, int64_t divisor) {
   make_dense(a);
   make_contiguous(anchors);
   return dispatch_wide(a.scalar_type(), [&](auto wide) {
-    const auto q = quantized<decltype(wide)>(a, anchors, false);
-    return std::tuple(q.values, q.indices, q.loss, q.counts, q.residuals);
+    const auto q = quantized<decltype(wide)>(a, anchors, divisor, false);
+    return std::tuple(q.values, q.indices, q.anchor_loss, q.commitment_loss, q.counts, q.residuals);
   });
 }
 
@@ -234,16 +236,16 @@ std::tuple<Tensor, Tensor> quantize_bwd(std::optional<Tensor> grad_values, std::
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, Tensor a, Tensor anchors,
-                                                                      bool residual) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, Tensor a, Tensor anchors,
+                                                                              bool residual, int64_t divisor) {
   make_dense(x);
   make_contiguous(a, anchors);
   return dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     Tensor output = empty_same(x);
-    const auto q = quantized<Wide<T>>(a, anchors, true);
+    const auto q = quantized<Wide<T>>(a, anchors, divisor, true);
     ATTNKERN_BY_ISA(modulate<T>, Shape(x), data<T>(x), q.wide_values, residual, mutable_data<T>(output));
-    return std::tuple(output, q.values, q.indices, q.loss, q.counts, q.residuals);
+    return std::tuple(output, q.values, q.indices, q.anchor_loss, q.commitment_loss, q.counts, q.residuals);
   });
 }
 
@@ -258,7 +260,7 @@ std::tuple<Tensor, Tensor, Tensor> anchor_bwd(Tensor grad_output, std::optional<
   return dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     using A = Wide<T>;
-    // The map again: the anchors' values, NaN where the element or any anchor is.
+    // Recompute the map: the anchors' values, NaN if the element or any anchor is NaN.
     const Widened<A> values(anchors), elements(a);
     const bool poisoned = std::any_of(values.begin(), values.end(), [](A value) { return value != value; });
     std::vector<A> map(elements.size());

@@ -1,5 +1,5 @@
-// Loops over lanes that the compiler turns into vectors, tails included: a row of 49 costs four vectors, the last of
-// which overlaps the one before it. Included once per instruction set.
+// Loops that the compiler vectorises, tails included: a row of 49 takes four vectors, of which the last one overlaps
+// the one before it. Included once per instruction set.
 
 namespace attnkern::ATTNKERN_ISA {
 
@@ -22,7 +22,7 @@ template <typename Body> ATTNKERN_INLINE void for_lanes(int64_t count, const Bod
       body(i);
 }
 
-// lane[i % kLanes] += term(i) for i in [0, count), each once.
+// lane[i % kLanes] += term(i), exactly once for each i in [0, count).
 template <typename A, typename Term> ATTNKERN_INLINE void add_lanes(int64_t count, A (&lane)[kLanes], const Term& term) {
   const int64_t whole = count < kLanes ? 0 : count & -kLanes;
   for (int64_t first = 0; first < whole; first += kLanes)
@@ -51,7 +51,7 @@ template <typename A> ATTNKERN_INLINE A sum_of(const A (&lane)[kLanes]) {
   return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
 }
 
-// The same of four at once: their last steps fill vectors.
+// The same for four sums at once.
 template <typename A> ATTNKERN_INLINE void sums_of(const A (&lane)[4][kLanes], A* out) {
   A quarter[4][4];
   for (int k = 0; k < 4; ++k)
@@ -70,8 +70,8 @@ template <typename A, typename Term> ATTNKERN_INLINE A sum_lanes(int64_t count, 
   return sum_of(lane);
 }
 
-// to[i] = value(i) for i in [0, count). With `stream` the stores go past the caches, which saves reading what is about
-// to be overwritten: worth it where the tensor is too large to be found there by whoever reads it next.
+// to[i] = value(i) for i in [0, count). With `stream` the stores bypass the caches, which avoids reading memory that is
+// about to be overwritten. This pays off if the tensor is too large to stay in the caches until it is read.
 template <typename T, typename Value>
 ATTNKERN_INLINE void write_lanes(int64_t count, T* to, [[maybe_unused]] bool stream, const Value& value) {
 #if defined(ATTNKERN_X86)
@@ -88,7 +88,7 @@ ATTNKERN_INLINE void write_lanes(int64_t count, T* to, [[maybe_unused]] bool str
         _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_loadu_si128(reinterpret_cast<__m128i*>(buffer + i)));
       memcpy(out + i, buffer + i, (length - i) * sizeof(T));
     }
-    return; // `parallel` fences
+    return; // parallel() has the fence
   }
 #endif
   for_lanes(count, [=](int64_t i) { to[i] = value(i); });

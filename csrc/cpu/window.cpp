@@ -1,4 +1,5 @@
-// The rotated sigmoid window on the CPU: maps are made per image, features are modulated in rows (modulate.h).
+// The rotated sigmoid window on the CPU. Maps are computed per image, and features are multiplied row by row
+// (modulate.h).
 
 #if defined(ATTNKERN_ISA) // ------------------------------------------------- kernels, once per instruction set
 
@@ -6,10 +7,10 @@
 
 namespace attnkern::ATTNKERN_ISA {
 
-// Positions that are summed in single precision before their sum goes on in double.
+// Positions that are summed in single precision; these sums are added in double precision.
 constexpr int64_t kBlock = 512;
 
-// The maps, and with rescale the statistics that the backward pass starts from.
+// The maps, and with rescale the statistics for the backward pass.
 template <typename A> void window_maps(const Windows<A>& windows, A* map, A* stats) {
   const int64_t positions = windows.positions();
   parallel(windows.images(), 16 * positions, [&](int64_t image) {
@@ -60,7 +61,7 @@ template <typename A> void window_maps(const Windows<A>& windows, A* map, A* sta
   });
 }
 
-// The maps once more, from the forward pass's statistics.
+// The maps, recomputed from the statistics of the forward pass.
 template <typename A> void window_maps_again(const Windows<A>& windows, const A* stats, A* map) {
   const int64_t positions = windows.positions();
   parallel(windows.images(), 16 * positions, [&](int64_t image) {
@@ -75,8 +76,8 @@ template <typename A> void window_maps_again(const Windows<A>& windows, const A*
   });
 }
 
-// dβ = Σ G·f·∂z, or with rescale HW·Σ (G - Σ π G)·π·(∂z - Σ π ∂z): both centred, so that neither a large mean of G nor
-// the steep slopes of a thin window cost digits.
+// dβ = Σ G·f·∂z, or with rescale HW·Σ (G - Σ π G)·π·(∂z - Σ π ∂z): both are centred, so that neither a large
+// mean of G nor the steep slopes of a thin window cause cancellation.
 // gather(image) is the image's G.
 template <typename A, typename Gather>
 void window_gradients(const Windows<A>& windows, const A* stats, const Gather& gather, A* gradients) {
@@ -145,7 +146,7 @@ void window_backward(const Windows<Wide<T>>& windows, const Shape& shape, const 
 #include "cpu/common.h"
 #include "window.h"
 
-// Marks this library as built for these schemas; one for another version is refused before it is loaded.
+// The marker of the schemas that this library was built for; attnkern/_ops.py checks it before loading the library.
 extern "C" __attribute__((used, visibility("default"))) const char attnkern_schema[] =
     "attnkern-schema:" ATTNKERN_SCHEMA_HASH;
 

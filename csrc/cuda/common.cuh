@@ -1,7 +1,7 @@
-// What the CUDA kernels share: storage types, companions, vectors, reductions in a fixed order, tensors and launches.
+// What the CUDA kernels share: storage types, companions, vectors, reductions in a fixed order, and launches.
 //
-// tests/cuda_on_host runs these sources on a CPU (ATTNKERN_ON_HOST): a kernel keeps its shared memory in shared<S>() or
-// dynamic_shared<T>(), never in bare __shared__ variables, so that it can be poisoned there.
+// tests/cuda_on_host runs these sources on a CPU (ATTNKERN_ON_HOST). Kernels therefore use shared<S>() and
+// dynamic_shared<T>() instead of __shared__ variables: the emulation fills that memory with NaN before each block.
 #pragma once
 
 #include "config.h"
@@ -55,7 +55,7 @@ ATTNKERN_DEVICE float widen(float x) { return x; }
 ATTNKERN_DEVICE float widen(Half x) { return __half2float(x); }
 ATTNKERN_DEVICE float widen(BFloat16 x) { return __bfloat162float(x); }
 
-// To the nearest, ties to even.
+// Rounds to nearest, ties to even.
 template <typename T> ATTNKERN_DEVICE T narrow(Wide<T> x) {
   if constexpr (std::is_same_v<T, Half>)
     return __float2half_rn(x);
@@ -65,7 +65,7 @@ template <typename T> ATTNKERN_DEVICE T narrow(Wide<T> x) {
     return x;
 }
 
-// Two numbers in the two halves of a word, the first one below.
+// Two numbers as the two halves of a word, the first one in the lower half.
 template <typename T> ATTNKERN_DEVICE uint32_t narrow_pair(float first, float second) {
 #if defined(ATTNKERN_ON_HOST)
   return bit_cast<uint16_t>(narrow<T>(first)) | static_cast<uint32_t>(bit_cast<uint16_t>(narrow<T>(second))) << 16;
@@ -83,8 +83,8 @@ template <typename T> ATTNKERN_DEVICE uint32_t narrow_pair(float first, float se
 
 namespace attnkern {
 
-// Small tensors beside the features (rectangle, anchors, query, a, scalars): their dtype is looked at per access, so
-// that it does not multiply the kernels. Absent tensors have no pointer.
+// A small tensor beside the features (rectangle, anchors, query, a, a scalar). Its dtype is a run-time value, so that
+// kernels are not compiled for every pair of dtypes. The pointer is null if there is no tensor.
 struct Companion {
   const void* pointer = nullptr;
   ScalarType type = ScalarType::Float;
@@ -136,7 +136,7 @@ template <typename T> constexpr int kVector = 16 / sizeof(T);
 
 ATTNKERN_INLINE bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// The `valid` first elements of a vector, one by one, and zeros behind them.
+// Loads or stores the first `valid` elements of a vector one by one; the others are loaded as zeros.
 template <typename T> ATTNKERN_DEVICE void load_vector(const T* from, int64_t valid, Wide<T> (&to)[kVector<T>]) {
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i)
@@ -152,36 +152,36 @@ template <typename T> ATTNKERN_DEVICE void store_vector(const Wide<T> (&from)[kV
 // --- shared memory ---
 
 #if !defined(ATTNKERN_ON_HOST)
-// The block's one S. Uninitialised; the same one at every call of the same type.
+// The block's only S in shared memory, uninitialised. Every call with the same type returns the same object.
 template <typename S> ATTNKERN_DEVICE S& shared() {
   __shared__ S memory;
   return memory;
 }
 
-// The bytes that the launch asked for.
+// The shared memory whose size the launch specifies.
 template <typename T> ATTNKERN_DEVICE T* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char attnkern_dynamic_shared[];
   return reinterpret_cast<T*>(attnkern_dynamic_shared);
 }
 #endif
 
-// --- reductions, in an order that follows from the block's size only; the result reaches every thread ---
+// --- reductions: the order depends on the block's size only, and every thread gets the result ---
 
 struct Sum {
   template <typename A> ATTNKERN_DEVICE A operator()(A a, A b) const { return a + b; }
 };
-struct Max { // a NaN stays
+struct Max { // propagates NaN
   template <typename A> ATTNKERN_DEVICE A operator()(A a, A b) const { return a != a || a > b ? a : b; }
 };
 
-// Over groups of `lanes` (a power of two) neighbours.
+// Over groups of `lanes` neighbouring lanes, a power of two.
 template <typename Op = Sum, typename A> ATTNKERN_DEVICE A warp_reduce(A value, int lanes = kWarp, Op op = {}) {
   for (int offset = lanes / 2; offset > 0; offset /= 2)
     value = op(value, __shfl_xor_sync(kAllLanes, value, offset));
   return value;
 }
 
-// K numbers at once, by every thread of a block of whole warps. Two barriers.
+// Reduces K numbers per thread over the block, whose threads must form whole warps. It takes two barriers.
 template <typename Op = Sum, int K, typename A> ATTNKERN_DEVICE void block_reduce(A (&values)[K], Op op = {}) {
   struct Warps {
     A of[kWarp][K];
@@ -206,7 +206,7 @@ template <typename Op = Sum, int K, typename A> ATTNKERN_DEVICE void block_reduc
 
 // --- features ---
 
-// Quotient of non-negative numbers; a 64-bit division costs as much as dozens of instructions, and is seldom needed.
+// Quotient of non-negative numbers, in 32 bits if possible: a 64-bit division takes dozens of instructions.
 ATTNKERN_DEVICE int64_t divide(int64_t a, int64_t b) {
   return (a | b) >> 32 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
 }
@@ -236,8 +236,8 @@ constexpr int64_t kGridWidth = cuda_on_host::kGridWidth;
 constexpr int64_t kGridWidth = (int64_t(1) << 31) - 1;
 #endif
 
-// More blocks than one grid dimension takes go on in the second; block_index() counts through both, and a block whose
-// index is not below the number of items returns.
+// A grid with at least `items` blocks, in two dimensions if one is too small. block_index() numbers the blocks; a
+// kernel returns if the number is not below `items`.
 inline dim3 grid_of(int64_t items) {
   const int64_t rows = ceil_div(items, kGridWidth);
   return dim3(static_cast<unsigned>(rows > 1 ? kGridWidth : items), static_cast<unsigned>(rows));
@@ -245,7 +245,7 @@ inline dim3 grid_of(int64_t items) {
 ATTNKERN_DEVICE int64_t block_index() { return blockIdx.y * static_cast<int64_t>(gridDim.x) + blockIdx.x; }
 
 #if defined(ATTNKERN_ON_HOST)
-// Launches on the emulation; `like` is not needed there.
+// Runs kernels under the emulation.
 struct Queue {
   explicit Queue(const Tensor&) {}
 
@@ -259,7 +259,7 @@ struct Queue {
   }
 };
 #else
-// The current stream of a tensor's device, which stays the current device while this lives.
+// The current stream of a tensor's device. The device is the current one during the lifetime of this object.
 class Queue {
   torch::stable::accelerator::DeviceGuard guard_;
   void* stream_ = nullptr;
@@ -270,7 +270,7 @@ public:
   }
   cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
 
-  // One block of `threads` (whole warps) for each item; nothing for none.
+  // Launches one block of `threads` (whole warps) per item, and nothing if there are no items.
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t items, int threads, size_t shared_bytes,
               Arguments&&... arguments) const {

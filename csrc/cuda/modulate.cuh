@@ -1,8 +1,9 @@
-// Features times a map, forward and backward, by tiles of one image: what window and anchor attention have in common.
+// Features times a map, forward and backward, in tiles of one image: the part that window and anchor attention share.
 //
-// A column is what shares a number of the map. With channels innermost it is a position. With positions innermost,
-// `span` channels are taken as one row, so that rows start at whole vectors however odd the map (8 x 7x7 in bfloat16),
-// and a column is an element of such a row. A tile is some columns of some rows (with channels innermost: of all).
+// A column is the set of an image's elements that are multiplied by the same value of the map. With channels innermost
+// it is a position with all its channels. With positions innermost, `span` channels are joined to one row, so that rows
+// start at whole vectors whatever the map (8 channels of 7x7 in bfloat16), and a column is one element of each row. A
+// tile consists of some columns of some rows (of all rows with channels innermost).
 #pragma once
 
 #include "cuda/packed.cuh"
@@ -11,28 +12,29 @@
 
 namespace attnkern {
 
-constexpr int kThreads = 256;        // of every block here
-constexpr int kTileElements = 32768; // of the features, at most; what a tile's map costs is spread over them
-constexpr int kMaxLanes = 64;        // along a row: many rows share a column's number of the map
-constexpr int kMaxColumns = 512;     // of a tile
-template <typename T> constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3; // of a multiprocessor at once, by registers
+constexpr int kThreads = 256;        // per block
+constexpr int kTileElements = 32768; // per tile, at most; they share the cost of computing the tile's map
+constexpr int kMaxLanes = 64;        // per row; fewer lanes leave more rows per value of the map
+constexpr int kMaxColumns = 512;     // per tile
+template <typename T> constexpr int kBlocks = sizeof(T) == 8 ? 2 : 3; // per multiprocessor; this limits the registers
 
 struct Tiling {
   Shape shape;
-  int64_t columns = 0, rows = 1; // of an image
+  int64_t columns = 0, rows = 1; // per image
   int64_t column_tiles = 1, row_tiles = 1;
   int64_t rows_per_tile = 1;
-  int width = 1;  // columns of a tile
-  int groups = 1; // of threads, each with rows (channels innermost: columns) of its own
-  int lanes = 1;  // threads of a group
-  int passes = 1; // of a group over a row (channels innermost: column)
-  int64_t stride; // from a thread's last vector of a row (channels innermost: column) to its first one of the next
-  bool aligned;   // every vector may be read and written at once; no result depends on it
+  int width = 1;  // columns per tile
+  // A group of threads processes one item at a time: a row, or a column with channels innermost.
+  int groups = 1; // per block
+  int lanes = 1;  // threads per group
+  int passes = 1; // vectors per thread and item
+  int64_t stride; // from a thread's last vector of an item to its first vector of the next item
+  bool aligned;   // whether all vectors allow 16-byte accesses; results do not depend on it
 
   template <typename T, typename... Pointers> static Tiling of(const Shape& shape, const Pointers*... features) {
     static_assert(kMaxLanes * kVector<T> <= kMaxColumns, "a tile's columns have room");
     Tiling tiling(shape, kVector<T>);
-    const int64_t length = shape.channels_inner ? shape.channels : shape.image_size(); // that follow each other
+    const int64_t length = shape.channels_inner ? shape.channels : shape.image_size(); // contiguous elements
     tiling.aligned = length % kVector<T> == 0 && (... && is_aligned(features));
     return tiling;
   }
@@ -43,21 +45,21 @@ struct Tiling {
   }
 
 private:
-  // From the shape of an image, the layout and the vector's length only.
+  // The tiling depends on the shape of an image, the layout and the vector length only, never on the batch.
   Tiling(const Shape& features, int vector) : shape(features) {
     const int64_t channels = std::max<int64_t>(1, shape.channels), size = channels * shape.positions;
-    // An image of a few tiles has smaller ones, so that a batch of them keeps a whole device busy.
+    // Images of only a few tiles get smaller tiles, so that a batch of them fills the device.
     const int64_t elements = size > kTileElements && size < 8 * kTileElements ? kTileElements / 2 : kTileElements;
     if (shape.channels_inner) {
       columns = shape.positions;
       const int64_t vectors = ceil_div(channels, vector);
       while (lanes < kWarp && lanes < vectors)
         lanes *= 2;
-      while (lanes > 4 && 8 * ceil_div(vectors, lanes) * lanes > 9 * vectors) // too many would have nothing to do
+      while (lanes > 4 && 8 * ceil_div(vectors, lanes) * lanes > 9 * vectors) // too many lanes would be idle
         lanes /= 2;
       passes = static_cast<int>(ceil_div(vectors, lanes));
       groups = kThreads / lanes;
-      const int64_t each = std::max<int64_t>(1, (elements / channels + groups / 2) / groups); // columns of a group
+      const int64_t each = std::max<int64_t>(1, (elements / channels + groups / 2) / groups); // columns per group
       column_tiles = ceil_div(columns, std::min<int64_t>(each * groups, kMaxColumns));
       if (size <= elements && columns <= kMaxColumns)
         column_tiles = 1;
@@ -82,8 +84,8 @@ private:
 
 // A block's tile.
 struct Tile {
-  int64_t image, in_image; // which
-  int64_t column, row;     // the first of it
+  int64_t image, in_image; // the image, and the tile's index within it
+  int64_t column, row;     // the first ones
   int width;
 
   ATTNKERN_DEVICE Tile(const Tiling& tiling, int64_t index)
@@ -94,24 +96,24 @@ struct Tile {
     width = static_cast<int>(std::min<int64_t>(tiling.width, tiling.columns - column));
   }
 
-  // Position of the tile's i-th column: a row has at most a few channels.
+  // Position of the tile's i-th column. The loop is short: a row has at most a few channels.
   ATTNKERN_DEVICE int64_t position(const Tiling& tiling, int i) const {
     int64_t position = column + i;
     while (position >= tiling.shape.positions)
       position -= tiling.shape.positions;
     return position;
   }
-  // Exactly one tile has each position so.
+  // Whether this tile is the one that writes the outputs of that position; exactly one tile is.
   ATTNKERN_DEVICE bool owns(const Tiling& tiling, int i) const {
     return row == 0 && column + i < tiling.shape.positions;
   }
 };
 
-// The map at a tile's columns; whoever fills it waits for the block afterwards.
+// The map at a tile's columns. The code that fills it ends with a barrier.
 template <typename T> struct MapTile {
   Wide<T> of[kMaxColumns];
 };
-// Σ dy·x over a tile's rows, at its columns; with positions innermost first one row of them for each group.
+// Σ dy·x over a tile's rows for each of its columns; with positions innermost, first one row of sums per group.
 template <typename T> struct SumTile {
   Wide<T> of[std::max(kMaxColumns, kThreads * kVector<T>)];
 };
@@ -124,14 +126,14 @@ ATTNKERN_DEVICE void store(const Wide<T> (&from)[kVector<T>], T* to, bool whole,
     store_vector(from, to, valid);
 }
 
-// What a thread does of a tile: some vectors of each of its items, which are rows, or columns with channels innermost.
-// Making it asks for the first vectors, so that they come while the block makes the map; from then on kDepth of them
-// are on their way: what it takes to keep the memory busy.
+// A thread's part of a tile: some vectors of each of its items, which are rows, or columns with channels innermost. The
+// constructor starts to load the first vectors, which arrive while the block computes the map. From then on kDepth
+// vectors are being loaded at any time, which is enough to saturate memory.
 template <typename T, int kInputs> class Walk {
   static constexpr int kLength = kVector<T>;
   static constexpr int kDepth = 4 / kInputs;
 
-  struct Cursor { // at a vector
+  struct Cursor { // the position of a vector
     int64_t offset;
     int item, pass;
   };
@@ -140,14 +142,14 @@ template <typename T, int kInputs> class Walk {
   const Tile& tile_;
   const T* inputs_[kInputs];
   int64_t offset_;    // of the first vector
-  int group_;         // this thread has the items group_, group_ + groups, ... of the tile
+  int group_;         // this thread processes the items group_, group_ + groups, ... of the tile
   int end_ = 0;       // of the items
-  int whole_ = 0;     // of them, end of those made of whole aligned vectors
-  int passes_;        // vectors of an item, which may be one fewer than another thread's
+  int whole_ = 0;     // end of the items that consist of whole aligned vectors
+  int passes_;        // vectors per item, possibly one fewer than other threads have
   Packed<T> ahead_[kDepth][kInputs] = {};
-  Cursor next_;       // to be asked for
+  Cursor next_;       // the vector to load next
 
-  // With channels innermost all threads of a warp go on until the last one is done.
+  // With channels innermost all threads of a warp iterate equally often.
   template <bool kInner> ATTNKERN_DEVICE int bound() const { return kInner ? end_ + group_ : end_; }
   ATTNKERN_DEVICE int64_t step() const { return tiling_.lanes * kLength; }
   template <bool kInner> ATTNKERN_DEVICE bool ends_item(const Cursor& at) const {
@@ -195,7 +197,7 @@ public:
       if (group_ < tiling.groups && lane * kLength < tile.width) {
         const int64_t rows = std::min(tiling.rows - tile.row, tiling.rows_per_tile);
         end_ = static_cast<int>(rows);
-        // Only an image's last row can be cut short.
+        // Only the last row of an image can be incomplete.
         const bool cut = tile.row + rows == tiling.rows &&
                          column + kLength + (tiling.rows - 1) * tiling.columns > tiling.shape.image_size();
         whole_ = tiling.aligned ? end_ - cut : 0;
@@ -207,8 +209,8 @@ public:
       tiling.shape.channels_inner ? load_next<true>(j) : load_next<false>(j);
   }
 
-  // Calls use(item, values, offset, whole, valid) for each vector, items ascending, and done(item) after an item: with
-  // channels innermost (kInner) every thread of a warp does that, equally often.
+  // Calls use(item, values, offset, whole, valid) for each vector, items ascending, and done(item) after each item.
+  // With channels innermost (kInner) all threads of a warp call done() equally often.
   template <bool kInner, typename Use, typename Done> ATTNKERN_DEVICE void for_each(const Use& use, const Done& done) {
     Wide<T> values[kInputs][kLength];
     for (Cursor at{offset_, group_, 0}; tiling_.aligned && at.item < bound<kInner>();)
@@ -248,7 +250,7 @@ public:
   }
 };
 
-// This thread's factors in a tile with positions innermost.
+// The factors map + one of this thread's columns, with positions innermost.
 template <typename T>
 ATTNKERN_DEVICE void row_factors(const Tiling& tiling, Wide<T> one, Wide<T> (&factor)[kVector<T>]) {
   const Wide<T>* map = shared<MapTile<T>>().of + threadIdx.x % tiling.lanes * kVector<T>;
@@ -257,7 +259,7 @@ ATTNKERN_DEVICE void row_factors(const Tiling& tiling, Wide<T> one, Wide<T> (&fa
     factor[i] = map[i] + one;
 }
 
-// y = (map + one)·x, the features of the walk.
+// y = (map + one)·x, where x is the walk's input.
 template <typename T>
 ATTNKERN_DEVICE void modulate(const Tiling& tiling, Walk<T, 1>& walk, Wide<T> one, T* __restrict__ y) {
   using A = Wide<T>;
@@ -285,8 +287,8 @@ ATTNKERN_DEVICE void modulate(const Tiling& tiling, Walk<T, 1>& walk, Wide<T> on
   walk.template for_each<false>(use, done);
 }
 
-// dx = (map + one)·dy, unless dx is null, and the sums Σ dy·x of the tile's columns, ready for the block to read. The
-// walk's features are dy and x.
+// dx = (map + one)·dy, unless dx is null, and the sums Σ dy·x of the tile's columns in SumTile, followed by a barrier.
+// The walk's inputs are dy and x.
 template <typename T>
 ATTNKERN_DEVICE void modulate_backward(const Tiling& tiling, const Tile& tile, Walk<T, 2>& walk, Wide<T> one,
                                        T* __restrict__ dx) {
@@ -329,7 +331,7 @@ ATTNKERN_DEVICE void modulate_backward(const Tiling& tiling, const Tile& tile, W
     for (int i = 0; i < kVector<T>; ++i)
       sums[threadIdx.x * kVector<T> + i] = sum[i];
   __syncthreads();
-  for (int i = threadIdx.x; i < tile.width; i += kThreads) { // a column's groups are read and written by one thread
+  for (int i = threadIdx.x; i < tile.width; i += kThreads) { // one thread reads and writes all sums of a column
     A total = sums[i];
     for (int g = 1; g < tiling.groups; ++g)
       total += sums[g * tiling.width + i];

@@ -45,7 +45,7 @@ template <typename T> ATTNKERN_DEVICE void forget(Packed<T>& packed) {
     asm volatile("" : "+r"(packed.words[word]));
 #endif
 }
-// The pointer must be one to global memory: the compiler could not tell any more.
+// The pointer must point to global memory, which the compiler could not infer afterwards.
 template <typename T> ATTNKERN_DEVICE void forget(T*& global) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+l"(global));

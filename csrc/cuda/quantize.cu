@@ -1,7 +1,7 @@
-// Nearest-anchor quantization on CUDA. A block sorts the anchors in shared memory and finds each of its elements by the
-// thresholds between them. Lanes of a warp with the same anchor add what they have in a tree and put it into the warp's
-// bins; the bins are added in order, and so are the sums of several blocks, by another launch. With features, the tiles
-// that multiply them by the map quantize its elements.
+// Nearest-anchor quantization on CUDA. A block sorts the anchors in shared memory and finds an element's anchor by the
+// thresholds between them. Lanes of a warp with the same anchor are summed in a tree and added to the warp's bins. The
+// bins are added in order, and a second launch adds the sums of several blocks in order. With features, the tiles that
+// multiply them by the map also quantize its elements.
 
 #include "cuda/modulate.cuh"
 #include "quantize.h"
@@ -11,13 +11,15 @@ namespace {
 
 constexpr int kWarps = kThreads / kWarp;
 
-// Up to this many anchors are sorted and binned in shared memory; more of them in global memory, a part for each block.
+// Up to this many anchors are sorted and binned in shared memory, more of them in global memory.
 template <typename A> constexpr int kShared = 2048 / sizeof(A);
-constexpr int64_t kTileAnchors = 128; // up to so many every tile of features sorts them
-constexpr int64_t kMostOwners = 4096; // tiles whose sums one launch adds
+constexpr int64_t kTileAnchors = 128; // up to this many, every tile of features sorts them
+constexpr int64_t kMostOwners = 4096; // most tiles whose sums the next launch adds
 
-// --- anchors in ascending order, equal ones as the first of them; thresholds[i] parts the i-th from the next ---
+// --- sorted anchors ---
 
+// The anchors in ascending order, with thresholds[i] between the i-th and the next one. Equal anchors have the index of
+// the first of them.
 template <typename A> struct Table {
   A *values, *thresholds;
   int* indices; // of the original anchor
@@ -27,10 +29,10 @@ template <typename A> struct Table {
       : values(reinterpret_cast<A*>(memory)), thresholds(values + slots),
         indices(reinterpret_cast<int*>(thresholds + slots)) {}
 
-  // By the whole block; true where some anchor is NaN, which has no place: such a table is not looked at. An anchor's
-  // place is how many stand before it.
+  // Fills the table, by the whole block. Returns true, and leaves the table unusable, if an anchor is NaN. An anchor's
+  // rank is the number of anchors before it.
   ATTNKERN_DEVICE bool fill(const Companion& anchors, int count) const {
-    A* given = thresholds; // as they came, until they are sorted
+    A* given = thresholds; // in the original order, until they are sorted
     bool nan = false;
     for (int k = threadIdx.x; k < count; k += kThreads) {
       given[k] = anchors.load<A>(k);
@@ -38,7 +40,7 @@ template <typename A> struct Table {
     }
     if (__syncthreads_or(nan))
       return true;
-    int bits = 5; // 2^bits threads count for an anchor
+    int bits = 5; // 2^bits threads count for one anchor
     while (bits > 0 && count > kThreads >> bits)
       --bits;
     const int parts = 1 << bits, part = threadIdx.x & (parts - 1);
@@ -58,12 +60,12 @@ template <typename A> struct Table {
       int first = k;
       while (first > 0 && values[first - 1] == anchor)
         --first;
-      // Between equal ones any threshold does: they are the same anchor.
+      // Between equal anchors any threshold is correct.
       thresholds[k] = k + 1 == count             ? A(INFINITY)
                       : values[k + 1] == anchor ? anchor
                                                 : round_up<A>(threshold(anchor, values[k + 1],
                                                                         indices[k + 1] < indices[first]));
-      if (first != k) { // whose index nobody reads here, and whose value is only compared
+      if (first != k) { // no other thread reads this index, and values are only compared
         indices[k] = indices[first];
         if (anchor == A(0)) // +0 and -0 are equal
           values[k] = values[first];
@@ -72,7 +74,7 @@ template <typename A> struct Table {
     __syncthreads();
     return false;
   }
-  // Number of thresholds that an element reaches; 0 for NaN.
+  // Number of thresholds that are not above an element; 0 for NaN.
   ATTNKERN_DEVICE int rank(A element, int count) const {
     int low = 0, high = count - 1;
     while (low < high) {
@@ -96,24 +98,24 @@ template <typename A> struct Bins {
       : residuals(reinterpret_cast<A*>(memory)), counts(reinterpret_cast<int*>(residuals + kWarps * slots)) {}
 };
 
-// Adds the values of lanes with the same key, in a tree over their places among each other. The lowest of them gets the
-// sum and the number of its lanes, the others 0 lanes.
+// Adds the values of lanes with the same key, in a tree over their ranks among these lanes. The lowest of them gets the
+// sum, and the number of lanes is returned to it; the others get 0.
 template <typename A> ATTNKERN_DEVICE int add_alike(int key, A& value) {
   const unsigned alike = __match_any_sync(kAllLanes, key), below = (1u << threadIdx.x % kWarp) - 1;
   unsigned place = __popc(alike & below), behind = alike & ~below & ~(below + 1);
 #pragma unroll
-  for (int lanes = kWarp; lanes > 1; lanes /= 2) { // that are left, at most
+  for (int lanes = kWarp; lanes > 1; lanes /= 2) { // at most this many are left
     const int next = __ffs(behind) - 1;
     const A other = __shfl_sync(kAllLanes, value, std::max(next, 0));
     if (next >= 0)
       value += other;
-    behind &= ~__ballot_sync(kAllLanes, place & 1); // these have been added
+    behind &= ~__ballot_sync(kAllLanes, place & 1); // these have been added to another lane
     place /= 2;
   }
   return (alike & below) == 0 ? __popc(alike) : 0;
 }
 
-// Sums of blocks, (anchors, blocks) and (blocks), to be added in order.
+// The sums of each block, (anchors, blocks) and (blocks), which are added in order.
 template <typename A> struct Partial {
   A *residuals, *loss;
   int* counts;
@@ -128,17 +130,17 @@ ATTNKERN_DEVICE bool any_nan(const Companion& anchors, int count) {
   return __syncthreads_or(found) != 0;
 }
 
-// Where a block's table and bins lie: in shared memory, or in its part of the launch's scratch.
+// Where a block's table and bins are: in shared memory, or in global scratch memory.
 template <typename A> struct Scratch {
-  char* memory = nullptr; // null: shared
-  int slots;              // for anchors: even, so that what follows integers stays aligned
+  char* memory = nullptr; // null for shared memory
+  int slots;              // for anchors; even, so that arrays behind integers stay aligned
 
   explicit Scratch(int64_t anchors) : slots(static_cast<int>(ceil_div(anchors, 2) * 2)) {}
   ATTNKERN_INLINE int64_t bytes() const { return Table<A>::bytes(slots) + Bins<A>::bytes(slots); }
   bool fits_shared() const { return slots <= kShared<A>; }
 };
 
-// What quantization reads and writes. An element belongs to the `element / chunk`-th of `blocks` blocks.
+// Inputs and outputs of quantization. Block element / chunk of `blocks` processes an element.
 template <typename A> struct Quantization {
   Companion a, anchors;
   int anchor_count;
@@ -146,15 +148,18 @@ template <typename A> struct Quantization {
   Scratch<A> scratch;
   MutableCompanion values;
   int64_t* indices;
-  A* loss;
+  A *anchor_loss, *commitment_loss;
+  A divisor; // of the losses
   int64_t* counts;
   A* residuals;
-  Partial<A> partial; // where there are several blocks
+  Partial<A> partial; // if there are several blocks
+
+  ATTNKERN_DEVICE void write_losses(A sum) const { *anchor_loss = *commitment_loss = sum / divisor; }
 };
 
-// The blocks' sums of one anchor, or after the last anchor of the loss, by a whole block.
+// Adds the blocks' sums of one anchor, or of the loss for the index after the last anchor; by a whole block.
 template <typename A> ATTNKERN_DEVICE void add_blocks(const Quantization<A>& q, int64_t anchor) {
-  if (anchor > q.anchor_count || q.blocks == 1) // left over, or its sums are the results
+  if (anchor > q.anchor_count || q.blocks == 1) // nothing to do, or the block's sums are the results already
     return;
   const bool is_loss = anchor == q.anchor_count;
   const A* sums = is_loss ? q.partial.loss : q.partial.residuals + anchor * q.blocks;
@@ -170,17 +175,17 @@ template <typename A> ATTNKERN_DEVICE void add_blocks(const Quantization<A>& q, 
   if (threadIdx.x != 0)
     return;
   if (is_loss)
-    *q.loss = static_cast<A>(sum[0]);
+    q.write_losses(static_cast<A>(sum[0]));
   else
     q.residuals[anchor] = static_cast<A>(sum[0]), q.counts[anchor] = number[0];
 }
 
-// What a block quantizes with: the table, and each warp's bins. It is made and used by the whole block.
+// A block's table and the bins of its warps. The whole block constructs and uses it.
 template <typename A> class Quantizer {
   const Quantization<A>& q_;
   const Table<A> table_;
   const Bins<A> bins_;
-  const bool poisoned_; // by a NaN among the anchors
+  const bool poisoned_; // whether an anchor is NaN
   A loss_ = 0;
 
   ATTNKERN_DEVICE int bin(int k, int warp) const { return warp * q_.scratch.slots + k; }
@@ -193,9 +198,9 @@ public:
       const int own = bin(k, threadIdx.x / kWarp);
       bins_.residuals[own] = 0, bins_.counts[own] = 0;
     }
-    __syncwarp(); // the warp's lanes add to each other's bins
+    __syncwarp(); // lanes of the warp share its bins
   }
-  // The value of an element, and the index of its anchor: -1 for none.
+  // The value of an element, and the index of its anchor, -1 if the element or an anchor is NaN.
   ATTNKERN_DEVICE A value(A element, int& index) const {
     index = -1;
     if (poisoned_ || element != element)
@@ -204,7 +209,7 @@ public:
     index = table_.indices[rank];
     return table_.values[rank];
   }
-  // Quantizes the i-th element, unless it is not `valid`; by whole warps.
+  // Quantizes the i-th element if it is `valid`; called by whole warps.
   ATTNKERN_DEVICE A take(int64_t i, A element, bool valid) {
     int index = -1;
     A quantized = 0, difference = 0;
@@ -215,7 +220,7 @@ public:
       q_.indices[i] = index < 0 ? 0 : index;
       loss_ += difference * difference;
     }
-    const bool spoilt = __ballot_sync(kAllLanes, valid && index < 0) != 0; // by an element without an anchor: index 0
+    const bool spoilt = __ballot_sync(kAllLanes, valid && index < 0) != 0; // a NaN spoils anchor 0
     const int lanes = add_alike(index, difference), warp = threadIdx.x / kWarp;
     if (index >= 0 && lanes > 0)
       bins_.residuals[bin(index, warp)] += difference, bins_.counts[bin(index, warp)] += lanes;
@@ -225,9 +230,9 @@ public:
     __syncwarp();
     return quantized;
   }
-  // The sums of what was taken, which are the `block`-th of `blocks`, or the results where there are no others.
+  // Writes the block's sums: to the outputs if it is the only block, else as those of block `block`.
   ATTNKERN_DEVICE void finish(int64_t block) {
-    struct Losses { // of the warps
+    struct Losses { // per warp
       A of[kWarps];
     };
     Losses& losses = shared<Losses>();
@@ -244,8 +249,10 @@ public:
         sum += is_loss ? losses.of[warp] : bins_.residuals[bin(k, warp)];
         number += is_loss ? 0 : bins_.counts[bin(k, warp)];
       }
-      if (is_loss)
-        *(only ? q_.loss : q_.partial.loss + block) = sum;
+      if (is_loss && only)
+        q_.write_losses(sum);
+      else if (is_loss)
+        q_.partial.loss[block] = sum;
       else if (only)
         q_.residuals[k] = sum, q_.counts[k] = number;
       else
@@ -258,7 +265,7 @@ public:
 template <typename A> ATTNKERN_DEVICE void quantize_chunk(const Quantization<A>& q, int64_t block, char* memory) {
   const int64_t last = std::min(q.count, (block + 1) * q.chunk);
   const auto element_at = [&](int64_t i) { return i < last ? q.a.template load<A>(i) : A(0); };
-  A next = element_at(block * q.chunk + threadIdx.x); // which comes while the table is being made
+  A next = element_at(block * q.chunk + threadIdx.x); // loaded while the table is filled
   Quantizer<A> quantizer(q, memory);
   for (int64_t first = block * q.chunk; first < last; first += kThreads) {
     const int64_t i = first + threadIdx.x;
@@ -273,7 +280,7 @@ template <typename A> __global__ void __launch_bounds__(kThreads) quantize_kerne
   const int64_t block = block_index();
   if (block >= q.blocks)
     return;
-  if (q.scratch.memory == nullptr) // written twice, so that the compiler knows which memory it is
+  if (q.scratch.memory == nullptr) // two calls, so that the compiler knows the kind of memory
     quantize_chunk(q, block, dynamic_shared<char>());
   else
     quantize_chunk(q, block, q.scratch.memory + block * q.scratch.bytes());
@@ -283,7 +290,7 @@ template <typename A> __global__ void __launch_bounds__(kThreads) add_blocks_ker
   add_blocks(q, block_index());
 }
 
-// The map of a tile from the indices of its elements: the anchors' values, NaN where the element or any anchor is.
+// The map of a tile from the indices of its elements: the anchors' values, NaN if the element or any anchor is NaN.
 template <typename T>
 ATTNKERN_DEVICE void fill_map(const Tiling& tiling, const Tile& tile, const Companion& a, const Companion& anchors,
                               int anchor_count, const int64_t* indices) {
@@ -299,14 +306,14 @@ ATTNKERN_DEVICE void fill_map(const Tiling& tiling, const Tile& tile, const Comp
   __syncthreads();
 }
 
-// Where the forward pass quantizes.
+// Which blocks quantize the elements in the forward pass.
 enum class Quantizing {
-  before, // in a launch of its own: there are too many anchors for every tile to sort them
-  beside, // in one block behind the tiles, which look up their elements: there are few
-  within, // in the tiles: what a tile owns becomes the outputs. The next launch adds their sums
+  before, // those of an earlier launch: there are too many anchors for every tile to sort
+  beside, // one more block of the same launch, if there are few elements; the tiles only look up their values
+  within, // the tiles: each writes the outputs that it owns, and the next launch adds the sums
 };
 
-// The map of a tile, looked up; where the tile owns its elements they are quantized.
+// The map of a tile from the anchors. If `within`, the elements that the tile owns are quantized.
 template <typename T>
 ATTNKERN_DEVICE void look_up_map(const Quantization<Wide<T>>& q, bool within, const Tiling& tiling, const Tile& tile) {
   using A = Wide<T>;
@@ -315,7 +322,7 @@ ATTNKERN_DEVICE void look_up_map(const Quantization<Wide<T>>& q, bool within, co
   const int owned = within && tile.row == 0 && beyond > 0 ? static_cast<int>(std::min<int64_t>(beyond, tile.width)) : 0;
   const auto place = [&](int i) { return tile.image * tiling.shape.positions + tile.position(tiling, i); };
   const auto element_at = [&](int i) { return i < tile.width ? q.a.template load<A>(place(i)) : A(0); };
-  A next = element_at(threadIdx.x); // which comes while the table is being made
+  A next = element_at(threadIdx.x); // loaded while the table is filled
   Quantizer<A> quantizer(q, dynamic_shared<char>());
   for (int first = 0; first < tile.width; first += kThreads) {
     const int i = first + threadIdx.x;
@@ -336,7 +343,8 @@ ATTNKERN_DEVICE void look_up_map(const Quantization<Wide<T>>& q, bool within, co
     __syncthreads();
 }
 
-// Features times the map. Blocks behind the tiles quantize few elements, or add the sums of quantize_kernel.
+// Features times the map. Blocks after the tiles quantize the elements (beside) or add the sums of quantize_kernel
+// (before).
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     anchor_forward_kernel(const T* x, Quantization<Wide<T>> q, Quantizing quantizing, bool residual, T* output,
@@ -371,7 +379,7 @@ template <typename A> struct Gradients {
   ATTNKERN_DEVICE A grad_loss() const {
     return grad_commitment_loss.pointer == nullptr ? A(0) : grad_commitment_loss.load<A>(0);
   }
-  // Of an element: what came through the values and the map, and the commitment loss's share.
+  // Writes the gradient of an element: that of the map, of the values and of the commitment loss.
   ATTNKERN_DEVICE void write_element(int64_t i, A grad_map, A grad_loss, bool poisoned) const {
     A grad = grad_map;
     if (grad_values.pointer != nullptr)
@@ -392,7 +400,7 @@ template <typename A> struct Gradients {
   int64_t anchor_blocks() const { return ceil_div(anchor_count, kThreads); }
 };
 
-// What of the gradient of the map lies where: (N, row tiles, columns); null where there were no features.
+// Partial sums of the gradient of the map, (N, row tiles, columns); null if there are no features.
 template <typename A> struct GradMap {
   const A* pointer = nullptr;
   int64_t row_tiles = 0, columns = 0, positions = 1;
@@ -408,8 +416,8 @@ template <typename A> struct GradMap {
   }
 };
 
-// The gradient of the features, and Σ dy·x. Tiles with all channels of their positions complete the gradients of a with
-// it, and blocks behind the tiles make those of the anchors; else it goes to `grad_map`.
+// The gradient of the features, and Σ dy·x. If tiles have all channels of their positions, they also compute the
+// gradients of a, and blocks after the tiles compute those of the anchors. Otherwise the sums go to `grad_map`.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     anchor_backward_kernel(const T* grad_output, const T* x, Gradients<Wide<T>> gradients, bool residual, T* grad_x,
@@ -444,7 +452,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     to[tile.column + i] = sums[i];
 }
 
-// The gradients of a, one of each thread; the blocks behind them make those of the anchors.
+// The gradients of a, one per thread; the blocks after these compute the gradients of the anchors.
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
     quantize_backward_kernel(Gradients<A> gradients, GradMap<A> grad_map, int64_t blocks) {
@@ -461,8 +469,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // --- launches ---
 
-// Few elements are all quantized by one block, which saves a launch. A block of several has this many: one for each
-// thread, and more where the anchors are many to sort or where more than 1024 blocks' sums would have to be added.
+// Elements per block. One block quantizes a few elements alone, which saves a launch. Otherwise a thread has one
+// element, or more if there are many anchors to sort or if the sums of more than 1024 blocks would have to be added.
 constexpr int64_t kFewElements = 8 * kThreads;
 int64_t chunk_size(int64_t count, int64_t anchors) {
   if (count <= kFewElements)
@@ -470,19 +478,20 @@ int64_t chunk_size(int64_t count, int64_t anchors) {
   return kThreads * std::max({int64_t(1), ceil_div(count, 1024 * kThreads), ceil_div(4 * anchors, kThreads)});
 }
 
-// The outputs of quantization, and what its blocks work with: `blocks` of them, or as many as chunk_size() makes.
+// The outputs and the scratch memory of quantization in `blocks` blocks; by default chunk_size() determines how many.
 template <typename A> struct Quantized {
-  Tensor values, indices, loss, counts, residuals;
+  Tensor values, indices, anchor_loss, commitment_loss, counts, residuals;
   Tensor sums, numbers, tables;
   Quantization<A> q;
 
-  Quantized(const Tensor& a, const Tensor& anchors, int64_t blocks = 0)
-      : values(empty_same(a)), indices(empty_like<int64_t>(a)), loss(empty<A>(a, {})),
-        counts(empty_like<int64_t>(anchors)), residuals(empty_like<A>(anchors)), q(make(a, anchors, blocks)) {}
+  Quantized(const Tensor& a, const Tensor& anchors, int64_t divisor, int64_t blocks = 0)
+      : values(empty_same(a)), indices(empty_like<int64_t>(a)), anchor_loss(empty<A>(a, {})),
+        commitment_loss(empty<A>(a, {})), counts(empty_like<int64_t>(anchors)), residuals(empty_like<A>(anchors)),
+        q(make(a, anchors, divisor, blocks)) {}
   size_t shared_bytes() const { return q.scratch.fits_shared() ? q.scratch.bytes() : 0; }
 
 private:
-  Quantization<A> make(const Tensor& a, const Tensor& anchors, int64_t blocks) {
+  Quantization<A> make(const Tensor& a, const Tensor& anchors, int64_t divisor, int64_t blocks) {
     const int64_t count = a.numel(), anchor_count = anchors.numel(), chunk = chunk_size(count, anchor_count);
     if (blocks == 0)
       blocks = std::max<int64_t>(1, ceil_div(count, chunk));
@@ -497,8 +506,8 @@ private:
       scratch.memory = reinterpret_cast<char*>(mutable_data<int64_t>(tables));
     }
     return {a, anchors, static_cast<int>(anchor_count), count, chunk, blocks, scratch, values,
-            mutable_data<int64_t>(indices), mutable_data<A>(loss), mutable_data<int64_t>(counts),
-            mutable_data<A>(residuals), partial};
+            mutable_data<int64_t>(indices), mutable_data<A>(anchor_loss), mutable_data<A>(commitment_loss),
+            static_cast<A>(divisor), mutable_data<int64_t>(counts), mutable_data<A>(residuals), partial};
   }
 };
 
@@ -516,16 +525,16 @@ template <typename A> void launch_backward(const Queue& queue, const Gradients<A
   queue.launch(quantize_backward_kernel<A>, blocks + gradients.anchor_blocks(), kThreads, 0, gradients, map, blocks);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_fwd(Tensor a, Tensor anchors) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_fwd(Tensor a, Tensor anchors, int64_t divisor) {
   make_dense(a);
   make_contiguous(anchors);
   return dispatch_wide(a.scalar_type(), [&](auto wide) {
     using A = decltype(wide);
     const Queue queue(a);
-    const Quantized<A> out(a, anchors);
+    const Quantized<A> out(a, anchors, divisor);
     queue.launch(quantize_kernel<A>, out.q.blocks, kThreads, out.shared_bytes(), out.q);
     queue.launch(add_blocks_kernel<A>, out.q.blocks == 1 ? 0 : anchors.numel() + 1, kThreads, 0, out.q);
-    return std::tuple(out.values, out.indices, out.loss, out.counts, out.residuals);
+    return std::tuple(out.values, out.indices, out.anchor_loss, out.commitment_loss, out.counts, out.residuals);
   });
 }
 
@@ -547,8 +556,8 @@ std::tuple<Tensor, Tensor> quantize_bwd(std::optional<Tensor> grad_values, std::
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, Tensor a, Tensor anchors,
-                                                                      bool residual) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, Tensor a, Tensor anchors,
+                                                                              bool residual, int64_t divisor) {
   make_dense(x);
   make_contiguous(a, anchors);
   return dispatch(x.scalar_type(), [&](auto t) {
@@ -563,7 +572,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, 
                             : owners <= kMostOwners           ? Quantizing::within
                                                               : Quantizing::before;
     const bool before = quantizing == Quantizing::before, within = quantizing == Quantizing::within;
-    const Quantized<A> out(a, anchors, within ? owners : 0);
+    const Quantized<A> out(a, anchors, divisor, within ? owners : 0);
     const int64_t adding = out.q.blocks == 1 ? 0 : anchors.numel() + 1;
     queue.launch(quantize_kernel<A>, before ? out.q.blocks : 0, kThreads, out.shared_bytes(), out.q);
     queue.launch(anchor_forward_kernel<T>,
@@ -571,7 +580,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, 
                  before ? 0 : out.shared_bytes(), data<T>(x), out.q, quantizing, residual, mutable_data<T>(output),
                  tiling);
     queue.launch(add_blocks_kernel<A>, within ? adding : 0, kThreads, 0, out.q);
-    return std::tuple(output, out.values, out.indices, out.loss, out.counts, out.residuals);
+    return std::tuple(output, out.values, out.indices, out.anchor_loss, out.commitment_loss, out.counts,
+                      out.residuals);
   });
 }
 

@@ -1,19 +1,20 @@
-// The rotated sigmoid window on CUDA. Forward: statistics of an image's softmax, in the same launch where the map is
-// small, then its features times the map. Backward: the gradient of the features, and sums per tile, added in order.
+// The rotated sigmoid window on CUDA. Forward: the statistics of each image's softmax (in the same launch if the map is
+// small), then the features times the map. Backward: the gradient of the features and sums per tile, which are added in
+// order.
 
 #include "cuda/modulate.cuh"
 #include "window.h"
 
 #include <limits>
 
-// Marks this library as built for these schemas; one for another version is refused before it is loaded.
+// The marker of the schemas that this library was built for; attnkern/_ops.py checks it before loading the library.
 extern "C" __attribute__((used, visibility("default"))) const char attnkern_schema[] =
     "attnkern-schema:" ATTNKERN_SCHEMA_HASH;
 
 namespace attnkern {
 namespace {
 
-constexpr int kChunk = 1024; // positions that one block takes statistics of; twice as many of large maps
+constexpr int kChunk = 1024; // positions per block for the statistics; twice as many for large maps
 constexpr int kWarps = kThreads / kWarp;
 
 // A batch of rectangles on one grid.
@@ -27,11 +28,11 @@ struct Windows {
   ATTNKERN_INLINE bool large() const { return positions() >= 8 * kChunk; }
   ATTNKERN_INLINE int64_t chunk() const { return large() ? 2 * kChunk : kChunk; }
   ATTNKERN_INLINE int64_t chunks() const { return ceil_div(ceil_div(positions(), kChunk), large() ? 2 : 1); }
-  // Small maps need no launch of their own for the statistics: every tile takes them again.
+  // On small maps every tile computes the statistics itself, which saves a launch.
   ATTNKERN_INLINE bool one_launch() const { return !rescale || positions() <= kChunk; }
 };
 
-// An image's frame and coordinates, made once for the block: sine, cosine and divisions are long.
+// An image's frame and coordinates, computed own_value per block because sine, cosine and divisions are expensive.
 template <typename A> struct Plane {
   Frame<A> frame;
   Axis<A> rows, columns;
@@ -56,15 +57,15 @@ template <typename A> ATTNKERN_DEVICE const Plane<A>& shared_plane(const Windows
   return plane;
 }
 
-// What a softmax is made of: the largest exponent, Σ f over it, and with kSlopes Σ f ∂z/∂β over it, which only the
-// backward pass wants.
+// Statistics of a softmax: the largest exponent, Σ f relative to it, and with kSlopes (for the backward pass)
+// Σ f ∂z/∂β relative to it.
 template <typename A, bool kSlopes> struct Statistics {
   static constexpr int kSums = kSlopes ? 1 + kParameters : 1;
   A max, sum[kSums];
 
-  // The maximum is finite, so that differences of two are numbers.
+  // The maximum is finite, so that the difference of two maxima is not NaN.
   static ATTNKERN_DEVICE Statistics of_nothing() { return {std::numeric_limits<A>::lowest(), {}}; }
-  // Adds `weight` times some sums over another maximum.
+  // Adds `weight` times the sums relative to another maximum.
   ATTNKERN_DEVICE void add(A other_max, A weight, const A* sums) {
     const A larger = Max()(max, other_max), own_weight = exponential(max - larger);
     weight *= exponential(other_max - larger);
@@ -83,7 +84,7 @@ template <typename A, bool kSlopes> struct Statistics {
     }
     add(window.exponent, window.fraction, sums);
   }
-  // Over `lanes` neighbours.
+  // Over `lanes` neighbouring lanes.
   ATTNKERN_DEVICE void reduce(int lanes) {
     const A largest = warp_reduce<Max>(max, lanes), weight = exponential(max - largest);
     max = largest;
@@ -91,7 +92,7 @@ template <typename A, bool kSlopes> struct Statistics {
     for (int k = 0; k < kSums; ++k)
       sum[k] = warp_reduce(weight * sum[k], lanes);
   }
-  // As the backward pass wants them: means.
+  // In the form that the backward pass reads, with means in place of sums.
   ATTNKERN_DEVICE void store_means(A* to) const {
     to[0] = max;
     to[1] = sum[0];
@@ -101,7 +102,7 @@ template <typename A, bool kSlopes> struct Statistics {
   }
 };
 
-// Of some positions from `begin` on, by the whole block.
+// The statistics of `count` positions from `begin` on, computed by the whole block.
 template <bool kSlopes, typename A>
 ATTNKERN_DEVICE Statistics<A, kSlopes> block_statistics(const Windows& windows, const Plane<A>& plane, int64_t begin,
                                                         int count) {
@@ -122,7 +123,7 @@ ATTNKERN_DEVICE Statistics<A, kSlopes> block_statistics(const Windows& windows, 
   return own;
 }
 
-// Of an image, from those of its chunks, by each warp for itself.
+// The statistics of an image from those of its chunks. Every warp computes them.
 template <bool kSlopes, typename A>
 ATTNKERN_DEVICE Statistics<A, kSlopes> image_statistics(const Windows& windows, const Statistics<A, true>* chunks) {
   auto own = Statistics<A, kSlopes>::of_nothing();
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kThreads)
     chunks[item] = statistics;
 }
 
-// f = factor · e^-max · the window, the map at a tile's columns; goes to `map` where the tile owns them.
+// The map at a tile's columns, f = factor · e^-max · window. Columns that the tile owns are also written to `map`.
 template <typename T>
 ATTNKERN_DEVICE void fill_map(const Windows& windows, const Plane<Wide<T>>& plane, const Tiling& tiling,
                               const Tile& tile, Wide<T> max, Wide<T> factor, Wide<T>* map) {
@@ -172,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   const Tile tile(tiling, block_index());
   Walk<T, 1> walk(tiling, tile, {x});
   const Plane<A>& plane = shared_plane<A>(windows, tile.image);
-  const int positions = static_cast<int>(windows.positions()); // where one launch does
+  const int positions = static_cast<int>(windows.positions()); // used if there is one launch
   chunks += tile.image * windows.chunks();
   A max = 0, factor = 1;
   if (windows.rescale) {
@@ -184,18 +185,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   modulate(tiling, walk, residual ? A(1) : A(0), output);
   if (!windows.rescale || tile.in_image + 1 < tiling.tiles())
     return;
-  // What the backward pass wants, by one of an image's tiles: the others do without the slopes.
+  // One tile per image computes the statistics for the backward pass; the others do not need the slopes.
   const auto statistics = windows.one_launch() ? block_statistics<true>(windows, plane, 0, positions)
                                                : image_statistics<true>(windows, chunks);
   if (threadIdx.x == 0)
     statistics.store_means(stats + tile.image * kStats);
 }
 
-// dβ = Σ G·f·∂z, or with rescale HW·Σ (G - Σ π G)·π·(∂z - Σ π ∂z): centred twice, so that neither a large mean of G nor
-// the steep slopes of a thin window cost digits. What Σ π G multiplies is zero but for rounding; that rounding goes.
-constexpr int kSums = 2 * kParameters + 1; // Σ G·f·(∂z - mean) of the tiles, Σ G·f, and once an image Σ f·(∂z - mean)
+// dβ = Σ G·f·∂z, or with rescale HW·Σ (G - Σ π G)·π·(∂z - Σ π ∂z): both factors are centred, so that neither a large
+// mean of G nor the steep slopes of a thin window cause cancellation. Σ π·(∂z - Σ π ∂z), which Σ π G multiplies, is
+// zero up to rounding; computing it removes that rounding error.
+constexpr int kSums = 2 * kParameters + 1; // Σ G·f·(∂z - mean), Σ G·f, Σ f·(∂z - mean)
 
-// The k-th number of an image's gradient; sum(i) is the i-th of its sums.
+// The k-th component of an image's gradient; sum(i) is its i-th sum.
 template <typename Sum>
 ATTNKERN_DEVICE auto rectangle_gradient(const Sum& sum, const Windows& windows, int k) {
   auto gradient = sum(k);
@@ -204,7 +206,7 @@ ATTNKERN_DEVICE auto rectangle_gradient(const Sum& sum, const Windows& windows, 
   return gradient;
 }
 
-// One tile's sums go to `partial`; where an image is one tile, `grad_rectangle` gets what they come to at once.
+// Writes a tile's sums to `partial`, or the gradient to `grad_rectangle` if the image is a single tile.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     window_backward_kernel(const T* grad_output, const Wide<T>* grad_map, const T* x, Windows windows,
@@ -231,17 +233,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   for (int i = threadIdx.x; i < tile.width; i += kThreads) {
     const int64_t position = tile.position(tiling, i);
     const bool owned = tile.owns(tiling, i);
-    A reached = sums[i]; // G
+    A map_grad = sums[i]; // G
     if (grad_map != nullptr && owned)
-      reached += grad_map[tile.image * windows.positions() + position];
+      map_grad += grad_map[tile.image * windows.positions() + position];
     A slope[kParameters];
     window_slopes(plane.frame, plane.window(windows, position), slope);
-    const A weight = reached * values[i], once = owned ? values[i] : A(0);
+    const A weight = map_grad * values[i], own_value = owned ? values[i] : A(0);
     sum[kParameters] += weight;
 #pragma unroll
     for (int k = 0; k < kParameters; ++k) {
       sum[k] += weight * (slope[k] - mean[k]);
-      sum[kParameters + 1 + k] += once * (slope[k] - mean[k]);
+      sum[kParameters + 1 + k] += own_value * (slope[k] - mean[k]);
     }
   }
   Warps& warps = shared<Warps>();

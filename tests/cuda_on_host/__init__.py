@@ -36,7 +36,7 @@ def make(target: Path, inputs: list[Path], *arguments) -> Path:
 def included(source: Path, found: set[Path]) -> set[Path]:
     """A source and the files of this project that it includes."""
     found.add(source)
-    for name in re.findall(r'^#include "(.+)"', source.read_text(), re.MULTILINE):
+    for name in re.findall(r'^#include "(.+)"', source.read_text(encoding="utf-8"), re.MULTILINE):
         for path in (ROOT / "csrc" / name, HERE / name):
             if path.exists() and path not in found:
                 included(path, found)

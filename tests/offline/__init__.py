@@ -21,7 +21,7 @@ def _namespace() -> tuple[str, ...]:
 def python(*arguments, cwd, **environment) -> str:
     """Standard output of Python with ``arguments``; fails if it, or a Python that it starts, asks for the network."""
     path = [str(Path(__file__).parent), environment.pop("PYTHONPATH", "")]
-    with tempfile.NamedTemporaryFile("r") as asked:
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8") as asked:
         environment |= {"ATTNKERN_TEST_NETWORK": asked.name, "PYTHONPATH": os.pathsep.join(filter(None, path))}
         done = subprocess.run(
             [*_namespace(), sys.executable, *arguments],

@@ -12,7 +12,7 @@ EVENTS = {
 def refuse(event, arguments):
     if event in EVENTS:
         # Written down, too: who asks may go on in silence after the exception.
-        with open(os.environ["ATTNKERN_TEST_NETWORK"], "a") as log:
+        with open(os.environ["ATTNKERN_TEST_NETWORK"], "a", encoding="utf-8") as log:
             log.write(f"{event}{arguments[-2:]}\n")
         raise OSError(f"no network here: {event}")
 

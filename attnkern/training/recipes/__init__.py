@@ -53,7 +53,7 @@ def read_recipe(name: str, data: str | None = None) -> tuple[str, dict[str, Any]
     check_kind("train", str | None, data=data)
     layers = []
     for file in ("family", name):
-        layers.append(yaml.safe_load((_FOLDER / rows[name] / f"{file}.yaml").read_text()))
+        layers.append(yaml.safe_load((_FOLDER / rows[name] / f"{file}.yaml").read_text(encoding="utf-8")))
     settings, changes, published = {}, [], {}
     for layer in layers:
         changes.append(layer.pop("data_sets", {}))

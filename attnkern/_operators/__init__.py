@@ -1,0 +1,10 @@
+"""Each operator's fake kernel, decomposition, layout and sharding rules, in one place per mechanism."""
+
+from attnkern._operators import pool, quantize, window
+from attnkern._operators.record import Operator as Operator
+from attnkern._schemas import SCHEMAS
+
+OPERATORS = {**window.OPERATORS, **quantize.OPERATORS, **pool.OPERATORS}
+
+if OPERATORS.keys() != SCHEMAS.keys():
+    raise ImportError(f"operators without a schema or without a record: {sorted(OPERATORS.keys() ^ SCHEMAS.keys())}")

@@ -11,7 +11,8 @@ from test_transforms import operator_calls
 from torch.utils import _pytree
 from without_float64 import DEVICE, without_float64
 
-from attnkern import _decompositions, evaluation
+from attnkern import evaluation
+from attnkern._operators import OPERATORS
 
 every_function = pytest.mark.parametrize("function", FUNCTIONS)
 
@@ -67,7 +68,7 @@ def test_modules(name):
 
 def test_decompositions():
     for name, arguments in operator_calls("cpu", "native", torch.float32, "contiguous"):
-        decomposed = getattr(_decompositions, f"_{name}")
+        decomposed = OPERATORS[name].decomposition
         expected = decomposed(*arguments)
         with without_float64():
             found = moved(decomposed(*moved(arguments, DEVICE)), "cpu")

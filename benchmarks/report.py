@@ -386,13 +386,19 @@ def regressions(content: dict, earlier: dict) -> list[str]:
     return lines
 
 
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count != 1)}"
+
+
 def body(content: dict) -> str:
     """A run in Markdown."""
     rows, suite = content["rows"], content.get("suite", "")
     heading = (
-        f"{content['machine']}, {content['threads']} threads, torch {content['torch']}, {content['date']}; "
+        f"{content['machine']}, {_threads(content['threads'])}, torch {content['torch']}, {content['date']}; "
         f"a copy moves {content['copy_gb_per_s']:.1f} GB/s"
     )
+    if "load" in content:
+        heading += f"; load average {content['load']:.1f} before the run"
     on_gpu = any("device_ms" in row for row in rows)
     if not on_gpu and len(found := processes(rows)) == 1:
         heading += f"; {found[0]} process"
@@ -449,7 +455,7 @@ def page() -> str:
     parts = [INTRODUCTION]
     for (machine, threads, suite), found in sorted(groups.items()):
         path, content = found[-1]
-        parts.append(f"## {TITLES[suite]}: {machine}, {threads} threads\n\n{body(content)}\n")
+        parts.append(f"## {TITLES[suite]}: {machine}, {_threads(threads)}\n\n{body(content)}\n")
         if suite != "networks":
             parts.append(f"![{TITLES[suite]}](../benchmarks/results/{path.stem}.svg)\n")
         lost = regressions(content, found[-2][1]) if len(found) > 1 else []

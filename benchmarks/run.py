@@ -64,6 +64,7 @@ def machine(device) -> dict:
     return {
         "machine": name,
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "torch": torch.__version__,

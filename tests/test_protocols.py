@@ -107,11 +107,10 @@ def test_transfer_to_other_classes(checkpoints):
 
 
 def test_small_classes_are_named(checkpoints):
-    few = subject(checkpoints["vgg"], limit=30)
-    named = [f"'{name}'" for name, count in enumerate(few.labels.bincount().tolist()) if count < 5]
-    assert 0 < len(named) <= 5
+    few = subject(checkpoints["vgg"], limit=60)
+    few.images.class_names[1] = "o_$ne$"
     reason = protocols.evaluate(few, ["crossdomain"])["crossdomain"]["not applicable"]
-    assert reason == f"five folds need five images of each class, got fewer of {', '.join(named)}"
+    assert reason == "five folds need five images of each class, got fewer of '0', 'o_$ne$'"
 
 
 def test_anchors_are_counted(checkpoints):

@@ -139,6 +139,8 @@ class Read(HTMLParser):
 
 
 def test_names_appear_as_they_are_written(tmp_path):
+    from attnkern.report import Subject, report
+
     names = [
         "$x^2$",
         "</script><!--<script>",
@@ -155,12 +157,12 @@ def test_names_appear_as_they_are_written(tmp_path):
     images.setup()
     images.class_names = names
     network = create_model("vgg", 10, width=0.03).eval()
-    whole = report.Subject(network, images, images.normalisation, limit=12)
+    whole = Subject(network, images, images.normalisation, limit=12)
     run = tmp_path / "$run_ & <b>"
     (run / "csv" / "version_0").mkdir(parents=True)
     (run / "csv" / "version_0" / "metrics.csv").write_text("epoch,val_accuracy\n0,0.1\n1,0.2\n")
     results = {"segmentation": {name: {"jaccard": 0.5} for name in names}}
-    page = report.report(whole, run, results, examples=12)
+    page = report(whole, run, results, examples=12)
     found = Read(page)
     assert found.texts["h1"] == found.texts["title"] == ["$run_ & <b>"]
     assert found.texts["td"][: 2 * len(names) : 2] == [f"{name} · jaccard" for name in names]

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import setuptools
 
-if int(setuptools.__version__.split(".")[0]) < 77:  # pip does not look where it builds without isolation
+if int(setuptools.__version__.split(".")[0]) < 77:  # pip does not check this without build isolation
     sys.exit(
         f"attnkern: building needs setuptools 77 or later, this is {setuptools.__version__}: "
         "pip install --upgrade setuptools"
@@ -209,9 +209,9 @@ class Build(BuildExtension):
             )
         try:
             super().build_extensions()
-        except Exception:  # after what compiler and linker said
+        except Exception:
             traceback.print_exc()
-            sys.exit(f"attnkern: the kernels were not built, see above; repair that, {WITHOUT}")
+            sys.exit(f"attnkern: the kernels could not be built, for the reason above; remove it, {WITHOUT}")
 
     def run(self):
         if self.inplace:

@@ -122,7 +122,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _measure(subject, protocols, results):
-    """Fill ``results`` by protocol: what is there stays there when a later one fails."""
+    """Add the results of each protocol to ``results``: when one fails, those before it are kept."""
     from tqdm import tqdm
 
     from attnkern.evaluation.protocols import evaluate
@@ -135,7 +135,7 @@ def _measure(subject, protocols, results):
 
 @contextlib.contextmanager
 def _printed(results):
-    """Print what ``results`` holds at the end, also at that by an error: it took minutes."""
+    """Print ``results`` when the block ends, also when an error ends it: measuring them took minutes."""
     from attnkern.evaluation.protocols import plain
 
     try:

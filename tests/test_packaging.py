@@ -238,7 +238,7 @@ def test_what_does_not_compile_leaves_a_way_out(source, tmp_path):
     done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
     shutil.rmtree(source / "build", ignore_errors=True)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("attnkern: the kernels were not built, see above; ")
+    assert done.stderr.splitlines()[-1].startswith("attnkern: the kernels could not be built, for the reason above; ")
     assert "ATTNKERN_NO_NATIVE=1" in done.stderr.splitlines()[-1]
 
 

@@ -63,14 +63,15 @@ class _LastCheckpoint(ModelCheckpoint):
 
 @contextlib.contextmanager
 def _in_one_sentence():
-    """What Lightning refuses, it refuses for an option: the ValueError has Lightning's message alone.
+    """Turn what Lightning raises about its options into a ValueError with Lightning's message.
 
-    Errors that Lightning does not raise itself are faults and keep their traceback.
+    Errors that are not raised by a statement of Lightning's own are faults, and keep their type and traceback.
     """
     try:
         yield
     except Exception as error:
-        first = error  # jsonargparse wraps what a class raised in a list of all types that the option may have
+        # jsonargparse puts what a class raised into a list of all types that the option may have.
+        first = error
         while first.__cause__ is not None:
             first = first.__cause__
         frames = traceback.extract_tb(first.__traceback__)

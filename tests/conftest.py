@@ -14,7 +14,7 @@ import attnkern
 from attnkern import _backend, _ops
 
 #: Seconds after which what a test waits for hangs. Nothing else depends on a clock: a busy machine changes no outcome.
-PATIENCE = 600
+PATIENCE = 1200
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not _ops.TRITON_INTERPRETS else "cpu")
 

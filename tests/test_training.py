@@ -25,7 +25,7 @@ needs_native = pytest.mark.skipif(MISSING is not None, reason="the native CPU li
 RECIPES = {
     "vgg_att2_concat_pc": ({"width": 1 / 16, "dropout": 0.0, "init": "pytorch"}, 32, 32, 1e-2, 200, 0.7),
     "vgg_aib_qt": ({"width": 1 / 8, "variant": "reference"}, 32, 32, 4e-3, 300, 0.3),
-    "efficientnet_b0_window": ({"width": 1 / 4, "dropout": 0.0}, 64, 64, 5e-3, 300, 0.3),
+    "efficientnet_b0_window": ({"width": 1 / 4, "dropout": 0.0}, 48, 64, 5e-3, 300, 0.3),
 }
 every_model = pytest.mark.parametrize("name", RECIPES)
 

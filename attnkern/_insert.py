@@ -5,6 +5,7 @@ import copy
 import itertools
 import logging
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -175,6 +176,7 @@ class _Runs:
             try:
                 if self.fake:
                     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                        mode.cache_enabled = False  # it compares arguments, which packed weights refuse
                         tensors = {name: mode.from_tensor(tensor) for name, tensor in tensors_of(self.model).items()}
                         inputs = tree_map_only(torch.Tensor, mode.from_tensor, inputs)
                         torch.func.functional_call(self.model, tensors, inputs, tie_weights=False)
@@ -297,8 +299,8 @@ def insert(
 
     Raises:
         ValueError: no such layer, one that the model does not run, tokens that are no square grid, an output of
-            other dimensions or whose layout is not clear, a model that does not run on the example or needs one, or
-            that does not run with the module.
+            other dimensions or whose layout is not clear, a model that does not run on the example or needs one, that
+            does not run with the module, or that is wrapped in DistributedDataParallel or sharded by FSDP already.
         TypeError: a module that does not give back what it takes, a layer that returns no Tensor, or an argument of
             another kind.
     """
@@ -311,6 +313,10 @@ def insert(
     if name not in layers or name == "":
         raise ValueError(f"insert: name must be a layer of the model, got {name!r}; its parts: "
                          + ", ".join(key for key, _ in model.named_children()))  # fmt: skip
+    distributed = next((part for part in layers.values() if isinstance(part, _distributed())), None)
+    if distributed is not None:
+        raise ValueError("insert: model must not be distributed yet, since the gradients of new parameters would not "
+                         f"be reduced, got {type(distributed).__name__}: insert first")  # fmt: skip
     if any(torch.nn.parameter.is_lazy(parameter) for parameter in model.parameters()):
         raise ValueError("insert: model must have run once, got one whose lazy layers have no parameters yet")
     layer = layers[name]
@@ -355,6 +361,13 @@ def insert(
             modules.update(before)
         raise
     return inserted
+
+
+def _distributed() -> tuple[type, ...]:
+    """Classes of modules whose parameters were taken over for distributed training."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # where it is not loaded, no module is of it
+    kinds = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+    return nn.parallel.DistributedDataParallel, *kinds
 
 
 def _appends(layer: nn.Module) -> bool:

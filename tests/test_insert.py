@@ -431,6 +431,16 @@ def test_the_module_goes_where_the_features_are():
     assert inserted.score.weight.is_meta
 
 
+def test_distributed_models_are_refused(monkeypatch):
+    class Distributed(nn.Sequential):
+        pass
+
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Distributed)
+    for model, layer in ((Distributed(small()), "0.1"), (nn.Sequential(Distributed(nn.Conv2d(3, 4, 1))), "0.0")):
+        with pytest.raises(ValueError, match=r"must not be distributed yet, .* got Distributed: insert first"):
+            attnkern.insert(model, layer, ann.ProgressiveAttention, example=EXAMPLE)
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 

@@ -79,9 +79,9 @@ def test_both_processes_are_side_by_side(tmp_path):
     path = tmp_path / "plot.svg"
     both = in_both("pool", "forward+backward", {"eager": 9e-3, "native": 3e-3}, {"eager": 4e-3, "native": 2e-3})
     report.plot(both, path)
-    two = path.read_text()
+    two = path.read_text(encoding="utf-8")
     report.plot(both[:1], path)
-    assert two.count("<path") == path.read_text().count("<path")  # the default process alone
+    assert two.count("<path") == path.read_text(encoding="utf-8").count("<path")  # the default process alone
 
 
 def test_each_process_has_its_targets():

@@ -253,7 +253,7 @@ def test_errors_name_the_file(tmp_path, monkeypatch):
         assert len(str(caught.value).splitlines()) == 1
 
     fails("$none & <such>.png", "there is no image '{path}'", FileNotFoundError)
-    (tmp_path / "text.jpg").write_text("text")
+    (tmp_path / "text.jpg").write_text("text", encoding="utf-8")
     fails("text.jpg", "'{path}' is no image that can be read")
     (tmp_path / "empty.png").touch()
     fails("empty.png", "'{path}' is no image that can be read")

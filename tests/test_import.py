@@ -332,4 +332,4 @@ def test_large_outputs_ask_for_huge_pages(asked):
     advised, large, count = json.loads(python(ADVISED, **environment))
     # Two of window_attention, two of anchor_attention, one of compatibility_pool, four of anchor_quantize.
     assert count == 9
-    assert advised == (large if asked != "0" and "[madvise]" in POLICY.read_text() else [])
+    assert advised == (large if asked != "0" and "[madvise]" in POLICY.read_text(encoding="utf-8") else [])

@@ -160,7 +160,8 @@ def test_names_appear_as_they_are_written(tmp_path):
     whole = Subject(network, images, images.normalisation, limit=12)
     run = tmp_path / "$run_ & <b>"
     (run / "csv" / "version_0").mkdir(parents=True)
-    (run / "csv" / "version_0" / "metrics.csv").write_text("epoch,val_accuracy\n0,0.1\n1,0.2\n")
+    table = run / "csv" / "version_0" / "metrics.csv"
+    table.write_text("epoch,val_accuracy\n0,0.1\n1,0.2\n", encoding="utf-8")
     results = {"segmentation": {name: {"jaccard": 0.5} for name in names}}
     page = report(whole, run, results, examples=12)
     found = Read(page)

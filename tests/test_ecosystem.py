@@ -92,7 +92,8 @@ def test_swapped_and_parametrized_parameters(name, key):
     torch.utils.swap_tensors(
         getattr(swapped.get_submodule(path), leaf), nn.Parameter(getattr(build(name).get_submodule(path), leaf) + 0.5)
     )
-    equal([run(swapped, tensors)[0]], [after])
+    # Not bitwise: a parametrized projection is called, an untouched one is folded.
+    torch.testing.assert_close(run(swapped, tensors)[0], after)
 
 
 @every_module

@@ -61,6 +61,18 @@ template <> struct PieceOf<8> { using type = uint2; };
 template <> struct PieceOf<16> { using type = uint4; };
 template <typename T, int kWidth> using Piece = typename PieceOf<kWidth * sizeof(T)>::type;
 
+// The piece at an address, which must be a multiple of the piece's size: a GPU raises an error otherwise, and so does the
+// emulation.
+template <int kWidth, typename T> ATTNKERN_DEVICE auto& piece_at(T* address) {
+  using Element = std::remove_const_t<T>;
+  using P = std::conditional_t<std::is_const_v<T>, const Piece<Element, kWidth>, Piece<Element, kWidth>>;
+#if defined(ATTNKERN_ON_HOST)
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(P) != 0)
+    cuda_on_host::fail("a vector at a misaligned address");
+#endif
+  return *reinterpret_cast<P*>(address);
+}
+
 // Offset of a vector's i-th element from its first one. kLanes threads read a row together in pieces of `width`
 // elements; the pieces of the other threads lie in between, so that the threads together read contiguous memory at any
 // width.
@@ -79,7 +91,7 @@ ATTNKERN_DEVICE Packed<T> load_packed(const T* from, bool exists, int valid) {
 #pragma unroll
   for (int i = 0; i < kVector<T>; i += kWidth)
     if (const int offset = element_offset<kLanes>(i, kWidth); exists && (i == 0 || offset < valid))
-      both.pieces[i / kWidth] = *reinterpret_cast<const Piece<T, kWidth>*>(from + offset);
+      both.pieces[i / kWidth] = piece_at<kWidth>(from + offset);
   return both.packed;
 }
 template <int kWidth, int kLanes, typename T>
@@ -91,7 +103,7 @@ ATTNKERN_DEVICE void store_packed(const Packed<T>& packed, T* to, bool exists, i
 #pragma unroll
   for (int i = 0; i < kVector<T>; i += kWidth)
     if (const int offset = element_offset<kLanes>(i, kWidth); exists && (i == 0 || offset < valid))
-      *reinterpret_cast<Piece<T, kWidth>*>(to + offset) = both.pieces[i / kWidth];
+      piece_at<kWidth>(to + offset) = both.pieces[i / kWidth];
 }
 
 // The widest piece that divides a row of a given length: a vector, half a vector in half precision (14x14), or an

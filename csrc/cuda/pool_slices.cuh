@@ -105,8 +105,7 @@ template <typename T> struct SliceTile {
 #pragma unroll 1
       for (int i = 0; i < V / kWidth * kFetched; i += kFetched)
         for_pieces<kWidth>(i, [&](int, int64_t there, int here) {
-          *reinterpret_cast<Piece<T, kWidth>*>(to + offset + there) =
-              *reinterpret_cast<const Piece<T, kWidth>*>(memory + here);
+          piece_at<kWidth>(to + offset + there) = piece_at<kWidth>(memory + here);
         });
     });
   }
@@ -133,13 +132,13 @@ private:
   template <int kWidth>
   ATTNKERN_DEVICE void load(const T* local, int first, Piece<T, kWidth> (&to)[kFetched]) const {
     for_pieces<kWidth>(first, [&](int i, int64_t there, int) {
-      to[i] = *reinterpret_cast<const Piece<T, kWidth>*>(local + offset + there);
+      to[i] = piece_at<kWidth>(local + offset + there);
     });
   }
   template <int kWidth>
   ATTNKERN_DEVICE void store(const Piece<T, kWidth> (&from)[kFetched], int first, T* to) const {
     for_pieces<kWidth>(first, [&](int i, int64_t, int here) {
-      *reinterpret_cast<Piece<T, kWidth>*>(to + here) = from[i];
+      piece_at<kWidth>(to + here) = from[i];
     });
   }
 };

@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 
 from attnkern._layout import in_layout
-from attnkern._operators import OPERATORS, Operator
+from attnkern._operators import OPERATORS
 from attnkern._schemas import HASH, SCHEMAS
 
 # --- definition ------------------------------------------------------------------------------------------------------
 
 
-def _triton_kernel(name: str, operator: Operator):
+def _triton_kernel(name: str):
     """The Triton launcher of an operator, imported on first use: importing Triton costs 0.4 s."""
-    launch = None
+    operator, launch = OPERATORS[name], None
 
     def kernel(*args):
         nonlocal launch
@@ -37,7 +37,7 @@ TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "tr
 
 
 def define(namespace: str, kernel=None, keys: tuple[str, ...] = ()) -> torch.library.Library:
-    """The operators in a namespace, with their fake kernels, and ``kernel(name, operator)`` for some dispatch keys.
+    """The operators in a namespace, with their fake kernels, and ``kernel(name)`` for each of some dispatch keys.
 
     An operator lives as long as its library, and a namespace can be defined once. The library is therefore kept in the
     namespace, where a second import of attnkern, after ``sys.modules`` was cleared, finds it.
@@ -57,7 +57,7 @@ def define(namespace: str, kernel=None, keys: tuple[str, ...] = ()) -> torch.lib
             fake = in_layout(operator.features, operator.fake)
             torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
             for key in keys:
-                library.impl(name, kernel(name, operator), key)
+                library.impl(name, kernel(name), key)
         packets._library = library, HASH
     return library
 

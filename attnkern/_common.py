@@ -26,11 +26,11 @@ def came(value) -> str:
 
 def check_tensor(where: str, name: str, tensor) -> None:
     """Raise TypeError unless ``tensor`` is a dense floating tensor of a supported dtype."""
-    if isinstance(tensor, Proxy):
-        raise TypeError(
-            f"{where}: torch.fx cannot trace what looks at shapes: use torch.export.export or forward hooks"
-        )
     if not isinstance(tensor, torch.Tensor):
+        if isinstance(tensor, Proxy):
+            raise TypeError(
+                f"{where}: torch.fx cannot trace what looks at shapes: use torch.export.export or forward hooks"
+            )
         raise TypeError(f"{where}: {name} must be a Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in DTYPES:
         raise TypeError(

@@ -1,7 +1,6 @@
 """Each operator's fake kernel, decomposition, layout and sharding rules, in one place per mechanism."""
 
 from attnkern._operators import pool, quantize, window
-from attnkern._operators.record import Operator as Operator
 from attnkern._schemas import SCHEMAS
 
 OPERATORS = {**window.OPERATORS, **quantize.OPERATORS, **pool.OPERATORS}

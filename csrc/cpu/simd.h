@@ -76,7 +76,7 @@ template <typename T, typename Value>
 ATTNKERN_INLINE void write_lanes(int64_t count, T* to, [[maybe_unused]] bool stream, const Value& value) {
 #if defined(ATTNKERN_X86)
   if (stream) {
-    constexpr int64_t segment = 1024, vector = 16 / sizeof(T);
+    constexpr int64_t segment = 128, vector = 16 / sizeof(T);
     alignas(64) T buffer[segment];
     for (int64_t first = 0; first < count; first += segment) {
       const int64_t length = std::min(segment, count - first);

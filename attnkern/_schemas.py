@@ -38,9 +38,10 @@ SCHEMAS = {
     " Tensor x, Tensor a, Tensor anchors, Tensor indices, Tensor residuals,"
     " bool residual, SymInt divisor, bool need_grad_x)"
     " -> (Tensor grad_x, Tensor grad_a, Tensor grad_anchors)",
-    "pool_fwd": "(Tensor local, Tensor query) -> (Tensor pooled, Tensor attention, Tensor scores, Tensor pooled_wide)",
+    "pool_fwd": "(Tensor local, Tensor query, Tensor? mask)"
+    " -> (Tensor pooled, Tensor attention, Tensor scores, Tensor pooled_wide)",
     "pool_bwd": "(Tensor? grad_pooled, Tensor? grad_attention, Tensor? grad_scores,"
-    " Tensor local, Tensor query, Tensor attention, Tensor pooled_wide, bool need_grad_local)"
+    " Tensor local, Tensor query, Tensor? mask, Tensor attention, Tensor pooled_wide, bool need_grad_local)"
     " -> (Tensor grad_local, Tensor grad_query)",
 }
 

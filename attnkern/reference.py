@@ -165,12 +165,28 @@ def anchor_attention(x, a, anchors, *, residual=True, reduction="mean"):
     return (modulate(x, map, residual), values.to(a.dtype), *rest)
 
 
-def compatibility_pool(local, query):
+def compatibility_pool(local, query, mask=None):
     dtype = wide(local.dtype)
-    wide_local, wide_query = local.to(dtype).flatten(2), query.to(dtype)
-    wide_query = wide_query[:, None] if query.dim() == 1 else wide_query[:, :, None]
-    scores = (wide_query * wide_local).sum(1)
-    attention = scores.softmax(1)
-    pooled = (wide_local * attention[:, None]).sum(2)
-    positions = (local.shape[0], *local.shape[2:])
-    return pooled.to(local.dtype), attention.view(positions), scores.view(positions)
+    positions = local.shape[2:]
+    features, queries = local.to(dtype).flatten(2), query.to(dtype)
+    if query.dim() < 3:
+        queries = queries[None] if query.dim() == 1 else queries
+        queries = queries[:, None]
+    scores = _scores(features, queries)
+    if mask is None:
+        attention = scores.softmax(2)
+    else:
+        mask = mask.flatten(1)[:, None]
+        features = torch.where(mask, features, 0)  # so that NaN at a masked position reaches neither result nor gradient
+        some = mask.any(2, keepdim=True)
+        logits = torch.where(mask, _scores(features, queries), -torch.inf)
+        attention = torch.where(some & mask, torch.where(some, logits, 0).softmax(2), 0)
+    pooled = (features[:, None] * attention[:, :, None]).sum(3)
+    if query.dim() < 3:
+        pooled, attention, scores = pooled[:, 0], attention[:, 0], scores[:, 0]
+    shape = (*scores.shape[:-1], *positions)
+    return pooled.to(local.dtype), attention.view(shape), scores.view(shape)
+
+
+def _scores(features, queries):
+    return (queries[..., None] * features[:, None]).sum(2)

@@ -193,8 +193,9 @@ void pool_backward(const Tiles& tiles, const Wide<T>* grad_pooled, const Wide<T>
       return;
     T* out = grad_local + (m.first - local);
     const bool inner = tiles.shape.channels_inner;
-    outers(m, inner ? Outer<A>{weight, grad, constant(grad_score), query} : Outer<A>{grad, weight, query, constant(grad_score)},
-           out);
+    const Outer<A> factors = inner ? Outer<A>{weight, grad, constant(grad_score), query}
+                                   : Outer<A>{grad, weight, query, constant(grad_score)};
+    outers(m, factors, tiles.shape.streams<T>(), out);
     if (used != nullptr)
       for (int64_t r = 0; r < m.rows; ++r)
         for (int64_t i = 0; i < m.columns; ++i)

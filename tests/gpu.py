@@ -35,13 +35,10 @@ from benchmarks.store import COMMITTED, MEASURED, RESULTS, code_version  # noqa:
 #: Each call runs build and info, and then those of these that are not done.
 STAGES = ("tests", "benchmarks", "ncu", "sanitizer")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-TESTS = [
-    "tests/test_ops.py", "tests/test_window.py", "tests/test_quantize.py", "tests/test_pool.py",
-    "tests/test_promises.py", "tests/test_device.py", "tests/test_faults.py", "tests/test_transforms.py",
-]  # fmt: skip
+TESTS = ["tests/kernels", "tests/integration/test_device.py", "tests/integration/test_transforms.py"]
 #: A small subset, because the sanitizer slows kernels down a hundredfold.
-SANITIZED = ["tests/test_ops.py", "-k", "(golden and float32) or several_programs"]
-REHEARSED = ["tests/test_ops.py", "-k", "golden and float32 and quantize"]
+SANITIZED = ["tests/kernels/test_ops.py", "-k", "(golden and float32) or several_programs"]
+REHEARSED = ["tests/kernels/test_ops.py", "-k", "golden and float32 and quantize"]
 #: Time limit of a command in seconds; the time left in the call applies if it is shorter, and alone in a rehearsal,
 #: whose outcome must not depend on the machine's speed.
 LIMITS = {"build": 540, "info": 120, "tests": 540, "ncu": 120, "control": 60, "sanitizer": 120}

@@ -175,11 +175,14 @@ def drawn(path: Path, seed: int):
 FOLDERS = {"csrc/cuda": "cuda", "attnkern/_triton": "triton"}  # all else of csrc is C++
 #: What the launches of an operator's file are called in the names of tests.
 OPERATORS = {"window": "window", "quantize": "quantize or anchor", "pool": "pool"}
-NATIVE = ["test_scalar_math.py", "test_ops.py", "test_promises.py", "test_fuzz.py", "test_faults.py"]
+EVERY = ["kernels/test_ops.py", "kernels/test_promises.py"]
 SUITES = {  # tests in order, environment
-    "native": (NATIVE, LANES["native"][1] | {"ATTNKERN_TEST_BACKENDS": "native"}),
-    "cuda": (["test_cuda_on_host.py", "test_ops.py", "test_promises.py"], LANES["cuda"][1]),
-    "triton": (["test_ops.py", "test_promises.py"], LANES["interpreted"][1]),
+    "native": (
+        ["native/test_scalar_math.py", *EVERY, "native/test_fuzz.py", "kernels/test_faults.py"],
+        LANES["native"][1] | {"ATTNKERN_TEST_BACKENDS": "native"},
+    ),
+    "cuda": (["cuda_kernels/test_cuda_on_host.py", *EVERY], LANES["cuda"][1]),
+    "triton": (EVERY, LANES["interpreted"][1]),
 }
 
 
@@ -247,7 +250,7 @@ class Copy:
     def caught(self, kind: str, operator: str | None) -> str | None:
         """What caught it: a test, a crash, or the time limit of a test; None when all pass."""
         files, environment = SUITES[kind]
-        own = [f"test_{name}.py" for name in ([operator] if operator else OPERATORS)]
+        own = [f"kernels/test_{name}.py" for name in ([operator] if operator else OPERATORS)]
         by = self.tested(own + files, OPERATORS[operator] if operator else "", environment)
         if by is None and kind == "triton":  # of what the interpreter cannot show: the barriers of the compiled code
             by = self.tested(LANES["ahead"][0], "companions or more_channels", LANES["ahead"][1])
@@ -264,9 +267,9 @@ class Copy:
             return None
         if re.search(r"NameError|UnboundLocalError|CompilationError|SyntaxError|power of 2", done.stdout):
             return REFUSED
-        if failed := re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE):
+        if failed := re.search(r"^(?:FAILED|ERROR) tests/\w+/(\S+)", done.stdout, re.MULTILINE):
             return failed.group(1)
-        running = re.findall(r'File "[^"]*/tests/(test_\w+\.py)", line \d+ in (test_\w+)', done.stderr)
+        running = re.findall(r'File "[^"]*/tests/\w+/(test_\w+\.py)", line \d+ in (test_\w+)', done.stderr)
         where = f" in {'::'.join(running[0])}" if running else ""
         if "Timeout" in done.stderr:
             return "a time limit" + where

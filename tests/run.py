@@ -19,20 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CUDA = ["test_cuda_build.py", "test_cuda_on_host.py"]
-AHEAD = ["test_triton_aot.py", "test_count.py"]
-OPS = ["test_ops.py", "test_window.py", "test_quantize.py", "test_pool.py", "test_promises.py", "test_faults.py"]
-NETWORKS = [
-    "test_training.py", "test_models.py", "test_recipes.py", "test_evaluation.py", "test_evaluation_rectangles.py",
-    "test_protocols.py", "test_data.py", "test_insert.py", "test_accelerate.py", "test_ecosystem.py",
-    "test_distributed.py",
-]  # fmt: skip
-HOUSE = [
-    "test_packaging.py", "test_release.py", "test_report.py", "test_docs.py", "test_viz.py", "test_public_names.py",
-    "test_mutate.py", "test_accuracy.py", "test_large_index.py", "test_types.py", "test_sanitize.py", "test_aarch64.py",
-    "test_gpu_rehearsal.py",
-]  # fmt: skip
-EVERYTHING_ELSE = sorted({path.name for path in HERE.glob("test_*.py")} - set(CUDA + AHEAD + NETWORKS + HOUSE))
 
 #: The kernels' new tensors come straight from the allocator, past PyTorch's filling: glibc fills them, every byte 0x7f.
 POISON = {"MALLOC_PERTURB_": "128"}
@@ -47,23 +33,23 @@ PATIENT = {"OMP_WAIT_POLICY": "passive"}
 #: What runs on the CPU's own kernels.
 COMPILED = {"ATTNKERN_TEST_BACKENDS": "native,reference"}
 
-#: lane: files, environment; in the order in which they begin.
+#: lane: folders, environment; in the order in which they begin.
 LANES = {
-    "native": (EVERYTHING_ELSE, {**COMPILED, **PATIENT, **POISON, **SEED}),
-    "networks": (NETWORKS, {**COMPILED, **ONE_THREAD, **POISON}),
-    "ahead": (AHEAD, {}),
-    "interpreted": (
-        [*OPS, "test_model_backends.py"], {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1", **ONE_THREAD},
+    "native": (["kernels", "native", "integration"], {**COMPILED, **PATIENT, **POISON, **SEED}),
+    "networks": (["networks"], {**COMPILED, **ONE_THREAD, **POISON}),
+    "ahead": (["ahead"], {}),
+    "interpreted": (["kernels"], {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1", **ONE_THREAD}),
+    "house": (["project", "tools"], {**COMPILED, **ONE_THREAD}),
+    "cuda": (
+        ["cuda_kernels", "kernels"], {"ATTNKERN_TEST_BACKENDS": "native", "ATTNKERN_TEST_CUDA_ON_HOST": "1", **POISON},
     ),
-    "house": (HOUSE, {**COMPILED, **ONE_THREAD}),
-    "cuda": (CUDA + OPS, {"ATTNKERN_TEST_BACKENDS": "native", "ATTNKERN_TEST_CUDA_ON_HOST": "1", **POISON}),
 }  # fmt: skip
 
 
 def run(lane: str, beside_others: bool = False) -> tuple[dict[str, int], float]:
     """Counts of a lane's outcomes, and its seconds. Beside others its output is printed in one piece, at the end."""
-    files, environment = LANES[lane]
-    heading = f"\n=== lane {lane}: {' '.join(files)}"
+    folders, environment = LANES[lane]
+    heading = f"\n=== lane {lane}: {' '.join(folders)}"
     print(f"lane {lane} begins" if beside_others else heading, flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +58,7 @@ def run(lane: str, beside_others: bool = False) -> tuple[dict[str, int], float]:
         log = Path(folder) / "log"
         with log.open("w", encoding="utf-8") if beside_others else contextlib.nullcontext() as output:
             done = subprocess.run(
-                [*command, *(str(HERE / name) for name in files)],
+                [*command, *(str(HERE / name) for name in folders)],
                 env={**os.environ, **environment}, cwd=HERE.parent, stdout=output, stderr=output,
             )  # fmt: skip
         if beside_others:

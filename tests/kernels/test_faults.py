@@ -536,7 +536,7 @@ def test_forked_workers_of_a_data_loader(backend):
 
 def python(code, **environment):
     """Return code and output of ``code`` in a process of its own."""
-    folders = os.pathsep.join((str(Path(__file__).parent), str(Path(attnkern.__file__).parents[1])))
+    folders = os.pathsep.join((str(Path(__file__).parents[1]), str(Path(attnkern.__file__).parents[1])))
     inherited = {k: v for k, v in os.environ.items() if k not in ("ATTNKERN_BACKEND", "TRITON_INTERPRET")}
     done = subprocess.run(
         [sys.executable, "-c", code], env=inherited | {"PYTHONPATH": folders} | environment, capture_output=True,

@@ -269,7 +269,8 @@ def core():
 def test_each_instruction_set_is_right():
     """ATTNKERN_CPU_ISA: the sets of this processor agree with the reference; their bits differ, so each one ran."""
     code = "import test_import; print(test_import.core())"
-    folders = os.pathsep.join((str(Path(__file__).parent), str(PACKAGE.parent)))
+    here = Path(__file__).parent
+    folders = os.pathsep.join(map(str, (here, here.parent, PACKAGE.parent)))
     names = SETS.get(torch.backends.cpu.get_cpu_capability(), ["baseline"])
     digests = {name: python(code, folders, ATTNKERN_CPU_ISA=name) for name in names}
     assert len(set(digests.values())) == len(names), digests

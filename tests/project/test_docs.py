@@ -14,7 +14,7 @@ import torch
 
 import attnkern
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 #: Pages that are made by running what takes long.
 MADE_LATER = {"gallery.md", "reproduction.md"}

@@ -11,7 +11,7 @@ import pytest
 import attnkern
 import attnkern.nn
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")

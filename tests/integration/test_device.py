@@ -92,7 +92,7 @@ print("same")
 @every_function
 def test_a_graph_captured_cold(function, backend, tmp_path):
     """The first call of a process, compilation and all, while a graph is captured; replayed on other numbers."""
-    code = COLD.format(tests=str(Path(__file__).parent), function=function, options={}, backend=backend)
+    code = COLD.format(tests=str(Path(__file__).parents[1]), function=function, options={}, backend=backend)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout.strip()) == (0, "same"), done.stderr
 

@@ -545,7 +545,7 @@ def test_unknown_options_are_named(folder, capsys):
 
 def test_the_documented_errors_are_the_recipes():
     documented = {}
-    for line in (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8").splitlines():
+    for line in (Path(__file__).parents[2] / "docs/training.md").read_text(encoding="utf-8").splitlines():
         if line.startswith("| `") and line.split("`")[1] in list_recipes():
             cells = [cell.strip() for cell in line.strip("|").split("|")[1:]]
             documented[line.split("`")[1]] = [float(cell) for cell in cells if cell != "–"]
@@ -558,7 +558,7 @@ def test_the_documented_errors_are_the_recipes():
 
 
 def test_the_documented_reproduction_is_what_was_measured():
-    docs = Path(__file__).parents[1] / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     results = json.loads((docs / "reproduction.json").read_text(encoding="utf-8"))
     assert (docs / "reproduction.md").read_text(encoding="utf-8") == reproduce.table(results)
     ours, baselines = results["vgg_att2_concat_pc"], [results["vgg"], results["vgg_gap"]]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import PATIENCE
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 
 import attnkern
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 DEVELOPMENT = {"bench", "dev", "docs"}

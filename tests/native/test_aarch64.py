@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = [
     line.split()[1]
     for line in (ROOT / "csrc/sources.txt").read_text(encoding="utf-8").splitlines()

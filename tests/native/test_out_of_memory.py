@@ -16,7 +16,8 @@ from conftest import DEVICE
 
 import attnkern
 
-TESTS = Path(__file__).parent
+HERE = Path(__file__).parent
+TESTS = HERE.parent
 TORCH = Path(torch.__file__).parent
 SIZE = (4, 6)
 LAYOUTS = ("contiguous", "sliced")
@@ -100,7 +101,7 @@ def test_every_tensor_of_every_operator(no_memory):
     """Out of memory is torch.OutOfMemoryError, forward and backward, in compiled graphs too; the next call is right."""
     code = f"import ctypes; ctypes.CDLL({str(no_memory)!r}, ctypes.RTLD_GLOBAL)\n"  # before PyTorch
     code += f"from pathlib import Path; import test_out_of_memory; test_out_of_memory.scarce(Path({str(no_memory)!r}))"
-    folders = os.pathsep.join((str(TESTS), str(TESTS.parent)))
+    folders = os.pathsep.join(map(str, (HERE, TESTS, TESTS.parent)))
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment | {"PYTHONPATH": folders}, capture_output=True, text=True

@@ -10,7 +10,7 @@ from cases import CASES, FUNCTIONS, case_id, check, check_run, make, run, same
 
 from attnkern import testing
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 every_case = pytest.mark.parametrize("function, options", CASES, ids=case_id)
 every_function = pytest.mark.parametrize("function", FUNCTIONS)

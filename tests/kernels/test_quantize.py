@@ -6,23 +6,13 @@ from random import Random
 
 import pytest
 import torch
-from cases import case_id, check, doubles, lay, make, run
+from cases import case_id, check, doubles, lay, make, nearest, run
 
 import attnkern
 
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=case_id
 )
-
-
-def nearest(element, anchors):
-    """Index of the nearest anchor in exact arithmetic, the lowest on ties; 0 for NaN. Plain Python numbers."""
-    if math.isnan(element) or any(map(math.isnan, anchors)):
-        return 0
-    if math.isinf(element):
-        return anchors.index(max(anchors) if element > 0 else min(anchors))
-    distances = [abs(Fraction(element) - Fraction(k)) if math.isfinite(k) else math.inf for k in anchors]
-    return distances.index(min(distances))
 
 
 def check_exact(a, anchors, backend, function="anchor_quantize"):

@@ -7,10 +7,9 @@ import warnings
 import pytest
 import torch
 import torch.fx
-from cases import FUNCTIONS, call, case_id, check, doubles, make, same
+from cases import FUNCTIONS, call, case_id, check, doubles, make, nearest, same
 from test_nn import MODULES, build, inputs
 from test_nn import run as run_module
-from test_quantize import nearest
 from test_transforms import operator_calls
 from torch import nn
 

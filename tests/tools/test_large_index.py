@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import PATIENCE
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs memory that takes no room until it is touched")

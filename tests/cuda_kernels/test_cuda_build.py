@@ -15,7 +15,7 @@ import torch
 from attnkern import _ops
 from attnkern._schemas import SCHEMAS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # --- what setup.py decides -------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from journal import Journal
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 #: Creates a file in place of the program with planted errors.
 NVCC = """#!/bin/sh

@@ -14,7 +14,7 @@ import offline
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MOMENT = 1_700_000_000
 
 
@@ -158,8 +158,8 @@ def test_the_unpacked_archive_builds_and_passes_tests(tree):
     found = offline.python("-c", "import attnkern; print(attnkern.__file__)", cwd="/", **environment)
     assert Path(found.strip()).parent == tree / "attnkern"
     report = offline.python(
-        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_ops.py", "tests/test_import.py",
-        "tests/test_packaging.py", "tests/test_docs.py",
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_ops.py", "tests/native/test_import.py",
+        "tests/project/test_packaging.py", "tests/project/test_docs.py",
         "-k", "golden or without_both or denormal_numbers or without_pytorch or links_lead",
         cwd=tree, **environment,
     )  # fmt: skip

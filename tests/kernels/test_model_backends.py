@@ -17,14 +17,14 @@ NETWORKS = {
 
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "reference"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_agree_with_the_reference(name, backend):
+def test_networks_agree_with_the_reference(name, backend, device):
     if name.startswith(("mobilenet", "efficientnet")):
         pytest.importorskip("torchvision")
-    images, labels = torch.rand(2, 3, 20, 24), torch.tensor([0, 3])
+    images, labels = torch.rand(2, 3, 20, 24).to(device), torch.tensor([0, 3], device=device)
     found, state = {}, None
     for which in (backend, "reference"):
         torch.manual_seed(0)
-        model = create_model(name, 4, width=0.0625, **NETWORKS[name])
+        model = create_model(name, 4, width=0.0625, **NETWORKS[name]).to(device)
         state = state or model.state_dict()
         model.load_state_dict(state)
         # Evaluation's statistics and no dropout: one rounding would not switch anything else.

@@ -700,5 +700,5 @@ def test_the_documented_table_is_the_networks(capsys):
     pytest.importorskip("torchvision")
     assert cli.main(["models"]) == 0
     found = capsys.readouterr().out
-    assert Path(__file__).parents[1].joinpath("docs/models.md").read_text(encoding="utf-8").endswith(found)
+    assert Path(__file__).parents[2].joinpath("docs/models.md").read_text(encoding="utf-8").endswith(found)
     assert [line.split("`")[1] for line in found.splitlines()[2:]] == list_models()

@@ -14,7 +14,7 @@ import torch
 
 from attnkern import reference
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TYPES = {"float32": np.float32, "float64": np.float64}
 
 pytestmark = pytest.mark.skipif(

@@ -212,7 +212,11 @@ def test_building_in_place_compiles_only_what_does_not_fit(toolkit, carried):
 # --- the library -----------------------------------------------------------------------------------------------------
 
 LIBRARY = next(iter(sorted((ROOT / "attnkern").glob("_C_cuda*.so"))), None)
-needs_library = pytest.mark.skipif(LIBRARY is None and not TOOLKIT, reason="attnkern/_C_cuda cannot be built here")
+#: `make test-all` builds the library and sets this variable: there the tests fail rather than skip.
+REQUIRED = os.environ.get("ATTNKERN_TEST_CUDA_LIBRARY") == "1"
+needs_library = pytest.mark.skipif(
+    LIBRARY is None and not REQUIRED, reason="attnkern/_C_cuda is not built; make test-all builds it"
+)
 
 
 @needs_library

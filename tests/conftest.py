@@ -10,6 +10,7 @@ import zlib
 
 import pytest
 import torch
+from cases import CASES, FUNCTIONS, case_id
 
 import attnkern
 from attnkern import _backend, _ops
@@ -23,6 +24,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() and not _ops.TRITON_IN
 # this off. Only the filling matters here, so operators without a deterministic implementation only warn.
 torch.utils.deterministic.fill_uninitialized_memory = os.environ.get("ATTNKERN_TEST_FILL") != "0"
 torch.use_deterministic_algorithms(True, warn_only=True)
+
+every_function = pytest.mark.parametrize("function", FUNCTIONS)
+every_case = pytest.mark.parametrize("function, options", CASES, ids=case_id)
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=case_id
+)
+large = pytest.mark.large
 
 
 def missing(name, dtype=torch.float32):

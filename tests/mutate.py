@@ -178,12 +178,14 @@ OPERATORS = {"window": "window", "quantize": "quantize or anchor", "pool": "pool
 EVERY = ["kernels/test_ops.py", "kernels/test_promises.py"]
 SUITES = {  # tests in order, environment
     "native": (
-        ["native/test_scalar_math.py", *EVERY, "native/test_fuzz.py", "kernels/test_faults.py"],
+        ["native/test_scalar_math.py", *EVERY, "native/test_fuzz.py", "kernels/test_extreme_inputs.py",
+         "kernels/test_memory_layout.py", "kernels/test_changed_tensors.py", "kernels/test_threads.py",
+         "kernels/test_failures.py"],
         LANES["native"][1] | {"ATTNKERN_TEST_BACKENDS": "native"},
     ),
     "cuda": (["cuda_kernels/test_cuda_on_host.py", *EVERY], LANES["cuda"][1]),
     "triton": (EVERY, LANES["interpreted"][1]),
-}
+}  # fmt: skip
 
 
 #: Faults per file.

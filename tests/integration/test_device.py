@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, FUNCTIONS, call, case_id, check, check_run, doubles, make, run, same, upstream
-from conftest import DEVICE, PATIENCE
+from cases import call, check, check_run, doubles, make, run, same, upstream
+from conftest import DEVICE, PATIENCE, every_case, every_function
 from test_accelerate import Network
 
 import attnkern
@@ -18,8 +18,6 @@ if DEVICE.type != "cuda":
 
 pytestmark = pytest.mark.kernels
 SIZE = (14, 14)
-every_function = pytest.mark.parametrize("function", FUNCTIONS)
-every_case = pytest.mark.parametrize("function, options", CASES, ids=case_id)
 
 #: A kernel on the wrong stream would start before its inputs are there.
 CYCLES = 20_000_000

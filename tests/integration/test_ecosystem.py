@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from cases import FUNCTIONS, call, make
+from conftest import every_function
 from test_nn import MODULES, build, inputs, run, scalar
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,7 +18,6 @@ import attnkern
 import attnkern.nn as ann
 
 every_module = pytest.mark.parametrize("name", list(MODULES))
-every_function = pytest.mark.parametrize("function", list(FUNCTIONS))
 SIZE = (3, 4)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.fx
 from cases import FUNCTIONS, call, case_id, check, doubles, make, nearest, same
+from conftest import every_function
 from test_nn import MODULES, build, inputs
 from test_nn import run as run_module
 from test_transforms import operator_calls
@@ -18,8 +19,6 @@ import attnkern.compat
 import attnkern.nn as ann
 from attnkern import _ops, reference
 from attnkern._operators import OPERATORS
-
-every_function = pytest.mark.parametrize("function", FUNCTIONS)
 
 
 class Function(nn.Module):

@@ -5,6 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 from cases import CASES, FUNCTIONS, call, case_id, check, doubles, make, run, same
+from conftest import every_case, every_function
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,8 +14,6 @@ from torch.utils.checkpoint import checkpoint
 import attnkern
 from attnkern import _backend, _ops
 
-every_case = pytest.mark.parametrize("function, options", CASES, ids=case_id)
-every_function = pytest.mark.parametrize("function", FUNCTIONS)
 smooth_case = pytest.mark.parametrize(
     "function, options", [case for case in CASES if "anchor" not in case[0]], ids=case_id
 )

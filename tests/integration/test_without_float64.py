@@ -4,7 +4,8 @@ import functools
 
 import pytest
 import torch
-from cases import FUNCTIONS, call, check, doubles, make, run, upstream
+from cases import call, check, doubles, make, run, upstream
+from conftest import every_function
 from test_nn import MODULES, build, inputs
 from test_nn import run as run_module
 from test_transforms import operator_calls
@@ -13,8 +14,6 @@ from without_float64 import DEVICE, without_float64
 
 from attnkern import evaluation
 from attnkern._operators import OPERATORS
-
-every_function = pytest.mark.parametrize("function", FUNCTIONS)
 
 
 def moved(tree, device):

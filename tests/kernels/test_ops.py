@@ -6,14 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import CASES, FUNCTIONS, case_id, check, check_run, make, run, same
+from cases import FUNCTIONS, case_id, check, check_run, make, run, same
+from conftest import every_case, every_function, large
 
 from attnkern import testing
 
 DATA = Path(__file__).parents[1] / "data"
-
-every_case = pytest.mark.parametrize("function, options", CASES, ids=case_id)
-every_function = pytest.mark.parametrize("function", FUNCTIONS)
 
 
 # --- golden files, made by an independent program --------------------------------------------------------------------
@@ -57,7 +55,6 @@ def golden(data, function, through, backend, **options):
 
 # --- fresh cases -----------------------------------------------------------------------------------------------------
 
-large = pytest.mark.large
 SHAPES = [  # (N, C, size)
     (3, 5, (4, 6)),
     (1, 1, (1, 1)),

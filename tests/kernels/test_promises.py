@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from cases import CASES, FUNCTIONS, call, case_id, check, doubles, lay, make, run, same, upstream
+from cases import FUNCTIONS, call, case_id, check, doubles, lay, make, run, same, upstream
+from conftest import every_case, every_function, large
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnkern import _ops
 from attnkern._layout import in_layout
 
-every_case = pytest.mark.parametrize("function, options", CASES, ids=case_id)
-every_function = pytest.mark.parametrize("function", FUNCTIONS)
-large = pytest.mark.large
 half_and_float = pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=large)], ids=case_id
 )

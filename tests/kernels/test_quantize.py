@@ -7,12 +7,9 @@ from random import Random
 import pytest
 import torch
 from cases import case_id, check, doubles, lay, make, nearest, run
+from conftest import every_dtype
 
 import attnkern
-
-every_dtype = pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=case_id
-)
 
 
 def check_exact(a, anchors, backend, function="anchor_quantize"):

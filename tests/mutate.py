@@ -11,6 +11,7 @@ the tree.
 
 import argparse
 import ast
+import functools
 import io
 import json
 import os
@@ -131,6 +132,7 @@ def undefined(new: str, code: str, position: int) -> bool:
     return new.isidentifier() and not re.search(rf"\b{new}\b", code[begin : end.start() if end else len(code)])
 
 
+@functools.cache
 def faults_in(path: Path) -> dict[str, list[dict]]:
     """Everything that can be planted in a file, by class."""
     text, code = path.read_text(encoding="utf-8"), code_of(path)
@@ -158,7 +160,7 @@ def faults_in(path: Path) -> dict[str, list[dict]]:
 
 def drawn(path: Path, seed: int):
     """Faults of a file in the order of the draw: from each of its classes in turn."""
-    found = faults_in(path)
+    found = {kind: [*faults] for kind, faults in faults_in(path).items()}
     generator = random.Random(f"{seed} {path.relative_to(ROOT)}")
     for faults in found.values():
         generator.shuffle(faults)
@@ -167,7 +169,7 @@ def drawn(path: Path, seed: int):
     while any(found.values()):
         for kind in kinds:
             if found[kind]:
-                yield found[kind].pop()
+                yield dict(found[kind].pop())
 
 
 # --- how it is judged ------------------------------------------------------------------------------------------------

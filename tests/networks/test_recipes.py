@@ -260,6 +260,7 @@ class Killed(Callback):
             raise SystemExit(9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_killed_run_resumed_ends_with_the_weights_of_one_not_killed(workers, folder):
     crop = {"class_path": "torchvision.transforms.v2.RandomCrop", "init_args": {"size": 32, "padding": 4}}
@@ -278,6 +279,7 @@ def test_a_killed_run_resumed_ends_with_the_weights_of_one_not_killed(workers, f
     assert len(logged(folder / "killed", "val_accuracy")) == 3
 
 
+@pytest.mark.slow
 def test_seeds_differ_and_repeat(folder):
     states = []
     for out, seed in (("a", "1"), ("b", "1"), ("c", "2")):
@@ -313,6 +315,7 @@ def test_what_is_no_checkpoint(folder):
         load_network("text.ckpt")
 
 
+@pytest.mark.slow
 def test_two_processes(folder):
     """Lightning's DDP on two gloo processes; the same command serves GPUs."""
     command = [sys.executable, "-m", "attnkern", "train", "vgg_aib_qt", "--data", "digits-clutter", *TINY]

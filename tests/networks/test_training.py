@@ -84,6 +84,7 @@ def accuracy(model, data, side):
     return (model(enlarged(images, side)).argmax(1) == labels).float().mean().item()
 
 
+@pytest.mark.slow
 @every_model
 def test_learns_the_digits(name, digits, trained, capsys):
     _, side, *_, steps, enough = RECIPES[name]
@@ -155,6 +156,7 @@ def test_every_gradient_from_a_common_state_agrees(name, dtype, tolerance, count
     assert {key: found for key, found in errors.items() if counts(found) > tolerance} == {}
 
 
+@pytest.mark.slow
 @needs_native
 def test_accuracies_lie_within_the_spread_of_seeds(digits, trained, capsys):
     """On the cheapest network; single runs of the two backends differ by as much as runs of two seeds do."""

@@ -148,6 +148,7 @@ def test_the_source_archive_is_the_same_bytes_again(archive, source, tmp_path):
     assert hashlib.sha256(again.read_bytes()).hexdigest() == hashlib.sha256(archive.read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_the_unpacked_archive_builds_and_passes_tests(tree):
     """Without git, network or CUDA: a handful of tests; `make release-check` runs those of the kernels."""
     build = "setup.py", "--quiet", "build_ext", "--inplace"
@@ -170,6 +171,7 @@ def test_the_unpacked_archive_builds_and_passes_tests(tree):
 # --- wheels ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_unpacked_archive_builds_a_wheel_of_any_python(tree, source, tmp_path):
     found = wheel(tree, tmp_path / "wheel", FORCE_CUDA="0")
     assert "-py3-none-" in found.name

@@ -19,10 +19,12 @@ def test_faults_of_a_file(path):
     for fault in faults:
         begin, end, new = fault["at"]
         assert code[begin:end] == text[begin:end] != new
-        planted = text[:begin] + new + text[end:]
-        assert planted.splitlines()[fault["line"] - 1].strip() == fault["after"].split("\n")[0].strip()
+        assert fault["line"] == text.count("\n", 0, begin) + 1
+        line = text[text.rfind("\n", 0, begin) + 1 : begin] + new + text[end : text.find("\n", end)]
+        assert line.strip() == fault["after"]
         if path.suffix == ".py":
-            ast.parse(planted)
+            first, last = text.rfind("\n\n\n", 0, begin), text.find("\n\n\n", end)  # the definition around it
+            ast.parse(text[max(first, 0) : begin] + new + text[end : last if last >= 0 else None])
     orders = [[fault["at"] for fault in mutate.drawn(path, seed)] for seed in (1, 1, 2)]
     assert len(orders[0]) == len(faults)
     assert orders[0] == orders[1] != orders[2]

@@ -18,6 +18,7 @@ def has(library):
     return bool(found) and "/" in found.stdout
 
 
+@pytest.mark.slow
 def test_sanitizers():
     """No report from the operators' tests; from each sanitizer one of the error that is planted for it."""
     for library in ("libasan.so", "libubsan.so"):

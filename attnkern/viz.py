@@ -17,15 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-try:
-    from matplotlib import font_manager, rcParams
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Polygon
-    from matplotlib.patheffects import withStroke
-except ImportError as error:
-    raise ImportError("attnkern.viz needs matplotlib: pip install attnkern[viz]") from error
-
 from attnkern._common import (
     check_choice,
     check_count,
@@ -37,6 +28,7 @@ from attnkern._common import (
     check_size,
     check_tensor,
 )
+from attnkern._extras import needs_extra
 from attnkern.evaluation._inputs import Normalise, Predict, check_maps, identity
 from attnkern.evaluation.anchors import check_counts, usage
 from attnkern.evaluation.interpretability import _cosine
@@ -52,6 +44,13 @@ from attnkern.evaluation.rectangles import (
     transform_rectangle,
 )
 from attnkern.window import rectangle_corners, window_map
+
+with needs_extra("attnkern.viz", "viz"):
+    from matplotlib import font_manager, rcParams
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Polygon
+    from matplotlib.patheffects import withStroke
 
 __all__ = [
     "anchor_histogram",

@@ -847,11 +847,14 @@ def test_flags(option):
         ImageData(batch_size=2.5)
 
 
+INSTALL = "run `pip install --no-build-isolation '.[train]'` in attnkern's source tree"
+
+
 @pytest.mark.parametrize("package", ["lightning.pytorch", "torchvision"])
 def test_missing_packages(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "attnkern.training.data")
-    sentence = "attnkern.training.data needs lightning and torchvision: pip install attnkern[train]"
+    sentence = f"attnkern.training.data needs {package.partition('.')[0]}, which is not installed: {INSTALL}"
     with pytest.raises(ImportError, match=f"^{re.escape(sentence)}$"):
         importlib.import_module("attnkern.training.data")
 
@@ -859,7 +862,7 @@ def test_missing_packages(package, monkeypatch):
 def test_missing_scikit_learn(tmp_path, monkeypatch):
     write_pets(tmp_path)
     monkeypatch.setitem(sys.modules, "sklearn.model_selection", None)
-    sentence = "attnkern.training.data needs scikit-learn to split: pip install attnkern[train]"
+    sentence = f"a split of the images needs scikit-learn, which is not installed: {INSTALL}"
     with pytest.raises(ImportError, match=f"^{re.escape(sentence)}$"):
         loaded(name="pets", root=tmp_path, ratio=0.5)
     assert len(loaded(name="pets", root=tmp_path).train) == 4

@@ -13,18 +13,17 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from attnkern._common import check_count, check_flag, check_integer, check_items, check_kind, check_number, check_tensor
+from attnkern._extras import needs_extra
 from attnkern.evaluation._inputs import listed
 from attnkern.evaluation.crossdomain import inverse_root
 from attnkern.training.digits import digits_clutter, extents
 
-try:
+with needs_extra("attnkern.training.data", "train"):
     from lightning.pytorch import LightningDataModule
     from lightning.pytorch.utilities import rank_zero_warn
     from torchvision import datasets, tv_tensors
     from torchvision.transforms import InterpolationMode, v2
     from torchvision.transforms.v2 import functional as F
-except ImportError as error:
-    raise ImportError("attnkern.training.data needs lightning and torchvision: pip install attnkern[train]") from error
 
 from attnkern.training.images import ImageError, opened, read_image, resized, stored, upright
 
@@ -281,10 +280,8 @@ def _whitening(view):
 
 def _stratified(name, labels, classes, share, split):
     """Indices for training, ``share`` of each class, and for testing."""
-    try:
+    with needs_extra("a split of the images", "train"):
         from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise ImportError("attnkern.training.data needs scikit-learn to split: pip install attnkern[train]") from error
     counts = Counter(labels)
     alone = [classes[label] for label, count in sorted(counts.items()) if count == 1]
     if alone:

@@ -22,8 +22,9 @@ from attnkern.evaluation.localisation import localisation
 from attnkern.evaluation.maps import attention_of, gradcam_of
 from attnkern.evaluation.protocols import write_json
 from attnkern.models import create_model, map_names
-from attnkern.training.data import ImageData, normalisation_from
+from attnkern.training.data import ImageData
 from attnkern.training.modules import FAMILIES
+from attnkern.training.normalisation import normalisation_from
 from attnkern.training.recipes import read_recipe
 
 with needs_extra("attnkern.training.train", "train"):

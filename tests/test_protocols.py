@@ -164,7 +164,7 @@ def test_show(checkpoints, tmp_path, capsys):
         (["evaluate", "nowhere.ckpt"], "there is no file 'nowhere.ckpt'"),
         (["evaluate", "{vgg}", "--device", "abacus"], "device must be a device such as .*, got 'abacus'"),
         (["evaluate", "{text}"], "is no checkpoint of attnkern train"),
-        (["evaluate", "{vgg}", "--protocol", "top2"], "protocol must be one of all, top1, .*; got 'top2'"),
+        (["evaluate", "{vgg}", "--protocol", "top2"], r"protocol must be one of all, .*, got 'top2'; did you mean 'top1'"),
         (["evaluate", "{vgg}", "--map", "attention.map"], "map must be an attention map .* got 'attention.map'"),
         (["evaluate", "{vgg}", "--data", "imagenet"], "name must be one of .*, got 'imagenet'"),
         (["evaluate", "{vgg}", "--data", "cub", "--root", "nowhere"], "cub: .*nowhere"),

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from attnkern._common import check_count, check_flag, check_integer, check_items, check_kind, check_number, check_tensor
 from attnkern._extras import needs_extra
+from attnkern._spelling import did_you_mean
 from attnkern.evaluation._inputs import listed
 from attnkern.evaluation.crossdomain import inverse_root
 from attnkern.training.digits import digits_clutter, extents
@@ -558,7 +559,8 @@ class ImageData(LightningDataModule):
         if ratio is not None:
             check_number("ImageData", ratio=ratio)
         if name not in _KINDS:
-            raise ValueError(f"ImageData: name must be one of {', '.join(data_sets())}, got {name!r}")
+            hint = did_you_mean(name, _KINDS)
+            raise ValueError(f"ImageData: name must be one of {', '.join(data_sets())}, got {name!r}{hint}")
         kind = _KINDS[name]
         check_flag("ImageData", whiten=whiten, box_crop=box_crop, download=download)
         switches = {"split": split, "box_crop": box_crop, "download": download}

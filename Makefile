@@ -9,7 +9,7 @@ ifeq ($(strip $(TORCH_CUDA_ARCH_LIST)),)
 unexport TORCH_CUDA_ARCH_LIST
 endif
 
-.PHONY: setup bench accuracy count test docs reproduce gallery fuzz mutate soak sanitize compat gpu wheel sdist sbom release release-check clean
+.PHONY: setup bench bench-publish accuracy count test docs reproduce gallery fuzz mutate soak sanitize compat gpu wheel sdist sbom release release-check clean
 
 setup: .venv/ready
 
@@ -27,9 +27,13 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 	$(PY) -m attnkern info
 	touch $@
 
-# Every competitor in a default process and in one with tuned malloc: docs/performance.md.
+# attnkern beside eager PyTorch and torch.compile on this machine, about five minutes: build/bench.
 bench: setup
 	$(PY) -m benchmarks.run
+
+# Adds a run to the published ones and to docs/performance.md: the newest, or RUN=FILE.json.
+bench-publish: setup
+	$(PY) -m benchmarks.report --publish $(or $(RUN),newest)
 
 # Errors in ulp beside eager's and torch.compile's, a quarter of an hour: docs/accuracy.md.
 accuracy: setup

@@ -45,8 +45,8 @@ BUSY = "The machine is busy: its load average is {load:.1f} on {cores} cores. Th
 OURS = ("native", "triton")
 #: Names in plots.
 LABELS = {
-    "compile": "torch.compile", "sdpa": "scaled_dot_product_attention", "native": "attnkern", "triton": "attnkern, Triton",
-    "reference": "attnkern, reference (plain PyTorch)",
+    "compile": "torch.compile", "sdpa": "scaled_dot_product_attention",
+    "native": "attnkern", "triton": "attnkern, Triton", "reference": "attnkern, reference (plain PyTorch)",
 }  # fmt: skip
 COLUMNS = ("eager", "compile", "sdpa", "reference", "reference compiled", *OURS, *(f"{name} compiled" for name in OURS))
 

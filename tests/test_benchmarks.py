@@ -165,19 +165,13 @@ def run_of(rows, **more):
 def test_the_calmest_of_several_attempts_counts(monkeypatch):
     """The first without noise ends them; if all are noisy, the one with the least spread is taken."""
     calm, noisy, noisier = [1.0] * 7, [1.0, 2.0] * 4, [1.0, 9.0] * 4
-    made = []
-
-    def turns(ready, *arguments):
-        made.append(attempts[len(made)])
-        return {"call": made[-1], "calm": calm}
-
-    monkeypatch.setattr(run, "turns", turns)
     for attempts, count, kept in (
         ([noisy, calm, noisier], 2, calm), ([noisier, noisy, noisier], 3, noisy), ([calm, noisy, noisy], 1, calm)
     ):  # fmt: skip
-        made.clear()
+        left = iter(attempts)
+        monkeypatch.setattr(run, "turns", lambda ready, left=left: {"call": next(left), "calm": calm})
         seconds, spreads = run.settled_times({"call": None}, 3)
-        assert len(made) == count
+        assert len(list(left)) == 3 - count
         assert seconds["call"] == run.statistics.median(kept)
         assert spreads == {"call": run.spread(kept), "calm": 0}
 
@@ -626,7 +620,7 @@ def test_shares_of_attention():
         run.row_of("net", report.TRAINING, {"reference": 0.1, "native": 0.08}),
         run.row_of("net", report.ATTENTION, {"reference": 0.03, "native": 0.008}),
     ]
-    assert "- net: 30.0% with reference, 10.0% with native" in report.tables(rows)
+    assert "- net: 30.0% with reference, 10.0% with native" in report.summary(run_of(rows))
 
 
 def test_a_wrong_competitor_is_refused(monkeypatch):

@@ -26,7 +26,7 @@ except ImportError as error:
 
 import attnkern
 from attnkern._common import check_items, check_kind
-from attnkern.evaluation._inputs import collect
+from attnkern.evaluation.inputs import collect
 from attnkern.evaluation.localisation import localisation
 from attnkern.evaluation.maps import attention_of, gradcam_of
 from attnkern.evaluation.protocols import write_json

@@ -157,7 +157,14 @@ def backbone_weights(where: str, known, weights, prefix: str) -> dict[str, torch
     if isinstance(weights, str) and weights in known.__members__:
         weights = known[weights]
     if isinstance(weights, known):
-        state = weights.get_state_dict(progress=False, check_hash=True)
+        try:
+            state = weights.get_state_dict(progress=False, check_hash=True)
+        except OSError as error:  # urllib's errors are of this kind
+            reason = getattr(error, "reason", error)
+            raise OSError(
+                f"{where}: weights {weights.name} cannot be downloaded from {weights.url} ({reason}); "
+                "get the file another way and pass its path as weights"
+            ) from error
     elif isinstance(weights, (str, os.PathLike)) and os.path.isfile(weights):
         state = read_state(f"{where}: weights", weights)
     else:

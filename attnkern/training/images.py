@@ -10,12 +10,11 @@ import numpy as np
 import torch
 
 from attnkern._common import came, check_kind, numbers_of
+from attnkern._extras import needs_extra
 
-try:
+with needs_extra("attnkern.training.images", "train"):
     from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
     from torchvision.transforms.v2 import functional as F
-except ImportError as error:
-    raise ImportError("attnkern.training.images needs torchvision and Pillow: pip install attnkern[train]") from error
 
 #: EXIF orientation to what brings the stored pixels upright: whether to transpose them, then the axes to flip.
 _TURNS = {

@@ -12,28 +12,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch.utils.data import DataLoader, Dataset, Subset
-
-try:
-    import lightning.pytorch as pl
-    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-    from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
-    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-except ImportError as error:
-    raise ImportError("attnkern train needs lightning: pip install attnkern[train]") from error
 
 import attnkern
 from attnkern._common import check_items, check_kind
+from attnkern._extras import needs_extra
 from attnkern.evaluation.inputs import collect
 from attnkern.evaluation.localisation import localisation
 from attnkern.evaluation.maps import attention_of, gradcam_of
 from attnkern.evaluation.protocols import write_json
 from attnkern.models import create_model, map_names
-from attnkern.training.data import ImageData, normalisation_from
+from attnkern.training.data import ImageData
 from attnkern.training.modules import FAMILIES
+from attnkern.training.normalisation import normalisation_from
 from attnkern.training.recipes import read_recipe
+
+with needs_extra("attnkern.training.train", "train"):
+    import lightning.pytorch as pl
+    import yaml
+    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+    from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 
 class _SaveSettings(SaveConfigCallback):

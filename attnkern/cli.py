@@ -113,7 +113,7 @@ def _convert(options: argparse.Namespace) -> int:
 
     from attnkern.evaluation.protocols import check_writable
     from attnkern.models import create_model
-    from attnkern.models._weights import load_state, read_weights, save_state
+    from attnkern.models.weights import load_state, read_weights, save_state
 
     if options.out is not None:
         check_writable("convert", options.out)

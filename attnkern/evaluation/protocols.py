@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Subset
 
 import attnkern
 from attnkern._spelling import did_you_mean
-from attnkern.evaluation._inputs import collect, listed
 from attnkern.evaluation.anchors import usage
 from attnkern.evaluation.classification import top1
 from attnkern.evaluation.crossdomain import direct_transfer, features_at, linear_svm, zca
+from attnkern.evaluation.inputs import collect, listed
 from attnkern.evaluation.interpretability import frequency, interpretability_score, occlude
 from attnkern.evaluation.localisation import box_masks, localisation, upsample
 from attnkern.evaluation.maps import map_of

@@ -19,8 +19,8 @@ from attnkern._common import (
     check_tensor,
 )
 from attnkern._extras import needs_extra
-from attnkern.evaluation._inputs import Normalise, Predict, check_maps, identity
-from attnkern.evaluation.interpretability import _cosine
+from attnkern.evaluation.inputs import Normalise, Predict, check_maps, identity
+from attnkern.evaluation.interpretability import map_cosines
 from attnkern.evaluation.query import QueryDriven
 from attnkern.evaluation.rectangles import (
     ORDERS,
@@ -202,7 +202,7 @@ def occlusion_rows(
     for changed in modified.values():
         changed_logits, changed_maps = predict(normalise(changed))
         check_maps(where, "predict's map", changed_maps)
-        cosines = _cosine(maps, changed_maps, False).tolist()
+        cosines = map_cosines(maps, changed_maps, False).tolist()
         stays = (logits.argmax(1) == changed_logits.argmax(1)).tolist()
         for row, image, map, cosine, same in zip(rows, changed, changed_maps, cosines, stays, strict=True):
             caption = f"cosine {cosine:.2f}\n{'same' if same else 'other'} prediction"

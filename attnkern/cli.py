@@ -13,7 +13,7 @@ import torch
 
 import attnkern
 from attnkern import _backend, _ops
-from attnkern._common import device_of
+from attnkern._checks import device_of
 
 
 def info() -> str:

@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     raise ImportError("attnkern.viz needs matplotlib: pip install attnkern[viz]") from error
 
-from attnkern._common import (
+from attnkern._checks import (
     check_choice,
     check_count,
     check_flag,

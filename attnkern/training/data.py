@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
-from attnkern._common import check_count, check_flag, check_integer, check_items, check_kind, check_number, check_tensor
+from attnkern._checks import check_count, check_flag, check_integer, check_items, check_kind, check_number, check_tensor
 from attnkern.evaluation._inputs import listed
 from attnkern.evaluation.crossdomain import inverse_root
 from attnkern.training.digits import digits_clutter, extents

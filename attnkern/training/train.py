@@ -25,7 +25,7 @@ except ImportError as error:
     raise ImportError("attnkern train needs lightning: pip install attnkern[train]") from error
 
 import attnkern
-from attnkern._common import check_items, check_kind
+from attnkern._checks import check_items, check_kind
 from attnkern.evaluation._inputs import collect
 from attnkern.evaluation.localisation import localisation
 from attnkern.evaluation.maps import attention_of, gradcam_of

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from attnkern._common import came, check_kind
+from attnkern._checks import check_kind, describe
 
 _FOLDER = resources.files(__name__)
 
@@ -49,7 +49,7 @@ def read_recipe(name: str, data: str | None = None) -> tuple[str, dict[str, Any]
     """
     rows = _rows()
     if not isinstance(name, str) or name not in rows:
-        raise ValueError(f"train: recipe must be one of {', '.join(list_recipes())}; got {came(name)}")
+        raise ValueError(f"train: recipe must be one of {', '.join(list_recipes())}; got {describe(name)}")
     check_kind("train", str | None, data=data)
     layers = []
     for file in ("family", name):

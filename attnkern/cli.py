@@ -15,7 +15,7 @@ import torch
 
 import attnkern
 from attnkern import _backend, _ops
-from attnkern._common import device_of
+from attnkern._checks import device_of
 from attnkern._extras import needs_extra
 from attnkern._spelling import did_you_mean
 

@@ -154,7 +154,7 @@ def _host_kernels():
     import cuda_on_host
 
     cuda_on_host.load()
-    return _ops._Handles("attnkern_host")
+    return _ops.Handles("attnkern_host")
 
 
 def running(competitor: str):

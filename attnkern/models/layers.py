@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern._common import came, check_choice, check_count, check_labels, check_number, check_shape, check_tensor
+from attnkern._checks import check_choice, check_count, check_labels, check_number, check_shape, check_tensor, describe
 from attnkern.models.weights import read_state
 from attnkern.nn import _like
 
@@ -169,7 +169,7 @@ def backbone_weights(where: str, known, weights, prefix: str) -> dict[str, torch
         state = read_state(f"{where}: weights", weights)
     else:
         names = ", ".join(map(repr, known.__members__))
-        raise ValueError(f"{where}: weights must be None, {names} or a file, got {came(weights)}")
+        raise ValueError(f"{where}: weights must be None, {names} or a file, got {describe(weights)}")
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from attnkern._common import check_choice, check_flag, check_items, check_kind, check_tensor
+from attnkern._checks import check_choice, check_flag, check_items, check_kind, check_tensor
 from attnkern._spelling import did_you_mean
 from attnkern.models.weights import load_weights
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from attnkern._common import check_kind, check_number
+from attnkern._checks import check_kind, check_number
 from attnkern._extras import needs_extra
 
 with needs_extra("attnkern.viz", "viz"):

@@ -9,7 +9,7 @@ from torch import nn
 
 from attnkern._checks import check_choice, check_count, check_labels, check_number, check_shape, check_tensor, describe
 from attnkern.models.weights import read_state
-from attnkern.nn import _like
+from attnkern.nn._precision import floating_parameter
 
 
 class Network(nn.Module):
@@ -50,7 +50,7 @@ class Network(nn.Module):
         check_count(type(self).__name__, num_classes=num_classes)
 
         def renewed(layer):
-            new, like = nn.Linear(layer.in_features, num_classes), _like(layer, self)
+            new, like = nn.Linear(layer.in_features, num_classes), floating_parameter(layer, self)
             return new if like is None else new.to(like.device, like.dtype)
 
         self.num_classes = num_classes

@@ -27,7 +27,8 @@ from attnkern.models.layers import (
     zero_biases,
 )
 from attnkern.models.registry import register_model
-from attnkern.nn import CompatibilityPool, ProgressiveAttention, _untouched
+from attnkern.nn import CompatibilityPool, ProgressiveAttention
+from attnkern.nn._hooks import untouched
 
 #: BatchNorm's behind the convolutions of VGG and of the branches to g; elsewhere it is PyTorch's default, 1e-5.
 _EPS = 1e-3

@@ -59,7 +59,7 @@ namespace {
 Mask mask_of(const std::optional<Tensor>& mask) {
   if (!mask.has_value())
     return {nullptr, 0};
-  return {static_cast<const bool*>(mask->data_ptr()), mask->size(0) == 1 ? 0 : mask->numel() / mask->size(0)};
+  return {static_cast<const bool*>(mask->data_ptr()), mask->size(0) <= 1 ? 0 : mask->numel() / mask->size(0)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pool_fwd(Tensor local, Tensor query, std::optional<Tensor> mask) {

@@ -250,15 +250,14 @@ def _bytes(tensor):
 
 def run_plain(function, tensors, grads, size, options, arithmetic, literal=False):
     """Results, all gradients and Σ|terms| of the reference or of the literal formula, in the tensors' dtype."""
-    op = testing.OPS["window_attention" if function == "window_map" else function]
+    op = testing.OPS[function]
     if function == "window_map":
-        rectangle = tensors["rectangle"]
-        tensors = {"x": rectangle.new_zeros(len(rectangle), 1, *size), "rectangle": rectangle}
+        options = options | {"size": size}
     keywords = options if literal else options | {"backend": "reference"}
     found = testing.evaluate(op.literal if literal else op.function, tensors, grads, **keywords)
     if literal:
         return found, None
-    g = {name: grads.get(name, torch.zeros_like(found[name])) for name in found if name in _outputs(op)}
+    g = {name: grads.get(name, torch.zeros_like(found[name])) for name in FUNCTIONS[function][1]}
     if function == "anchor_attention" and tensors["a"].dim() == 3:  # the terms want a channel
         wide = lambda d: {k: v[:, None] if k in ("a", "values", "indices") else v for k, v in d.items()}  # noqa: E731
         return found, op.terms(wide(tensors), wide(found), wide(g), **options)
@@ -272,10 +271,6 @@ def run_plain(function, tensors, grads, size, options, arithmetic, literal=False
             1 if arithmetic == torch.float64 else ROUNDINGS * torch.finfo(arithmetic).eps
         )
     return found, terms
-
-
-def _outputs(op):
-    return next(results for name, (_, results) in FUNCTIONS.items() if testing.OPS.get(name) == op)
 
 
 def exponent_error(function, exact, other, size, options, epsilon):
@@ -332,7 +327,7 @@ def check(case, backends=None):
             generator = torch.Generator().manual_seed(case["seed"])
             for _ in range(2):
                 other = {k: moved(k, v, epsilon, generator) for k, v in exact.items()}
-                others.append(testing.evaluate(*_reference(function, other, size), exact_grads, **options))
+                others.append(run_plain(function, other, exact_grads, size, options, arithmetic)[0])
                 error = exponent_error(function, exact, other, size, options, epsilon)
                 uncertain = torch.maximum(uncertain, error)
         shared = "query" in tensors and tensors["query"].dim() == 1
@@ -412,17 +407,6 @@ def check(case, backends=None):
                 bad = infected[name] & want.reshape(n, -1).isfinite().all(1) & ~((mean - 1).abs() <= 1e-5)
                 assert not bad.any(), f"{where}: image {bad.nonzero()[0].item()} does not add up: {mean[bad][0]}"
     return compared, skipped
-
-
-def _reference(function, tensors, size):
-    if function == "window_map":
-        tensors = {"x": tensors["rectangle"].new_zeros(len(tensors["rectangle"]), 1, *size), **tensors}
-        function = "window_attention"
-
-    def reference(**keywords):
-        return testing.OPS[function].function(**keywords, backend="reference")
-
-    return reference, tensors
 
 
 # --- running many ----------------------------------------------------------------------------------------------------

@@ -175,6 +175,8 @@ def test_any_subset_of_gradients(function, dtype, backend, device, interpreted):
 @pytest.mark.parametrize(
     "name, options, layout",
     [
+        ("window_map", {}, "contiguous"),
+        ("window_map", {"rescale": False, "aspect": True}, "contiguous"),
         ("window_attention", {}, "contiguous"),
         ("window_attention", {"rescale": False, "residual": False}, "channels_last"),
         pytest.param("window_attention", {"aspect": True}, "channels_last", marks=large),

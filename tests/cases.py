@@ -99,7 +99,7 @@ def doubles(tensors):
 
 
 def call(function, tensors, size=None, **options):
-    """The function's results by name. Only window_map takes a size: there are no features that have one."""
+    """The results of a function by name. Only window_map takes a size, because it has no features."""
     if function == "window_map":
         options["size"] = size
     return testing.OPS[function].function(**tensors, **options)._asdict()
@@ -140,7 +140,7 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1.05 * 
 
 
 def check(found, expected, scales=None):
-    """Each result within its dtype's tolerance · its scale; integers equal; None is zero.
+    """Each result is within the tolerance of its dtype times its scale; integers are equal; None counts as zero.
 
     A result's scale is its largest magnitude, at least 1; ``scales`` may give larger ones by name.
     """
@@ -163,7 +163,7 @@ def check(found, expected, scales=None):
 
 
 def check_run(function, tensors, backend, size=None, wrt=None, through=None, grad_layout="contiguous", **options):
-    """Results and gradients are the reference's in float64 on the same numbers. Returns them."""
+    """Compare results and gradients with the reference in float64 on the same numbers, and return them."""
     options["size"] = size
     grads = upstream(call(function, tensors, backend=backend, **options))
     grads = {name: lay(grad, grad_layout) if grad.dim() > 2 else grad for name, grad in grads.items()}
@@ -175,7 +175,7 @@ def check_run(function, tensors, backend, size=None, wrt=None, through=None, gra
 
 
 def _cancelling(tensors, expected, grads, options):
-    """Scale of the anchors' gradient: Σ|v - a| around an anchor may be far larger than Σ(v - a)."""
+    """Scale of the anchors' gradient: Σ|v - a| may be far larger than Σ(v - a)."""
     if "anchors" not in tensors:
         return {}
     pulls = (expected["values"] - tensors["a"].double()).abs().sum() * 2 * grads["anchor_loss"].abs()

@@ -18,7 +18,7 @@ rm -f "$work"/attnkern/*.so
 cd "$work"
 failed=0
 # Not what limits memory or forks: ASan reserves terabytes of addresses, and other processes lack its library.
-suitable="not midway and not larger_than_any_memory and not forked and not does_not_import"
+suitable="not fails_once and not larger_than_any_memory and not forked and not does_not_import"
 sanitizers="-fsanitize=address,undefined,float-cast-overflow"
 
 build() { # attnkern/_C.so of the copy; compiles the sources that have no object

@@ -108,6 +108,17 @@ def test_every_public_name_is_in_the_api():
     assert public_names() <= mentioned
 
 
+def test_every_test_that_a_page_names_exists():
+    tests = {
+        path.name: set(re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+        for path in (ROOT / "tests").glob("*/test_*.py")
+    }
+    for page in DOCS.glob("*.md"):
+        for file, name in re.findall(r"\b(test_\w+\.py)(?:::(test_\w+))?", page.read_text(encoding="utf-8")):
+            assert file in tests, f"{page.name}: {file}"
+            assert not name or name in tests[file], f"{page.name}: {file}::{name}"
+
+
 class Fetched(HTMLParser):
     """What a browser loads without being asked: scripts, styles, fonts, pictures, frames."""
 

@@ -1,4 +1,4 @@
-"""Random calls against float64 (fuzz.py) and many random shapes (soak.py); planted faults are found.
+"""Random calls against float64 (fuzz.py) and many random shapes (soak.py), which find planted faults.
 
 ATTNKERN_FUZZ_SEED repeats a run.
 """
@@ -45,7 +45,7 @@ def shifted(results, at, by):
 
 
 def forgets_strides(results, x, *_):
-    """As if x were read in the order of a contiguous tensor."""
+    """A fault: x is read as if it were contiguous."""
     contiguous = torch.empty(x.shape, device="meta").stride()
     holds_all = x.untyped_storage().nbytes() >= (x.storage_offset() + x.numel()) * x.element_size()
     wrong = x.as_strided(x.shape, contiguous) if holds_all else x
@@ -53,7 +53,7 @@ def forgets_strides(results, x, *_):
 
 
 def leaks(results, *_):
-    """One image's NaN reaches the last image."""
+    """A fault: NaN in the first image reaches the last one."""
     results[0][-1:] += 0 * results[0][:1]
     return results
 

@@ -29,7 +29,7 @@ class Journal:
         return found
 
     def outcomes(self, stage: str) -> dict[str, str]:
-        """Outcomes of a stage by unit: "passed", "failed", "skipped", or "unfinished" after two begins without outcome."""
+        """Outcomes of a stage by unit: "passed", "failed", "skipped", or "unfinished" if it was begun twice."""
         found, begun = {}, {}
         for entry in self.entries(stage):
             unit, outcome = entry.get("unit"), entry["outcome"]

@@ -314,7 +314,7 @@ def page(results: dict) -> str:
     lines = [
         "# Planted faults",
         "",
-        "One fault at a time is planted in the sources of the kernels, drawn at random from each class in turn, and the",
+        "One fault at a time is planted in the sources of the kernels, drawn at random from each class in turn; the",
         f"tests must catch it. `make mutate SEED={results['seed']}` continues this run; without a seed it draws other",
         "faults; `tests/mutate.py --again` tests the same faults again. The whole list is in `docs/mutation.json`.",
         "",

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # --- what setup.py decides -------------------------------------------------------------------------------------------
 
-#: setup.py with setup() replaced; {patches} take something away from the machine.
+#: setup.py with setup() replaced; {patches} simulate a machine that lacks something.
 DECIDE = """
 import pathlib, runpy, setuptools, torch
 {patches}
@@ -227,7 +227,7 @@ def test_the_library_loads_and_registers_without_a_gpu():
 
 
 def cuobjdump():
-    """NVIDIA's disassembler, from the toolkit or from Triton."""
+    """The path of NVIDIA's disassembler, from the toolkit or from Triton."""
     try:
         import triton
     except ImportError:

@@ -1,4 +1,4 @@
-"""DDP, FSDP2 and DTensor in two gloo processes under torchrun; what they check stands in distributed.py."""
+"""DDP, FSDP2 and DTensor in two gloo processes under torchrun; the checks are in distributed.py."""
 
 import os
 import subprocess

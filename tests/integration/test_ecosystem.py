@@ -293,6 +293,7 @@ def test_grad_cam_at_the_map(name):
 # --- compilation of modules and networks -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_modes_of_compile(mode):
     module, (x,) = build("window"), inputs("window")
@@ -320,6 +321,7 @@ def test_a_deep_network_is_one_graph():
         torch.testing.assert_close(found, network(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg_aib_qt", "vgg_att2_concat_pc"])
 def test_networks_are_one_graph(name, capsys):
     """The whole network is one graph; the launches in the generated code are counted and printed."""

@@ -221,6 +221,7 @@ def test_onnx_of_a_module_with_options(tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), module(x).detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_aotinductor(tmp_path):
     """A package holds the operators themselves and runs from Python."""
     torch.manual_seed(0)

@@ -510,6 +510,7 @@ def _count_in_a_group(rank, store, results):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_counts_add_up_over_processes(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     with context.Manager() as manager:

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 #: Replaces queries of PyTorch by those of a machine with one AMD GPU, which has no CUDA compute capability.
 MACHINE = """
 import types

@@ -65,11 +65,13 @@ NOT_BUILT = "backend: 'native' cannot run torch.float32 on cpu: attnkern/_C is n
 NO_TRITON = "backend: 'triton' cannot run torch.float32 on cpu: Triton is not installed: pip install triton"
 
 
+@pytest.mark.slow
 @needs_library
 def test_without_triton():
     assert python(WITHOUT_TRITON + DEGRADED).splitlines() == ["native runs", NO_TRITON]
 
 
+@pytest.mark.slow
 def test_without_the_library(copy):
     native, triton = python(DEGRADED, copy).splitlines()
     assert native.startswith(NOT_BUILT)
@@ -162,6 +164,7 @@ assert type(attnkern.nn.WindowAttention(3)) is not type(module)
     python(code)
 
 
+@pytest.mark.slow
 def test_imported_again_as_another_version():
     code = f"""
 import gc, sys, torch, attnkern
@@ -265,6 +268,7 @@ def core():
     return digest.hexdigest()
 
 
+@pytest.mark.slow
 @needs_library
 def test_each_instruction_set_is_right():
     """Each set in ATTNKERN_CPU_ISA agrees with the reference; their bits differ, which shows that each one ran."""
@@ -324,6 +328,7 @@ print(json.dumps([joined(advised), joined(large), len(large)]))
 """
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.skipif(not POLICY.exists(), reason="this kernel has no transparent huge pages")
 @pytest.mark.parametrize("asked", [None, "0", "1"])

@@ -96,6 +96,7 @@ def scarce(library: Path) -> None:
         print("compiled", "contiguous", ends(lambda: compiled(torch.ones(2, 3, 4, 6), torch.ones(2, 5))), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU, test_device.py takes the memory away")
 def test_every_tensor_of_every_operator(no_memory):
     """torch.OutOfMemoryError is raised in forward, backward and compiled graphs, and the next call is correct."""

@@ -10,6 +10,7 @@ from conftest import PATIENCE
 HERE = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs an allocator that commits memory lazily")
 @pytest.mark.parametrize("kind", ["triton", "cuda"])
 def test_the_last_image_has_the_same_bits_alone(kind, monkeypatch):

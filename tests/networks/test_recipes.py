@@ -1,4 +1,4 @@
-"""Recipes and ``attnkern train``: every row is read and built, runs leave what they should and resume exactly."""
+"""Recipes and ``attnkern train``: every recipe is valid, runs write their files and resume exactly."""
 
 import csv
 import importlib.util
@@ -27,7 +27,7 @@ from attnkern.training.modules import FAMILIES, Classification, InformationBottl
 from attnkern.training.recipes import list_recipes, read_recipe
 from attnkern.training.train import _Command, load_network, load_run, train
 
-#: Few and small: what is left of a recipe on the digits still takes every step.
+#: A short run of a recipe on the digits that still takes every step.
 TINY = [
     "--data.count", "64", "--data.batch_size", "16", "--trainer.limit_val_batches", "1",
     "--trainer.limit_test_batches", "1", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu",
@@ -253,7 +253,7 @@ def test_a_run_leaves_settings_logs_weights_and_result(name, folder):
 
 
 class Killed(Callback):
-    """Ends a run in the middle of its second epoch, as a signal would: nothing of ours runs any more."""
+    """Ends a run in the middle of its second epoch like SIGKILL: no more code of attnkern runs."""
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if trainer.current_epoch == 1 and batch_idx == 1:
@@ -275,7 +275,7 @@ def test_a_killed_run_resumed_ends_with_the_weights_of_one_not_killed(workers, f
     whole, resumed = (load_network(folder / out / "last.ckpt").state_dict() for out in ("whole", "killed"))
     for key, value in whole.items():
         assert torch.equal(value, resumed[key]), key
-    # Nothing that was logged before is lost.
+    # What was logged before is kept.
     assert len(logged(folder / "killed", "val_accuracy")) == 3
 
 
@@ -427,7 +427,7 @@ def test_there_is_no_gpu(folder):
         tiny("vgg_gap", *NARROW, "--trainer.accelerator", "gpu")
 
 
-def test_faults_keep_their_traceback(folder):
+def test_other_errors_keep_their_traceback(folder):
     """Only what Lightning itself refuses becomes a sentence."""
     failing = ["--trainer.callbacks", json.dumps([{"class_path": f"{__name__}.Failing"}])]
     with pytest.raises(ZeroDivisionError):

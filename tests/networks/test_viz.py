@@ -22,7 +22,7 @@ from attnkern.evaluation import QueryDriven, rectangle_mask
 
 
 def pixels(figure):
-    """The axes' own pixels of a rendered figure, (height, width, 3)."""
+    """The pixels of the axes in a rendered figure, (height, width, 3)."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     whole = numpy.asarray(Image.open(buffer).convert("RGB")).astype(float)

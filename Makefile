@@ -30,7 +30,7 @@ EDITABLE := FORCE_CUDA=0 ATTNKERN_NO_NATIVE=1 $(INSTALL) --no-build-isolation --
 	@touch $@
 
 .venv/ready: .venv/packages $(SOURCES)
-	@echo "==> Compiling the kernels: about half a minute; with CUDA kernels about three minutes more"
+	@echo "==> Compiled kernels"
 	@$(PY) setup.py --quiet build_ext --inplace
 	@$(PY) -m attnkern info
 	@touch $@
@@ -53,7 +53,7 @@ endif
 # The CUDA kernels also where no GPU is visible: then one architecture keeps the build short.
 ARCHITECTURE := $(if $(shell command -v nvidia-smi),,TORCH_CUDA_ARCH_LIST="$(or $(TORCH_CUDA_ARCH_LIST),9.0)")
 .venv/cuda: .venv/ready
-	@echo "==> Compiling the CUDA kernels: about three minutes; FORCE_CUDA=0 leaves them out"
+	@echo "==> CUDA kernels; FORCE_CUDA=0 leaves them out"
 	@FORCE_CUDA=$(or $(FORCE_CUDA),1) $(ARCHITECTURE) $(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
@@ -63,7 +63,7 @@ test: setup .venv/dev
 
 # Every test, sanitizers and planted errors included: about 15 minutes on two cores.
 test-all: setup .venv/dev .venv/docs .venv/cuda
-	@env -u FORCE_CUDA ATTNKERN_TEST_CUDA_LIBRARY=$(or $(FORCE_CUDA),1) $(PY) tests/run.py
+	@env -u FORCE_CUDA -u TORCH_CUDA_ARCH_LIST ATTNKERN_TEST_CUDA_LIBRARY=$(or $(FORCE_CUDA),1) $(PY) tests/run.py
 
 # Compares latency with every competitor, in a default process and in one with tuned malloc: docs/performance.md.
 bench: setup

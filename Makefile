@@ -24,7 +24,7 @@ EDITABLE := FORCE_CUDA=0 ATTNKERN_NO_NATIVE=1 $(INSTALL) --no-build-isolation --
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit( \
 	"attnkern needs Python 3.11 or later, and $(PYTHON) is Python " + v + ": name another one, make PYTHON=python3.12")'
 	@echo "==> Python packages into .venv: PyTorch and its CUDA libraries are about 3 GB; 1 to 3 minutes"
-	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(INSTALL) torch setuptools ninja $(SHORT)
 	@$(EDITABLE) '.[bench,triton]' $(SHORT)
 	@touch $@

@@ -114,6 +114,7 @@ def wheel(source, folder, **environment):
 # --- the source archive ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_source_archive_holds_every_tracked_file_and_nothing_else(archive):
     with tarfile.open(archive) as tar:
         shipped = {member.name.partition("/")[2] for member in tar if member.isfile()}
@@ -122,6 +123,7 @@ def test_the_source_archive_holds_every_tracked_file_and_nothing_else(archive):
     assert shipped - made == set(tracked())
 
 
+@pytest.mark.slow
 def test_the_source_archive_names_no_machine(archive):
     with tarfile.open(archive) as tar:
         members = tar.getmembers()
@@ -134,6 +136,7 @@ def test_the_source_archive_names_no_machine(archive):
     assert {m.mode for m in members} == {0o755, 0o644}
 
 
+@pytest.mark.slow
 def test_the_source_archive_is_the_same_bytes_again(archive, source, tmp_path):
     """Built in another folder, at another time, with other permissions, and after an earlier build."""
     other = tmp_path / "elsewhere"
@@ -188,6 +191,7 @@ def test_the_unpacked_archive_builds_a_wheel_of_any_python(tree, source, tmp_pat
     assert {"attnkern/py.typed", "attnkern/report.html", "attnkern/training/recipes/rectangular/family.yaml"} <= package
 
 
+@pytest.mark.slow
 def test_a_wheel_without_a_compiler_runs_on_the_reference(source, tmp_path):
     found = wheel(source, tmp_path / "wheel", ATTNKERN_NO_NATIVE="1", CXX="/bin/false", CC="/bin/false")
     assert found.name.endswith("-py3-none-any.whl")
@@ -208,6 +212,7 @@ def refused(source, *arguments, code="pass", **environment):
     return done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_building_with_an_old_setuptools_says_what_to_do(source):
     """The setuptools of ``python3.11 -m venv``, which cannot build wheels."""
     code = "import setuptools; setuptools.__version__ = '65.5.0'; sys.modules['setuptools.command.bdist_wheel'] = None"
@@ -216,6 +221,7 @@ def test_building_with_an_old_setuptools_says_what_to_do(source):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "compiler, fault",
     [
@@ -229,6 +235,7 @@ def test_building_without_a_compiler_says_what_to_do(compiler, fault, source):
     assert "or set ATTNKERN_NO_NATIVE=1" in line
 
 
+@pytest.mark.slow
 def test_what_does_not_compile_leaves_a_way_out(source, tmp_path):
     """A compiler that accepts C++20 but fails."""
     compiler = tmp_path / "c++"
@@ -244,6 +251,7 @@ def test_what_does_not_compile_leaves_a_way_out(source, tmp_path):
     assert "ATTNKERN_NO_NATIVE=1" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_building_without_pytorch_says_what_to_do(source):
     code = "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['setup.py']; runpy.run_path('setup.py')"
     done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)

@@ -23,6 +23,8 @@ EDITABLE := FORCE_CUDA=0 ATTNKERN_NO_NATIVE=1 $(INSTALL) --no-build-isolation --
 .venv/packages: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit( \
 	"attnkern needs Python 3.11 or later, and $(PYTHON) is Python " + v + ": name another one, make PYTHON=python3.12")'
+	@test "$(ATTNKERN_NO_NATIVE)" = 1 || echo '#include <concepts>' | $${CXX:-c++} -std=c++20 -x c++ -fsyntax-only - 2>/dev/null || { \
+	echo "attnkern needs a C++20 compiler, GCC 12 or Clang 16 or later: install one or name it, make CXX=g++-12"; exit 1; }
 	@echo "==> Python packages into .venv: PyTorch and its CUDA libraries are about 3 GB; 1 to 3 minutes"
 	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(INSTALL) torch setuptools ninja $(SHORT)

@@ -6,8 +6,8 @@ PY := .venv/bin/python
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 
-.PHONY: setup bench accuracy count test test-all docs reproduce gallery fuzz mutate soak sanitize compat gpu wheel sdist \
-	sbom release release-check clean
+.PHONY: setup bench bench-publish accuracy count test test-all docs reproduce gallery fuzz mutate soak sanitize compat gpu wheel \
+	sdist sbom release release-check clean
 
 # Packages for the benchmarks and the command line, and the compiled kernels: the CUDA kernels only where a GPU is
 # visible, or with FORCE_CUDA=1.
@@ -67,9 +67,13 @@ test: setup .venv/dev
 test-all: setup .venv/dev .venv/docs .venv/cuda
 	@env -u FORCE_CUDA -u TORCH_CUDA_ARCH_LIST ATTNKERN_TEST_CUDA_LIBRARY=$(or $(FORCE_CUDA),1) $(PY) tests/run.py
 
-# Compares latency with every competitor, in a default process and in one with tuned malloc: docs/performance.md.
+# Compares attnkern with eager PyTorch and torch.compile on this machine, in about five minutes: build/bench.
 bench: setup
 	$(PY) -m benchmarks.run
+
+# Adds a run to the published ones and to docs/performance.md: the newest, or RUN=FILE.json.
+bench-publish: setup
+	$(PY) -m benchmarks.report --publish $(or $(RUN),newest)
 
 # Errors in units in the last place, compared with eager PyTorch and torch.compile, in 15 minutes: docs/accuracy.md.
 accuracy: setup

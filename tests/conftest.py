@@ -41,7 +41,7 @@ if os.environ.get("ATTNKERN_TEST_CUDA_ON_HOST") == "1":
     import cuda_on_host
 
     cuda_on_host.load()
-    _ops.BACKENDS["native"] = _ops._Handles("attnkern_host")
+    _ops.BACKENDS["native"] = _ops.Handles("attnkern_host")
 
 _asked = os.environ.get("ATTNKERN_TEST_BACKENDS")
 BACKENDS = _asked.split(",") if _asked else [name for name in _backend.NAMES if missing(name) is None]

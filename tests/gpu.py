@@ -2,7 +2,7 @@
 
 It builds in place with the Python that runs it and installs nothing. A call ends after ``--minutes``; running the same
 command again continues where the last call stopped. Results, a journal (gpu-run.jsonl) and the output of every command
-(gpu-run.log) are written to benchmarks/results/ or to the folder that ATTNKERN_RESULTS names. When the sources change,
+(gpu-run.log) are written to build/bench/ or to the folder that ATTNKERN_RESULTS names. When the sources change,
 everything starts again. Exit codes: 0 everything is done, 1 something failed, 3 nothing failed so far, but something is
 left to do.
 """
@@ -30,7 +30,7 @@ from journal import Journal  # noqa: E402
 from benchmarks.profile import NOT_RUN  # noqa: E402
 from benchmarks.report import COLUMNS, OURS, slowest, write  # noqa: E402
 from benchmarks.run import RESTART, UNFINISHED  # noqa: E402
-from benchmarks.store import COMMITTED, MEASURED, RESULTS, code_version  # noqa: E402
+from benchmarks.store import MEASURED, RESULTS, code_version  # noqa: E402
 
 #: Each call runs build and info, and then those of these that are not done.
 STAGES = ("tests", "benchmarks", "ncu", "sanitizer")
@@ -69,7 +69,7 @@ class Run:
     def __init__(self, minutes: float, rehearsal: bool):
         self.end, self.rehearsal = time.monotonic() + 60 * minutes, rehearsal
         self.version = code_version(*MEASURED, "tests/**/*.py")
-        self.folder = ROOT / "build/rehearsal" if rehearsal and RESULTS == COMMITTED else RESULTS
+        self.folder = ROOT / "build/rehearsal" if rehearsal and not os.environ.get("ATTNKERN_RESULTS") else RESULTS
         self.folder.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(self.folder / "gpu-run.jsonl", self.version)
         self.log = (self.folder / "gpu-run.log").open("a", buffering=1, encoding="utf-8")

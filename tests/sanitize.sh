@@ -47,6 +47,8 @@ run() { # pytest's arguments
 
 plant() { # sanitizer, its message, file, sed script that plants the error
   local name=$1 finding=$2 file=$3 script=$4
+  local object=${file##*/}
+  object=${object/_kernels.h/.cpp}.o # kernels are compiled with their operators
   cp "$file" original
   sed -i "$script" "$file"
   if cmp -s "$file" original; then
@@ -54,7 +56,7 @@ plant() { # sanitizer, its message, file, sed script that plants the error
     failed=1
     return
   fi
-  rm -f "$(basename "$file").o"
+  rm -f "$object"
   build
   if run tests/kernels/test_window.py -k hard_rectangles; then
     echo "$name: FAILED, the planted error was not found"
@@ -67,7 +69,7 @@ plant() { # sanitizer, its message, file, sed script that plants the error
     failed=1
   fi
   cp original "$file"
-  rm "$(basename "$file").o" # the next build must not reuse it
+  rm "$object" # the next build must not reuse it
 }
 
 where=$("$python" -c 'import attnkern; print(attnkern.__path__[0])')
@@ -80,9 +82,9 @@ else
   grep -n -m 5 -A 12 "ERROR: AddressSanitizer\|runtime error" log || tail -30 log
   failed=1
 fi
-plant address "ERROR: AddressSanitizer: heap-buffer-overflow" csrc/cpu/window.cpp \
+plant address "ERROR: AddressSanitizer: heap-buffer-overflow" csrc/cpu/window_kernels.h \
   's/A max = to\[0\];/A max = to[positions];/'
-plant undefined "runtime error: signed integer overflow" csrc/cpu/window.cpp \
+plant undefined "runtime error: signed integer overflow" csrc/cpu/window_kernels.h \
   's/const Frame<A> frame = windows.frame(image);/const Frame<A> frame = windows.frame(image + (INT64_MAX + positions) - INT64_MAX - positions);/'
 echo "sanitize: $SECONDS s"
 exit "$failed"

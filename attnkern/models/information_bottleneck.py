@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern._common import check_choice, check_count, check_flag, check_kind, check_number
+from attnkern._checks import check_choice, check_count, check_flag, check_kind, check_number
 from attnkern._numerics import wide
-from attnkern.models._layers import (
+from attnkern.models.layers import (
     MapNorm,
     Network,
     backbone_weights,
@@ -28,7 +28,8 @@ from attnkern.models._layers import (
     zero_biases,
 )
 from attnkern.models.registry import register_model
-from attnkern.nn import BottleneckAttention, _input_for
+from attnkern.nn import BottleneckAttention
+from attnkern.nn._precision import input_for
 from attnkern.reference import modulate
 
 
@@ -122,7 +123,7 @@ class BottleneckNetwork(Network):
         return mean, F.softplus(raw_std - 5), losses
 
     def _decode(self, z):
-        return self.classifier(self.decoder(_input_for(self.classifier, z)))
+        return self.classifier(self.decoder(input_for(self.classifier, z)))
 
     def forward(self, x: torch.Tensor) -> Bottlenecked | torch.Tensor:
         """:class:`Bottlenecked` in training, else logits, of images (N, in_chans, H, W)."""

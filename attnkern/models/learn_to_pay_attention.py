@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern._common import check_choice, check_count, check_flag, check_items, check_number
-from attnkern.models._layers import (
+from attnkern._checks import check_choice, check_count, check_flag, check_items, check_number
+from attnkern.models.layers import (
     MapNorm,
     Network,
     VectorNorm,
@@ -27,7 +27,8 @@ from attnkern.models._layers import (
     zero_biases,
 )
 from attnkern.models.registry import register_model
-from attnkern.nn import CompatibilityPool, ProgressiveAttention, _untouched
+from attnkern.nn import CompatibilityPool, ProgressiveAttention
+from attnkern.nn._hooks import untouched
 
 #: BatchNorm's behind the convolutions of VGG and of the branches to g; elsewhere it is PyTorch's default, 1e-5.
 _EPS = 1e-3
@@ -183,12 +184,12 @@ class VggGap(Network):
         self._check_images(x)
         features = self.local13(self.local10(self.local7(x)))
         logits = self.classifier(features.mean((2, 3)))
-        if not _untouched(self.map):
+        if not untouched(self.map):
             self.map(self._class_activation(features, logits.argmax(1)))
         return logits
 
     def _class_activation(self, features, classes):
-        if _untouched(self.classifier, nn.Linear):
+        if untouched(self.classifier, nn.Linear):
             return torch.einsum("nk,nkhw->nhw", self.classifier.weight[classes], features)
         # What the layer adds to the logits at each position is its output there without that of zeros, the bias.
         bias = self.classifier(features.new_zeros(1, features.shape[1]))[:, :, None, None]

@@ -7,19 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 
-try:
-    import lightning.pytorch as pl
-    from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-    from torchmetrics.classification import MulticlassAccuracy
-except ImportError as error:
-    raise ImportError("attnkern.training needs lightning and torchmetrics: pip install attnkern[train]") from error
-
 import attnkern
+from attnkern._extras import needs_extra
 from attnkern.evaluation.rectangles import equivariance_distance, transform_images, transform_rectangle
 from attnkern.models import create_model
 from attnkern.models.registry import load_weights
 from attnkern.nn import AnchorQuantizer, WindowAttention
-from attnkern.training.data import normalisation_state
+from attnkern.training.normalisation import normalisation_state
+
+with needs_extra("attnkern.training.modules", "train"):
+    import lightning.pytorch as pl
+    from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+    from torchmetrics.classification import MulticlassAccuracy
 
 
 class Classification(pl.LightningModule):

@@ -371,6 +371,8 @@ def test_what_fx_cannot_trace_says_so():
         def forward(self, x):
             return self.window.rectangle(x)
 
-    message = r"^WindowAttention: torch.fx cannot trace what looks at shapes: use torch.export.export or forward hooks$"
+    message = (
+        r"^WindowAttention: torch.fx cannot trace code that reads shapes: use torch.export.export or forward hooks$"
+    )
     with pytest.raises(TypeError, match=message):
         torch.fx.symbolic_trace(Rectangle())

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from attnkern._common import came
-from attnkern.models._published import Renamed, rename
+from attnkern._checks import describe
+from attnkern.models.published import Renamed, rename
 
 #: Where a checkpoint holds the weights beside an optimizer's state and the like.
 _HOLDERS = ("state_dict", "model_state_dict", "model", "net")
@@ -97,7 +97,7 @@ def read_state(what: str, path: str | os.PathLike, average: bool = False) -> dic
 def read_weights(what: str, path: str | os.PathLike, average: bool = False) -> Renamed:
     """The state_dict in a file under attnkern's names, and what was renamed; arguments as :func:`read_state`."""
     if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(f"{what} must be None or a file of weights, got {came(path)}")
+        raise ValueError(f"{what} must be None or a file of weights, got {describe(path)}")
     return rename(read_state(what, path, average))
 
 

@@ -57,8 +57,9 @@ def latency(network: torch.nn.Module, images: torch.Tensor) -> dict[str, dict[st
     """Milliseconds of the inference of a batch, and of its attention modules alone, by backend: medians."""
     called, handles = [], []
     for name, module in network.named_modules():
-        # A module within another one's attention belongs to that.
-        if type(module).__module__ == "attnkern.nn" and not any(name.startswith(f"{outer}.") for outer, _ in called):
+        # Attention modules inside another attention module are part of it.
+        inside = any(name.startswith(f"{outer}.") for outer, _ in called)
+        if type(module).__module__.startswith("attnkern.nn.") and not inside:
             called.append((name, module))
     inputs = {}
     for name, module in called:

@@ -293,8 +293,10 @@ def attention_calls(name: str, device: torch.device) -> dict[str, Callable[[], N
         return record
 
     with contextlib.ExitStack() as patched:
-        for op in FEATURE_OPS:
-            patched.enter_context(mock.patch.object(attnkern.nn, op, recorder(getattr(attnkern, op))))
+        for module in (attnkern.nn.pool, attnkern.nn.quantize, attnkern.nn.window):
+            for op in FEATURE_OPS:
+                if hasattr(module, op):
+                    patched.enter_context(mock.patch.object(module, op, recorder(getattr(attnkern, op))))
         _network(name, device).train()(_digits(name, device).images)
     found = {}
     for backend in reversed(available_backends(device)):

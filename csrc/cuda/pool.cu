@@ -1,5 +1,6 @@
 // Compatibility pooling on CUDA: which kernels a pass launches.
 
+#include "cuda/pool_finish.cuh"
 #include "cuda/pool_slices.cuh"
 #include "cuda/pool_walk.cuh"
 

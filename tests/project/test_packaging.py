@@ -221,6 +221,28 @@ def test_building_with_an_old_setuptools_says_what_to_do(source):
     )
 
 
+def test_building_with_an_old_python_says_what_to_do(source):
+    line = refused(source, code="sys.version_info = (3, 10, 13); sys.version = '3.10.13 (main)'")
+    assert line.startswith("attnkern: needs Python 3.11 or later, this is 3.10.13: ")
+
+
+def test_pip_gets_the_requirements_of_a_build_only_where_a_compiler_is(source):
+    """With build isolation: a missing compiler is found before PyTorch is downloaded."""
+    code = (
+        "import sys; sys.modules['torch'] = None; from setuptools import build_meta;"
+        "print(build_meta.get_requires_for_build_wheel())"
+    )
+    for compiler, native, found in ((None, None, True), ("/nowhere/c++", None, False), ("/nowhere/c++", "1", True)):
+        settings = {"CXX": compiler, "ATTNKERN_NO_NATIVE": native}
+        environment = {key: value for key, value in (os.environ | settings).items() if value is not None}
+        done = subprocess.run([sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True)
+        if found:
+            assert "['torch>=2.11', 'ninja']" in done.stdout, done.stderr
+        else:
+            assert done.returncode == 1
+            assert done.stderr.splitlines()[-1].startswith("attnkern: building the kernels needs GCC 12 or Clang 16")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "compiler, fault",

@@ -304,7 +304,7 @@ def test_a_classifier_is_called_whatever_took_its_place(name):
 
 
 def test_unknown_map():
-    with pytest.raises(ValueError, match=r"names must be among the model's attention maps \['attention\.map'\], got 'map'"):
+    with pytest.raises(ValueError, match=r"among the model's attention maps \['attention\.map'\], got 'map'"):
         attention_maps(small("vgg_aib"), torch.rand(1, 3, 32, 32), ["map"])
     with pytest.raises(ValueError, match=r"names must be among the model's attention maps \[\], got 'map'"):
         attention_maps(small("vgg"), torch.rand(1, 3, 32, 32), ["map"])

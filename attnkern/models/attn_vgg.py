@@ -15,7 +15,7 @@ from attnkern.nn import CompatibilityPool
 class AttnVgg(Network):
     """VGG-att3 as in SaoYan's PyTorch port, for weights that were trained with it.
 
-    Differences from ``vgg_att3_concat_pc``: layer 7 is projected to the channels of the others; there is no dropout, and
+    Unlike in ``vgg_att3_concat_pc``, layer 7 is projected to the channels of the others; there is no dropout, and
     neither BatchNorm nor ReLU between pooling and classifier; BatchNorm's eps is 1e-5; initial weights are Xavier
     uniform. The port's attention is normalised (``normalize_attn=True``, ``--normalize_attn``), so its global vector
     cancels: the layers that only compute this vector are left out, and the logits are the same. Attention maps:

@@ -75,7 +75,7 @@ def _wrn50_2(where, width, weights):
 @register_model("wrn50_2_aib", backbone="wrn50_2")
 @register_model("wrn50_2_aib_qt", backbone="wrn50_2", num_anchors=20)
 class ImageNetBottleneck(BottleneckNetwork):
-    """The networks for CUB: torchvision's VGG16 or WRN-50-2 with bottleneck attention at 1/16 of the image's resolution.
+    """Networks for CUB: torchvision's VGG16 or WRN-50-2 with bottleneck attention at 1/16 of the image's resolution.
 
     As in the authors' code, K = 256 and the decoder is Linear K to K, ReLU, Linear.
 

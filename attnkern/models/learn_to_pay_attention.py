@@ -17,7 +17,7 @@ from attnkern._common import check_choice
 from attnkern.models.layers import MapNorm, Network, VectorNorm, conv_bn_relu, he_normal, zero_biases
 from attnkern.nn import CompatibilityPool, ProgressiveAttention
 
-#: Epsilon of the BatchNorm layers after the convolutions of VGG and of the branches to g. Others have the default, 1e-5.
+#: Epsilon of BatchNorm after the convolutions of VGG and of the branches to g; elsewhere the default, 1e-5.
 EPS = 1e-3
 #: The networks' short names of the compatibilities of :class:`attnkern.nn.CompatibilityPool`.
 COMPATIBILITIES = {"pc": "parametrised", "dp": "dot"}

@@ -12,8 +12,8 @@ import torch
 
 import attnkern
 from attnkern import _backend, reference
-from attnkern._common import DTYPES, check_choice, check_items, check_kind, device_of
-from attnkern._numerics import aspect_factors, loss_divisor
+from attnkern._checks import check_choice, check_items, check_kind, device_of
+from attnkern._numerics import DTYPES, aspect_factors, loss_divisor
 
 __all__ = ["Budget", "accuracy", "available_backends", "check_accuracy"]
 
@@ -137,7 +137,7 @@ def _window_terms(x, out, g, rescale=True, residual=True, scale=6.0, aspect=Fals
     # A rectangle of its own for each position: the gradient of the sum of z is every position's slope.
     rectangles = x["rectangle"].detach()[..., None, None].repeat(1, 1, *size).requires_grad_()
     with torch.enable_grad():
-        z = reference._log_window(rectangles, *size, scale, aspect)
+        z = reference.log_window(rectangles, *size, scale, aspect)
     (slopes,) = torch.autograd.grad(z.sum(), rectangles)
     slopes = slopes.movedim(1, -1)
     map = out["map"]

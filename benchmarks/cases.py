@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import attnkern
 from attnkern._ops import BACKENDS
 from attnkern.testing import OPS, available_backends, make_inputs, output_gradients
-from benchmarks.report import NETWORK_PASSES, TRAINING
+from benchmarks.report import EMPTY, NETWORK_PASSES, TRAINING
 
 PASSES = ("forward", "forward+backward")
 #: forward+backward with the compiled competitor tuned at length
@@ -349,5 +349,5 @@ def host_calls(device: torch.device) -> dict[str, dict[str, Callable[[], None]]]
     def empty():
         torch.autograd.grad(_Nothing.apply(x, companion), [x, companion], grad, allow_unused=True)
 
-    found["an empty autograd.Function"] = {"eager": empty}
+    found[EMPTY] = {"eager": empty}
     return found

@@ -1,5 +1,8 @@
 """The five functions as one table, seeded inputs in any shape, dtype and layout, and one way to run and to compare."""
 
+import math
+from fractions import Fraction
+
 import torch
 
 import attnkern
@@ -194,6 +197,16 @@ def _cancelling(tensors, expected, grads, options):
         return {}
     pulls = (expected["values"] - tensors["a"].double()).abs().sum() * 2 * grads["anchor_loss"].abs()
     return {"grad_anchors": pulls.item() / loss_divisor(tensors["a"], options.get("reduction", "mean"))}
+
+
+def nearest(element, anchors):
+    """Index of the nearest anchor in exact arithmetic, the lowest on ties; 0 for NaN. Plain Python numbers."""
+    if math.isnan(element) or any(map(math.isnan, anchors)):
+        return 0
+    if math.isinf(element):
+        return anchors.index(max(anchors) if element > 0 else min(anchors))
+    distances = [abs(Fraction(element) - Fraction(k)) if math.isfinite(k) else math.inf for k in anchors]
+    return distances.index(min(distances))
 
 
 def same(found, expected, what=""):

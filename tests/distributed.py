@@ -1,4 +1,4 @@
-"""Run by torchrun in two processes (tests/test_distributed.py): each check compares two halves with the whole."""
+"""Run by torchrun in two processes (integration/test_distributed.py): each check compares two halves with the whole."""
 
 import os
 import sys

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from attnkern import testing
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in testing.attnkern._common.DTYPES}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in testing.DTYPES}
 SEED = int(os.environ.get("ATTNKERN_FUZZ_SEED") or random.randrange(2**32))
 
 #: Roundings that a result may be off by, of the inputs or of Σ|terms|: about as many lie on the way of each number.
@@ -286,7 +286,7 @@ def exponent_error(function, exact, other, size, options, epsilon):
         if function == "compatibility_pool":
             query = tensors["query"]
             return torch.einsum("ncl,nc->nl", tensors["local"].flatten(2), query.expand(len(tensors["local"]), -1))
-        window = testing.reference._log_window
+        window = testing.reference.log_window
         return window(tensors["rectangle"][..., None, None], *size, options["scale"], options["aspect"]).flatten(1)
 
     z, shifted = logarithm(exact), logarithm(other)

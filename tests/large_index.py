@@ -93,7 +93,7 @@ def main(kind):
         import cuda_on_host
 
         cuda_on_host.load()
-        ops, last = _ops._Handles("attnkern_host"), cuda_last
+        ops, last = _ops.Handles("attnkern_host"), cuda_last
     else:
         ops, last = _ops.BACKENDS["triton"], triton_last
     for layout in ("contiguous", "channels_last"):

@@ -11,6 +11,7 @@ the tree.
 
 import argparse
 import ast
+import functools
 import io
 import json
 import os
@@ -131,6 +132,7 @@ def undefined(new: str, code: str, position: int) -> bool:
     return new.isidentifier() and not re.search(rf"\b{new}\b", code[begin : end.start() if end else len(code)])
 
 
+@functools.cache
 def faults_in(path: Path) -> dict[str, list[dict]]:
     """Everything that can be planted in a file, by class."""
     text, code = path.read_text(encoding="utf-8"), code_of(path)
@@ -158,7 +160,7 @@ def faults_in(path: Path) -> dict[str, list[dict]]:
 
 def drawn(path: Path, seed: int):
     """Faults of a file in the order of the draw: from each of its classes in turn."""
-    found = faults_in(path)
+    found = {kind: [*faults] for kind, faults in faults_in(path).items()}
     generator = random.Random(f"{seed} {path.relative_to(ROOT)}")
     for faults in found.values():
         generator.shuffle(faults)
@@ -167,7 +169,7 @@ def drawn(path: Path, seed: int):
     while any(found.values()):
         for kind in kinds:
             if found[kind]:
-                yield found[kind].pop()
+                yield dict(found[kind].pop())
 
 
 # --- how it is judged ------------------------------------------------------------------------------------------------
@@ -175,12 +177,17 @@ def drawn(path: Path, seed: int):
 FOLDERS = {"csrc/cuda": "cuda", "attnkern/_triton": "triton"}  # all else of csrc is C++
 #: What the launches of an operator's file are called in the names of tests.
 OPERATORS = {"window": "window", "quantize": "quantize or anchor", "pool": "pool"}
-NATIVE = ["test_scalar_math.py", "test_ops.py", "test_promises.py", "test_fuzz.py", "test_faults.py"]
+EVERY = ["kernels/test_ops.py", "kernels/test_promises.py"]
 SUITES = {  # tests in order, environment
-    "native": (NATIVE, LANES["native"][1] | {"ATTNKERN_TEST_BACKENDS": "native"}),
-    "cuda": (["test_cuda_on_host.py", "test_ops.py", "test_promises.py"], LANES["cuda"][1]),
-    "triton": (["test_ops.py", "test_promises.py"], LANES["interpreted"][1]),
-}
+    "native": (
+        ["native/test_scalar_math.py", *EVERY, "native/test_fuzz.py", "kernels/test_extreme_inputs.py",
+         "kernels/test_memory_layout.py", "kernels/test_changed_tensors.py", "kernels/test_threads.py",
+         "kernels/test_failures.py"],
+        LANES["native"][1] | {"ATTNKERN_TEST_BACKENDS": "native"},
+    ),
+    "cuda": (["cuda_kernels/test_cuda_on_host.py", *EVERY], LANES["cuda"][1]),
+    "triton": (EVERY, LANES["interpreted"][1]),
+}  # fmt: skip
 
 
 #: Faults per file.
@@ -247,7 +254,7 @@ class Copy:
     def caught(self, kind: str, operator: str | None) -> str | None:
         """What caught it: a test, a crash, or the time limit of a test; None when all pass."""
         files, environment = SUITES[kind]
-        own = [f"test_{name}.py" for name in ([operator] if operator else OPERATORS)]
+        own = [f"kernels/test_{name}.py" for name in ([operator] if operator else OPERATORS)]
         by = self.tested(own + files, OPERATORS[operator] if operator else "", environment)
         if by is None and kind == "triton":  # of what the interpreter cannot show: the barriers of the compiled code
             by = self.tested(LANES["ahead"][0], "companions or more_channels", LANES["ahead"][1])
@@ -264,9 +271,9 @@ class Copy:
             return None
         if re.search(r"NameError|UnboundLocalError|CompilationError|SyntaxError|power of 2", done.stdout):
             return REFUSED
-        if failed := re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE):
+        if failed := re.search(r"^(?:FAILED|ERROR) tests/\w+/(\S+)", done.stdout, re.MULTILINE):
             return failed.group(1)
-        running = re.findall(r'File "[^"]*/tests/(test_\w+\.py)", line \d+ in (test_\w+)', done.stderr)
+        running = re.findall(r'File "[^"]*/tests/\w+/(test_\w+\.py)", line \d+ in (test_\w+)', done.stderr)
         where = f" in {'::'.join(running[0])}" if running else ""
         if "Timeout" in done.stderr:
             return "a time limit" + where

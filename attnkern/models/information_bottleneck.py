@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern._common import check_choice, check_count
+from attnkern._checks import check_choice, check_count
 from attnkern._numerics import wide
 from attnkern.models.layers import Network, conv_bn_relu, halved, scaled, xavier_uniform
 from attnkern.models.registry import register_model
-from attnkern.nn import BottleneckAttention, _input_for
+from attnkern.nn import BottleneckAttention
+from attnkern.nn._precision import input_for
 
 #: Of the KL term in :func:`bottleneck_loss`.
 VARIANTS = ("correct", "reference")
@@ -104,7 +105,7 @@ class BottleneckNetwork(Network):
         return mean, F.softplus(raw_std - 5), losses
 
     def _decode(self, z):
-        return self.classifier(self.decoder(_input_for(self.classifier, z)))
+        return self.classifier(self.decoder(input_for(self.classifier, z)))
 
     def forward(self, x: torch.Tensor) -> Bottlenecked | torch.Tensor:
         """Images (N, in_chans, H, W) to :class:`Bottlenecked` in training, otherwise to logits (N, num_classes)."""

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern._common import came, check_choice, check_count, check_number, check_shape, check_tensor
+from attnkern._checks import check_choice, check_count, check_number, check_shape, check_tensor, describe
 from attnkern.models.weights import read_state
-from attnkern.nn import _like
+from attnkern.nn._precision import floating_parameter
 
 
 class Network(nn.Module):
@@ -51,7 +51,7 @@ class Network(nn.Module):
         check_count(type(self).__name__, num_classes=num_classes)
 
         def renewed(layer):
-            new, like = nn.Linear(layer.in_features, num_classes), _like(layer, self)
+            new, like = nn.Linear(layer.in_features, num_classes), floating_parameter(layer, self)
             return new if like is None else new.to(like.device, like.dtype)
 
         self.num_classes = num_classes
@@ -165,7 +165,7 @@ def backbone_weights(where: str, known, weights, prefix: str) -> dict[str, torch
         state = read_state(f"{where}: weights", weights)
     else:
         names = ", ".join(map(repr, known.__members__))
-        raise ValueError(f"{where}: weights must be None, {names} or a file, got {came(weights)}")
+        raise ValueError(f"{where}: weights must be None, {names} or a file, got {describe(weights)}")
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern._common import check_choice
+from attnkern._checks import check_choice
 from attnkern.models.layers import MapNorm, Network, VectorNorm, conv_bn_relu, he_normal, zero_biases
 from attnkern.nn import CompatibilityPool, ProgressiveAttention
 

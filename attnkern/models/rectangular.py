@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import nn
 
-from attnkern._common import check_choice
+from attnkern._checks import check_choice
 from attnkern.models.layers import MapNorm, Network, backbone_weights, check_backbone, replace_stem
 from attnkern.models.registry import register_model
 from attnkern.nn import PositionwiseAttention, WindowAttention

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from attnkern._common import check_choice
+from attnkern._checks import check_choice
 from attnkern.models.weights import load_weights
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {}

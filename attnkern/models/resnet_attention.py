@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern._common import check_count
+from attnkern._checks import check_count
 from attnkern.models.layers import MapNorm, conv_bn_relu, halved, scaled, zero_biases
 from attnkern.models.learn_to_pay_attention import EPS, PooledNetwork, initialise, max_pool
 from attnkern.models.registry import register_model

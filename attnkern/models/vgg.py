@@ -6,7 +6,7 @@ See :mod:`attnkern.models.learn_to_pay_attention` for what follows the authors' 
 import torch
 from torch import nn
 
-from attnkern._common import check_choice
+from attnkern._checks import check_choice
 from attnkern.models.layers import Network, VectorNorm, conv_bn_relu, halved, scaled
 from attnkern.models.learn_to_pay_attention import (
     COMPATIBILITIES,
@@ -18,7 +18,8 @@ from attnkern.models.learn_to_pay_attention import (
     max_pool,
 )
 from attnkern.models.registry import register_model
-from attnkern.nn import ProgressiveAttention, _untouched
+from attnkern.nn import ProgressiveAttention
+from attnkern.nn._hooks import untouched
 
 
 def _add_vgg_maps(network, in_chans, width, dropout, first_pool):
@@ -137,12 +138,12 @@ class VggGap(Network):
         self._check_images(x)
         features = self.local13(self.local10(self.local7(x)))
         logits = self.classifier(features.mean((2, 3)))
-        if not _untouched(self.map):
+        if not untouched(self.map):
             self.map(self._class_activation(features, logits.argmax(1)))
         return logits
 
     def _class_activation(self, features, classes):
-        if _untouched(self.classifier, nn.Linear):
+        if untouched(self.classifier, nn.Linear):
             return torch.einsum("nk,nkhw->nhw", self.classifier.weight[classes], features)
         # The layer was wrapped or replaced: its contribution at each position is its output there minus its bias, the
         # output for zeros.

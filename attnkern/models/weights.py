@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from attnkern._common import came
+from attnkern._checks import describe
 from attnkern.models.published import Renamed, rename
 
 #: Keys under which checkpoints hold the state_dict, next to optimizer state and the like.
@@ -100,7 +100,7 @@ def read_state(what: str, path: str | os.PathLike, average: bool = False) -> dic
 def read_weights(what: str, path: str | os.PathLike, average: bool = False) -> Renamed:
     """The state_dict in a file with attnkern's names, and what was renamed; arguments as :func:`read_state`."""
     if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(f"{what} must be None or a file of weights, got {came(path)}")
+        raise ValueError(f"{what} must be None or a file of weights, got {describe(path)}")
     return rename(read_state(what, path, average))
 
 

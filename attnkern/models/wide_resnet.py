@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern._common import check_count
+from attnkern._checks import check_count
 from attnkern._numerics import wide
 from attnkern.models.information_bottleneck import BottleneckNetwork
 from attnkern.models.layers import MapNorm, Network, he_normal, scaled, zero_biases

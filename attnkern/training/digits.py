@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from attnkern._common import check_choice, check_count, check_integer
+from attnkern._checks import check_choice, check_count, check_integer
 
 #: Pieces of other digits on every canvas.
 _FRAGMENTS = 6

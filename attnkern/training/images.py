@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from attnkern._common import came, check_kind, numbers_of
+from attnkern._checks import check_kind, describe, numbers_of
 from attnkern._extras import needs_extra
 
 with needs_extra("attnkern.training.images", "train"):
@@ -83,7 +83,7 @@ def read_image(path: str | os.PathLike, box: tuple[float, float, float, float] |
     """
     check_kind("read_image", str | os.PathLike, path=path)
     if box is not None and len(numbers_of("read_image", "box", box)) != 4:
-        raise ValueError(f"read_image: box must be (x, y, width, height), got {came(box)}")
+        raise ValueError(f"read_image: box must be (x, y, width, height), got {describe(box)}")
     with opened(path) as picture:
         picture.load()
         orientation = _orientation(picture)

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from attnkern._common import check_kind, check_number
+from attnkern._checks import check_kind, check_number
 from attnkern._extras import needs_extra
 
 with needs_extra("attnkern.viz", "viz"):
@@ -36,5 +36,8 @@ def save(figure: Figure, path: str | os.PathLike, *, dpi: float | None = None) -
         options = {"facecolor": figure.get_facecolor(), "transparent": False, "bbox_inches": None}
         figure.savefig(part, format=suffix[1:], dpi=dpi or figure.dpi, **options)
         os.replace(part, path)
+    except OSError as error:
+        error.filename = error.filename and os.fspath(path)  # not the temporary file, which nobody asked for
+        raise
     finally:
         part.unlink(missing_ok=True)

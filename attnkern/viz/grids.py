@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from attnkern._common import (
+from attnkern._checks import (
     check_choice,
     check_count,
     check_flag,

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from attnkern._common import check_flag, check_kind, check_number, check_shape, check_tensor
+from attnkern._checks import check_flag, check_kind, check_number, check_shape, check_tensor
 from attnkern._extras import needs_extra
 from attnkern.evaluation.localisation import rescale, upsample
 from attnkern.viz._checks import check_finite, check_image

@@ -142,6 +142,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     with needs_extra("attnkern evaluate", _EXTRAS):
         from attnkern.evaluation.protocols import PROTOCOLS, check_protocols, choices, write_json
+        from attnkern.evaluation.summary import failures
 
     out = Path(options.out or Path(options.checkpoint).with_name("evaluation.json"))
     protocols = PROTOCOLS if "all" in options.protocol else options.protocol
@@ -151,12 +152,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     with _printed(results["protocols"]):
         _measure(subject, protocols, results["protocols"])
         write_json(out, results)
-    print(f"written: {out}")
-    return 0
+    print(f"details: {out}")
+    return 1 if failures(results["protocols"]) else 0
 
 
 def _measure(subject, protocols, results):
-    """Add the results of each protocol to ``results``; if one fails, those before it are kept."""
+    """Add the results of each protocol to ``results``, its error included."""
     from tqdm import tqdm
 
     from attnkern.evaluation.protocols import evaluate
@@ -169,13 +170,14 @@ def _measure(subject, protocols, results):
 
 @contextlib.contextmanager
 def _printed(results):
-    """Print ``results`` at the end of the block, after an error too: measuring them took minutes."""
+    """Print a summary of ``results`` at the end of the block, after an error too: measuring them took minutes."""
     from attnkern.evaluation.protocols import plain
+    from attnkern.evaluation.summary import summary
 
     try:
         yield
     finally:
-        _print_entries(plain(results))
+        print(summary(plain(results)))
 
 
 def _subject(options, out):
@@ -234,20 +236,6 @@ def _report(options: argparse.Namespace) -> int:
             write_text(out, report(subject, run, results, options.examples))
     print(f"written: {out}")
     return 0
-
-
-def _print_entries(entry, indent=0):
-    """Print one number per line with its name; lists are only in the file."""
-    for key, value in entry.items():
-        if isinstance(value, dict):
-            print(f"{'  ' * indent}{key}")
-            _print_entries(value, indent + 1)
-        elif not isinstance(value, list):
-            print(
-                f"{'  ' * indent}{key:24} {value:.4f}"
-                if isinstance(value, float)
-                else f"{'  ' * indent}{key:24} {value}"
-            )
 
 
 def _show(options: argparse.Namespace) -> int:

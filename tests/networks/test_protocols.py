@@ -64,7 +64,12 @@ def test_every_protocol_says_numbers_or_why_not(name, checkpoints, tmp_path, cap
     assert missing == ONLY_SOME - RUNS[name] | {"transfer"} | ({"crossdomain"} & missing)
     assert (result["network"], result["images"], result["seed"]) == (name, 60, 0)
     assert result["data"]["name"] == "digits-clutter"
-    assert {"top1", "fooling", "localisation"} <= {line.strip().split()[0] for line in printed.splitlines() if line}
+    table, (omitted, details) = printed.splitlines()[:-2], printed.splitlines()[-2:]
+    assert [line.split()[0] for line in table] == ["protocol", *(n for n in protocols.PROTOCOLS if n not in missing)]
+    assert omitted == f"not applicable: {', '.join(n for n in protocols.PROTOCOLS if n in missing)}"
+    assert details == f"details: {out}"
+    assert f"accuracy {result['protocols']['top1']['accuracy']:.3f}" in printed
+    assert f"rate {result['protocols']['fooling']['rates'][3]:.3f}" in printed
     # The same once more: nothing depends on what was drawn before.
     again = tmp_path / "again.json"
     assert cli.main([*arguments[:-4], "--out", str(again), "--device", "cpu"]) == 0
@@ -107,10 +112,48 @@ def test_transfer_to_other_classes(checkpoints):
 
 
 def test_small_classes_are_named(checkpoints):
-    few = subject(checkpoints["vgg"], limit=60)
+    few = subject(checkpoints["vgg"], limit=20)
     few.images.class_names[1] = "o_$ne$"
     reason = protocols.evaluate(few, ["crossdomain"])["crossdomain"]["not applicable"]
-    assert reason == "five folds need five images of each class, got fewer of '0', 'o_$ne$'"
+    assert reason == (
+        "five folds need at least five images of each class, got fewer of '0', 'o_$ne$', '2', '3', '4' and 5 more"
+    )
+
+
+def test_a_limit_draws_from_all_classes(checkpoints):
+    labels = [0] * 60 + [1] * 30 + [2] * 9 + [3]
+    found = protocols.stratified(labels, 20, seed=1)
+    assert found == protocols.stratified(labels, 20, seed=1) == protocols.stratified(labels, 50, seed=1)[:20]
+    assert found != protocols.stratified(labels, 20, seed=2)
+    # One of each class first, then in proportion: 12, 6 and 2 of 20, one more or less.
+    assert {labels[index] for index in found[:4]} == {0, 1, 2, 3}
+    counts = [sum(labels[index] == label for index in found) for label in range(4)]
+    assert all(abs(count - expected) <= 1 for count, expected in zip(counts, (12, 6, 2, 1), strict=True))
+    assert sorted(protocols.stratified(labels, 1000)) == list(range(100))
+    few = subject(checkpoints["vgg"], limit=20)
+    assert few.labels.bincount().tolist() == [2] * 10
+    boxes, masks = few.located
+    inside = torch.stack([mask.nonzero().amin(0) for mask in masks])
+    assert torch.equal(inside, boxes[:, :2].long())  # the same images, in the same order
+
+
+def test_a_failing_protocol_does_not_end_the_others(checkpoints, tmp_path, capsys, monkeypatch):
+    def fails(subject):
+        raise torch.OutOfMemoryError("out of memory\nand more")
+
+    chosen = {"fooling": fails, "top1": protocols.PROTOCOLS["top1"], "anchors": protocols.PROTOCOLS["anchors"]}
+    monkeypatch.setattr(protocols, "PROTOCOLS", chosen)
+    out = tmp_path / "evaluation.json"
+    arguments = ["evaluate", str(checkpoints["vgg"]), "--limit", "20", "--out", str(out), "--device", "cpu"]
+    assert cli.main(arguments) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].split() == ["fooling", "failed", "OutOfMemoryError:", "out", "of", "memory"]
+    assert printed[2].split()[:2] == ["top1", "accuracy"]
+    assert printed[3:] == ["not applicable: anchors", f"details: {out}"]
+    result = json.loads(out.read_text(encoding="utf-8"))["protocols"]
+    assert result["fooling"]["error"] == "OutOfMemoryError: out of memory\nand more"
+    assert "in fails" in result["fooling"]["traceback"]
+    assert 0 <= result["top1"]["accuracy"] <= 1
 
 
 def test_anchors_are_counted(checkpoints):

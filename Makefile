@@ -16,7 +16,7 @@ setup: .venv/ready
 PIP := $(PY) -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --progress-bar off --constraint $(CONSTRAINTS)
 # One line for each package that is downloaded, instead of three.
-SHORT := | sed -u -n 's/^ *\(Downloading .*\)/    \1/p; s/^\(Installing collected packages\): .*/    \1/p'
+SHORT := | sed -u -n 's/^ *\(\(Downloading\|Using cached\) .*\)/    \1/p; s/^\(Installing collected packages\): .*/    \1/p'
 # The package itself is installed without kernels; they are compiled afterwards.
 EDITABLE := FORCE_CUDA=0 ATTNKERN_NO_NATIVE=1 $(INSTALL) --no-build-isolation --editable
 

@@ -357,16 +357,22 @@ def key(mutant):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=None, help="of the draw; drawn itself when left out")
+    parser.add_argument("--seed", type=int, default=None, help="random seed; default: a new one")
     parser.add_argument("--each", type=int, default=EACH, help="faults per file")
     parser.add_argument("--files", default="", help="only files whose path matches this regular expression")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--again", action="store_true", help="judge also what has been judged")
-    parser.add_argument("--survivors", action="store_true", help="judge again only survivors that nothing explains")
+    parser.add_argument("--again", action="store_true", help="test faults of earlier runs again")
+    parser.add_argument("--survivors", action="store_true", help="test only survivors without an explanation again")
     parser.add_argument("--why", nargs=2, metavar=("NUMBER", "TEXT"), help="explain a survivor, counted from 0")
+    parser.add_argument(
+        "--page", action="store_true", help="write docs/mutation.md again, after changes of the sources"
+    )
     arguments = parser.parse_args()
 
     kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"seed": None, "mutants": []}
+    if arguments.page:
+        save(kept)
+        return 0
     if arguments.why:
         survivors = [m for m in kept["mutants"] if not m["caught"]]
         survivors[int(arguments.why[0])]["why"] = arguments.why[1]

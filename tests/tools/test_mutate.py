@@ -51,5 +51,5 @@ def test_comments_strings_and_declarations_are_not_code(suffix, code, tmp_path):
 def test_published_result():
     """The page matches the result, and each survivor has an explanation."""
     results = json.loads(mutate.RESULTS.read_text(encoding="utf-8"))
-    assert mutate.PAGE.read_text(encoding="utf-8") == mutate.page(results)
+    assert mutate.PAGE.read_text(encoding="utf-8") == mutate.page(results), "run tests/mutate.py --page"
     assert all(m["caught"] or m.get("why") for m in results["mutants"])

@@ -143,6 +143,7 @@ def test_the_bill_of_materials_says_what_pyproject_says(bill):
 # --- network and files -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_importing_asks_for_no_network(tmp_path):
     for package in ("torchvision", "lightning", "matplotlib", "triton"):
         pytest.importorskip(package)

@@ -84,7 +84,7 @@ def _convert(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from attnkern.models import create_model
-    from attnkern.models._weights import load_state, read_weights, save_state
+    from attnkern.models.weights import load_state, read_weights, save_state
 
     what = "convert: checkpoint"
     read = read_weights(what, options.checkpoint, options.average)

@@ -19,7 +19,7 @@ from attnkern._common import (
     check_tensor,
     double,
 )
-from attnkern.evaluation._inputs import Data, Normalise, batches, check_evaluating, identity, listed
+from attnkern.evaluation.inputs import Data, Normalise, batches, check_evaluating, identity, listed
 
 
 class Whitening(NamedTuple):

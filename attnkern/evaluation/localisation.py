@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from attnkern._common import check_count, check_number, check_shape, check_size, check_tensor, double
 from attnkern._numerics import wide
-from attnkern.evaluation._inputs import check_maps, check_masks
+from attnkern.evaluation.inputs import check_maps, check_masks
 
 
 class Localisation(NamedTuple):

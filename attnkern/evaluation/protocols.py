@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 import attnkern
-from attnkern.evaluation._inputs import collect, listed
+from attnkern.evaluation.inputs import collect, listed
 from attnkern.evaluation.anchors import usage
 from attnkern.evaluation.classification import top1
 from attnkern.evaluation.crossdomain import direct_transfer, features_at, linear_svm, zca

@@ -13,7 +13,7 @@ from torch import nn
 
 from attnkern._common import check_choice, check_count, check_flag, check_kind, check_number
 from attnkern._numerics import wide
-from attnkern.models._layers import (
+from attnkern.models.layers import (
     MapNorm,
     Network,
     backbone_weights,

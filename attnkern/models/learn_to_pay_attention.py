@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attnkern._common import check_choice, check_count, check_flag, check_items, check_number
-from attnkern.models._layers import (
+from attnkern.models.layers import (
     MapNorm,
     Network,
     VectorNorm,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from attnkern._common import check_choice, check_number, check_tensor
-from attnkern.models._layers import MapNorm, Network, backbone_weights, check_backbone, replace_stem
+from attnkern.models.layers import MapNorm, Network, backbone_weights, check_backbone, replace_stem
 from attnkern.models.registry import register_model
 from attnkern.nn import PositionwiseAttention, WindowAttention
 

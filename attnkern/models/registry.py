@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from attnkern._common import check_choice, check_flag, check_items, check_kind, check_tensor
-from attnkern.models._weights import load_weights
+from attnkern.models.weights import load_weights
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
 

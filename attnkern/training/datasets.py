@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset, TensorDataset
 
 from attnkern._extras import needs_extra
-from attnkern.evaluation._inputs import listed
+from attnkern.evaluation.inputs import listed
 from attnkern.training.digits import digits_clutter
 
 with needs_extra("attnkern.training.data", "train"):

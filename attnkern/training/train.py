@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 import attnkern
 from attnkern._common import check_items, check_kind
 from attnkern._extras import needs_extra
-from attnkern.evaluation._inputs import collect
+from attnkern.evaluation.inputs import collect
 from attnkern.evaluation.localisation import localisation
 from attnkern.evaluation.maps import attention_of, gradcam_of
 from attnkern.evaluation.protocols import write_json

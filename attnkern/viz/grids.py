@@ -9,8 +9,8 @@ import torch
 
 from attnkern._common import check_shape, check_size, check_tensor
 from attnkern._extras import needs_extra
-from attnkern.evaluation._inputs import Normalise, Predict, check_maps, identity
-from attnkern.evaluation.interpretability import _cosine
+from attnkern.evaluation.inputs import Normalise, Predict, check_maps, identity
+from attnkern.evaluation.interpretability import map_cosines
 from attnkern.evaluation.query import QueryDriven
 from attnkern.evaluation.rectangles import (
     descriptive_order,
@@ -178,7 +178,7 @@ def occlusion_rows(
     rows = [[(image, map)] for image, map in zip(images, maps, strict=True)]
     for changed in modified.values():
         changed_logits, changed_maps = predict(normalise(changed))
-        cosines = _cosine(maps, changed_maps, False).tolist()
+        cosines = map_cosines(maps, changed_maps, False).tolist()
         unchanged = (logits.argmax(1) == changed_logits.argmax(1)).tolist()
         for row, image, map, cosine, same in zip(rows, changed, changed_maps, cosines, unchanged, strict=True):
             caption = f"cosine {cosine:.2f}\n{'same' if same else 'other'} prediction"

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attnkern._common import came, check_choice, check_count, check_labels, check_number, check_shape, check_tensor
-from attnkern.models._weights import read_state
+from attnkern.models.weights import read_state
 from attnkern.nn import _like
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from attnkern._common import came
-from attnkern.models._published import Renamed, rename
+from attnkern.models.published import Renamed, rename
 
 #: Where a checkpoint holds the weights beside an optimizer's state and the like.
 _HOLDERS = ("state_dict", "model_state_dict", "model", "net")

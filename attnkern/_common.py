@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 from torch.fx import Proxy
 
+from attnkern._spelling import did_you_mean
 from attnkern._tracing import traced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -123,7 +124,8 @@ def check_choice(where: str, name: str, value, choices) -> None:
     # Asked of an array, ``in`` would compare element by element.
     if not isinstance(value, (str, type(None))) or value not in choices:
         *others, last = map(repr, choices)
-        raise ValueError(f"{where}: {name} must be {', '.join(others)} or {last}, got {came(value)}")
+        hint = did_you_mean(value, choices)
+        raise ValueError(f"{where}: {name} must be {', '.join(others)} or {last}, got {came(value)}{hint}")
 
 
 def check_kind(where: str, kind, **values) -> None:

@@ -163,14 +163,14 @@ def test_show(checkpoints, tmp_path, capsys):
     [
         (["evaluate", "nowhere.ckpt"], "there is no file 'nowhere.ckpt'"),
         (["evaluate", "{vgg}", "--device", "abacus"], "device must be a device such as .*, got 'abacus'"),
-        (["evaluate", "{text}"], "is no checkpoint of attnkern train"),
-        (["evaluate", "{vgg}", "--protocol", "top2"], "protocol must be one of all, top1, .*; got 'top2'"),
+        (["evaluate", "{text}"], "is not a checkpoint of attnkern train"),
+        (["evaluate", "{vgg}", "--protocol", "top2"], "got .top2.; did you mean .top1."),
         (["evaluate", "{vgg}", "--map", "attention.map"], "map must be an attention map .* got 'attention.map'"),
         (["evaluate", "{vgg}", "--data", "imagenet"], "name must be one of .*, got 'imagenet'"),
         (["evaluate", "{vgg}", "--data", "cub", "--root", "nowhere"], "cub: .*nowhere"),
         (["show", "nowhere.png", "--checkpoint", "{vgg}"], "there is no image 'nowhere.png'"),
         (["show", "{text}", "--checkpoint", "{vgg}"], "is no image that can be read"),
-        (["show", "{text}", "--checkpoint", "{text}"], "is no checkpoint of attnkern train"),
+        (["show", "{text}", "--checkpoint", "{text}"], "is not a checkpoint of attnkern train"),
     ],
 )
 def test_mistakes_end_in_a_sentence(arguments, message, checkpoints, tmp_path, capsys, monkeypatch):

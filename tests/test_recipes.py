@@ -309,7 +309,7 @@ def test_what_is_no_checkpoint(folder):
     with pytest.raises(FileNotFoundError, match=r"there is no file 'none\.ckpt'"):
         load_network("none.ckpt")
     (folder / "text.ckpt").write_text("no checkpoint", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"'text\.ckpt' is no checkpoint of attnkern train"):
+    with pytest.raises(ValueError, match=r"'text\.ckpt' is not a checkpoint of attnkern train"):
         load_network("text.ckpt")
 
 

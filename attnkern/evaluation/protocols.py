@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 import attnkern
+from attnkern._spelling import did_you_mean
 from attnkern.evaluation.inputs import collect, listed
 from attnkern.evaluation.anchors import usage
 from attnkern.evaluation.classification import top1
@@ -272,7 +273,8 @@ def check_protocols(protocols: Iterable[str]) -> None:
     """Raise ValueError unless each is a name in :data:`PROTOCOLS`."""
     for name in protocols:
         if name not in PROTOCOLS:
-            raise ValueError(f"evaluate: protocol must be one of all, {', '.join(PROTOCOLS)}; got {name!r}")
+            hint = did_you_mean(name, ["all", *PROTOCOLS])
+            raise ValueError(f"evaluate: protocol must be one of all, {', '.join(PROTOCOLS)}, got {name!r}{hint}")
 
 
 def evaluate(subject: Subject, protocols: Iterable[str] = tuple(PROTOCOLS)) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from attnkern._common import check_tensor
 from attnkern._extras import needs_extra
+from attnkern._spelling import did_you_mean
 
 with needs_extra("attnkern.training.data", "train"):
     from lightning.pytorch import LightningDataModule
@@ -175,7 +176,8 @@ class ImageData(LightningDataModule):
     ):
         super().__init__()
         if name not in SPECS:
-            raise ValueError(f"ImageData: name must be one of {', '.join(data_sets())}, got {name!r}")
+            hint = did_you_mean(name, SPECS)
+            raise ValueError(f"ImageData: name must be one of {', '.join(data_sets())}, got {name!r}{hint}")
         spec = SPECS[name]
         given = {"ratio": ratio, "count": count}
         given |= {"split": split or None, "box_crop": box_crop or None, "download": download or None}

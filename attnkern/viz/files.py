@@ -31,5 +31,8 @@ def save(figure: Figure, path: str | os.PathLike, *, dpi: float | None = None) -
         options = {"facecolor": figure.get_facecolor(), "transparent": False, "bbox_inches": None}
         figure.savefig(part, format=suffix[1:], dpi=dpi or figure.dpi, **options)
         os.replace(part, path)
+    except OSError as error:
+        error.filename = error.filename and os.fspath(path)  # not the temporary file
+        raise
     finally:
         part.unlink(missing_ok=True)

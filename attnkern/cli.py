@@ -242,15 +242,13 @@ def _show(options: argparse.Namespace) -> int:
     with needs_extra("attnkern show", _EXTRAS):
         from attnkern import viz
         from attnkern.evaluation.protocols import check_writable
-        from attnkern.training.show import explain
+        from attnkern.training.show import draw, explain, summary
 
     if options.out is not None:
         check_writable("show", options.out)
     shown = explain(options.checkpoint, options.image, options.map)
-    rectangle = {} if shown.rectangle is None else {"rectangle": shown.rectangle}
-    title = f"{shown.label} ({shown.probability:.0%})"
-    figure = viz.overlay(shown.image, shown.attention, nearest=shown.quantized, title=title, **rectangle)
-    print(f"{options.image}: {title}, {shown.map}")
+    figure = draw(shown)
+    print(f"{options.image}: {summary(shown)}")
     if options.out is None:
         return _on_screen(figure)
     viz.save(figure, options.out)

@@ -61,7 +61,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    with needs_extra("attnkern train", _EXTRAS):
+    with needs_extra("train", _EXTRAS):
         from attnkern.training.recipes import list_recipes, read_recipe
 
         if options.recipe is None:
@@ -102,9 +102,10 @@ def _next_steps(folder) -> str:
 
 
 def _models(options: argparse.Namespace) -> int:
-    from attnkern.models.table import table
+    with needs_extra("models", _EXTRAS):
+        from attnkern.models.table import table
 
-    print(table(), end="")
+        print(table(), end="")
     return 0
 
 
@@ -140,7 +141,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    with needs_extra("attnkern evaluate", _EXTRAS):
+    with needs_extra("evaluate", _EXTRAS):
         from attnkern.evaluation.protocols import PROTOCOLS, check_protocols, choices, write_json
 
     out = Path(options.out or Path(options.checkpoint).with_name("evaluation.json"))
@@ -183,7 +184,7 @@ def _subject(options, out):
 
     Raises OSError if ``out`` cannot be written, before anything is computed.
     """
-    with needs_extra(f"attnkern {options.command}", _EXTRAS):
+    with needs_extra(options.command, _EXTRAS):
         from attnkern.evaluation.protocols import Subject, check_writable
         from attnkern.training.data import ImageData
         from attnkern.training.train import load_run
@@ -215,7 +216,7 @@ def _report(options: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    with needs_extra("attnkern report", _EXTRAS):
+    with needs_extra("report", _EXTRAS):
         from attnkern.evaluation.protocols import PROTOCOLS, write_text
         from attnkern.report import report
 
@@ -251,7 +252,7 @@ def _print_entries(entry, indent=0):
 
 
 def _show(options: argparse.Namespace) -> int:
-    with needs_extra("attnkern show", _EXTRAS):
+    with needs_extra("show", _EXTRAS):
         from attnkern import viz
         from attnkern.evaluation.protocols import check_writable
         from attnkern.training.show import explain

@@ -64,10 +64,15 @@ def _train(options: argparse.Namespace) -> int:
     with needs_extra("train", _EXTRAS):
         from attnkern.training.recipes import list_recipes, read_recipe
 
+        recipes = list_recipes()
         if options.recipe is None:
-            for name in list_recipes():
+            for name in recipes:
                 print(f"{name:36} {read_recipe(name)[1]['data']['name']}")
             return 0
+        if options.recipe not in recipes:
+            # argparse takes the value of an option that it does not know for the name.
+            for name in filter(recipes.__contains__, options.others):
+                raise ValueError(f"train: the name of the recipe must be the first argument: attnkern train {name} ...")
         read_recipe(options.recipe)  # an unknown name is an error before Lightning is imported, which takes seconds
         from lightning.pytorch.utilities import rank_zero_only
 

@@ -553,7 +553,11 @@ def test_training_is_quiet(folder):
     "arguments, message",
     [
         (["vgg_att4"], "attnkern: train: there is no recipe 'vgg_att4'; did you mean 'vgg_att_"),
-        (["vgg_gap", "--data", "imagenet"], "imagenet"),
+        (
+            ["--model.backend", "native", "vgg_gap"],
+            "train: the name of the recipe must be the first argument: attnkern",
+        ),
+        (["vgg_gap", "--data", "digit-clutter"], "got 'digit-clutter'; did you mean 'digits-clutter'?"),
         (["vgg_gap", "--data.root", "nowhere"], "cifar10: no data under nowhere"),
     ],
 )

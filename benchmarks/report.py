@@ -41,7 +41,7 @@ BOTH = "Where a cell has two numbers, the first is from the default process and 
 #: A row is measured again if the interquartile range of a competitor's times exceeds this share of their median.
 NOISY = 0.25
 #: at the start of a run on a busy machine
-BUSY = "The machine is busy: its load average is {load:.1f} on {cores} cores. If that lasts, the times will not be reliable."
+BUSY = "The machine is busy (load average {load:.1f} on {cores} cores). If that lasts, the times will not be reliable."
 OURS = ("native", "triton")
 #: Names in plots.
 LABELS = {

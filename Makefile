@@ -14,7 +14,8 @@ SHELL := bash
 setup: .venv/ready
 
 PIP := $(PY) -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --progress-bar off --constraint $(CONSTRAINTS)
+# Python compiles modules when they are first imported, which is much less than all that pip would compile.
+INSTALL := $(PIP) install --progress-bar off --no-compile --constraint $(CONSTRAINTS)
 # One line for each package that is downloaded, instead of three.
 SHORT := | sed -u -n 's/^ *\(\(Downloading\|Using cached\) .*\)/    \1/p; s/^\(Installing collected packages\): .*/    \1/p'
 # The package itself is installed without kernels; they are compiled afterwards.

@@ -76,8 +76,8 @@ template <typename T, typename Value>
 ATTNKERN_INLINE void write_lanes(int64_t count, T* to, [[maybe_unused]] bool stream, const Value& value) {
 #if defined(ATTNKERN_X86)
   if (stream) {
-    // Segments are short, so that the loads of one overlap the stores of the one before it: with 1,024 elements the same
-    // loop takes 1.5 times as long.
+    // Segments are short, so that the loads of one overlap the stores of the one before it: with 1,024 elements the
+    // same loop takes 1.5 times as long.
     constexpr int64_t segment = 128, vector = 16 / sizeof(T);
     alignas(64) T buffer[segment];
     for (int64_t first = 0; first < count; first += segment) {

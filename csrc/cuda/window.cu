@@ -299,7 +299,7 @@ void forward(const Rectangles& rectangles, const Shape& shape, const T* x, bool 
   const Queue queue(map);
   const auto tiling = Tiling::of<T>(shape, x, output);
   const int64_t items = windows.one_launch() ? 0 : shape.images * windows.chunks();
-  static_assert(sizeof(Statistics<A, true>) == kStats * sizeof(A), "a chunk's statistics are kStats numbers without padding");
+  static_assert(sizeof(Statistics<A, true>) == kStats * sizeof(A), "statistics are numbers without padding");
   const Tensor scratch = empty<A>(map, {items * kStats});
   auto* chunks = reinterpret_cast<Statistics<A, true>*>(mutable_data<A>(scratch));
   queue.launch(window_statistics_kernel<A>, items, kThreads, 0, windows, chunks, items);

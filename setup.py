@@ -286,6 +286,8 @@ if missing is not None:
     if os.environ.get("FORCE_CUDA") == "1":
         sys.exit(f"attnkern: FORCE_CUDA=1, but the CUDA kernels cannot be built: {missing}")
     print(f"attnkern: building {'the CPU library' if native else 'Python'} only: {missing}", file=sys.stderr)
+if kinds and "bdist_wheel" in sys.argv:  # before hundreds of files are copied
+    require_compiler(get_cxx_compiler())
 
 
 class SourceArchive(sdist):

@@ -1,4 +1,5 @@
-// The kernels of compatibility pooling. Included once per instruction set by foreach_isa.h, after the types of pool.cpp.
+// The kernels of compatibility pooling. Included once per instruction set by foreach_isa.h, after the types of
+// pool.cpp.
 
 #include "cpu/simd.h"
 

@@ -16,8 +16,8 @@ struct RowSums {
   ATTNKERN_INLINE int width() const { return kThreads / threads; } // channels of a block
   ATTNKERN_INLINE int64_t blocks() const { return channels > 0 ? (channels + width() - 1) / width() : 1; }
 
-  // Folds term(sum, element, row) over the rows at channel c of a matrix (rows, channels). Called by the whole block; the
-  // first thread of each channel gets the result.
+  // Folds term(sum, element, row) over the rows at channel c of a matrix (rows, channels). Called by the whole block;
+  // the first thread of each channel gets the result.
   template <typename A, typename Term>
   ATTNKERN_DEVICE A sum(const A* from, int64_t c, int64_t rows, const Term& term) const {
     constexpr int kRun = 32; // rows summed on their own, so that the error of many rows grows more slowly

@@ -1,6 +1,6 @@
 // Nearest-anchor quantization of elements, by whole blocks. A block sorts the anchors in shared memory and finds an
-// element's anchor by the thresholds between them. Lanes of a warp with the same anchor are summed in a tree and added to
-// the warp's bins. The bins are added in order, and a second launch adds the sums of several blocks in order.
+// element's anchor by the thresholds between them. Lanes of a warp with the same anchor are summed in a tree and added
+// to the warp's bins. The bins are added in order, and a second launch adds the sums of several blocks in order.
 #pragma once
 
 #include "cuda/modulate.cuh"
@@ -99,15 +99,15 @@ template <typename A> struct Bins {
 // sum, and the number of lanes is returned to it; the others get 0.
 template <typename A> ATTNKERN_DEVICE int add_alike(int key, A& value) {
   const unsigned alike = __match_any_sync(kAllLanes, key), below = (1u << threadIdx.x % kWarp) - 1;
-  unsigned place = __popc(alike & below), behind = alike & ~below & ~(below + 1);
+  unsigned rank = __popc(alike & below), later = alike & ~below & ~(below + 1);
 #pragma unroll
   for (int lanes = kWarp; lanes > 1; lanes /= 2) { // at most this many are left
-    const int next = __ffs(behind) - 1;
+    const int next = __ffs(later) - 1;
     const A other = __shfl_sync(kAllLanes, value, std::max(next, 0));
     if (next >= 0)
       value += other;
-    behind &= ~__ballot_sync(kAllLanes, place & 1); // these have been added to another lane
-    place /= 2;
+    later &= ~__ballot_sync(kAllLanes, rank & 1); // these have been added to another lane
+    rank /= 2;
   }
   return (alike & below) == 0 ? __popc(alike) : 0;
 }
@@ -130,7 +130,7 @@ ATTNKERN_DEVICE bool any_nan(const Companion& anchors, int count) {
 // Where a block's table and bins are: in shared memory, or in global scratch memory.
 template <typename A> struct Scratch {
   char* memory = nullptr; // null for shared memory
-  int slots;              // for anchors; even, so that arrays behind integers stay aligned
+  int slots;              // for anchors; even, so that the arrays after the integers stay aligned
 
   explicit Scratch(int64_t anchors) : slots(static_cast<int>(ceil_div(anchors, 2) * 2)) {}
   ATTNKERN_INLINE int64_t bytes() const { return Table<A>::bytes(slots) + Bins<A>::bytes(slots); }
@@ -217,12 +217,12 @@ public:
       q_.indices[i] = index < 0 ? 0 : index;
       loss_ += difference * difference;
     }
-    const bool spoilt = __ballot_sync(kAllLanes, valid && index < 0) != 0; // a NaN spoils anchor 0
+    const bool nan_found = __ballot_sync(kAllLanes, valid && index < 0) != 0; // makes the sum of anchor 0 NaN
     const int lanes = add_alike(index, difference), warp = threadIdx.x / kWarp;
     if (index >= 0 && lanes > 0)
       bins_.residuals[bin(index, warp)] += difference, bins_.counts[bin(index, warp)] += lanes;
     __syncwarp();
-    if (spoilt && threadIdx.x % kWarp == 0)
+    if (nan_found && threadIdx.x % kWarp == 0)
       bins_.residuals[bin(0, warp)] = NAN;
     __syncwarp();
     return quantized;

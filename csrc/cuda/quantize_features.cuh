@@ -16,8 +16,8 @@ ATTNKERN_DEVICE void fill_map(const Tiling& tiling, const Tile& tile, const Comp
   for (int i = threadIdx.x; i < tile.width; i += kThreads) {
     const int64_t at = tile.image * tiling.shape.positions + tile.position(tiling, i);
     const A element = a.load<A>(at);
-    const bool lost = poisoned || element != element;
-    map[i] = lost ? A(NAN) : anchors.load<A>(kept_within(indices[at], anchor_count));
+    const bool is_nan = poisoned || element != element;
+    map[i] = is_nan ? A(NAN) : anchors.load<A>(kept_within(indices[at], anchor_count));
   }
   __syncthreads();
 }
@@ -34,8 +34,9 @@ template <typename T>
 ATTNKERN_DEVICE void look_up_map(const Quantization<Wide<T>>& q, bool within, const Tiling& tiling, const Tile& tile) {
   using A = Wide<T>;
   A* map = shared<MapTile<T>>().of;
-  const int64_t beyond = tiling.shape.positions - tile.column;
-  const int owned = within && tile.row == 0 && beyond > 0 ? static_cast<int>(std::min<int64_t>(beyond, tile.width)) : 0;
+  const int64_t remaining = tiling.shape.positions - tile.column;
+  const bool owns = within && tile.row == 0 && remaining > 0;
+  const int owned = owns ? static_cast<int>(std::min<int64_t>(remaining, tile.width)) : 0;
   const auto place = [&](int i) { return tile.image * tiling.shape.positions + tile.position(tiling, i); };
   const auto element_at = [&](int i) { return i < tile.width ? q.a.template load<A>(place(i)) : A(0); };
   A next = element_at(threadIdx.x); // loaded while the table is filled
@@ -65,11 +66,11 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     anchor_forward_kernel(const T* x, Quantization<Wide<T>> q, Quantizing quantizing, bool residual, T* output,
                           Tiling tiling) {
-  const int64_t tiles = tiling.shape.images * tiling.tiles(), behind = block_index() - tiles;
-  if (behind >= 0) {
+  const int64_t tiles = tiling.shape.images * tiling.tiles(), extra = block_index() - tiles;
+  if (extra >= 0) {
     if (quantizing == Quantizing::before)
-      add_blocks(q, behind);
-    else if (quantizing == Quantizing::beside && behind == 0)
+      add_blocks(q, extra);
+    else if (quantizing == Quantizing::beside && extra == 0)
       quantize_chunk(q, 0, dynamic_shared<char>());
     return;
   }
@@ -139,9 +140,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     anchor_backward_kernel(const T* grad_output, const T* x, Gradients<Wide<T>> gradients, bool residual, T* grad_x,
                            Wide<T>* grad_map, Tiling tiling) {
   using A = Wide<T>;
-  const int64_t behind = block_index() - tiling.shape.images * tiling.tiles();
-  if (behind >= 0) {
-    gradients.write_anchors(behind);
+  const int64_t extra = block_index() - tiling.shape.images * tiling.tiles();
+  if (extra >= 0) {
+    gradients.write_anchors(extra);
     return;
   }
   const Tile tile(tiling, block_index());

@@ -31,7 +31,7 @@ struct Windows {
   ATTNKERN_INLINE bool one_launch() const { return !rescale || positions() <= kChunk; }
 };
 
-// An image's frame and coordinates, computed own_value per block because sine, cosine and divisions are expensive.
+// An image's frame and coordinates, computed once per block because sine, cosine and divisions are expensive.
 template <typename A> struct Plane {
   Frame<A> frame;
   Axis<A> rows, columns;
@@ -299,7 +299,7 @@ void forward(const Rectangles& rectangles, const Shape& shape, const T* x, bool 
   const Queue queue(map);
   const auto tiling = Tiling::of<T>(shape, x, output);
   const int64_t items = windows.one_launch() ? 0 : shape.images * windows.chunks();
-  static_assert(sizeof(Statistics<A, true>) == kStats * sizeof(A), "numbers and nothing else");
+  static_assert(sizeof(Statistics<A, true>) == kStats * sizeof(A), "statistics are numbers without padding");
   const Tensor scratch = empty<A>(map, {items * kStats});
   auto* chunks = reinterpret_cast<Statistics<A, true>*>(mutable_data<A>(scratch));
   queue.launch(window_statistics_kernel<A>, items, kThreads, 0, windows, chunks, items);
@@ -314,11 +314,11 @@ void backward(const Rectangles& rectangles, const Shape& shape, const T* grad_ou
   const Windows windows(rectangles);
   const Queue queue(stats);
   const auto tiling = Tiling::of<T>(shape, grad_output, x, grad_x);
-  const int64_t items = shape.images * tiling.tiles(), shares = tiling.tiles() == 1 ? 0 : items;
-  const Tensor partial = empty<A>(stats, {shares * kSums});
+  const int64_t items = shape.images * tiling.tiles(), partials = tiling.tiles() == 1 ? 0 : items;
+  const Tensor partial = empty<A>(stats, {partials * kSums});
   queue.launch(window_backward_kernel<T>, items, kThreads, 0, grad_output, grad_map, x, windows, data<A>(stats),
                residual, grad_x, mutable_data<A>(partial), MutableCompanion(grad_rectangle), tiling);
-  queue.launch(window_rectangle_kernel<A>, shares == 0 ? 0 : shape.images, kWarp, 0, data<A>(partial), windows,
+  queue.launch(window_rectangle_kernel<A>, partials == 0 ? 0 : shape.images, kWarp, 0, data<A>(partial), windows,
                MutableCompanion(grad_rectangle), shape.images, tiling.tiles());
 }
 

@@ -98,8 +98,8 @@ def test_emulation_exposes_a_race(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", [3, 4], ids=["barrier", "shuffle"])
-def test_emulation_refuses_to_wait_for_nobody(fault):
-    with pytest.raises(RuntimeError, match="waits for threads that never come"):
+def test_emulation_rejects_a_wait_for_threads_that_do_not_arrive(fault):
+    with pytest.raises(RuntimeError, match="waits for threads that do not arrive"):
         ops.faulty_sum(torch.ones(64), fault)
 
 

@@ -360,7 +360,7 @@ def test_features_after_insert(kind):
 
 
 def test_what_fx_cannot_trace_says_so():
-    message = r"^WindowAttention: torch.fx traces a module that holds it, not the module itself$"
+    message = r"^WindowAttention: torch.fx can trace a module that contains it, but not the module alone$"
     with pytest.raises(TypeError, match=message):
         torch.fx.symbolic_trace(ann.WindowAttention(6))
 

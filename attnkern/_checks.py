@@ -8,6 +8,7 @@ import torch
 from torch.fx import Proxy
 
 from attnkern._numerics import DTYPES, autocasts
+from attnkern._spelling import did_you_mean
 from attnkern._tracing import traced
 
 #: Numbers of Python, of PyTorch's compiler and of NumPy.
@@ -172,7 +173,8 @@ def check_choice(where: str, name: str, value, choices) -> None:
     # The type is checked first, because ``in`` would compare an array element by element.
     if not isinstance(value, (str, type(None))) or value not in choices:
         *others, last = map(repr, choices)
-        raise ValueError(f"{where}: {name} must be {', '.join(others)} or {last}, got {describe(value)}")
+        hint = did_you_mean(value, choices)
+        raise ValueError(f"{where}: {name} must be {', '.join(others)} or {last}, got {describe(value)}{hint}")
 
 
 def check_kind(where: str, kind, **values) -> None:

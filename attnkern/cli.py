@@ -3,9 +3,11 @@
 import argparse
 import contextlib
 import io
+import logging
 import os
 import platform
 import re
+import shlex
 import sys
 from importlib import metadata
 
@@ -14,10 +16,15 @@ import torch
 import attnkern
 from attnkern import _backend, _ops
 from attnkern._checks import device_of
+from attnkern._extras import needs_extra
+from attnkern._spelling import did_you_mean
+
+#: The extras that train, evaluate, report and show need together.
+_EXTRAS = "train,viz"
 
 
 def info() -> str:
-    """Versions, what is available here, and for each backend that is not, why and how to get it."""
+    """Versions, the GPUs, and for each backend whether it is available, or else why not and how to install it."""
 
     def version(*packages):
         for package in packages:
@@ -53,44 +60,76 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
-def _train(options: argparse.Namespace, others: list[str]) -> int:
-    from attnkern.training.recipes import list_recipes, read_recipe
+def _train(options: argparse.Namespace) -> int:
+    with needs_extra("train", _EXTRAS):
+        from attnkern.training.recipes import list_recipes, read_recipe
 
-    if options.recipe is None:
-        for name in list_recipes():
-            print(f"{name:36} {read_recipe(name)[1]['data']['name']}")
-        return 0
-    from attnkern.training.train import train
+        recipes = list_recipes()
+        if options.recipe is None:
+            for name in recipes:
+                print(f"{name:36} {read_recipe(name)[1]['data']['name']}")
+            return 0
+        if options.recipe not in recipes:
+            # argparse takes the value of an option that it does not know for the name.
+            for name in filter(recipes.__contains__, options.others):
+                raise ValueError(f"train: the name of the recipe must be the first argument: attnkern train {name} ...")
+        read_recipe(options.recipe)  # an unknown name is an error before Lightning is imported, which takes seconds
+        from lightning.pytorch.utilities import rank_zero_only
 
-    result = train(options.recipe, options.data, others)
+        from attnkern.training.train import run_recipe
+
+    result, folder = run_recipe(options.recipe, options.data, options.others)
     published, accuracy = result["published_error"], result["accuracy"]
     accuracy = "not tested" if accuracy is None else f"accuracy {accuracy:.4f}"
-    print(
+    rank_zero_only(print)(  # once, if several processes train
         f"{result['recipe']} on {result['data']}: {accuracy} after {result['epochs']} epochs, "
         f"{result['seconds']:.0f} s, {result['parameters']:,} parameters, seed {result['seed']}"
         + ("" if published is None else f" (published error {published} %)")
     )
+    if folder is not None:
+        print(_next_steps(folder))
     return 0
 
 
-def _models(options: argparse.Namespace) -> int:
-    from attnkern.models.table import table
+def _next_steps(folder) -> str:
+    """Where a run's files are, and the commands that use them."""
+    lines = [f"results: {folder}"]
+    checkpoint = folder / "last.ckpt"
+    if checkpoint.exists():
+        run, trained = shlex.quote(str(folder)), shlex.quote(str(checkpoint))
+        lines += [
+            "next:",
+            f"  attnkern evaluate {trained}    # measure it by the papers' protocols",
+            f"  attnkern report {run}    # write a page with its numbers and pictures",
+            f"  attnkern show IMAGE --checkpoint {trained} --out map.png    # draw the attention of an image",
+        ]
+    return "\n".join(lines)
 
-    print(table(), end="")
+
+def _models(options: argparse.Namespace) -> int:
+    with needs_extra("models", _EXTRAS):
+        from attnkern.models.table import table
+
+        print(table(), end="")
     return 0
 
 
 def _convert(options: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from attnkern.evaluation.protocols import check_writable
     from attnkern.models import create_model
-    from attnkern.models._weights import load_state, read_weights, save_state
+    from attnkern.models.weights import load_state, read_weights, save_state
 
+    if options.out is not None:
+        check_writable("convert", options.out)
     what = "convert: checkpoint"
     read = read_weights(what, options.checkpoint, options.average)
     if not read.layout:
-        raise ValueError(f"{what}: {options.checkpoint!r} has the names of no published implementation that is known")
-    # That every weight finds its place is checked on a network, before anything is written.
+        raise ValueError(
+            f"{what}: {options.checkpoint!r} has the weight names of no published implementation that is known"
+        )
+    # Loading them into a network checks that every weight fits, before a file is written.
     network = create_model(read.networks[0], read.num_classes, **read.options)
     load_state(what, network, options.checkpoint, read)
     print(f"{options.checkpoint}: {read.layout}\n{read.calls()}\n")
@@ -107,7 +146,9 @@ def _convert(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from attnkern.evaluation.protocols import PROTOCOLS, check_protocols, choices, write_json
+    with needs_extra("evaluate", _EXTRAS):
+        from attnkern.evaluation.protocols import PROTOCOLS, check_protocols, choices, write_json
+        from attnkern.evaluation.summary import failures
 
     out = Path(options.out or Path(options.checkpoint).with_name("evaluation.json"))
     protocols = PROTOCOLS if "all" in options.protocol else options.protocol
@@ -117,12 +158,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     with _printed(results["protocols"]):
         _measure(subject, protocols, results["protocols"])
         write_json(out, results)
-    print(f"written: {out}")
-    return 0
+    print(f"details: {out}")
+    return 1 if failures(results["protocols"]) else 0
 
 
 def _measure(subject, protocols, results):
-    """Add the results of each protocol to ``results``: when one fails, those before it are kept."""
+    """Add the results of each protocol to ``results``, its error included."""
     from tqdm import tqdm
 
     from attnkern.evaluation.protocols import evaluate
@@ -135,23 +176,25 @@ def _measure(subject, protocols, results):
 
 @contextlib.contextmanager
 def _printed(results):
-    """Print ``results`` when the block ends, also when an error ends it: measuring them took minutes."""
+    """Print a summary of ``results`` at the end of the block, after an error too: measuring them took minutes."""
     from attnkern.evaluation.protocols import plain
+    from attnkern.evaluation.summary import summary
 
     try:
         yield
     finally:
-        _print_entries(plain(results))
+        print(summary(plain(results)))
 
 
 def _subject(options, out):
-    """What a checkpoint, a data set and the other options of ``evaluate`` describe, and the network's name.
+    """The network, images and settings that the options of ``evaluate`` and ``report`` name, and the network's name.
 
-    Raises an error, too, where ``out`` cannot be written: before anything is computed.
+    Raises OSError if ``out`` cannot be written, before anything is computed.
     """
-    from attnkern.evaluation.protocols import Subject, check_writable
-    from attnkern.training.data import ImageData
-    from attnkern.training.train import load_run
+    with needs_extra(options.command, _EXTRAS):
+        from attnkern.evaluation.protocols import Subject, check_writable
+        from attnkern.training.data import ImageData
+        from attnkern.training.train import load_run
 
     device = _device(options)
     run = load_run(options.checkpoint)
@@ -164,7 +207,7 @@ def _subject(options, out):
 
 
 def _device(options):
-    """The device of ``--device``, if it can be used here."""
+    """The device of ``--device``; raises ValueError if it cannot be used on this machine."""
     if options.device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = device_of(options.command, options.device)
@@ -180,16 +223,17 @@ def _report(options: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from attnkern.evaluation.protocols import PROTOCOLS, write_text
-    from attnkern.report import report
+    with needs_extra("report", _EXTRAS):
+        from attnkern.evaluation.protocols import PROTOCOLS, write_text
+        from attnkern.report import report
 
     run = Path(options.run)
     options.checkpoint = run / "last.ckpt"
     out = Path(options.out or run / "report.html")
     subject, _ = _subject(options, out)
-    held = run / "evaluation.json"
-    if held.exists() and options.data is None:
-        page = report(subject, run, json.loads(held.read_text(encoding="utf-8"))["protocols"], options.examples)
+    evaluated = run / "evaluation.json"
+    if evaluated.exists() and options.data is None:
+        page = report(subject, run, json.loads(evaluated.read_text(encoding="utf-8"))["protocols"], options.examples)
         write_text(out, page)
     else:
         results = {}
@@ -200,32 +244,17 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_entries(entry, indent=0):
-    """Numbers by name, one a line; long lists are left to the file."""
-    for key, value in entry.items():
-        if isinstance(value, dict):
-            print(f"{'  ' * indent}{key}")
-            _print_entries(value, indent + 1)
-        elif not isinstance(value, list):
-            print(
-                f"{'  ' * indent}{key:24} {value:.4f}"
-                if isinstance(value, float)
-                else f"{'  ' * indent}{key:24} {value}"
-            )
-
-
 def _show(options: argparse.Namespace) -> int:
-    from attnkern import viz
-    from attnkern.evaluation.protocols import check_writable
-    from attnkern.training.show import explain
+    with needs_extra("show", _EXTRAS):
+        from attnkern import viz
+        from attnkern.evaluation.protocols import check_writable
+        from attnkern.training.show import draw, explain, summary
 
     if options.out is not None:
         check_writable("show", options.out)
     shown = explain(options.checkpoint, options.image, options.map)
-    rectangle = {} if shown.rectangle is None else {"rectangle": shown.rectangle}
-    title = f"{shown.label} ({shown.probability:.0%})"
-    figure = viz.overlay(shown.image, shown.attention, nearest=shown.quantized, title=title, **rectangle)
-    print(f"{options.image}: {title}, {shown.map}")
+    figure = draw(shown)
+    print(f"{options.image}: {summary(shown)}")
     if options.out is None:
         return _on_screen(figure)
     viz.save(figure, options.out)
@@ -237,7 +266,7 @@ def _on_screen(figure) -> int:
     import matplotlib.pyplot as plt
 
     if plt.get_backend().lower() == "agg":
-        raise ValueError("show: there is no screen here; name a file with --out")
+        raise ValueError("show: there is no screen; choose a file with --out")
     manager = plt.figure().canvas.manager
     manager.canvas.figure = figure
     figure.set_canvas(manager.canvas)
@@ -245,81 +274,127 @@ def _on_screen(figure) -> int:
     return 0
 
 
-def _run(arguments: list[str] | None) -> int:
-    parser = argparse.ArgumentParser(prog="attnkern", description="Fused kernels for spatial attention.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, available backends, and why the others are not")
-    commands.add_parser("models", help="the papers' networks, their parameters and attention maps")
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, with a suggestion for a misspelled command."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        command = re.search(r"invalid choice: '(.*?)'", message)
+        if command:
+            message = f"there is no command {command[1]!r}{did_you_mean(command[1], _COMMANDS)}"
+        help = "" if message.endswith("?") else f"; see {self.prog} --help"
+        self.exit(2, f"{self.prog}: {message}{help}\n")
+
+    def refuse(self, others: list[str]):
+        """Exit because of arguments that this parser does not know."""
+        word = others[0].partition("=")[0]
+        kind = "option" if word.startswith("-") else "argument"
+        self.error(f"unknown {kind} {word}{did_you_mean(word, re.findall(r'--[a-z]+', self.format_help()))}")
+
+
+def _positive(text: str) -> int:
+    """The type of options that count something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser of the command line, and the parser of each command."""
+    parser = _Parser(prog="attnkern", description="Fused kernels for spatial attention.")
+    parser.add_argument("--version", action="version", version=f"attnkern {attnkern.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("info", help="show versions, the available backends, and why others are not available")
+    commands.add_parser("models", help="list the papers' networks, their parameters and attention maps")
     convert = commands.add_parser(
         "convert",
-        help="published weights under attnkern's names",
-        description="Shows whose names a published checkpoint has (the bottleneck paper's authors', SaoYan's AttnVGG), "
-        "what each is called here, and which network has the weights; --out writes them under the new names.",
+        help="convert published weights to attnkern's names",
+        description="Shows which published implementation a checkpoint comes from (the bottleneck paper's authors', "
+        "SaoYan's AttnVGG), how its weights are named here, and which network they belong to. With --out, writes the "
+        "weights under their new names.",
     )
-    convert.add_argument("checkpoint", help="file of the published implementation")
-    convert.add_argument("--out", help="file to write: .safetensors, otherwise PyTorch's format")
-    convert.add_argument("--average", action="store_true", help="the average over time, where the file has both")
+    convert.add_argument("checkpoint", help="checkpoint file of the published implementation")
+    convert.add_argument("--out", help="file to write: .safetensors, or any other name for PyTorch's format")
+    convert.add_argument("--average", action="store_true", help="use the average over time if the file has both")
     train = commands.add_parser(
         "train",
-        help="train a network of the papers",
-        description="Trains a network by a recipe. Every other option is one of Lightning's command line and wins over "
-        "the recipe: --trainer.max_epochs 3, --trainer.precision bf16-mixed, --trainer.devices 2, "
+        help="train one of the papers' networks",
+        description="Trains a network by a recipe. All other options are those of Lightning's command line and "
+        "override the recipe: --trainer.max_epochs 3, --trainer.precision bf16-mixed, --trainer.devices 2, "
         "--model.options.width 0.25, --data.root DIR, --data.download true, --seed_everything 1, --out DIR, "
-        "--resume true; --print_config shows them all.",
+        "--resume true, --overwrite true. --print_config shows all of them with their values.",
     )
-    train.add_argument("recipe", nargs="?", help="name of a recipe; without one, they are listed")
-    train.add_argument("--data", help="data set, by default the recipe's: digits-clutter needs no download")
-    evaluate = commands.add_parser("evaluate", help="the papers' protocols on a trained network")
-    evaluate.add_argument("checkpoint", help="last.ckpt of attnkern train")
-    evaluate.add_argument("--protocol", nargs="+", default=["all"], metavar="NAME", help="which of them; all")
-    evaluate.add_argument("--out", help="JSON file, by default evaluation.json beside the checkpoint")
-    page = commands.add_parser("report", help="one self-contained HTML page for a run")
+    train.add_argument("recipe", nargs="?", help="name of a recipe; without a name, lists the recipes")
+    train.add_argument("--data", help="data set, by default the recipe's; digits-clutter needs no download")
+    evaluate = commands.add_parser("evaluate", help="measure a trained network by the papers' protocols")
+    evaluate.add_argument("checkpoint", help="last.ckpt of a run of attnkern train")
+    evaluate.add_argument(
+        "--protocol", nargs="+", default=["all"], metavar="NAME", help="protocols to run; all by default"
+    )
+    evaluate.add_argument("--out", help="JSON file to write, by default evaluation.json next to the checkpoint")
+    page = commands.add_parser("report", help="write a self-contained HTML page about a run")
     page.add_argument("run", help="folder of a run of attnkern train")
-    page.add_argument("--out", help="HTML file, by default report.html in the run's folder")
-    page.add_argument("--examples", type=int, default=24, help="test images to look at")
+    page.add_argument("--out", help="HTML file to write, by default report.html in the run's folder")
+    page.add_argument("--examples", type=_positive, default=24, help="number of test images on the page, 24 by default")
     for command in (evaluate, page):
-        command.add_argument("--data", help="data set, by default the one that the network was trained on")
-        command.add_argument("--root", help="where the data lies, by default where it lay in training")
+        command.add_argument("--data", help="data set, by default that of the training")
+        command.add_argument("--root", help="folder of the data, by default that of the training")
         command.add_argument("--map", help="name of the attention map, or of a module for Grad-CAM")
-        command.add_argument("--limit", type=int, help="test images, by default all")
-        command.add_argument("--seed", type=int, default=0, help="of what is drawn")
-        command.add_argument("--device", help="cpu or cuda, by default cuda where there is one")
-    show = commands.add_parser("show", help="the attention of an image of one's own")
+        command.add_argument("--limit", type=_positive, help="number of test images, by default all")
+        command.add_argument("--seed", type=int, default=0, help="random seed, 0 by default")
+        command.add_argument("--device", help="cpu or cuda, by default cuda if there is a GPU")
+    show = commands.add_parser("show", help="draw what a trained network looks at in an image")
     show.add_argument("image", help="an image file")
-    show.add_argument("--checkpoint", required=True, help="last.ckpt of attnkern train")
+    show.add_argument("--checkpoint", required=True, help="last.ckpt of a run of attnkern train")
     show.add_argument("--map", help="name of the attention map, or of a module for Grad-CAM")
-    show.add_argument("--out", help=".png or .svg; without it, the picture comes to the screen")
-    options, others = parser.parse_known_args(arguments)
-    if others and options.command != "train":
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
-    if options.command == "train":
-        return _train(options, others)
-    commands = {
-        "info": _info,
-        "models": _models,
-        "convert": _convert,
-        "evaluate": _evaluate,
-        "report": _report,
-        "show": _show,
-    }
-    return commands[options.command](options)
+    show.add_argument("--out", help="file to write, .png or .svg; without it, the picture is shown on the screen")
+    return parser, commands.choices
+
+
+def _run(arguments: list[str] | None) -> int:
+    parser, commands = _parsers()
+    options, options.others = parser.parse_known_args(arguments)
+    if options.command is None:
+        if options.others:
+            parser.refuse(options.others)
+        parser.print_help()
+        return 0
+    if options.others and options.command != "train":  # train gives them to Lightning
+        commands[options.command].refuse(options.others)
+    return _COMMANDS[options.command](options)
+
+
+_COMMANDS = {
+    "info": _info,
+    "models": _models,
+    "convert": _convert,
+    "train": _train,
+    "evaluate": _evaluate,
+    "report": _report,
+    "show": _show,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal cannot show must not end a command
+    """Run the command line and return its exit code. Expected errors are printed as one sentence."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # characters that the terminal lacks are printed as escapes
         sys.stdout.reconfigure(errors="backslashreplace")
+    # It warns about a missing GPU when other parts of PyTorch import it.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         try:
             return _run(arguments)
         finally:
             if sys.stdout is not None:
-                sys.stdout.flush()  # here, not at exit, where an error could not be caught
-    except BrokenPipeError:  # nobody reads on: attnkern info | head -1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
-        return 128 + 13  # as if SIGPIPE had ended the command
-    except KeyboardInterrupt:
-        print("attnkern: interrupted", file=sys.stderr)
-        return 128 + 2
+                sys.stdout.flush()  # here, because an error while Python exits cannot be caught
+    except BrokenPipeError:  # the reader has closed its end, as in attnkern info | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush while Python exits
+        return 128 + 13  # the exit code after SIGPIPE
+    except KeyboardInterrupt as interrupt:
+        print(f"attnkern: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        return 128 + 2  # the exit code after SIGINT
     except (ImportError, OSError, ValueError) as error:
         print(f"attnkern: {error}", file=sys.stderr)
         return 1

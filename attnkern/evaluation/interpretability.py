@@ -17,7 +17,7 @@ from attnkern._checks import (
     numbers_of,
 )
 from attnkern._numerics import double
-from attnkern.evaluation._inputs import Data, Normalise, Predict, batches, check_maps, identity
+from attnkern.evaluation.inputs import Data, Normalise, Predict, batches, check_maps, identity
 
 
 class Interpretability(NamedTuple):
@@ -128,7 +128,7 @@ def frequency(images: torch.Tensor, radius: float, keep: str) -> torch.Tensor:
     return ((filtered - low) / extent * 255).round().to(images) / 255
 
 
-def _cosine(maps, others, centred):
+def map_cosines(maps, others, centred):
     """(N,) cosines of flattened maps; 0 where one is zero, or constant and ``centred``."""
     vectors = []
     for each in (maps, others):
@@ -182,8 +182,8 @@ def interpretability_score(
         check_maps(where, "predict's map", maps)
         same = (logits.argmax(1) == changed_logits.argmax(1)).cpu()
         total += len(raw)
-        plain.append(_cosine(maps, changed_maps, False).cpu()[same])
-        centred.append(_cosine(maps, changed_maps, True).cpu()[same])
+        plain.append(map_cosines(maps, changed_maps, False).cpu()[same])
+        centred.append(map_cosines(maps, changed_maps, True).cpu()[same])
     columns = []
     for cosines in (torch.cat(plain), torch.cat(centred)):
         counts = {threshold: (cosines >= threshold).sum().item() for threshold in thresholds}

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from attnkern._checks import check_count, check_number, check_shape, check_size, check_tensor
 from attnkern._numerics import double, wide
-from attnkern.evaluation._inputs import check_maps, check_masks
+from attnkern.evaluation.inputs import check_maps, check_masks
 
 
 class Localisation(NamedTuple):

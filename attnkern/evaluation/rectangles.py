@@ -23,7 +23,7 @@ from attnkern._checks import (
     numbers_of,
 )
 from attnkern._numerics import SIGMA_FLOOR, aspect_factors, double, wide
-from attnkern.evaluation._inputs import Data, Normalise, batches, check_masks, identity
+from attnkern.evaluation.inputs import Data, Normalise, batches, check_masks, identity
 from attnkern.evaluation.localisation import jaccard
 from attnkern.reference import coordinates
 

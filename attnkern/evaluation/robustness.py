@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from attnkern._checks import check_kind, check_number, check_shape, check_tensor, numbers_of
-from attnkern.evaluation._inputs import Data, Normalise, batches, check_evaluating, identity
+from attnkern.evaluation.inputs import Data, Normalise, batches, check_evaluating, identity
 
 
 class Fooling(NamedTuple):

@@ -1,26 +1,30 @@
-"""The recipes: one YAML file a row of the papers' tables, in the folder of its family.
+"""The recipes: one YAML file for each row of the papers' tables, in the folder of its family.
 
-``FAMILY/family.yaml`` holds what the rows share, ``FAMILY/NAME.yaml`` what is special about one. Both say the same
-things: settings of the model, the data and the trainer, and under ``data_sets`` what changes on a data set. A row may
-hold ``published``: the papers' top-1 errors in percent, by data set.
+``FAMILY/family.yaml`` contains what the rows share, ``FAMILY/NAME.yaml`` what differs in one row. Both have the same
+keys: ``model``, ``data`` and ``trainer`` with settings, and ``data_sets`` with changes to these settings on a data set.
+A row may also have ``published``: the top-1 errors in the paper in percent, by data set.
 """
 
 from importlib import resources
 from typing import Any
 
-import yaml
+from attnkern._checks import check_kind
+from attnkern._extras import needs_extra
+from attnkern._spelling import did_you_mean
 
-from attnkern._checks import check_kind, describe
+with needs_extra("attnkern.training.recipes", "train"):
+    import yaml
 
 _FOLDER = resources.files(__name__)
 
 
 def list_recipes() -> list[str]:
     """Names of the recipes, sorted."""
-    return sorted(_rows())
+    return sorted(_families())
 
 
-def _rows():
+def _families() -> dict[str, str]:
+    """The family of each recipe."""
     return {
         row.name.removesuffix(".yaml"): family.name
         for family in _FOLDER.iterdir()
@@ -31,7 +35,7 @@ def _rows():
 
 
 def _merged(base: dict, change: dict) -> dict:
-    """``base`` with the entries of ``change``, dicts merged in turn; a class given anew takes its arguments anew."""
+    """``base`` with the changes of ``change``; a new ``class_path`` replaces the old one and its arguments."""
     result = dict(base)
     for key, value in change.items():
         old = result.get(key)
@@ -41,19 +45,27 @@ def _merged(base: dict, change: dict) -> dict:
 
 
 def read_recipe(name: str, data: str | None = None) -> tuple[str, dict[str, Any], dict[str, float]]:
-    """The family of a recipe, its settings on the data set ``data`` (by default the recipe's own), and what the paper
-    published for it: top-1 errors in percent, by data set.
+    """The family of a recipe, its settings on a data set, and the top-1 errors that the paper published for it.
+
+    Args:
+        name: name of the recipe.
+        data: name of the data set; None: the recipe's own.
+
+    Returns:
+        the family's name; the settings of ``model``, ``data`` and ``trainer``; the errors in percent, by data set.
 
     Raises:
-        ValueError, TypeError: an unknown recipe, or a data set that is no name.
+        ValueError, TypeError: an unknown recipe, or an argument that is not a name.
     """
-    rows = _rows()
-    if not isinstance(name, str) or name not in rows:
-        raise ValueError(f"train: recipe must be one of {', '.join(list_recipes())}; got {describe(name)}")
+    check_kind("train", str, recipe=name)
     check_kind("train", str | None, data=data)
+    families = _families()
+    if name not in families:
+        hint = did_you_mean(name, families)
+        raise ValueError(f"train: there is no recipe {name!r}{hint or '; attnkern train lists the recipes'}")
     layers = []
     for file in ("family", name):
-        layers.append(yaml.safe_load((_FOLDER / rows[name] / f"{file}.yaml").read_text(encoding="utf-8")))
+        layers.append(yaml.safe_load((_FOLDER / families[name] / f"{file}.yaml").read_text(encoding="utf-8")))
     settings, changes, published = {}, [], {}
     for layer in layers:
         changes.append(layer.pop("data_sets", {}))
@@ -63,4 +75,4 @@ def read_recipe(name: str, data: str | None = None) -> tuple[str, dict[str, Any]
         settings = _merged(settings, {"data": {"name": data}})
     for change in changes:
         settings = _merged(settings, change.get(settings["data"]["name"], {}))
-    return rows[name], settings, published
+    return families[name], settings, published

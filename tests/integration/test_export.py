@@ -290,8 +290,8 @@ def test_traced_maps_of_any_size(aspect):
 def test_kernels_in_a_trace_are_refused():
     module = ann.WindowAttention(6, (4,))
     message = (
-        "^backend: 'native' cannot run torch.float32 on cpu: a TorchScript or ONNX program holds PyTorch's own "
-        "operators only; torch.export keeps these kernels$"
+        "^backend: 'native' cannot run torch.float32 on cpu: a TorchScript or ONNX program has only PyTorch's "
+        "own operators; torch.export keeps these kernels$"
     )
     with attnkern.use_backend("native"), pytest.raises(ValueError, match=message):
         torch.jit.trace(module, torch.randn(1, 6, 4, 5))

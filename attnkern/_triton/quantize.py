@@ -1,5 +1,5 @@
 """Triton kernels of nearest-anchor quantization, alone and applied to features. Formulas: attnkern/quantize.py.
-The search for the nearest anchor is in anchors.py.
+The search for the nearest anchor is in quantize_nearest.py.
 
 Forward takes one launch if one program can quantize all elements of the batch. Otherwise a second launch adds the
 partial sums of the first and applies the map to the features. Backward takes one launch, or two if a position has too
@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from attnkern._triton.anchors import anchor_values, any_nan, nearest_anchor
 from attnkern._triton.common import (
     Features,
     Tile,
@@ -27,6 +26,7 @@ from attnkern._triton.common import (
     share,
     store,
 )
+from attnkern._triton.quantize_nearest import anchor_values, any_nan, nearest_anchor
 
 # --- mathematics -----------------------------------------------------------------------------------------------------
 

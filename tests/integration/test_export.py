@@ -290,8 +290,8 @@ def test_traced_maps_of_any_size(aspect):
 def test_kernels_in_a_trace_are_refused():
     module = ann.WindowAttention(6, (4,))
     message = (
-        "^backend: 'native' cannot run torch.float32 on cpu: a TorchScript or ONNX program holds PyTorch's own "
-        "operators only; torch.export keeps these kernels$"
+        "^backend: 'native' cannot run torch.float32 on cpu: a TorchScript or ONNX program has only PyTorch's "
+        "own operators; torch.export keeps these kernels$"
     )
     with attnkern.use_backend("native"), pytest.raises(ValueError, match=message):
         torch.jit.trace(module, torch.randn(1, 6, 4, 5))
@@ -359,7 +359,7 @@ def test_features_after_insert(kind):
 
 
 def test_what_fx_cannot_trace_says_so():
-    message = r"^WindowAttention: torch.fx traces a module that holds it, not the module itself$"
+    message = r"^WindowAttention: torch.fx can trace a module that contains it, but not the module alone$"
     with pytest.raises(TypeError, match=message):
         torch.fx.symbolic_trace(ann.WindowAttention(6))
 

@@ -336,9 +336,9 @@ def test_a_model_that_does_not_run_with_the_module_stays_as_it_was(example):
 
     model = Picky()
     keys, body = set(model.state_dict()), list(model.body.named_children())
-    with pytest.raises(ValueError, match=r"the model must run.* with module behind last: AssertionError: no convolut"):
+    with pytest.raises(ValueError, match=r"the model must run.* with module after last: AssertionError: no convolut"):
         attnkern.insert(model, "last", ann.ProgressiveAttention, example=example)
-    with pytest.raises(ValueError, match="with module behind body: ValueError: ProgressiveAttention: x must be"):
+    with pytest.raises(ValueError, match="with module after body: ValueError: ProgressiveAttention: x must be"):
         attnkern.insert(model, "body", ann.ProgressiveAttention(3), example=example)
     assert set(model.state_dict()) == keys
     assert list(model.body.named_children()) == body
@@ -462,7 +462,7 @@ WRONG = {
     "losses": (lambda: attnkern.insert(small(), "1", ann.BottleneckAttention, example=EXAMPLE),
                TypeError, "must give back the features it takes .*, got BottleneckAttention"),
     "no square": (lambda: attnkern.insert(Tokens(35), "body", ann.WindowAttention, example=EXAMPLE),
-                  ValueError, "tokens must be a square grid behind at most 8 others, got 35 of them"),
+                  ValueError, "tokens must be a square grid after at most 8 others, got 35 of them"),
     "lazy": (lambda: attnkern.insert(nn.Sequential(nn.LazyConv2d(4, 1)), "0", ann.WindowAttention, example=EXAMPLE),
              ValueError, "model must have run once, got one whose lazy layers have no parameters yet"),
     "another input": (lambda: attnkern.insert(small(), "1", ann.WindowAttention, example=torch.zeros(1, 4, 9, 9)),

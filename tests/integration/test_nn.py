@@ -381,7 +381,7 @@ def test_what_a_module_for_the_mean_returns_is_checked():
     module = ann.BottleneckAttention(C, mean=torch.nn.Conv2d(C, 2, 1))
     with pytest.raises(
         ValueError,
-        match=rf"^BottleneckAttention: what the module mean returns must be \(2, 1, {H}, {W}\) \(as x\), got shape",
+        match=rf"^BottleneckAttention: the output of mean must be \(2, 1, {H}, {W}\) \(as x\), got shape",
     ):
         module(torch.randn(2, C, H, W))
 

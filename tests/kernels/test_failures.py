@@ -155,7 +155,7 @@ def broken_triton(monkeypatch):
 def test_a_triton_that_does_not_compile(broken_triton, device):
     """The automatic choice skips Triton after one attempt and one warning; an explicit choice always raises."""
     tensors = make("window_attention", dtype=torch.float32, device=device)
-    with pytest.warns(RuntimeWarning, match=r"leaves out Triton.*Failed to find C compiler") as warned:
+    with pytest.warns(RuntimeWarning, match=r"does not use Triton.*Failed to find C compiler") as warned:
         found = call("window_attention", tensors, backend=None)
     assert [Path(warning.filename).name for warning in warned] == ["cases.py"], "it points at the call"
     check(found, call("window_attention", doubles(tensors), backend="reference"))

@@ -175,7 +175,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    expected = "attnkern: another version of it was imported in this process before: restart the process"
+    expected = "attnkern: another version was imported earlier in this process: restart the process"
     assert python(code) == expected
 
 

@@ -404,7 +404,7 @@ FAULTS = {
     "empty": DAMAGED,
     "pickle": DAMAGED,
     "LFS": "is a Git LFS pointer instead of weights: run 'git lfs pull'",
-    "module": r"holds an object of attnkern\.models\.\w+\.VggGap, not weights alone, .* save the state_dict where the file was made",
+    "module": r"holds an object of attnkern\.models\.\w+\.VggGap, not weights alone, .* save the state_dict",
     "class": r"holds an object of \S*\.Options, not weights alone",
     "class in Namespace": r"holds an object of \S*\.Options, not weights alone",
     "TorchScript": "is a TorchScript archive: save the module's state_dict instead",

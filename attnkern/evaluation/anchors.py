@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from attnkern._checks import check_shape, double
+from attnkern._checks import check_shape
 from attnkern._numerics import double
 
 
@@ -39,8 +39,8 @@ def usage(counts: torch.Tensor) -> AnchorUsage:
     """How many anchors are used, and how evenly.
 
     Args:
-        counts: (Q,) how often each anchor was chosen: the sum of the ``counts`` that :func:`attnkern.anchor_quantize` returns, or
-            those of :class:`attnkern.nn.AnchorQuantizer`.
+        counts: (Q,) how often each anchor was chosen: the sum of the ``counts`` that
+            :func:`attnkern.anchor_quantize` returns, or those of :class:`attnkern.nn.AnchorQuantizer`.
 
     Raises:
         ValueError: counts of another shape, or negative counts.

@@ -234,12 +234,12 @@ def transform_images(
     angle, scale, shift = _transformation(where, images, angle, scale, shift)
     ratio = _ratios(images.shape[2:] if aspect else None)
     cos, sin = torch.cos(angle), torch.sin(angle)
-    # The inverse, from where a pixel is to where it was; grid_sample has columns first and runs from -1 to 1.
+    # grid_sample needs the inverse, from positions in the result to positions in the image, columns first, -1 to 1.
     to_row = torch.stack((sin * ratio[0], cos), 1) / scale[:, None]
     to_column = torch.stack((cos, -sin * ratio[1]), 1) / scale[:, None]
     matrix = torch.stack((to_column, to_row), 1)
     offset = -2 * matrix @ shift.flip(1)[:, :, None]
-    # As affine_grid does, which warns of an axis of length 1.
+    # Like affine_grid, which warns about an axis of length 1.
     rows, columns = (2 * coordinates(length, angle) - 1 for length in images.shape[2:])
     points = torch.stack((columns.expand(len(rows), -1), rows[:, None].expand(-1, len(columns))), 2)
     grid = points @ matrix.mT[:, None] + offset.mT[:, None]
@@ -249,11 +249,11 @@ def transform_images(
 def equivariance_distance(first: torch.Tensor, second: torch.Tensor, literal: bool = False) -> torch.Tensor:
     """‖(μ, σ) - (μ', σ')‖² + 1 - cos 2(α - α'), (N,): the angle has the period π.
 
-    (α + π/2, σ₂, σ₁) is the same rectangle as (α, σ₁, σ₂), but at a distance from it here.
+    (α + π/2, σ₂, σ₁) describes the same rectangle as (α, σ₁, σ₂), but their distance is not zero.
 
     Args:
         first, second: (N, 5) as in :func:`attnkern.window_map`.
-        literal: ‖(μ, σ, α) - (μ', σ', α')‖² as printed, without a period.
+        literal: ‖(μ, σ, α) - (μ', σ', α')‖² as in the paper, which ignores the period.
 
     Raises:
         ValueError, TypeError: rectangles of another shape or dtype, or a flag that is no bool.
@@ -264,12 +264,12 @@ def equivariance_distance(first: torch.Tensor, second: torch.Tensor, literal: bo
     _check_rectangle("equivariance_distance", second, "second", first)
     difference = first.to(wide(first.dtype)) - second.to(wide(second.dtype))
     turned = difference[:, 4]
-    # 2 sin² is 1 - cos without its cancellation.
+    # 2 sin²(x) = 1 - cos(2x), without cancellation.
     return difference[:, :4].square().sum(1) + (turned.square() if literal else 2 * turned.sin().square())
 
 
 def settings_of(where: str, angles, scales, shifts) -> tuple[list[float], list[float], list[list[float]]]:
-    """The settings of :func:`equivariance_errors` as numbers, else this raises."""
+    """The settings of :func:`equivariance_errors` as lists of floats."""
     shifts = [numbers_of(where, "shifts", shift) for shift in shifts]
     if any(len(shift) != 2 for shift in shifts):
         raise ValueError(f"{where}: shifts must be a list of (row, column), got {describe(shifts)}")

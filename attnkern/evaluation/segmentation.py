@@ -47,9 +47,7 @@ def combine(maps: Sequence[torch.Tensor], root: bool = True) -> torch.Tensor:
     product = upsample(first, size) * upsample(second, size)
     if root:
         if (product < 0).any():
-            raise ValueError(
-                f"combine: maps must not be negative if root is True, got a product of {product.min():.3g}"
-            )
+            raise ValueError(f"combine: maps must not be negative with root=True, got a product of {product.min():.3g}")
         product = product.sqrt()
     return rescale(product)
 

@@ -165,11 +165,6 @@ GIVEN_TO = {
     "_insert.OnChannelsLast": {"module": nn.Identity()},
     "_insert.Attended": {"layer": nn.Identity(), "attention": nn.Identity()},
 }
-#: Whose methods stand for those of a class that cannot be made as it is.
-INSTANCES = {
-    "evaluation.Whitening": lambda: attnkern.evaluation.Whitening(torch.zeros(3), torch.eye(3)),
-    "models.BottleneckNetwork": attnkern.models.VggBottleneck,
-}
 
 # --- wrong arguments -------------------------------------------------------------------------------------------------
 
@@ -249,7 +244,7 @@ def bound(name):
     owner, _, key = name.rpartition(".")
     if name in PUBLIC:
         return PUBLIC[name]
-    kind = INSTANCES.get(owner, PUBLIC[owner])
+    kind = PUBLIC[owner]
     options = {"width": 0.03} if "width" in inspect.signature(kind).parameters else {}
     return getattr(kind(**required(owner, kind) | options), key)
 

@@ -61,13 +61,18 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    with needs_extra("attnkern train", _EXTRAS):
+    with needs_extra("train", _EXTRAS):
         from attnkern.training.recipes import list_recipes, read_recipe
 
+        recipes = list_recipes()
         if options.recipe is None:
-            for name in list_recipes():
+            for name in recipes:
                 print(f"{name:36} {read_recipe(name)[1]['data']['name']}")
             return 0
+        if options.recipe not in recipes:
+            # argparse takes the value of an option that it does not know for the name.
+            for name in filter(recipes.__contains__, options.others):
+                raise ValueError(f"train: the name of the recipe must be the first argument: attnkern train {name} ...")
         read_recipe(options.recipe)  # an unknown name is an error before Lightning is imported, which takes seconds
         from lightning.pytorch.utilities import rank_zero_only
 
@@ -102,9 +107,10 @@ def _next_steps(folder) -> str:
 
 
 def _models(options: argparse.Namespace) -> int:
-    from attnkern.models.table import table
+    with needs_extra("models", _EXTRAS):
+        from attnkern.models.table import table
 
-    print(table(), end="")
+        print(table(), end="")
     return 0
 
 
@@ -140,7 +146,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     from pathlib import Path
 
-    with needs_extra("attnkern evaluate", _EXTRAS):
+    with needs_extra("evaluate", _EXTRAS):
         from attnkern.evaluation.protocols import PROTOCOLS, check_protocols, choices, write_json
         from attnkern.evaluation.summary import failures
 
@@ -185,7 +191,7 @@ def _subject(options, out):
 
     Raises OSError if ``out`` cannot be written, before anything is computed.
     """
-    with needs_extra(f"attnkern {options.command}", _EXTRAS):
+    with needs_extra(options.command, _EXTRAS):
         from attnkern.evaluation.protocols import Subject, check_writable
         from attnkern.training.data import ImageData
         from attnkern.training.train import load_run
@@ -217,7 +223,7 @@ def _report(options: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    with needs_extra("attnkern report", _EXTRAS):
+    with needs_extra("report", _EXTRAS):
         from attnkern.evaluation.protocols import PROTOCOLS, write_text
         from attnkern.report import report
 
@@ -239,18 +245,16 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    with needs_extra("attnkern show", _EXTRAS):
+    with needs_extra("show", _EXTRAS):
         from attnkern import viz
         from attnkern.evaluation.protocols import check_writable
-        from attnkern.training.show import explain
+        from attnkern.training.show import draw, explain, summary
 
     if options.out is not None:
         check_writable("show", options.out)
     shown = explain(options.checkpoint, options.image, options.map)
-    rectangle = {} if shown.rectangle is None else {"rectangle": shown.rectangle}
-    title = f"{shown.label} ({shown.probability:.0%})"
-    figure = viz.overlay(shown.image, shown.attention, nearest=shown.quantized, title=title, **rectangle)
-    print(f"{options.image}: {title}, {shown.map}")
+    figure = draw(shown)
+    print(f"{options.image}: {summary(shown)}")
     if options.out is None:
         return _on_screen(figure)
     viz.save(figure, options.out)

@@ -41,7 +41,7 @@ BOTH = "Where a cell has two numbers, the first is from the default process and 
 #: A row is measured again if the interquartile range of a competitor's times exceeds this share of their median.
 NOISY = 0.25
 #: at the start of a run on a busy machine
-BUSY = "The machine is busy: its load average is {load:.1f} on {cores} cores. The times will not be reliable."
+BUSY = "The machine is busy (load average {load:.1f} on {cores} cores). If that lasts, the times will not be reliable."
 OURS = ("native", "triton")
 #: Names in plots.
 LABELS = {
@@ -470,10 +470,9 @@ def _threads(count: int) -> str:
 
 
 def doubts(content: dict) -> list[str]:
-    """Reasons not to trust a run's numbers: other programs used the processor, or many rows are noisy."""
+    """Reasons not to trust a run's numbers: other programs used the processor, or many rows are noisy. The load before
+    the run is none, since it may come from a build that has just ended."""
     rows, cores, found = content["rows"], content.get("cores"), []
-    if cores and content["load"] > cores:
-        found.append(f"the load average was {content['load']:.1f} on {cores} cores before the run")
     during = load_during(content)
     if cores and during is not None and during > cores + content["threads"] / 2:
         found.append(f"the load average was {during:.1f} on {cores} cores during the run")

@@ -9,7 +9,6 @@ from torch import nn
 
 from attnkern._checks import (
     check_labels,
-    check_number,
     check_shape,
     check_tensor,
 )
@@ -18,7 +17,7 @@ from attnkern.evaluation.inputs import Data, Normalise, batches, check_evaluatin
 
 
 class Whitening(NamedTuple):
-    """Result of :func:`zca`: call it on samples like those that it comes from."""
+    """Result of :func:`zca`, a function of samples (N, ...) with D values each."""
 
     mean: torch.Tensor  #: (D,) float32
     matrix: torch.Tensor  #: (D, D) float32, symmetric
@@ -42,10 +41,10 @@ class LinearSvm(NamedTuple):
 class DirectTransfer(NamedTuple):
     """Result of :func:`direct_transfer`."""
 
-    accuracy: float  #: images of classes that the network does not know count as wrong
-    accuracy_shared: float  #: without those images; NaN where no image is left
+    accuracy: float  #: images of classes that the network lacks count as wrong
+    accuracy_shared: float  #: without those images; NaN if none is left
     images: int
-    shared: int  #: images of classes that the network knows
+    shared: int  #: images of classes that the network has
 
 
 @torch.no_grad()
@@ -97,12 +96,12 @@ def features_at(
 def zca(samples: torch.Tensor, floor: float = 1e-3) -> Whitening:
     """The whitening closest to the samples: C^(-1/2)·(x - mean), C their covariance.
 
-    To every variance along an eigenvector of C ``floor`` times their mean is added, so that what is mostly noise is
-    not blown up.
+    ``floor`` times the mean eigenvalue of C is added to every eigenvalue, so that directions that are mostly noise are
+    not amplified.
 
     Args:
         samples: (N, ...) features or images, N at least 2.
-        floor: share of the mean variance; positive where there are fewer samples than values.
+        floor: must be positive if there are fewer samples than values per sample.
 
     Raises:
         ValueError, TypeError: samples of another shape or dtype, or a negative floor.
@@ -111,7 +110,6 @@ def zca(samples: torch.Tensor, floor: float = 1e-3) -> Whitening:
     """
     check_tensor("zca", "samples", samples)
     check_shape("zca", "samples", samples, "(N, ...) with N of at least 2", samples.dim() > 1 and len(samples) > 1)
-    check_number("zca", floor=floor)
     if not floor >= 0:
         raise ValueError(f"zca: floor must be at least 0, got {floor!r}")
     flat = double(samples.detach().flatten(1))

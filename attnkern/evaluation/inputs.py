@@ -15,6 +15,7 @@ Normalise = Callable[[torch.Tensor], torch.Tensor]
 
 
 def identity(images: torch.Tensor) -> torch.Tensor:
+    """The default for ``normalise``: the images themselves."""
     return images
 
 

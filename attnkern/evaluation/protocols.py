@@ -50,8 +50,8 @@ class Subject:
     Args:
         network: in evaluation mode.
         images: an :class:`attnkern.training.data.ImageData` after ``setup()``.
-        normalise: images in [0, 1] to what the network takes.
-        class_names: of the network's logits; None: those of the images.
+        normalise: from images in [0, 1] to the input of the network.
+        class_names: names of the network's classes; None: those of the images.
         map: name of the attention map, or of a module for Grad-CAM. None: the combined attention maps, or Grad-CAM at
             the second deepest feature map of a network without attention.
         limit: number of test images, drawn from all classes by :func:`stratified`; None: all.
@@ -72,6 +72,8 @@ class Subject:
     other: torch.Tensor | None = None
 
     def __post_init__(self):
+        if self.limit is not None:
+            check_count("evaluate", limit=self.limit)
         self.network.to(self.device)
         self.class_names = self.class_names or self.images.class_names
         self.map_name, self.predict = map_of(self.network, self.map)
@@ -91,6 +93,7 @@ class Subject:
 
     @functools.cached_property
     def labels(self) -> torch.Tensor:
+        """(N,) classes of the test images."""
         return self._load(self.images.raw())[1]
 
     @functools.cached_property

@@ -2,7 +2,7 @@
 // that scores and weighted sums read the features from memory once. Tiles are combined in order.
 
 #include "cpu/common.h"
-#include "pool.h"
+#include "pool_operators.h"
 
 #include <memory>
 
@@ -35,57 +35,38 @@ template <typename A> const A* query_of(const Widened<A>& query, int64_t image, 
 namespace attnkern {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> pool_fwd(Tensor local, Tensor query) {
-  make_dense(local);
-  make_contiguous(query);
-  return dispatch(local.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    using A = Wide<T>;
-    constexpr bool rounds = !std::is_same_v<T, A>;
-    const Tiles tiles(local);
-    std::vector<int64_t> sizes{local.size(0)};
-    for (int64_t i = 2; i < local.dim(); ++i)
-      sizes.push_back(local.size(i));
-    Tensor pooled = empty<T>(local, {local.size(0), local.size(1)});
-    Tensor attention = empty<A>(local, {sizes.data(), sizes.size()});
-    Tensor scores = empty_same(attention);
-    Tensor pooled_wide = rounds ? empty_like<A>(pooled) : empty<A>(local, {0});
-    ATTNKERN_BY_ISA(pool_forward<T>, tiles, data<T>(local), Widened<A>(query), mutable_data<T>(pooled),
-                    mutable_data<A>(attention), mutable_data<A>(scores),
-                    rounds ? mutable_data<A>(pooled_wide) : nullptr);
-    return std::tuple(pooled, attention, scores, pooled_wide);
-  });
+template <typename T>
+void forward(Tensor local, const Tensor& query, const Tensor& pooled, const Tensor& attention, const Tensor& scores,
+             const Tensor& pooled_wide) {
+  using A = Wide<T>;
+  ATTNKERN_BY_ISA(pool_forward<T>, Tiles(local), data<T>(local), Widened<A>(query), mutable_data<T>(pooled),
+                  mutable_data<A>(attention), mutable_data<A>(scores),
+                  std::is_same_v<T, A> ? nullptr : mutable_data<A>(pooled_wide));
 }
 
-std::tuple<Tensor, Tensor> pool_bwd(std::optional<Tensor> grad_pooled, std::optional<Tensor> grad_attention,
-                                    std::optional<Tensor> grad_scores, Tensor local, Tensor query, Tensor attention,
-                                    Tensor pooled_wide, bool need_grad_local) {
-  make_dense(local);
-  make_contiguous(grad_pooled, grad_attention, grad_scores, query, attention, pooled_wide);
-  return dispatch(local.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    using A = Wide<T>;
-    const Tiles tiles(local);
-    const int64_t channels = local.size(1);
-    Tensor grad_local = features_grad<T>(local, need_grad_local);
-    const std::vector<A> zeros(grad_pooled.has_value() ? 0 : local.size(0) * channels);
-    std::optional<Widened<A>> grad;
-    if (grad_pooled.has_value())
-      grad.emplace(*grad_pooled);
-    Narrowed<A> grad_query(query);
-    const bool shared = query.dim() == 1;
-    std::vector<A> per_image(shared ? local.size(0) * channels : 0);
-    ATTNKERN_BY_ISA(pool_backward<T>, tiles, grad ? grad->begin() : zeros.data(), data<A>(grad_attention),
-                    data<A>(grad_scores), data<T>(local), Widened<A>(query), data<A>(attention), data<A>(pooled_wide),
-                    need_grad_local ? mutable_data<T>(grad_local) : nullptr,
-                    shared ? per_image.data() : grad_query.data());
-    if (shared) { // summed over the batch in order
-      std::fill_n(grad_query.data(), channels, A(0));
-      for (size_t i = 0; i < per_image.size(); ++i)
-        grad_query.data()[i % channels] += per_image[i];
-    }
-    return std::tuple(grad_local, grad_query.tensor());
-  });
+template <typename T>
+void backward(const std::optional<Tensor>& grad_pooled, const std::optional<Tensor>& grad_attention,
+              const std::optional<Tensor>& grad_scores, Tensor local, const Tensor& query, const Tensor& attention,
+              const Tensor& pooled_wide, T* grad_local, const Tensor& grad_query) {
+  using A = Wide<T>;
+  const Tiles tiles(local);
+  const int64_t images = tiles.shape.images, channels = tiles.shape.channels;
+  const std::vector<A> zeros(grad_pooled.has_value() ? 0 : images * channels);
+  std::optional<Widened<A>> grad;
+  if (grad_pooled.has_value())
+    grad.emplace(*grad_pooled);
+  Narrowed<A> query_grad(grad_query);
+  const bool shared = query.dim() == 1;
+  std::vector<A> per_image(shared ? images * channels : 0);
+  ATTNKERN_BY_ISA(pool_backward<T>, tiles, grad ? grad->begin() : zeros.data(), data<A>(grad_attention),
+                  data<A>(grad_scores), data<T>(local), Widened<A>(query), data<A>(attention), data<A>(pooled_wide),
+                  grad_local, shared ? per_image.data() : query_grad.data());
+  if (shared) { // summed over the batch in order
+    std::fill_n(query_grad.data(), channels, A(0));
+    for (size_t i = 0; i < per_image.size(); ++i)
+      query_grad.data()[i % channels] += per_image[i];
+  }
+  query_grad.finish();
 }
 
 } // namespace

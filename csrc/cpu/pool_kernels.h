@@ -241,7 +241,7 @@ void pool_backward(const Tiles& tiles, const Wide<T>* grad_pooled, const Wide<T>
     if (grad_local == nullptr)
       return;
     T* out = grad_local + (m.first - local);
-    const bool stream = tiles.shape.streams<T>();
+    const bool stream = streams<T>(tiles.shape);
     if (tiles.shape.channels_inner)
       outer_products(m, weight, grad, grad_score.data(), query_image, stream, out);
     else

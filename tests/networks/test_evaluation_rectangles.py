@@ -1,4 +1,4 @@
-"""Rectangles as measurements: transformed rectangles are where the transformed images show them."""
+"""Equivariance of rectangles: transformed rectangles match the transformed images."""
 
 import math
 
@@ -19,7 +19,7 @@ from attnkern.evaluation import (
     transform_rectangle,
 )
 
-#: Off the centre, longer than wide, turned: any wrong sign shows.
+#: Off centre, elongated and rotated, so that any wrong sign is detected.
 RECTANGLE = [0.42, 0.56, 0.2, 0.09, 0.4]
 
 
@@ -49,7 +49,7 @@ def test_a_transformed_image_shows_the_transformed_rectangle(transformation, siz
 
 
 def test_the_parts_follow_in_order():
-    """A rotation, then a scaling, then a shift: one after the other as at once."""
+    """A rotation, scaling and shift in sequence equal one combined transformation."""
     rectangle = torch.tensor([RECTANGLE], dtype=torch.float64)
     for size in (None, (7, 12)):
         steps = rectangle
@@ -135,7 +135,7 @@ def test_distances_know_the_period_of_the_angle():
 
 
 def brightness(images):
-    """Rectangle about the bright part: its mean, and ± fixed sizes; exact where nothing leaves the image."""
+    """A rectangle of fixed size around the mean of the bright part; exact if it stays on the image."""
     n, _, height, width = images.shape
     mass = images.mean(1)
     mass = mass / mass.sum((1, 2), keepdim=True)
@@ -171,7 +171,7 @@ def test_errors_in_pixels_of_dark_objects():
 
 
 def test_errors_of_rectangles_that_follow_are_nothing_else_than_zero():
-    """A network that reads where its image shows a rectangle has no error; one that does not move has this one."""
+    """A network that measures the rectangle in the image has no error; a constant one has a known error."""
     fixed = torch.tensor([[0.5, 0.5, 0.2, 0.1, 0.0]])
     images = torch.ones(3, 1, 9, 17)
     still = equivariance_errors(lambda x: fixed.expand(len(x), 5), images, aspect=True, normalise=lambda x: x - 1)

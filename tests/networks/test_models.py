@@ -65,7 +65,7 @@ MODELS = {
 }
 BACKBONES = ("efficientnet", "mobilenet", "vgg16", "wrn50_2")
 every_model = pytest.mark.parametrize("name", MODELS)
-#: One of each class.
+#: One network of each class.
 each_class = pytest.mark.parametrize(
     "name",
     [
@@ -73,7 +73,7 @@ each_class = pytest.mark.parametrize(
         "wrn28_10_aib_qt", "vgg16_aib_qt", "efficientnet_b0_window",
     ],
 )  # fmt: skip
-#: Fewer of what is alike.
+#: Without similar networks.
 LESS = {"rn164": {"blocks": 2}, "wrn28_10": {"blocks": 1}}
 
 
@@ -271,7 +271,7 @@ def test_class_activation_map():
 
 
 class Wrapped(nn.Module):
-    """A layer in the place of another, without a weight to look at: what adapters and quantized layers are."""
+    """Replaces a layer and has no weight, like adapters and quantized layers."""
 
     def __init__(self, layer):
         super().__init__()
@@ -539,7 +539,7 @@ def test_poolings_of_the_form_for_cub():
     with torch.no_grad():
         model(torch.rand(1, 3, 80, 80))
     assert sides == [80, 80, 40, 40, 20, 20, 20, 10, 10, 10, 5, 5, 3, 1]
-    # It begins with the weights of the form for CIFAR.
+    # The network starts with the weights of the CIFAR variant.
     assert model.state_dict().keys() == small("vgg").state_dict().keys()
 
 

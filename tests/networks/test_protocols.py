@@ -18,7 +18,7 @@ from attnkern import cli
 from attnkern.evaluation import protocols, tight_boxes, upsample
 from attnkern.evaluation.maps import map_of
 from attnkern.training.data import ImageData
-from attnkern.training.show import explain, read_image
+from attnkern.training.show import Explained, draw, explain, read_image, summary
 from attnkern.training.train import load_run, train
 
 SMALL = [
@@ -195,10 +195,25 @@ def test_show(checkpoints, tmp_path, capsys):
         with Image.open(out) as drawn:
             assert min(drawn.size) > 100
     assert "Grad-CAM" in capsys.readouterr().out.splitlines()[0]
+    wide = tmp_path / "wide.png"
+    Image.effect_noise((600, 200), 50).save(wide)
+    assert explain(checkpoints["vgg"], wide).image.shape == (3, 200, 600)
+    assert cli.main(["show", str(wide), "--checkpoint", str(checkpoints["vgg"]), "--out", str(out)]) == 0
+    with Image.open(out) as drawn:
+        assert drawn.width >= 600  # the picture's own resolution, not the network's
     shown = explain(checkpoints["mobilenet_v3_large_window"], picture)
     assert shown.rectangle.shape == (5,)
     assert shown.map == "attention.map"
     assert explain(checkpoints["vgg_aib_qt"], picture).quantized
+
+
+@pytest.mark.parametrize("least, said", [(0.5, ""), (0.999, ", nearly constant: 0.999 to 1")])
+def test_show_says_when_a_map_is_nearly_constant(least, said):
+    map = torch.linspace(least, 1, 16).view(4, 4)
+    shown = Explained(torch.rand(3, 20, 30), map, None, "attention.map", "three", 0.5, False)
+    assert summary(shown) == f"three (50%), map attention.map{said}"
+    (ax,) = draw(shown).axes
+    assert ax.get_xlabel() == said.removeprefix(", ")
 
 
 @pytest.mark.parametrize(
@@ -209,10 +224,11 @@ def test_show(checkpoints, tmp_path, capsys):
         (["evaluate", "{text}"], "is not a checkpoint of attnkern train"),
         (["evaluate", "{vgg}", "--protocol", "top2"], "got .top2.; did you mean .top1."),
         (["evaluate", "{vgg}", "--map", "attention.map"], "map must be an attention map .* got 'attention.map'"),
+        (["evaluate", "{vgg}", "--limit", "0"], "evaluate: limit must be at least 1, got 0"),
         (["evaluate", "{vgg}", "--data", "imagenet"], "name must be one of .*, got 'imagenet'"),
         (["evaluate", "{vgg}", "--data", "cub", "--root", "nowhere"], "cub: .*nowhere"),
         (["show", "nowhere.png", "--checkpoint", "{vgg}"], "there is no image 'nowhere.png'"),
-        (["show", "{text}", "--checkpoint", "{vgg}"], "is no image that can be read"),
+        (["show", "{text}", "--checkpoint", "{vgg}"], "is not an image that can be read"),
         (["show", "{text}", "--checkpoint", "{text}"], "is not a checkpoint of attnkern train"),
     ],
 )

@@ -1,4 +1,4 @@
-"""``attnkern report``: one page, whole, without a network; looked at by a real browser where there is one."""
+"""``attnkern report`` writes one complete page that needs no network, also tested in a browser if there is one."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""Weights from files: published checkpoints, prefixes of wrappers, files that are no weights."""
+"""Weights from files: published checkpoints, prefixes of wrappers, invalid files."""
 
 import argparse
 import copy
@@ -361,7 +361,7 @@ def test_prefixes_of_wrappers_are_removed(wrap, holder, tmp_path):
 
 
 class Options:
-    """What a checkpoint must not bring along."""
+    """An object that a checkpoint must not load."""
 
 
 def damage(kind, path):
@@ -404,7 +404,7 @@ FAULTS = {
     "empty": DAMAGED,
     "pickle": DAMAGED,
     "LFS": "is a Git LFS pointer instead of weights: run 'git lfs pull'",
-    "module": r"holds an object of attnkern\.models\.\w+\.VggGap, not weights alone, .* save the state_dict",
+    "module": r"holds an object of attnkern\.models\.\w+\.VggGap, not weights alone, .* save the state_dict where",
     "class": r"holds an object of \S*\.Options, not weights alone",
     "class in Namespace": r"holds an object of \S*\.Options, not weights alone",
     "TorchScript": "is a TorchScript archive: save the module's state_dict instead",
@@ -424,7 +424,7 @@ def test_files_that_are_no_weights(kind, tmp_path):
     assert message.startswith(f"create_model: pretrained: '{path}' ")
     assert "\n" not in message
     assert len(message) < len(str(path)) + 300
-    # Nothing but the one class was let through, and for that file alone.
+    # Only the one class was allowed, and only for that file.
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 import attnkern
+from attnkern._checks import check_count
 from attnkern._spelling import did_you_mean
 from attnkern.evaluation.anchors import usage
 from attnkern.evaluation.classification import top1

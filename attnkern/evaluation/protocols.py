@@ -17,7 +17,6 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 import attnkern
-from attnkern._checks import check_count
 from attnkern._spelling import did_you_mean
 from attnkern.evaluation.anchors import usage
 from attnkern.evaluation.classification import top1
@@ -73,8 +72,6 @@ class Subject:
     other: torch.Tensor | None = None
 
     def __post_init__(self):
-        if self.limit is not None:
-            check_count("evaluate", limit=self.limit)
         self.network.to(self.device)
         self.class_names = self.class_names or self.images.class_names
         self.map_name, self.predict = map_of(self.network, self.map)

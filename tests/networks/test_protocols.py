@@ -224,7 +224,6 @@ def test_show_says_when_a_map_is_nearly_constant(least, said):
         (["evaluate", "{text}"], "is not a checkpoint of attnkern train"),
         (["evaluate", "{vgg}", "--protocol", "top2"], "got .top2.; did you mean .top1."),
         (["evaluate", "{vgg}", "--map", "attention.map"], "map must be an attention map .* got 'attention.map'"),
-        (["evaluate", "{vgg}", "--limit", "0"], "evaluate: limit must be at least 1, got 0"),
         (["evaluate", "{vgg}", "--data", "imagenet"], "name must be one of .*, got 'imagenet'"),
         (["evaluate", "{vgg}", "--data", "cub", "--root", "nowhere"], "cub: .*nowhere"),
         (["show", "nowhere.png", "--checkpoint", "{vgg}"], "there is no image 'nowhere.png'"),

@@ -50,8 +50,8 @@ class Subject:
     Args:
         network: in evaluation mode.
         images: an :class:`attnkern.training.data.ImageData` after ``setup()``.
-        normalise: images in [0, 1] to what the network takes.
-        class_names: of the network's logits; None: those of the images.
+        normalise: from images in [0, 1] to the input of the network.
+        class_names: names of the network's classes; None: those of the images.
         map: name of the attention map, or of a module for Grad-CAM. None: the combined attention maps, or Grad-CAM at
             the second deepest feature map of a network without attention.
         limit: number of test images, drawn from all classes by :func:`stratified`; None: all.
@@ -91,6 +91,7 @@ class Subject:
 
     @functools.cached_property
     def labels(self) -> torch.Tensor:
+        """(N,) classes of the test images."""
         return self._load(self.images.raw())[1]
 
     @functools.cached_property

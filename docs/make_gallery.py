@@ -28,7 +28,6 @@ from attnkern.evaluation import (
     query_driven,
     transform_images,
     transform_rectangle,
-    usage,
 )
 from attnkern.evaluation.protocols import Subject
 from attnkern.models import attention_maps
@@ -103,8 +102,7 @@ def anchors(runs):
     subject = subject_of(runs, "vgg_aib_qt")
     values = subject.network.attention.quantizer.anchors.detach()
     chosen = (subject.maps.flatten()[:, None] - values).abs().argmin(1).bincount(minlength=len(values))
-    found = usage(chosen)
-    return [viz.anchor_histogram(values, chosen, title=f"{found.used} of {found.anchors} anchors in use")]
+    return [viz.anchor_histogram(values, chosen, title="Anchors of VGG-aib-qt")]
 
 
 class Locator(nn.Module):
@@ -170,7 +168,7 @@ def equivariance(_runs):
 
 def rectangle(_runs):
     photograph = torch.tensor(load_sample_image("china.jpg")).permute(2, 0, 1) / 255
-    found = torch.tensor([[0.45, 0.4, 0.18, 0.35, 0.5]])
+    found = torch.tensor([[0.5, 0.4, 0.14, 0.3, 0.5]])
     pictures = []
     for aspect, caption in ((False, "aspect=False"), (True, "aspect=True")):
         map = attnkern.window_map(found, (27, 41), aspect=aspect)[0]

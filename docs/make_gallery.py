@@ -110,12 +110,12 @@ class Locator(nn.Module):
 
     def __init__(self):
         super().__init__()
-        channels = (3, 24, 48, 64)
+        channels = (3, 16, 32, 48)
         layers = []
         for (inputs, outputs), stride in zip(itertools.pairwise(channels), (2, 2, 1), strict=True):
             layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
         self.features = nn.Sequential(*layers)
-        self.attention = WindowAttention(channels[-1] + 2, hidden=(64, 96, 128))
+        self.attention = WindowAttention(channels[-1] + 2, hidden=(48, 64))
 
     def forward(self, images):
         features = self.features(images)
@@ -132,11 +132,11 @@ def rectangles_of_boxes(boxes, size):
     return torch.cat(((first + last) / 2, (last - first) / 2, torch.zeros(len(boxes), 1)), 1)
 
 
-def trained_locator(size, steps=800, batch=64):
-    """A Locator, trained for a minute or two on digits that are rotated, scaled and shifted at random."""
+def trained_locator(size, steps=200, batch=48):
+    """A Locator, trained for a few seconds on digits that are rotated, scaled and shifted at random."""
     torch.manual_seed(0)
     locator, generator = Locator(), torch.Generator().manual_seed(0)
-    digits = digits_clutter("train", size, count=8 * 1438)
+    digits = digits_clutter("train", size, count=2 * 1438)
     targets = rectangles_of_boxes(digits.boxes, size)
     optimizer = torch.optim.AdamW(locator.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
@@ -158,7 +158,7 @@ def trained_locator(size, steps=800, batch=64):
 
 
 def equivariance(_runs):
-    size = 48
+    size = 32
     locator = trained_locator(size)
     image = digits_clutter("test", size).images[0]
     with torch.no_grad():
@@ -218,7 +218,7 @@ ENTRIES = (
         "Rectangles of a rotated, scaled and shifted image",
         "Solid lines are the rectangles that the network finds in each image; dashed lines are the rectangle of the "
         "original image, transformed like the image. A small network with the head of `WindowAttention` was trained "
-        "for this picture, on training digits with their boxes; the image is the first test image. The networks of "
+        "for this picture on training digits with their boxes; the image is the first test image. The networks of "
         "`make reproduce` are trained with class labels only, and their rectangles do not find the digit.",
         equivariance,
     ),

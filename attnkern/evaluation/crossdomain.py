@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern._common import (
+from attnkern._checks import (
     check_count,
     check_integer,
     check_items,
@@ -17,8 +17,8 @@ from attnkern._common import (
     check_shape,
     check_size,
     check_tensor,
-    double,
 )
+from attnkern._numerics import double
 from attnkern.evaluation.inputs import Data, Normalise, batches, check_evaluating, identity, listed
 
 

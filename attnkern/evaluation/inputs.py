@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from attnkern._common import came, check_count, check_kind, check_shape, check_tensor, device_of
+from attnkern._checks import check_count, check_kind, check_shape, check_tensor, describe, device_of
 
 #: Images (N, C, H, W), a tuple of tensors that goes with them row by row, or an iterable of batches of either.
 Data = torch.Tensor | tuple[torch.Tensor, ...] | Iterable
@@ -37,7 +37,7 @@ def batches(where: str, name: str, data: Data, batch_size: int, device=None) -> 
     what = name if isinstance(data, tuple) else f"a batch of {name}"
     if isinstance(data, tuple):
         if not all(isinstance(tensor, torch.Tensor) for tensor in data):
-            raise TypeError(f"{where}: {name} must be a Tensor or a tuple of Tensors, got {came(data)}")
+            raise TypeError(f"{where}: {name} must be a Tensor or a tuple of Tensors, got {describe(data)}")
         check_tensor(where, name, *data[:1])
         for tensor in data:
             check_shape(where, name, tensor, "({0}, ...) (as the images)", len(tensor) == len(data[0]), len(data[0]))

@@ -6,17 +6,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from attnkern._common import (
-    came,
+from attnkern._checks import (
     check_choice,
     check_count,
     check_kind,
     check_number,
     check_shape,
     check_tensor,
-    double,
+    describe,
     numbers_of,
 )
+from attnkern._numerics import double
 from attnkern.evaluation.inputs import Data, Normalise, Predict, batches, check_maps, identity
 
 
@@ -71,7 +71,7 @@ def occlude(
         ok = fill.dim() == 4 and fill.shape[1] == c and 0 not in fill.shape
         check_shape("occlude", "fill", fill, "(M, {}, h, w) (C as images), none of them 0", ok, c)
     elif not (isinstance(fill, str) and fill == "colour"):
-        raise ValueError(f"occlude: fill must be 'colour' or a Tensor of images, got {came(fill)}")
+        raise ValueError(f"occlude: fill must be 'colour' or a Tensor of images, got {describe(fill)}")
     try:
         draws = torch.rand(n, 2 + c, generator=generator, dtype=torch.float64, device=generator.device)
     except (TypeError, RuntimeError):  # a device without float64

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from attnkern._common import check_kind, check_shape, check_tensor, device_of
+from attnkern._checks import check_kind, check_shape, check_tensor, device_of
 from attnkern.evaluation.inputs import Normalise, batches, check_evaluating, check_maps, identity
 from attnkern.nn import CompatibilityPool
 

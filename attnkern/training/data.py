@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from attnkern._common import check_tensor
+from attnkern._checks import check_tensor
 from attnkern._extras import needs_extra
 from attnkern._spelling import did_you_mean
 

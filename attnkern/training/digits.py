@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from attnkern._common import check_choice, check_count, check_integer
+from attnkern._checks import check_choice, check_count, check_integer
 
 #: The number of fragments of other digits in an image.
 _FRAGMENTS = 6

@@ -1,6 +1,6 @@
 """Argument checks that several figures share."""
 
-from attnkern._common import check_shape, check_tensor
+from attnkern._checks import check_shape, check_tensor
 
 
 def check_finite(where, name, tensor):

@@ -4,7 +4,7 @@ import functools
 import textwrap
 from typing import NamedTuple
 
-from attnkern._common import check_choice
+from attnkern._checks import check_choice
 from attnkern._extras import needs_extra
 
 with needs_extra("attnkern.viz", "viz"):

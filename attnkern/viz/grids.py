@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 
-from attnkern._common import check_shape, check_size, check_tensor
+from attnkern._checks import (
+    check_shape,
+    check_size,
+    check_tensor,
+)
 from attnkern._extras import needs_extra
 from attnkern.evaluation.inputs import Normalise, Predict, check_maps, identity
 from attnkern.evaluation.interpretability import map_cosines

@@ -2,7 +2,7 @@
 
 import torch
 
-from attnkern._common import check_shape, check_tensor
+from attnkern._checks import check_shape, check_tensor
 from attnkern._extras import needs_extra
 from attnkern.evaluation.localisation import upsample
 from attnkern.viz._checks import check_finite, check_image

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from attnkern._common import check_shape, check_tensor
+from attnkern._checks import check_shape, check_tensor
 from attnkern._extras import needs_extra
 from attnkern.evaluation.anchors import usage
 from attnkern.viz._checks import check_finite

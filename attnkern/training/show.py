@@ -71,7 +71,7 @@ def explain(checkpoint: str | os.PathLike, path: str | os.PathLike, map: str | N
 
 def summary(shown: Explained) -> str:
     """One line: predicted class, probability and name of the map, and whether the map is nearly constant."""
-    return ", ".join(filter(None, (_prediction(shown), f"map {shown.map}", _constancy(shown))))
+    return ", ".join(filter(None, (_prediction(shown), shown.map, _constancy(shown))))
 
 
 def draw(shown: Explained) -> "Figure":

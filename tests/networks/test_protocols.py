@@ -211,7 +211,7 @@ def test_show(checkpoints, tmp_path, capsys):
 def test_show_says_when_a_map_is_nearly_constant(least, said):
     map = torch.linspace(least, 1, 16).view(4, 4)
     shown = Explained(torch.rand(3, 20, 30), map, None, "attention.map", "three", 0.5, False)
-    assert summary(shown) == f"three (50%), map attention.map{said}"
+    assert summary(shown) == f"three (50%), attention.map{said}"
     (ax,) = draw(shown).axes
     assert ax.get_xlabel() == said.removeprefix(", ")
 

@@ -602,6 +602,13 @@ def test_wrong_options_of_train_end_in_a_sentence(options, message, folder, caps
     assert list(folder.iterdir()) == []
 
 
+def test_wrong_options_in_a_file_of_settings(folder, capsys):
+    (folder / "settings.yaml").write_text("trainer: {max_epoch: 3}", encoding="utf-8")
+    assert cli.main(["train", "vgg_gap", "--data", "digits-clutter", "--config", "settings.yaml"]) == 1
+    expected = "unknown option --trainer.max_epoch in a file of settings; did you mean '--trainer.max_epochs'?"
+    assert capsys.readouterr().err == f"attnkern: train: {expected}\n"
+
+
 def test_pretrained_weights_must_be_asked_for(folder, capsys, monkeypatch):
     """A recipe that starts from pretrained weights neither downloads them nor starts without them unasked."""
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: pytest.fail("nothing is to be fetched"))

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from attnkern import _vector_quantize, compat
-from attnkern._common import check_flag, check_kind
+from attnkern._checks import check_flag, check_kind
 from attnkern._insert import replace, tensors_of
 
 #: Attributes that hold the hooks of a module.

@@ -14,7 +14,7 @@ from typing import Self
 import torch
 
 from attnkern import _ops
-from attnkern._common import came
+from attnkern._checks import describe
 from attnkern._tracing import recording
 
 NAMES = ("triton", "native", "reference")
@@ -54,7 +54,7 @@ def _capability(index: int) -> tuple[int, int]:
 
 def _validated(name, source):
     if name is not None and not (isinstance(name, str) and name in NAMES):  # an array would compare by element
-        raise ValueError(f"{source}: expected one of {', '.join(map(repr, NAMES))} or None, got {came(name)}")
+        raise ValueError(f"{source}: expected one of {', '.join(map(repr, NAMES))} or None, got {describe(name)}")
     return name
 
 

@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import attnkern.nn as ann
-from attnkern._common import check_choice, check_count, check_kind, check_shape, check_tensor
+from attnkern._checks import check_choice, check_count, check_kind, check_shape, check_tensor
 from attnkern._tracing import Module
+from attnkern.nn._precision import floating_parameter
 
 _TAKES_AND_GIVES_FEATURES = (ann.WindowAttention, ann.PositionwiseAttention, ann.ProgressiveAttention)
 
@@ -158,7 +159,7 @@ class _Runs:
             first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
             if first is None:
                 raise ValueError("insert: example must be given for a model without a Conv2d, got None")
-            like = ann._like(first, model)
+            like = floating_parameter(first, model)
             example = torch.empty(1, first.in_channels, 224, 224)
             example = example if like is None else example.to(like.device, like.dtype)
         self.inputs = example if isinstance(example, tuple) else (example,)
@@ -342,7 +343,7 @@ def insert(
             fitting = ", ".join(kind.__name__ for kind in _TAKES_AND_GIVES_FEATURES)
             raise TypeError(f"insert: module must give back the features it takes ({fitting}), got "
                             f"{type(inserted).__name__}: call it in the model's forward")  # fmt: skip
-        like = ann._like(own, model)
+        like = floating_parameter(own, model)
         inserted.to(output.device, None if like is None else like.dtype)
         behind = inserted if layout == "NCHW" else {"NHWC": OnChannelsLast, "NLC": OnTokens}[layout](inserted)
         behind.train(own.training)

@@ -2,13 +2,30 @@
 
 import torch
 
-#: |σ| is floored here, with zero gradient below.
+#: The dtypes that features can have.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+#: Lower limit of |σ|. Below it the gradient of σ is zero.
 SIGMA_FLOOR = 1e-6
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that features of ``dtype`` are accumulated in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def double(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in float64; on the CPU if its device has no float64, such as Apple's and some of Intel's GPUs."""
+    try:
+        return tensor.double()
+    except (TypeError, RuntimeError):
+        return tensor.cpu().double()
+
+
+def autocasts(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on for the device of ``tensor``. (PyTorch raises if asked about the meta device.)"""
+    kind = tensor.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def aspect_factors(height: int, width: int, aspect: bool) -> tuple[float, float]:

@@ -66,7 +66,7 @@ define("attnkern")
 define("attnkern_triton", _triton_kernel, ("CUDA", "CPU") if TRITON_INTERPRETS else ("CUDA",))
 
 
-class _Handles:
+class Handles:
     """One attribute per operator: its default overload in ``namespace``."""
 
     def __init__(self, namespace):
@@ -76,7 +76,7 @@ class _Handles:
 
 
 #: Operator handles by backend.
-BACKENDS = {"native": _Handles("attnkern"), "triton": _Handles("attnkern_triton")}
+BACKENDS = {"native": Handles("attnkern"), "triton": Handles("attnkern_triton")}
 
 
 # --- compiled libraries ----------------------------------------------------------------------------------------------

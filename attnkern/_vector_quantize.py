@@ -7,8 +7,8 @@ is not defined here remains the library's.
 import torch
 import torch.nn.functional as F
 
-from attnkern import anchor_quantize
-from attnkern.compat import _quantized
+from attnkern.compat import quantize_promoted
+from attnkern.quantize import anchor_quantize
 
 
 class LatentQuantize:
@@ -16,7 +16,7 @@ class LatentQuantize:
 
     def quantize(self, z: torch.Tensor) -> torch.Tensor:
         latents = zip(z.unbind(-1), self.values_per_latent, strict=True)
-        return torch.stack([_quantized(latent, values.detach()).values for latent, values in latents], -1)
+        return torch.stack([quantize_promoted(latent, values.detach()).values for latent, values in latents], -1)
 
 
 def _means(a, codes, counts):

@@ -15,7 +15,7 @@ import torch
 
 import attnkern
 from attnkern import _backend, _ops
-from attnkern._common import device_of
+from attnkern._checks import device_of
 from attnkern._extras import needs_extra
 from attnkern._spelling import did_you_mean
 
@@ -119,7 +119,7 @@ def _convert(options: argparse.Namespace) -> int:
 
     from attnkern.evaluation.protocols import check_writable
     from attnkern.models import create_model
-    from attnkern.models._weights import load_state, read_weights, save_state
+    from attnkern.models.weights import load_state, read_weights, save_state
 
     if options.out is not None:
         check_writable("convert", options.out)
@@ -148,6 +148,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     with needs_extra("evaluate", _EXTRAS):
         from attnkern.evaluation.protocols import PROTOCOLS, check_protocols, choices, write_json
+        from attnkern.evaluation.summary import failures
 
     out = Path(options.out or Path(options.checkpoint).with_name("evaluation.json"))
     protocols = PROTOCOLS if "all" in options.protocol else options.protocol
@@ -157,12 +158,12 @@ def _evaluate(options: argparse.Namespace) -> int:
     with _printed(results["protocols"]):
         _measure(subject, protocols, results["protocols"])
         write_json(out, results)
-    print(f"written: {out}")
-    return 0
+    print(f"details: {out}")
+    return 1 if failures(results["protocols"]) else 0
 
 
 def _measure(subject, protocols, results):
-    """Add the results of each protocol to ``results``; if one fails, those before it are kept."""
+    """Add the results of each protocol to ``results``, its error included."""
     from tqdm import tqdm
 
     from attnkern.evaluation.protocols import evaluate
@@ -175,13 +176,14 @@ def _measure(subject, protocols, results):
 
 @contextlib.contextmanager
 def _printed(results):
-    """Print ``results`` at the end of the block, after an error too: measuring them took minutes."""
+    """Print a summary of ``results`` at the end of the block, after an error too: measuring them took minutes."""
     from attnkern.evaluation.protocols import plain
+    from attnkern.evaluation.summary import summary
 
     try:
         yield
     finally:
-        _print_entries(plain(results))
+        print(summary(plain(results)))
 
 
 def _subject(options, out):
@@ -242,33 +244,17 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print_entries(entry, indent=0):
-    """Print one number per line with its name; lists are only in the file."""
-    for key, value in entry.items():
-        if isinstance(value, dict):
-            print(f"{'  ' * indent}{key}")
-            _print_entries(value, indent + 1)
-        elif not isinstance(value, list):
-            print(
-                f"{'  ' * indent}{key:24} {value:.4f}"
-                if isinstance(value, float)
-                else f"{'  ' * indent}{key:24} {value}"
-            )
-
-
 def _show(options: argparse.Namespace) -> int:
     with needs_extra("show", _EXTRAS):
         from attnkern import viz
         from attnkern.evaluation.protocols import check_writable
-        from attnkern.training.show import explain
+        from attnkern.training.show import draw, explain, summary
 
     if options.out is not None:
         check_writable("show", options.out)
     shown = explain(options.checkpoint, options.image, options.map)
-    rectangle = {} if shown.rectangle is None else {"rectangle": shown.rectangle}
-    title = f"{shown.label} ({shown.probability:.0%})"
-    figure = viz.overlay(shown.image, shown.attention, nearest=shown.quantized, title=title, **rectangle)
-    print(f"{options.image}: {title}, {shown.map}")
+    figure = draw(shown)
+    print(f"{options.image}: {summary(shown)}")
     if options.out is None:
         return _on_screen(figure)
     viz.save(figure, options.out)

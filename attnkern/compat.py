@@ -6,11 +6,12 @@ Written from their interfaces as users know them. :func:`attnkern.accelerate` pu
 import torch
 from torch import nn
 
-from attnkern import anchor_quantize, compatibility_pool
-from attnkern._common import check_count, check_flag, check_number, check_shape, check_tensor
+from attnkern._checks import check_count, check_flag, check_number, check_shape, check_tensor
 from attnkern._numerics import wide
 from attnkern._tracing import Module
-from attnkern.nn import _untouched
+from attnkern.nn._hooks import untouched
+from attnkern.pool import compatibility_pool
+from attnkern.quantize import anchor_quantize
 
 __all__ = ["LinearAttentionBlock", "ProjectorBlock", "StraightThroughQuantizer", "VectorQuantizer"]
 
@@ -20,7 +21,7 @@ def _channels(module, default):
     return getattr(module.op, "in_channels", default)
 
 
-def _quantized(a, anchors):
+def quantize_promoted(a, anchors):
     """:func:`attnkern.anchor_quantize` in the dtype that PyTorch promotes both to."""
     check_tensor("anchor_quantize", "a", a)
     dtype = torch.promote_types(a.dtype, anchors.dtype)
@@ -59,7 +60,7 @@ class LinearAttentionBlock(Module):
         if not self.normalize_attn:
             c = self.op(l + g)
             return c, (c.sigmoid() * l).mean((2, 3))
-        if g.shape[2:] != (1, 1) or not _untouched(self.op, nn.Conv2d):
+        if g.shape[2:] != (1, 1) or not untouched(self.op, nn.Conv2d):
             c = self.op(l + g)
             return c, (c.flatten(2).softmax(2).view_as(c) * l).sum((2, 3))
         u = self.op.weight.flatten().to(wide(l.dtype))
@@ -104,7 +105,7 @@ class StraightThroughQuantizer(Module):
         self.anchors = nn.Parameter(torch.linspace(0, 1, num_anchors))
 
     def forward(self, a: torch.Tensor) -> torch.Tensor:
-        return _quantized(a, self.anchors.detach()).values  # compiled, they would get zeros, not None
+        return quantize_promoted(a, self.anchors.detach()).values  # compiled, they would get zeros, not None
 
 
 class VectorQuantizer(Module):
@@ -138,5 +139,5 @@ class VectorQuantizer(Module):
         check_tensor("VectorQuantizer", "input", input)
         fits = input.dim() == 2 or (input.dim() > 2 and input.shape[1] == 1)
         check_shape("VectorQuantizer", "input", input, "(N, L) or (N, 1, ...)", fits)
-        quantized = _quantized(input, self.weight.flatten())
+        quantized = quantize_promoted(input, self.weight.flatten())
         return quantized.values, quantized.anchor_loss, quantized.commitment_loss

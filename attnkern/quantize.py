@@ -5,20 +5,8 @@ from typing import NamedTuple
 import torch
 
 from attnkern import _backend, reference
-from attnkern._common import (
-    check_choice,
-    check_flag,
-    check_positions,
-    check_shape,
-    check_tensor,
-    companion,
-    create_graph,
-    differentiable_backward,
-    is_shape,
-    save,
-    saved,
-    transformed,
-)
+from attnkern._autograd import create_graph, differentiable_backward, save, saved, transformed
+from attnkern._checks import check_choice, check_flag, check_positions, check_shape, check_tensor, companion, is_shape
 from attnkern._numerics import loss_divisor
 from attnkern._ops import BACKENDS
 from attnkern._tracing import leaf

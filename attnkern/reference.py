@@ -18,7 +18,7 @@ def coordinates(length: int, like: torch.Tensor) -> torch.Tensor:
     return torch.arange(length, dtype=like.dtype, device=like.device) / (length - 1)
 
 
-def _log_window(rectangle, height, width, scale, aspect):
+def log_window(rectangle, height, width, scale, aspect):
     """z = log Λ(p) + log Λ(q), (N, H, W), of rectangles (N, 5, 1, 1), or (N, 5, H, W): one for each position."""
     mu1, mu2, sigma1, sigma2, alpha = rectangle.unbind(-3)
     row, column = aspect_factors(height, width, aspect)
@@ -36,7 +36,7 @@ def _log_window(rectangle, height, width, scale, aspect):
 def window_map(rectangle, size, *, scale=6.0, rescale=True, aspect=False):
     height, width = size
     rectangle = rectangle.to(wide(rectangle.dtype))[..., None, None]
-    z = _log_window(rectangle, height, width, scale, aspect)
+    z = log_window(rectangle, height, width, scale, aspect)
     if not rescale:
         return z.exp()
     # Not softmax(): its sum of a large map in float32 loses digits that sum() keeps.

@@ -58,7 +58,8 @@ def latency(network: torch.nn.Module, images: torch.Tensor) -> dict[str, dict[st
     called, handles = [], []
     for name, module in network.named_modules():
         # Submodules of an attention module are part of it.
-        if type(module).__module__ == "attnkern.nn" and not any(name.startswith(f"{outer}.") for outer, _ in called):
+        inside = any(name.startswith(f"{outer}.") for outer, _ in called)
+        if type(module).__module__.startswith("attnkern.nn.") and not inside:
             called.append((name, module))
     inputs = {}
     for name, module in called:

@@ -12,8 +12,8 @@ import torch
 
 import attnkern
 from attnkern import _backend, reference
-from attnkern._common import DTYPES, check_choice, check_items, check_kind, device_of
-from attnkern._numerics import aspect_factors, loss_divisor
+from attnkern._checks import check_choice, check_items, check_kind, device_of
+from attnkern._numerics import DTYPES, aspect_factors, loss_divisor
 
 __all__ = ["Budget", "accuracy", "available_backends", "check_accuracy"]
 
@@ -42,6 +42,20 @@ def literal_window_map(rectangle, size, *, scale=6.0, rescale=True, aspect=False
     v = -alpha.sin() * d1 + alpha.cos() * d2
     f = torch.sigmoid(scale * (1 - (u / sigma1) ** 2)) * torch.sigmoid(scale * (1 - (v / sigma2) ** 2))
     return f * (height * width) / f.sum((1, 2), keepdim=True) if rescale else f
+
+
+class WindowMapped(NamedTuple):
+    """The result of window_map as a field, like the results of the other ops."""
+
+    map: torch.Tensor
+
+
+def window_map(rectangle, size, **options):
+    return WindowMapped(attnkern.window_map(rectangle, size, **options))
+
+
+def literal_window_mapped(rectangle, size, **options):
+    return WindowMapped(literal_window_map(rectangle, size, **options))
 
 
 def literal_window_attention(x, rectangle, *, scale=6.0, rescale=True, residual=True, aspect=False):
@@ -104,6 +118,10 @@ def window_inputs(shape, dtype, companion, layout, generator):
     return {"x": features(shape, dtype, layout, generator), "rectangle": rectangle.to(companion)}
 
 
+def map_inputs(shape, dtype, companion, layout, generator):
+    return {"rectangle": window_inputs(shape, dtype, dtype, layout, generator)["rectangle"]}
+
+
 def anchor_inputs(shape, dtype, companion, layout, generator):
     """Features, a map that leaves [0, 1], and seven anchors in no order."""
     a = torch.rand(shape[0], 1, *shape[2:], generator=generator, dtype=torch.float64) * 1.4 - 0.2
@@ -132,24 +150,34 @@ def shared_pool_inputs(*arguments):
 # `x`, `g` and the like are dictionaries of float64 tensors: inputs, outputs, and gradients of the outputs by name.
 
 
-def _window_terms(x, out, g, rescale=True, residual=True, scale=6.0, aspect=False):
-    size = x["x"].shape[2:]
+def _rectangle_terms(rectangle, map, reached, rescale, scale, aspect):
+    """Σ|terms| of the rectangles' gradient; ``reached`` is Σ|terms| of the gradient at each position of the map."""
+    size = map.shape[1:]
     # A rectangle of its own for each position: the gradient of the sum of z is every position's slope.
-    rectangles = x["rectangle"].detach()[..., None, None].repeat(1, 1, *size).requires_grad_()
+    rectangles = rectangle.detach()[..., None, None].repeat(1, 1, *size).requires_grad_()
     with torch.enable_grad():
-        z = reference._log_window(rectangles, *size, scale, aspect)
+        z = reference.log_window(rectangles, *size, scale, aspect)
     (slopes,) = torch.autograd.grad(z.sum(), rectangles)
     slopes = slopes.movedim(1, -1)
-    map = out["map"]
     if rescale:
         slopes = slopes - (slopes * map[..., None]).mean((1, 2), keepdim=True)
+    return (reached[..., None] * map[..., None] * slopes.abs()).sum((1, 2))
+
+
+def _map_terms(x, out, g, size, rescale=True, scale=6.0, aspect=False):
+    gradient = _rectangle_terms(x["rectangle"], out["map"], g["map"].abs(), rescale, scale, aspect)
+    return {"map": out["map"], "grad_rectangle": gradient}
+
+
+def _window_terms(x, out, g, rescale=True, residual=True, scale=6.0, aspect=False):
+    map = out["map"]
     reached = (g["output"] * x["x"]).abs().sum(1) + g["map"].abs()
     factor = map + (1 if residual else 0)
     return {
         "output": x["x"].abs() * factor[:, None],
         "map": map,
         "grad_x": g["output"].abs() * factor[:, None],
-        "grad_rectangle": (reached[..., None] * map[..., None] * slopes.abs()).sum((1, 2)),
+        "grad_rectangle": _rectangle_terms(x["rectangle"], map, reached, rescale, scale, aspect),
     }
 
 
@@ -202,6 +230,7 @@ class Op(NamedTuple):
 
 
 OPS = {
+    "window_map": Op(window_map, literal_window_mapped, map_inputs, _map_terms),
     "window_attention": Op(attnkern.window_attention, literal_window_attention, window_inputs, _window_terms),
     "anchor_quantize": Op(attnkern.anchor_quantize, literal_anchor_quantize, quantize_inputs, _quantize_terms),
     "anchor_attention": Op(attnkern.anchor_attention, literal_anchor_attention, anchor_inputs, _anchor_terms),
@@ -275,6 +304,8 @@ def accuracy(name, backend, dtype, *, shape=(2, 24, 6, 7), layout="contiguous", 
     check_choice(where, "layout", layout, ("contiguous", "channels_last", "tokens"))
     device = device_of(where, device)
     op, budgets = OPS[name], {}
+    if name == "window_map":
+        options["size"] = tuple(shape[2:])
     for seed in SEEDS:
         inputs = make_inputs(name, shape, dtype, layout=layout, seed=seed, device=device)
         gradients = output_gradients(op.function(**inputs, backend=backend, **options)._asdict(), seed)

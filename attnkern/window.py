@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 
 from attnkern import _backend, reference
-from attnkern._common import (
+from attnkern._autograd import create_graph, differentiable_backward, save, saved, transformed
+from attnkern._checks import (
     check_flag,
     check_number,
     check_positions,
@@ -13,12 +14,7 @@ from attnkern._common import (
     check_size,
     check_tensor,
     companion,
-    create_graph,
-    differentiable_backward,
     float_of,
-    save,
-    saved,
-    transformed,
 )
 from attnkern._numerics import aspect_factors
 from attnkern._ops import BACKENDS

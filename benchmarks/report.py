@@ -1,6 +1,8 @@
-"""Results as tables and pictures: each run beside its JSON, all of them in docs/performance.md.
+"""Results as tables and plots: a page for each run, and docs/performance.md with the published runs of every machine.
 
-``python -m benchmarks.report`` writes everything again from the committed JSON. With ``--choice FILE`` it compares the
+``python -m benchmarks.report`` writes the pages and plots of the published runs again from their JSON files.
+``--publish FILE.json`` publishes a run: it copies the file to benchmarks/results/ first, and never over another run;
+``--publish newest`` takes the newest one of build/bench/ (`make bench-publish`). ``--choice FILE.json`` compares the
 native kernels with Triton's, row by row, and prints the rule for the automatic choice that follows.
 """
 
@@ -9,9 +11,11 @@ import itertools
 import json
 import math
 import re
+import shutil
+import statistics
 from pathlib import Path
 
-from benchmarks.store import COMMITTED, ROOT, name_of
+from benchmarks.store import COMMITTED, RESULTS, ROOT, name_of, unused
 
 PAGE = ROOT / "docs/performance.md"
 #: Passes of a network, and the attention in the first of them alone.
@@ -22,14 +26,28 @@ LATENCY = (
     "Latency of a single call, launch and wait included, after the L2 cache is flushed, and the host's time for a call:"
 )
 
-#: Of forward and backward, by suite: geometric means over eager and over torch.compile, and the slowest row over
-#: torch.compile. Those of CORE hold in the default process.
-TARGETS = {"": (3, 1.3, 1), "full": (4, 1.5, 1)}
-CORE_TARGETS = (6.5, 2.2, 1.2)
+#: Goals for forward and backward, by suite: geometric means over eager and over torch.compile, and the slowest row over
+#: torch.compile. Those of CORE are for the default process.
+GOALS = {"": (3, 1.3, 1), "full": (4, 1.5, 1)}
+CORE_GOALS = (6.5, 2.2, 1.2)
 CORE = re.compile(r"(window_attention|compatibility_pool|anchor_quantize) \S+ float32 contiguous$")
+#: above the tables of goals
+ABOUT_GOALS = (
+    "The goals were set for the machines whose runs are published in `benchmarks/results/`. A goal that is not reached "
+    "on another machine does not mean that anything is wrong with it or with the installation."
+)
 #: above a table of both processes, benchmarks.run.PROCESSES
 BOTH = "Where a cell has two numbers, the first is from the default process and the second from the tuned one:"
+#: A row is measured again if the interquartile range of a competitor's times exceeds this share of their median.
+NOISY = 0.25
+#: at the start of a run on a busy machine
+BUSY = "The machine is busy (load average {load:.1f} on {cores} cores). If that lasts, the times will not be reliable."
 OURS = ("native", "triton")
+#: Names in plots.
+LABELS = {
+    "compile": "torch.compile", "sdpa": "scaled_dot_product_attention",
+    "native": "attnkern", "triton": "attnkern, Triton", "reference": "attnkern, reference (plain PyTorch)",
+}  # fmt: skip
 COLUMNS = ("eager", "compile", "sdpa", "reference", "reference compiled", *OURS, *(f"{name} compiled" for name in OURS))
 
 
@@ -81,6 +99,7 @@ def table(rows: list[dict]) -> str:
     ratios = ratios or [name for name in ("reference", "reference compiled") if name in columns]
     head = ["case", "pass", *(f"{name} ms" for name in columns), *(f"× {name}" for name in ratios)]
     head += [f"{name} host µs" for name in host]
+    head += ["spread"] if any(row.get("spread") for row in rows) else []
     by_name = {}
     for row in rows:
         by_name.setdefault((row["case"], row["pass"]), {})[row["process"]] = row
@@ -94,8 +113,18 @@ def table(rows: list[dict]) -> str:
         times = [cell("ms", column, 3) for column in columns]
         faster = [cell("times", column, 2) for column in ratios]
         costs = [cell("host_us", column, 1) for column in host]
-        lines.append([*name, *times, *faster, *costs])
+        spreads = " / ".join(_spread(found.get(process, {})) for process in processes(rows))
+        lines.append([*name, *times, *faster, *costs, spreads][: len(head)])
     return markdown(head, lines)
+
+
+def noise(row: dict) -> float:
+    """The largest spread of a competitor's times in a row."""
+    return max(row.get("spread", {}).values(), default=0)
+
+
+def _spread(row: dict) -> str:
+    return f"{noise(row):.0%}{' noisy' * (noise(row) > NOISY)}" if row.get("spread") else "–"
 
 
 def device_table(rows: list[dict]) -> str:
@@ -119,18 +148,18 @@ def failures(rows: list[dict]) -> list[str]:
         for row in rows
         for name, error in row.get("errors", {}).items()
     ]
-    return ["Failed:\n" + "\n".join(lines)] if lines else []
+    return ["Failed:\n\n" + "\n".join(lines)] if lines else []
 
 
 def tables(rows: list[dict]) -> str:
-    """Operators, then networks."""
+    """Tables of operators, then of networks."""
     networks = [row for row in rows if row["pass"] in NETWORK_PASSES]
     operators = [row for row in rows if row["pass"] not in NETWORK_PASSES]
     on_device = [row for row in operators if "device_ms" in row]
     parts = [f"Device time:\n\n{device_table(on_device)}", LATENCY] if on_device else []
     parts += [BOTH] if len(processes(rows)) > 1 else []
     parts += [table(part) for part in (operators, networks) if part]
-    return "\n\n".join([*parts, *failures(rows), *speeds(_first(networks)), *shares(_first(networks))])
+    return "\n\n".join([*parts, *failures(rows)])
 
 
 def speeds(rows: list[dict]) -> list[str]:
@@ -140,11 +169,11 @@ def speeds(rows: list[dict]) -> list[str]:
         if row["pass"] == TRAINING and "images" in row and row["ms"]:
             found = [f"{row['images'] / ms * 1e3:.0f} with {name}" for name, ms in row["ms"].items()]
             lines.append(f"- {row['case']}: {', '.join(found)}")
-    return ["Images a second of a training step:\n" + "\n".join(lines)] if lines else []
+    return ["Images per second in training:\n\n" + "\n".join(lines)] if lines else []
 
 
 def shares(rows: list[dict]) -> list[str]:
-    """The share of a training step that its attention takes, before and after."""
+    """The share of a training step that its attention operators take, by backend."""
     ms = {(row["case"], row["pass"]): row["ms"] for row in rows}
     lines = []
     for name, which in ms:
@@ -152,7 +181,7 @@ def shares(rows: list[dict]) -> list[str]:
             part, whole = ms[name, which], ms[name, TRAINING]
             found = [f"{part[b] / whole[b]:.1%} with {b}" for b in ("reference", *OURS) if b in part and b in whole]
             lines.append(f"- {name}: {', '.join(found)}")
-    return ["Share of a training step that the attention operators take:\n" + "\n".join(lines)] if lines else []
+    return ["Share of a training step that the attention operators take:\n\n" + "\n".join(lines)] if lines else []
 
 
 def geometric_mean(values) -> float:
@@ -160,52 +189,57 @@ def geometric_mean(values) -> float:
     return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
 
 
-def verdict(rows: list[dict], suite: str = "") -> str:
-    """The targets of a CPU's run in float32, as met or missed, for each process."""
-    parts = []
+def goals(rows: list[dict], suite: str = "") -> str:
+    """The goals of a CPU's run in float32 beside what was measured, for each process."""
+    parts, lines = [], []
     rows = [row for row in rows if "float32" in row["case"] and "compile" in row["times"]]
     for process in processes(rows):
         forward, both = (
             [row for row in _of(process, rows) if row["pass"] == which] for which in ("forward", "forward+backward")
         )
         if both:
-            lines = [*_means(both, *TARGETS[suite]), *([_lowest(forward, 1, "forward alone")] if forward else [])]
-            parts.append("\n".join([f"Forward and backward, float32, {process} process:", *lines]))
+            eager, compiled = (geometric_mean(row["times"][name] for row in both) for name in ("eager", "compile"))
+            parts.append(
+                f"**{eager:.1f} times as fast as eager PyTorch, {compiled:.1f} times as fast as torch.compile** in the "
+                f"{process} process, by geometric mean over {len(both)} rows of forward and backward in float32."
+            )
+            lines += [[process, "all", *line] for line in _means(both, *GOALS[suite])]
+            lines += [[process, "all, forward alone", *_slowest(forward, 1)]] if forward else []
         core = [row for row in both if CORE.match(row["case"])]
         if core and process == "default" and suite == "":
-            names = "window_attention, compatibility_pool and anchor_quantize, contiguous"
-            lines = _means(core, *CORE_TARGETS)
-            parts.append("\n".join([f"Forward and backward, float32, {process} process, {names}:", *lines]))
-    return "\n\n".join(parts)
+            lines += [[process, "contiguous, without anchor_attention", *line] for line in _means(core, *CORE_GOALS)]
+    if not lines:
+        return ""
+    found = markdown(["process", "rows", "compared with", "measured", "goal", "reached"], lines)
+    return "\n\n".join([*parts, ABOUT_GOALS, found])
 
 
-def _target(text: str, value: float, least: float) -> str:
-    return f"- {'met' if value >= least else 'MISSED'}: {value:.2f} {text} (target: at least {least})"
+def _goal(figure: str, value: float, least: float) -> list[str]:
+    return [figure, f"{value:.2f} ×", f"{least} ×", "yes" if value >= least else "no"]
 
 
-def _means(rows: list[dict], over_eager: float, over_compile: float, least: float) -> list[str]:
+def _means(rows: list[dict], over_eager: float, over_compile: float, least: float) -> list[list[str]]:
     means = {name: geometric_mean(row["times"][name] for row in rows) for name in ("eager", "compile")}
     return [
-        _target("× eager by geometric mean", means["eager"], over_eager),
-        _target("× torch.compile by geometric mean", means["compile"], over_compile),
-        _lowest(rows, least),
+        _goal("eager, geometric mean", means["eager"], over_eager),
+        _goal("torch.compile, geometric mean", means["compile"], over_compile),
+        _slowest(rows, least),
     ]
 
 
-def _lowest(rows: list[dict], least: float, what: str = "") -> str:
-    """The slowest row against torch.compile, and how many more miss the target."""
+def _slowest(rows: list[dict], least: float) -> list[str]:
+    """The row with the lowest speed against torch.compile, and how many are below the goal."""
     slowest = min(rows, key=lambda row: row["times"]["compile"])
     below = sum(row["times"]["compile"] < least for row in rows)
-    more = f", one of {below} rows below" if below > 1 else ""
-    where = f"{what}, {slowest['case']}" if what else slowest["case"]
-    return _target(f"× torch.compile at the slowest, {where}{more}", slowest["times"]["compile"], least)
+    more = f" (one of {below} below the goal)" if below > 1 else ""
+    return _goal(f"torch.compile, slowest row: {slowest['case']}{more}", slowest["times"]["compile"], least)
 
 
 LARGE = 2**26  # bytes of a working set that no L2 cache holds
-#: On a GPU, by what is looked at: the least that every row of it should reach. "copy" is the share of the bandwidth of
-#: a copy in the same run, forward and backward apart; the others are times faster, launches included where nothing else
-#: is said.
-GPU_TARGETS = {
+#: Goals on a GPU by group of rows: the least that every row of the group should reach. "copy" is the share of the
+#: bandwidth of a copy in the same run, forward and backward apart; the others are times faster, launches included where
+#: nothing else is said.
+GPU_GOALS = {
     "large maps, window and anchor attention": {
         "copy, forward": 0.9, "copy, backward": 0.85, "eager": 2.5, "compile": 1.15
     },
@@ -213,8 +247,10 @@ GPU_TARGETS = {
     "small maps": {"eager": 5, "compile": 1.3, "compile, on the device": 1.2},
     "anchor_quantize": {"eager": 8, "compile": 2},
 }  # fmt: skip
-#: microseconds of the host for forward and backward of tiny tensors, at most
-HOST_TARGETS = {"native": 25, "triton": 45}
+#: Goals for the host's time of forward and backward on tiny tensors: at most so many times that of an empty
+#: autograd.Function in the same run, which every operator pays.
+HOST_GOALS = {"native": 2.5, "triton": 4.5}
+EMPTY = "an empty autograd.Function"
 
 
 def _gpu_group(case: str, bytes_forward: int) -> str:
@@ -227,11 +263,11 @@ def _gpu_group(case: str, bytes_forward: int) -> str:
 
 
 def gpu_figures(rows: list[dict], copy_gb_per_s: float) -> dict[str, dict[str, list[tuple[float, str]]]]:
-    """What GPU_TARGETS look at: (figure, case) by group and name, from rows that have been measured."""
+    """The figures that GPU_GOALS are about: (figure, case) by group and name, from rows that have been measured."""
     by_case = {}
     for row in rows:
         by_case.setdefault(row["case"], {})[row["pass"]] = row
-    found = {group: {name: [] for name in targets} for group, targets in GPU_TARGETS.items()}
+    found = {group: {name: [] for name in names} for group, names in GPU_GOALS.items()}
     for case, passes in by_case.items():
         forward, both = passes.get("forward"), passes.get("forward+backward")
         if forward is None or both is None or "device_ms" not in both:
@@ -252,14 +288,14 @@ def gpu_figures(rows: list[dict], copy_gb_per_s: float) -> dict[str, dict[str, l
     return found
 
 
-def gpu_verdict(rows: list[dict], copy_gb_per_s: float) -> str:
-    """The targets of a GPU's run: how many rows reach each, and the farthest from it; what has not been measured."""
-    lines = ["| on a GPU | at least | rows that reach it | lowest |", "|---" * 4 + "|"]
+def gpu_goals(rows: list[dict], copy_gb_per_s: float) -> str:
+    """The goals of a GPU's run: how many rows reach each, and the row farthest from it; what has not been measured."""
+    lines = ["| on a GPU | goal: at least | rows that reach it | lowest |", "|---" * 4 + "|"]
     for group, names in gpu_figures(rows, copy_gb_per_s).items():
         for name, figures in names.items():
-            target = GPU_TARGETS[group][name]
-            text = f"{target:.0%} of a {name}" if name.startswith("copy") else f"{target} × {name}"
-            reached = sum(figure >= target for figure, _ in figures)
+            goal = GPU_GOALS[group][name]
+            text = f"{goal:.0%} of a {name}" if name.startswith("copy") else f"{goal} × {name}"
+            reached = sum(figure >= goal for figure, _ in figures)
             lowest = "{0[0]:.2f}, {0[1]}".format(min(figures)) if figures else "–"
             lines.append(
                 f"| {group} | {text} | {f'{reached} of {len(figures)}' if figures else 'not measured'} | {lowest} |"
@@ -267,75 +303,118 @@ def gpu_verdict(rows: list[dict], copy_gb_per_s: float) -> str:
     return "\n".join(lines)
 
 
-# --- pictures, readable on a light and on a dark page -----------------------------------------------------------------
+# --- plots, readable on a light and on a dark page --------------------------------------------------------------------
 
 GREY = "#808080"
+COLORS = {
+    "compile": "#8da0b8", "sdpa": "#b7c4a1", "reference": "#c9c9c9", "native": "#d1495b", "triton": "#7b3fa0"
+}  # fmt: skip
 
 
 def _pyplot():
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "attnkern"  # the same rows give the same file
     import matplotlib.pyplot as plt
 
     return plt
 
 
 def _finish(figure, path):
-    """Everything drawn that is no data in a grey that both backgrounds carry; the background is the page's."""
+    """Draw everything that is no data in a grey that is readable on both backgrounds, and leave the background out."""
     for axes in figure.axes:
         axes.tick_params(which="both", colors=GREY)
-        for item in (axes.title, axes.xaxis.label, axes.yaxis.label):
+        for item in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts):
             item.set_color(GREY)
         for side in axes.spines.values():
             side.set_color(GREY)
-        if legend := axes.get_legend():
-            legend.set_frame_on(False)
-            for text in legend.get_texts():
-                text.set_color(GREY)
-    figure.tight_layout()
-    figure.savefig(path, transparent=True)
+    for text in (figure._suptitle, *(text for legend in figure.legends for text in legend.get_texts())):
+        text.set_color(GREY)
+    figure.savefig(path, transparent=True, metadata={"Date": None} if path.suffix == ".svg" else None)
     _pyplot().close(figure)
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """Speed over eager PyTorch, forward and backward, one group of bars a case."""
+def _short(case: str) -> str:
+    """A case's shape, layout and, unless it is float32, dtype."""
+    _, shape, dtype, layout, *more = case.split()
+    words = [shape.replace("x", "×"), "NCHW" if layout == "contiguous" else layout, dtype, *more]
+    return " ".join(word for word in words if word != "float32")
+
+
+def plot(content: dict, path: Path) -> None:
+    """Speed over eager PyTorch in forward and backward: a panel for each operator, a group of bars for each case."""
+    rows = content["rows"]
     key = "device_ms" if any("device_ms" in row for row in rows) else "ms"
     chosen = [row for row in _first(rows) if row["pass"] == "forward+backward" and "eager" in row.get(key, ())]
     names = _columns(chosen, key)[1:]
     if not names:
         return
-    figure, axes = _pyplot().subplots(figsize=(9, 0.45 * len(chosen) + 1.5))
-    height = 0.8 / len(names)
-    for k, name in enumerate(names):
-        places = [i + k * height for i, row in enumerate(chosen) if name in row[key]]
-        values = [row[key]["eager"] / row[key][name] for row in chosen if name in row[key]]
-        axes.barh(places, values, height, label=name)
-    axes.axvline(1, color=GREY, linewidth=1)
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(chosen))], [row["case"] for row in chosen], fontsize=7)
-    axes.set_ylim(len(chosen) - 0.1, -0.3)
-    axes.set_xlabel("times faster than eager PyTorch, forward and backward")
-    axes.legend()
+    by_op = {}
+    for row in chosen:
+        by_op.setdefault(row["case"].split()[0], []).append(row)
+    # One unit of height is a bar; half a unit separates two cases.
+    heights = [sum(len(row[key]) - 0.5 for row in group) for group in by_op.values()]
+    inches = 0.15 * sum(heights) + 0.55 * len(by_op) + 1.6
+    figure, panels = _pyplot().subplots(
+        len(by_op), 1, figsize=(9, inches), sharex=True, squeeze=False, height_ratios=heights, layout="constrained"
+    )
+    drawn = {}
+    for axes, (op, group) in zip(panels[:, 0], by_op.items(), strict=True):
+        place, ticks = 0.0, []
+        for row in group:
+            shown = [name for name in names if name in row[key]]
+            for name in shown:
+                speed = row[key]["eager"] / row[key][name]
+                drawn[name] = axes.barh(place, speed, 0.9, color=COLORS[name])
+                if name in OURS:
+                    axes.text(speed, place, f" {speed:.1f}", va="center", fontsize=7)
+                place += 1
+            ticks.append(place - (len(shown) + 1) / 2)
+            place += 0.5
+        axes.set_yticks(ticks, [_short(row["case"]) for row in group], fontsize=8)
+        axes.set_ylim(place - 1, -0.5)
+        axes.axvline(1, color=GREY, linewidth=1)
+        axes.set_title(op, loc="left", fontsize=9, fontweight="bold", color=GREY)
+        axes.margins(x=0.08)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1, 0].set_xlabel("times as fast as eager PyTorch (grey line: 1), forward and backward")
+    figure.suptitle(f"Speed over eager PyTorch\n{_where(content)}", fontsize=10)
+    figure.legend(
+        [drawn[name] for name in names], [LABELS[name] for name in names],
+        loc="outside lower center", ncols=min(4, len(names)), fontsize=8, frameon=False,
+    )  # fmt: skip
     _finish(figure, path)
 
 
-def plot_scaling(rows: list[dict], path: Path) -> None:
+def plot_scaling(content: dict, path: Path) -> None:
     """Milliseconds against bytes along each axis: a line of slope 1 is a cost that grows with the bytes."""
+    rows = content["rows"]
     axes_names = list(dict.fromkeys(row["pass"] for row in rows))
     ops = list(dict.fromkeys(row["op"] for row in rows))
-    figure, panels = _pyplot().subplots(1, len(axes_names), figsize=(4 * len(axes_names), 4), squeeze=False)
+    figure, panels = _pyplot().subplots(
+        1, len(axes_names), figsize=(3.6 * len(axes_names), 4.4), squeeze=False, sharey=True, layout="constrained"
+    )
+    lines = {}
     for panel, axis in zip(panels[0], axes_names, strict=True):
         for k, op in enumerate(ops):
             chosen = [row for row in rows if row["pass"] == axis and row["op"] == op]
             for name, style in zip(("eager", *OURS), (":", "-", "--"), strict=True):
                 points = [(row["bytes"] / 1e6, row["ms"][name]) for row in chosen if name in row["ms"]]
                 if points:
-                    panel.loglog(*zip(*points, strict=True), style, color=f"C{k}", label=f"{op}, {name}")
-        panel.set_title(f"more {axis}")
-        panel.set_xlabel("MB moved")
-    panels[0][0].set_ylabel("ms, forward and backward")
-    panels[0][0].legend(fontsize=7)
+                    label = f"{op}, {LABELS.get(name, name)}"
+                    (lines[label],) = panel.loglog(*zip(*points, strict=True), style, color=f"C{k}")
+        panel.set_title(f"more {axis}", fontsize=9)
+        panel.set_xlabel("megabytes read and written")
+    panels[0][0].set_ylabel("milliseconds, forward and backward")
+    figure.suptitle(f"Time against size\n{_where(content)}", fontsize=10)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(ops), fontsize=8, frameon=False)
     _finish(figure, path)
+
+
+def _where(content: dict) -> str:
+    """Machine, threads, PyTorch and date of a run."""
+    return f"{content['machine']}, {_threads(content['threads'])}, torch {content['torch']}, {content['date']}"
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -343,10 +422,7 @@ def plot_scaling(rows: list[dict], path: Path) -> None:
 
 def scaling_table(rows: list[dict]) -> str:
     """By axis and op: times at both ends, and the exponent of time over bytes in the last doubling."""
-    lines = [
-        "| axis | op | smallest: ms | largest: ms | × eager there | time grows as bytes to the |",
-        "|---" * 6 + "|",
-    ]
+    lines = ["| axis | operator | smallest, ms | largest, ms | × eager at the largest | exponent |", "|---" * 6 + "|"]
     for axis, op in dict.fromkeys((row["pass"], row["op"]) for row in rows):
         chosen = [row for row in rows if row["pass"] == axis and row["op"] == op]
         first, before, last = chosen[0], chosen[-2], chosen[-1]
@@ -358,87 +434,188 @@ def scaling_table(rows: list[dict]) -> str:
 
 
 def host_table(costs: dict[str, dict[str, float]]) -> str:
-    """Host time of calls on tiny tensors."""
+    """Host time of calls on tiny tensors, and the goals for it."""
     names = [name for name in COLUMNS if any(name in found for found in costs.values())]
-    lines = [f"| forward and backward of tiny tensors | {' | '.join(f'{name} µs' for name in names)} |"]
-    lines.append("|---" * (1 + len(names)) + "|")
+    empty = costs.get(EMPTY, {}).get("eager")
+    ours = [name for name in names if name in HOST_GOALS and empty]
+    lines = []
     for what, found in costs.items():
         cells = [f"{found[name]:.1f}" if name in found else "–" for name in names]
-        lines.append(f"| {what} | {' | '.join(cells)} |")
-    missed = [
-        f"- MISSED: {found[name]:.0f} µs of {what} through {name} (target: at most {most})"
-        for what, found in costs.items()
-        for name, most in HOST_TARGETS.items()
-        if found.get(name, 0) > most
-    ]
-    return "\n".join([*lines, *(["", *missed] if missed else [])])
+        lines.append([what, *cells, *(f"{found[name] / empty:.1f}" if name in found else "–" for name in ours)])
+    head = ["forward and backward of tiny tensors", *(f"{name} µs" for name in names)]
+    head += [f"{name} / empty (goal: {HOST_GOALS[name]})" for name in ours]
+    caption = (
+        "What a call costs on tensors of a few elements. The goal is a multiple of the time of an empty "
+        "autograd.Function, which depends on the processor and on the build of Python:"
+    )
+    return f"{caption}\n\n{markdown(head, lines)}"
 
 
-def regressions(content: dict, earlier: dict) -> list[str]:
+def regressions(content: dict, earlier: dict) -> str:
     """Rows that lost more than a tenth of their lead over eager since an earlier run of the same machine."""
     known = {name_of(row): row["times"].get("eager") for row in earlier["rows"]}
     lines = []
     for row in content["rows"]:
         before, now = known.get(name_of(row)), row["times"].get("eager")
         if before and now and now < 0.9 * before:
-            name = f"{row['case']}, {row['pass']}{_process(row, content['rows'])}"
-            lines.append(f"- {name}: {now:.2f} × eager, was {before:.2f} ({earlier['date']})")
-    return lines
+            lines.append([row["case"], row["pass"], row["process"], f"{before:.2f}", f"{now:.2f}"])
+    if not lines:
+        return ""
+    head = ["case", "pass", "process", f"× eager, {earlier['date']}", f"× eager, {content['date']}"]
+    return f"Rows whose lead over eager is more than a tenth smaller than in the run before:\n\n{markdown(head, lines)}"
 
 
 def _threads(count: int) -> str:
     return f"{count} thread{'s' * (count != 1)}"
 
 
-def body(content: dict) -> str:
-    """A run in Markdown."""
-    rows, suite = content["rows"], content.get("suite", "")
-    heading = (
-        f"{content['machine']}, {_threads(content['threads'])}, torch {content['torch']}, {content['date']}; "
-        f"a copy moves {content['copy_gb_per_s']:.1f} GB/s"
-    )
+def doubts(content: dict) -> list[str]:
+    """Reasons not to trust a run's numbers: other programs used the processor, or many rows are noisy. The load before
+    the run is none, since it may come from a build that has just ended."""
+    rows, cores, found = content["rows"], content.get("cores"), []
+    during = load_during(content)
+    if cores and during is not None and during > cores + content["threads"] / 2:
+        found.append(f"the load average was {during:.1f} on {cores} cores during the run")
+    noisy = sum(noise(row) > NOISY for row in rows)
+    if noisy > len(rows) / 10:
+        found.append(f"the times of {noisy} of {len(rows)} rows vary by more than {NOISY:.0%}")
+    return found
+
+
+def load_during(content: dict) -> float | None:
+    """The median of the load averages at the ends of the rows. The run itself adds about its number of threads."""
+    loads = [row["load"] for row in content["rows"] if "load" in row]
+    return statistics.median(loads) if loads else None
+
+
+def warning(content: dict) -> str:
+    found = doubts(content)
+    return f"**Do not trust these numbers:** {'; '.join(found)}. Repeat the run on a quiet machine." if found else ""
+
+
+def heading(content: dict) -> str:
+    """Where and when a run was made, and on how busy a machine."""
+    text = f"{_where(content)}; a copy moves {content['copy_gb_per_s']:.1f} GB/s"
     if "load" in content:
-        heading += f"; load average {content['load']:.1f} before the run"
-    on_gpu = any("device_ms" in row for row in rows)
-    if not on_gpu and len(found := processes(rows)) == 1:
-        heading += f"; {found[0]} process"
+        text += f"; load average {content['load']:.1f} before the run"
+    if (during := load_during(content)) is not None:
+        text += f" and {during:.1f} during it"
+    if _on_gpu(content) or len(found := processes(content["rows"])) != 1:
+        return text
+    return f"{text}; {found[0]} process"
+
+
+def _on_gpu(content: dict) -> bool:
+    return any("device_ms" in row for row in content["rows"])
+
+
+def summary(content: dict) -> str:
+    """The goals and the networks of a run."""
+    rows, suite = content["rows"], content.get("suite", "")
     if suite == "scaling":
-        note = "The exponent is that of the last doubling; it is above 1 where the bytes leave the caches."
-        return "\n\n".join([heading, scaling_table(rows), note])
-    judged = gpu_verdict(rows, content["copy_gb_per_s"]) if on_gpu else verdict(rows, suite)
-    parts = [heading, tables(rows), judged, *(profile_table(*found) for found in content.get("profiles", {}).items())]
+        return ""
+    judged = gpu_goals(rows, content["copy_gb_per_s"]) if _on_gpu(content) else goals(rows, suite)
+    networks = [row for row in _first(rows) if row["pass"] in NETWORK_PASSES]
+    return "\n\n".join(filter(None, [judged, *speeds(networks), *shares(networks)]))
+
+
+def details(content: dict) -> str:
+    """The tables of a run."""
+    if content.get("suite") == "scaling":
+        note = (
+            "Time grows as the bytes to the power of the exponent, which is that of the last doubling; it is above 1 "
+            "where the data no longer fits the caches."
+        )
+        return f"{scaling_table(content['rows'])}\n\n{note}"
+    parts = [tables(content["rows"]), *(profile_table(*found) for found in content.get("profiles", {}).items())]
     parts.append(host_table(content["host_us"]) if "host_us" in content else "")
     return "\n\n".join(filter(None, parts))
 
 
-def write(path: Path) -> str:
-    """A run's Markdown and picture beside its JSON, and the page of all runs; the run's Markdown."""
+def title(content: dict) -> str:
+    name = TITLES.get(content.get("suite", ""), content.get("suite", ""))
+    return f"{name}: {content['machine']}, {_threads(content['threads'])}"
+
+
+def body(content: dict, picture: str = "") -> str:
+    """A run in Markdown: warning, summary, plot, tables. ``picture`` is the plot's address."""
+    image = f"![{title(content)}]({picture})" if picture else ""
+    parts = [heading(content), warning(content), image, summary(content), details(content)]
+    return "\n\n".join(filter(None, parts))
+
+
+def printed(content: dict) -> str:
+    """A run for the terminal: the rows of the default process, and the summary, where it stays visible, below them."""
+    rows = _first(content["rows"])
+    shown = ("eager", "compile", *OURS)
+    operators = [
+        row | {"ms": {name: row["ms"][name] for name in shown if name in row["ms"]}}
+        for row in rows
+        if row["pass"] not in NETWORK_PASSES
+    ]
+    if content.get("suite") == "scaling":
+        text = scaling_table(rows)
+    else:
+        text = table(operators) if operators else ""
+    # The warning stands at both ends, since the first one may have scrolled away.
+    return "\n\n".join(filter(None, [heading(content), warning(content), text, summary(content), warning(content)]))
+
+
+def write(path: Path) -> list[Path]:
+    """Write a run's plot and page beside its JSON file. Returns the three paths."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    text = body(content)
-    path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    picture, text = path.with_suffix(".svg"), path.with_suffix(".md")
     if content.get("suite") != "networks":
         try:
-            (plot_scaling if content.get("suite") == "scaling" else plot)(content["rows"], path.with_suffix(".svg"))
+            (plot_scaling if content.get("suite") == "scaling" else plot)(content, picture)
         except ImportError as error:
-            print(f"no picture: {error}")
-    if path.parent == COMMITTED:
-        PAGE.write_text(page(), encoding="utf-8")
-    return text
+            print(f"no plot: {error}")
+    drawn = picture.exists()
+    text.write_text(f"# {title(content)}\n\n{body(content, picture.name * drawn)}\n", encoding="utf-8")
+    return [path, text, *([picture] if drawn else [])]
+
+
+def publish(path: Path) -> Path:
+    """Copy a run's JSON file to the published ones, unless it is there already. Returns its new path."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for found in COMMITTED.glob("*.json"):
+        if json.loads(found.read_text(encoding="utf-8")) == content:
+            return found
+    target = unused(COMMITTED / path.name)
+    shutil.copyfile(path, target)
+    return target
+
+
+def newest() -> Path:
+    """The run that was written last."""
+    runs = sorted(RESULTS.glob("*.json"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise SystemExit(f"no run in {RESULTS}: `make bench` makes one")
+    return runs[-1]
 
 
 TITLES = {"": "Operators and training steps", "full": "More shapes", "networks": "Networks", "scaling": "Scaling"}
 INTRODUCTION = """# Performance
 
-Written by `python -m benchmarks.report` from the runs in `benchmarks/results/`. Competitors are the papers' literal
-formulas in eager PyTorch and under `torch.compile`, and scaled_dot_product_attention for pooling; every result is
-checked against the reference in float64 before it is timed. Competitors take turns of ten milliseconds, and medians
-are compared. On a CPU every competitor is measured in two processes. In the default one, as Python starts it, glibc
-returns large blocks to the kernel when they are freed and maps them anew at the next call; in the tuned one malloc
-keeps them (`MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` are 4 GiB). On one thread (`OMP_NUM_THREADS=1`) the
-clock is that of the process, page faults included, which other programs on the machine do not lengthen. On a GPU,
-device time is measured with CUDA events around replays of a CUDA graph whose calls use inputs that together exceed
-three L2 caches; latency is the time of single calls after the L2 cache is flushed. Where attnkern loses, the row stays;
-a competitor that fails is listed with its error.
+attnkern beside its competitors, in runs on the machines below. This page and `benchmarks/results/` are written by
+`make bench-publish`; `make bench` measures your machine and writes to `build/bench/` alone.
+
+- **Competitors** are the papers' literal formulas in eager PyTorch (`eager`) and under `torch.compile` (`compile`), and
+  scaled_dot_product_attention for pooling (`sdpa`). attnkern is `native` (compiled kernels), `triton`, or `reference`
+  (plain PyTorch).
+- **Columns with ×** are the competitor's time divided by that of the faster of attnkern's kernels. Below 1 the
+  competitor is faster: these rows stay in the tables. A competitor that fails is listed with its error.
+- **Method**: every result is checked against the reference in float64 before it is timed. Competitors take turns of ten
+  milliseconds, and medians are compared. `spread` is the largest interquartile range of a row's times, as a share of
+  the median; a row above 25 % is measured up to three times, and marked as noisy if it stays above. Runs up to
+  2026-11-25 did not record it.
+- **Two processes** on a CPU: in the default one, as Python starts it, glibc returns large blocks to the kernel when
+  they are freed and maps them again at the next call; in the tuned one malloc keeps them (`MALLOC_MMAP_THRESHOLD_`
+  and `MALLOC_TRIM_THRESHOLD_` are 4 GiB).
+- **Clock**: wall time; on one thread (`OMP_NUM_THREADS=1`) the CPU time of the process, page faults included, which
+  other programs do not lengthen. On a GPU, device time is measured with CUDA events around replays of a CUDA graph
+  whose calls use inputs that together exceed three L2 caches; latency is the time of single calls after the L2 cache is
+  flushed.
 """
 
 
@@ -446,23 +623,21 @@ def page() -> str:
     """Every machine's newest run of each suite, and what it lost since the one before."""
     runs = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(COMMITTED.glob("*.json"))]
     groups = {}
-    for path, content in sorted(runs, key=lambda run: run[1]["date"]):
+    for path, content in sorted(runs, key=lambda run: (run[1]["date"], run[1].get("time", ""))):
         if content.get("suite", "") not in TITLES:
             continue  # a rehearsal
         groups.setdefault((content["machine"], content["threads"], content.get("suite", "")), []).append(
             (path, content)
         )
     parts = [INTRODUCTION]
-    for (machine, threads, suite), found in sorted(groups.items()):
+    for _, found in sorted(groups.items()):
         path, content = found[-1]
-        parts.append(f"## {TITLES[suite]}: {machine}, {_threads(threads)}\n\n{body(content)}\n")
-        if suite != "networks":
-            parts.append(f"![{TITLES[suite]}](../benchmarks/results/{path.stem}.svg)\n")
-        lost = regressions(content, found[-2][1]) if len(found) > 1 else []
-        if lost:
-            parts.append("Slower than in the run before:\n\n" + "\n".join(lost) + "\n")
-    if not any("device_ms" in row for _, content in runs for row in content["rows"]):
-        parts.append(f"## GPU\n\nNothing has been measured on a GPU yet: `make gpu` does.\n\n{gpu_verdict([], 1)}\n")
+        picture = f"../benchmarks/results/{path.stem}.svg" if content.get("suite") != "networks" else ""
+        parts.append(f"## {title(content)}\n\n{body(content, picture)}\n")
+        lost = regressions(content, found[-2][1]) if len(found) > 1 else ""
+        parts += [f"{lost}\n"] if lost else []
+    if not any(_on_gpu(content) for _, content in runs):
+        parts.append(f"## GPU\n\nNothing has been measured on a GPU yet: `make gpu` does.\n\n{gpu_goals([], 1)}\n")
     return "\n".join(parts)
 
 
@@ -550,14 +725,21 @@ def profile_table(name: str, kernels: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--publish", metavar="FILE", help="add a run to the published ones; 'newest' is the last one")
     parser.add_argument("--choice", metavar="FILE", type=Path, help="compare native with Triton in this results file")
     options = parser.parse_args()
     if options.choice:
         print(choice(json.loads(options.choice.read_text(encoding="utf-8"))["rows"]))
         return
+    if options.publish:
+        path = publish(newest() if options.publish == "newest" else Path(options.publish))
+        if reasons := doubts(json.loads(path.read_text(encoding="utf-8"))):
+            print(f"Published, but the numbers cannot be trusted: {'; '.join(reasons)}.")
+        print(f"Published: {path.relative_to(ROOT)}")
     for path in sorted(COMMITTED.glob("*.json")):
         write(path)
-    print(f"written: {PAGE.relative_to(ROOT)}")
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"Written: {PAGE.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""`make bench`: every competitor of every case in one run, rounds interleaved, medians compared.
+"""`make bench`: measures every competitor of every case in one run, in interleaved turns, and compares medians.
 
-Prints one table and writes JSON, a Markdown table and a plot to benchmarks/results/, or to the folder that
-ATTNKERN_RESULTS names. On a CPU, operators and networks are measured in two processes, which PROCESSES describes. Each
-row is written as soon as it is measured; with --gpu, --full and --networks a run continues an earlier one of the same
-code and options. A competitor that fails is recorded as an error, and the run continues.
+Writes JSON, a Markdown page and a plot to build/bench/, or to the folder that ATTNKERN_RESULTS names, and prints a
+summary. `make bench-publish` copies a run to benchmarks/results/ and docs/performance.md. On a CPU, operators and
+networks are measured in two processes, which PROCESSES describes. Each row is written as soon as it is measured; with
+--gpu, --full and --networks a run continues an earlier one of the same code and options. A competitor that fails is
+recorded as an error, and the run continues. Rows whose times vary too much are measured again.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.report import ATTENTION, OURS, write
+from benchmarks.report import ATTENTION, BUSY, NOISY, OURS, printed, write
 from benchmarks.store import MEASURED, RESULTS, ROOT, Store, code_version
 
 #: Environments of the processes that measure on a CPU, by name. By default glibc gives large blocks back to the kernel
@@ -33,6 +34,7 @@ PROCESSES = {
 BUDGET, FLUSHED_BUDGET = 1.5, 0.5  # seconds a case and pass
 DEVICE_BUDGET = 0.1  # seconds a competitor, for its device time and for its cost to the host
 TURN = 0.01  # seconds that a competitor is called in a row
+TRIES = 3  # how often a row is measured at most, until its times vary by no more than NOISY
 #: Seconds a row, preparation and compilation included; a rehearsal may run on a busy machine.
 ROW_LIMIT, TUNED_LIMIT, REHEARSED_LIMIT = 120, 300, 3600
 
@@ -64,8 +66,10 @@ def machine(device) -> dict:
     return {
         "machine": name,
         "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
-        "date": datetime.date.today().isoformat(),
+        "date": f"{datetime.datetime.now():%Y-%m-%d}",
+        "time": f"{datetime.datetime.now():%H:%M:%S}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "attnkern": attnkern.__version__,
@@ -90,15 +94,15 @@ def copy_bandwidth(device) -> float:
 
 
 def clock_of(device):
-    """The clock that times calls. On one thread of a CPU it is the time of the process, page faults included: what else
-    runs on the machine does not lengthen it."""
+    """The clock that times calls. On one thread of a CPU it is the CPU time of the process, page faults included, which
+    other programs on the machine do not lengthen."""
     import torch
 
     return time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
-def median_times(ready: dict, budget: float = BUDGET, flush=None, clock=time.perf_counter) -> dict[str, float]:
-    """Median seconds of each call; they take turns, so that what disturbs the machine disturbs all.
+def turns(ready: dict, budget: float = BUDGET, flush=None, clock=time.perf_counter) -> dict[str, list[float]]:
+    """Seconds of each call, a number for each turn. The calls take turns, so that a disturbance affects all of them.
 
     A turn is one call after ``flush``, or without it an untimed call and then as many calls as take about TURN: each
     then finds the caches and the free memory as it left them itself, and not as another competitor did.
@@ -118,7 +122,33 @@ def median_times(ready: dict, budget: float = BUDGET, flush=None, clock=time.per
             for _ in range(calls_a_turn[name]):
                 call()
             times[name].append((clock() - start) / calls_a_turn[name])
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def median_times(ready: dict, *arguments, **options) -> dict[str, float]:
+    """Median seconds of each call, from `turns`."""
+    return {name: statistics.median(times) for name, times in turns(ready, *arguments, **options).items()}
+
+
+def spread(times: list[float]) -> float:
+    """The interquartile range over the median."""
+    first, median, third = statistics.quantiles(times, n=4)
+    return (third - first) / median
+
+
+def settled_times(ready: dict, tries: int, *arguments) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds and spread of each call, from the attempt at `turns` with the least spread of any call: the first
+    within NOISY, or the best of ``tries``."""
+    best = None
+    for _ in range(tries):
+        times = turns(ready, *arguments)
+        spreads = {name: spread(values) for name, values in times.items()}
+        worst = max(spreads.values(), default=0)
+        if best is None or worst < best[0]:
+            best = worst, {name: statistics.median(values) for name, values in times.items()}, spreads
+        if worst <= NOISY:
+            break
+    return best[1:]
 
 
 # --- device time and host time. In a rehearsal the CPU stands in for the device. --------------------------------------
@@ -210,7 +240,7 @@ def host_seconds(call, device, budget: float = DEVICE_BUDGET) -> float:
 
 def row_of(case: str, which: str, seconds: dict[str, float], **more) -> dict:
     times = {}
-    for suffix in ("", " compiled"):  # each network against its like
+    for suffix in ("", " compiled"):  # compiled networks are compared with compiled ones
         best = min((value for name, value in seconds.items() if name in [o + suffix for o in OURS]), default=None)
         rivals = [name for name in seconds if name.endswith(" compiled") == bool(suffix) and not name.startswith(OURS)]
         times |= {name: seconds[name] / best for name in rivals if best is not None}
@@ -223,7 +253,8 @@ class OutOfTime(Exception):
 
 
 class Attempts:
-    """Runs the parts of a row. A part that fails, or takes half of the time left, is recorded and the row continues."""
+    """Runs the parts of a row. If a part fails or takes half of the time left, the error is recorded and the row
+    continues."""
 
     def __init__(self, device, limit: float, end: float):
         self.device, self.end = device, min(time.monotonic() + limit, end)
@@ -264,7 +295,8 @@ class Attempts:
 
 
 class TimeLimit:
-    """Raises TimeoutError in the block after so many seconds. ``reached`` tells it from errors that wrap it."""
+    """Raises TimeoutError in the block after this many seconds. ``reached`` tells whether that happened, even if the
+    error that leaves the block is another one that wraps it."""
 
     def __init__(self, seconds: float):
         self.seconds, self.reached = max(0.001, seconds), False
@@ -298,12 +330,13 @@ class Bench:
         self.device, self.compiled, self.copy_gb_per_s, self.rehearsal = device, compiled, copy_gb_per_s, rehearsal
         self.process, self.clock = process, clock_of(device)
         self.on_gpu = device.type == "cuda"
+        self.tries = 1 if self.on_gpu or rehearsal else TRIES
         self.flush = None
         if self.on_gpu:
             scratch = torch.ones(cache_bytes(device), device=device)  # four times the cache
 
             def flush():
-                """Reading leaves no lines in the cache that would be written back during the next call."""
+                """Read, because written lines would be copied back to memory during the next call."""
                 scratch.amax()
                 torch.cuda.synchronize(device)
 
@@ -323,8 +356,9 @@ class Bench:
             ready[name] = attempts.one(name, Call, name, function, work, which)
         ready = {name: call for name, call in ready.items() if call is not None}
         budget = self.budget(FLUSHED_BUDGET if self.on_gpu else BUDGET)
-        seconds = attempts.one("latency", median_times, ready, budget, self.flush, self.clock) or {}
-        more, best = {"bytes": case.bytes(which)}, seconds
+        latency = attempts.one("latency", settled_times, ready, self.tries, budget, self.flush, self.clock)
+        seconds, spreads = latency or ({}, {})
+        more, best = {"bytes": case.bytes(which), "spread": spreads}, seconds
         if self.on_gpu or self.rehearsal:
             budget = self.budget(DEVICE_BUDGET)
             host = attempts.each(host_seconds, ready, self.device, budget)
@@ -346,8 +380,9 @@ class Bench:
             compiled = compile_too and self.compiled is not None
             ready = attempts.one("inputs", network_calls, name, which, self.device, compiled)
         ready = attempts.each(called, ready or {})
-        seconds = attempts.one("latency", median_times, ready, self.budget(4), None, self.clock) or {}
-        return row_of(name, which, seconds, images=NETWORKS[name][2])
+        latency = attempts.one("latency", settled_times, ready, self.tries, self.budget(4), None, self.clock)
+        seconds, spreads = latency or ({}, {})
+        return row_of(name, which, seconds, images=NETWORKS[name][2], spread=spreads)
 
     def host(self, attempts: Attempts) -> dict[str, dict[str, float]]:
         """Microseconds of the host for forward and backward on tiny tensors, by what is called and backend."""
@@ -397,7 +432,7 @@ def measure(store: Store, bench: Bench, work: list, end: float = math.inf, again
         except OutOfTime:
             store.put("begun", {})
             return UNFINISHED
-        row["process"] = bench.process
+        row |= {"process": bench.process, "load": os.getloadavg()[0]}
         if attempts.errors:
             row["errors"] = attempts.errors
         content["begun"] = {}
@@ -443,9 +478,9 @@ def measure_scaling(store: Store, device) -> None:
         progress.begin(number, f"{axis}: {case}")
         ready = calls(case, "forward+backward", device, compiled=None)
         chosen = {name: ready[name] for name in ("eager", *OURS) if name in ready}
-        seconds = median_times(chosen, 0.5, clock=clock_of(device))
-        row = row_of(str(case), axis, seconds, op=case.op, bytes=case.bytes("forward+backward"))
-        store.add(row)
+        seconds, spreads = settled_times(chosen, TRIES, 0.5, None, clock_of(device))
+        row = row_of(str(case), axis, seconds, op=case.op, bytes=case.bytes("forward+backward"), spread=spreads)
+        store.add(row | {"load": os.getloadavg()[0]})
         progress.end(row)
 
 
@@ -495,6 +530,8 @@ def main() -> int:
             about["key"] = {"version": code_version(*MEASURED), "compiled": compiled is not None}
         RESULTS.mkdir(parents=True, exist_ok=True)
         store = Store(RESULTS, about)
+        if about["load"] > about["cores"]:
+            print(BUSY.format(**about), file=sys.stderr, flush=True)
     if "copy_gb_per_s" not in store.content:
         store.put("copy_gb_per_s", copy_bandwidth(device))
     code = 0
@@ -509,10 +546,10 @@ def main() -> int:
         code = run_processes(store.path, end)
     if options.process:
         return code
-    text = write(store.path)
+    written = write(store.path)
     if not (options.gpu or options.rehearsal):
-        print(text)
-    print(f"written: {store.path}{' (unfinished)' if code else ''}")
+        print(printed(store.content if options.scaling else Store.of(store.path).content))
+    print(f"{'Unfinished. ' if code else ''}Written: {', '.join(map(str, written))}")
     return code
 
 

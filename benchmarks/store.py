@@ -1,22 +1,24 @@
-"""The results file of a run: each row is written as soon as it is measured, and a later run can continue it."""
+"""The results file of a run. Each row is written as soon as it is measured, and a later run can continue the file."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Published results. Only ``benchmarks.report`` writes here, when it is asked to.
 COMMITTED = ROOT / "benchmarks/results"
-#: Where results are written.
-RESULTS = Path(os.environ.get("ATTNKERN_RESULTS") or COMMITTED).absolute()
+#: Where runs write their results. git ignores the default folder.
+RESULTS = Path(os.environ.get("ATTNKERN_RESULTS") or ROOT / "build/bench").absolute()
 
 #: Files on which the measured times depend.
 MEASURED = ("attnkern/**/*.py", "csrc/**/*", "setup.py", "benchmarks/cases.py", "benchmarks/run.py")
 
 
 def code_version(*patterns: str) -> str:
-    """A hash of the files in the source tree that match."""
+    """A hash of the files in the source tree that match the patterns."""
     found = hashlib.sha256()
     for path in sorted({path for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()}):
         found.update(f"{path.relative_to(ROOT)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
@@ -24,22 +26,29 @@ def code_version(*patterns: str) -> str:
 
 
 def name_of(row: dict) -> tuple[str, str, str]:
-    """What tells a row from the others of its run."""
+    """Identifies a row within its run."""
     return row["case"], row["pass"], row["process"]
+
+
+def unused(path: Path) -> Path:
+    """The path, with a number appended to its stem if the file exists already."""
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(found for found in itertools.chain([path], numbered) if not found.exists())
 
 
 class Store:
     """A results file. A run with a key (the version of the code and the options) continues the file that has the same
-    key, machine, version of PyTorch and suite.
+    key, machine, version of PyTorch and suite. A run without a key starts a new file.
     """
 
     def __init__(self, folder: Path, about: dict):
         stem = f"{about['machine']} {about['threads']} threads {about['date']} {about['suite']}"
-        self.path = folder / f"{re.sub(r'[^a-z0-9]+', '-', stem.lower()).strip('-')}.json"
-        self.content = {**about, "rows": []}
+        path = folder / f"{re.sub(r'[^a-z0-9]+', '-', stem.lower()).strip('-')}.json"
         if "key" in about:
             key = hashlib.sha256(json.dumps([about["key"], about["torch"]]).encode()).hexdigest()[:6]
-            self.path = self.path.with_stem(f"{self.path.stem}-{key}")
+            path = path.with_stem(f"{path.stem}-{key}")
+        self.path, self.content = unused(path), {**about, "rows": []}
+        if "key" in about:
             for path in sorted(folder.glob("*.json")):
                 content = json.loads(path.read_text(encoding="utf-8"))
                 if all(content.get(name) == about[name] for name in ("key", "machine", "threads", "torch", "suite")):

@@ -168,6 +168,21 @@ inline Tensor empty_like(const Tensor& like, ScalarType type) {
 inline Tensor empty_same(const Tensor& like) { return empty_like(like, like.scalar_type()); }
 template <typename T> Tensor empty_like(const Tensor& like) { return empty_like(like, scalar_type<T>()); }
 
+// The shape of features, (N, C, positions), with positions or channels innermost.
+struct Shape {
+  int64_t images, channels, positions;
+  bool channels_inner = false;
+
+  Shape(int64_t images, int64_t channels, int64_t positions)
+      : images(images), channels(channels), positions(positions) {}
+  explicit Shape(const Tensor& x)
+      : images(x.size(0)), channels(x.size(1)), positions(1), channels_inner(!x.is_contiguous()) {
+    for (int64_t i = 2; i < x.dim(); ++i)
+      positions *= x.size(i);
+  }
+  ATTNKERN_INLINE int64_t image_size() const { return channels * positions; }
+};
+
 // The gradient of features: like them, or (0,) when nobody asked for it.
 template <typename T> Tensor features_grad(const Tensor& x, bool needed) {
   return needed ? empty_same(x) : empty<T>(x, {0});

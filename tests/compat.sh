@@ -9,7 +9,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir "$work/source"
 git ls-files -z | xargs -0 cp --parents -t "$work/source"
-operators=(tests/test_{ops,window,quantize,pool,promises,nn,out_of_memory}.py)
+operators=(tests/kernels/test_{ops,window,quantize,pool,promises}.py tests/integration/test_nn.py tests/native/test_out_of_memory.py)
 failed=0
 
 environment() { # "version" or "version:python", further packages
@@ -37,7 +37,7 @@ if (cd "$work/source" && "$work/env/bin/python" setup.py --quiet build_ext --inp
   export PYTHONPATH=$work/source
   "$work/env/bin/python" -m attnkern info | grep "^native" | sed "s/^/  source: /"
   ATTNKERN_TEST_BACKENDS=native,reference check "source, compiled" "$work/source" "${operators[@]}"
-  ATTNKERN_TEST_BACKENDS=triton TRITON_INTERPRET=1 check "source, interpreted" "$work/source" tests/test_ops.py
+  ATTNKERN_TEST_BACKENDS=triton TRITON_INTERPRET=1 check "source, interpreted" "$work/source" tests/kernels/test_ops.py
   unset PYTHONPATH
 else
   echo "  source: does not build"

@@ -1,27 +1,36 @@
-"""Backends and device of a test run, and uninitialised memory that shows.
+"""The backends and the device of a test run, the selection of tests, and uninitialised memory filled with NaN.
 
-ATTNKERN_TEST_BACKENDS (comma-separated) names the backends that this run is about: one that is missing fails the run
-instead of vanishing from it. Without it, all that can run here are tested. With ATTNKERN_TEST_CUDA_ON_HOST=1 the CUDA
-kernels under the host emulation stand in for the native ones.
+ATTNKERN_TEST_BACKENDS (comma-separated) names the backends to test: if one of them cannot run, the run fails. Without
+it, all backends that can run here are tested. With ATTNKERN_TEST_CUDA_ON_HOST=1 the backend "native" is the CUDA
+kernels, emulated on the CPU. ``--quick`` selects the tests of `make test`.
 """
 
 import os
+import zlib
 
 import pytest
 import torch
+from cases import CASES, FUNCTIONS, case_id
 
 import attnkern
 from attnkern import _backend, _ops
 
-#: Seconds after which what a test waits for hangs. Nothing else depends on a clock: a busy machine changes no outcome.
+#: Seconds after which a test gives up waiting. No outcome depends on the machine's speed otherwise.
 PATIENCE = 1200
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not _ops.TRITON_INTERPRETS else "cpu")
 
-# Deterministic mode fills what torch.empty and its kind return with NaN, in kernels too. What has no deterministic
-# implementation in PyTorch only warns: here it is about the filling, which ATTNKERN_TEST_FILL=0 leaves out.
+# Deterministic mode fills the results of torch.empty and the like with NaN, in kernels too; ATTNKERN_TEST_FILL=0 turns
+# this off. Only the filling matters here, so operators without a deterministic implementation only warn.
 torch.utils.deterministic.fill_uninitialized_memory = os.environ.get("ATTNKERN_TEST_FILL") != "0"
 torch.use_deterministic_algorithms(True, warn_only=True)
+
+every_function = pytest.mark.parametrize("function", FUNCTIONS)
+every_case = pytest.mark.parametrize("function, options", CASES, ids=case_id)
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=case_id
+)
+large = pytest.mark.large
 
 
 def missing(name, dtype=torch.float32):
@@ -32,26 +41,39 @@ if os.environ.get("ATTNKERN_TEST_CUDA_ON_HOST") == "1":
     import cuda_on_host
 
     cuda_on_host.load()
-    _ops.BACKENDS["native"] = _ops._Handles("attnkern_host")
+    _ops.BACKENDS["native"] = _ops.Handles("attnkern_host")
 
 _asked = os.environ.get("ATTNKERN_TEST_BACKENDS")
 BACKENDS = _asked.split(",") if _asked else [name for name in _backend.NAMES if missing(name) is None]
 
 
+#: With --quick about one in so many parametrisations of a test runs, and at least one.
+SAMPLE = 4
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="leave out slow tests and most parametrisations")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "kernels: a promise of the kernels that the reference does not make")
     config.addinivalue_line("markers", "large: too slow for interpreted kernels")
-    # NumPy's remarks on the NaN and Inf of tests, and one of PyTorch about itself.
+    config.addinivalue_line("markers", "slow: not part of `make test`, only of `make test-all`")
+    # NumPy warns about the NaN and Inf of the tests, and PyTorch about its own use of jit.script.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated:FutureWarning")
     for name in BACKENDS:
         if missing(name) is not None:
-            raise pytest.UsageError(f"{name} is to be tested, but cannot run: {missing(name)}")
+            raise pytest.UsageError(f"ATTNKERN_TEST_BACKENDS names {name}, which cannot run: {missing(name)}")
 
 
-def _meaningful(item):
-    """Does this combination of a test's parameters exist?"""
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+def _parameters(item):
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def _exists(item):
+    """Whether the backend supports this combination of a test's parameters."""
+    parameters = _parameters(item)
     backend, dtype = parameters.get("backend"), parameters.get("dtype")
     if backend in BACKENDS and dtype is not None and missing(backend, dtype) is not None:
         return False
@@ -60,8 +82,21 @@ def _meaningful(item):
     return not (backend == "triton" and _ops.TRITON_INTERPRETS and item.get_closest_marker("large"))
 
 
+def _sample(items):
+    """The first parametrisation of each test and some of the others, the same in every run; no slow tests."""
+    begun = set()
+    for item in items:
+        test = item.nodeid.partition("[")[0], getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        if not item.get_closest_marker("slow") and (
+            test not in begun or zlib.crc32(item.nodeid.encode()) % SAMPLE == 0
+        ):
+            begun.add(test)
+            yield item
+
+
 def pytest_collection_modifyitems(config, items):
-    kept = {item for item in items if _meaningful(item)}
+    kept = [item for item in items if _exists(item)]
+    kept = set(_sample(kept) if config.getoption("quick") else kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 
@@ -73,7 +108,7 @@ def backend(request):
 
 @pytest.fixture
 def interpreted(backend):
-    """Kernels that Triton interprets: right, and a thousand times slower."""
+    """Whether Triton interprets its kernels, which takes about a thousand times as long."""
     return backend == "triton" and _ops.TRITON_INTERPRETS
 
 

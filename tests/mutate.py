@@ -1,16 +1,17 @@
-"""Plants one fault at a time in the kernels' sources; the tests must catch each: `python tests/mutate.py --seed 1`.
+"""Plants one fault at a time in the kernels' sources, which the tests must catch: `python tests/mutate.py --seed 1`.
 
-Faults are derived from the sources by class, and drawn from a seed, class by class. A compiler that refuses one has
-caught nothing: another is drawn. What survives either shows a hole in the tests or changes no result; then its entry
-in docs/mutation.json says why (`--why NUMBER TEXT`), and docs/mutation.md shows both.
+Faults are derived from the sources by class and drawn at random, from each class in turn. A fault that does not compile
+is replaced by another. A fault that survives shows a gap in the tests or changes no result; in the latter case its
+entry in docs/mutation.json says why (`--why NUMBER TEXT`), and docs/mutation.md shows it.
 
-C++ runs as the native lane's tests of the operators, CUDA under the host emulation, Triton in its interpreter and, what
-that leaves alone, ahead of time; a file of one operator is judged by that operator's tests. All happens in copies of
-the tree.
+C++ is tested by the operators' tests of the native lane, CUDA under the host emulation, and Triton in its interpreter,
+with barriers checked in the compiled code. A file of one operator is tested by the tests of that operator. All runs use
+copies of the tree.
 """
 
 import argparse
 import ast
+import functools
 import io
 import json
 import os
@@ -88,10 +89,7 @@ FAULTS = {
 
 
 def code_of(path: Path) -> str:
-    """The source with everything blank that is no code: comments, strings, and where names are only declared.
-
-    So is what differs under the host emulation, which would not see a fault there.
-    """
+    """The source with blanks in place of comments, strings, declarations, and code that the host emulation skips."""
     text = path.read_text(encoding="utf-8")
 
     def blank(match):
@@ -125,14 +123,15 @@ def code_of(path: Path) -> str:
 
 
 def undefined(new: str, code: str, position: int) -> bool:
-    """Is this a name that the Python function around a position lacks? Python refuses it only when it runs it."""
+    """Whether a name is not defined in the Python function around a position, which Python reports only at run time."""
     begin = max((match.start() for match in re.finditer(r"^(?=\S)|\n\n\n", code[:position], re.M)), default=0)
     end = re.compile(r"\n\n\n").search(code, position)
     return new.isidentifier() and not re.search(rf"\b{new}\b", code[begin : end.start() if end else len(code)])
 
 
+@functools.cache
 def faults_in(path: Path) -> dict[str, list[dict]]:
-    """Everything that can be planted in a file, by class."""
+    """All faults that can be planted in a file, by class."""
     text, code = path.read_text(encoding="utf-8"), code_of(path)
     found = {}
     for kind, rules in FAULTS.items():
@@ -141,7 +140,7 @@ def faults_in(path: Path) -> dict[str, list[dict]]:
                 new = replacement(match) if callable(replacement) else match.expand(replacement)
                 if path.suffix == ".py" and kind == "swapped axis" and undefined(new, code, match.start()):
                     continue
-                if match.group() != text[match.start() : match.end()]:  # a string within
+                if match.group() != text[match.start() : match.end()]:  # there is a string inside
                     continue
                 begin, end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
                 fault = {
@@ -157,8 +156,8 @@ def faults_in(path: Path) -> dict[str, list[dict]]:
 
 
 def drawn(path: Path, seed: int):
-    """Faults of a file in the order of the draw: from each of its classes in turn."""
-    found = faults_in(path)
+    """The faults of a file in random order, from each class in turn."""
+    found = {kind: [*faults] for kind, faults in faults_in(path).items()}
     generator = random.Random(f"{seed} {path.relative_to(ROOT)}")
     for faults in found.values():
         generator.shuffle(faults)
@@ -167,20 +166,25 @@ def drawn(path: Path, seed: int):
     while any(found.values()):
         for kind in kinds:
             if found[kind]:
-                yield found[kind].pop()
+                yield dict(found[kind].pop())
 
 
 # --- how it is judged ------------------------------------------------------------------------------------------------
 
-FOLDERS = {"csrc/cuda": "cuda", "attnkern/_triton": "triton"}  # all else of csrc is C++
-#: What the launches of an operator's file are called in the names of tests.
+FOLDERS = {"csrc/cuda": "cuda", "attnkern/_triton": "triton"}  # the other files of csrc are C++
+#: file of an operator: pytest's -k expression for the tests of the operator
 OPERATORS = {"window": "window", "quantize": "quantize or anchor", "pool": "pool"}
-NATIVE = ["test_scalar_math.py", "test_ops.py", "test_promises.py", "test_fuzz.py", "test_faults.py"]
+EVERY = ["kernels/test_ops.py", "kernels/test_promises.py"]
 SUITES = {  # tests in order, environment
-    "native": (NATIVE, LANES["native"][1] | {"ATTNKERN_TEST_BACKENDS": "native"}),
-    "cuda": (["test_cuda_on_host.py", "test_ops.py", "test_promises.py"], LANES["cuda"][1]),
-    "triton": (["test_ops.py", "test_promises.py"], LANES["interpreted"][1]),
-}
+    "native": (
+        ["native/test_scalar_math.py", *EVERY, "native/test_fuzz.py", "kernels/test_extreme_inputs.py",
+         "kernels/test_memory_layout.py", "kernels/test_changed_tensors.py", "kernels/test_threads.py",
+         "kernels/test_failures.py"],
+        LANES["native"][1] | {"ATTNKERN_TEST_BACKENDS": "native"},
+    ),
+    "cuda": (["cuda_kernels/test_cuda_on_host.py", *EVERY], LANES["cuda"][1]),
+    "triton": (EVERY, LANES["interpreted"][1]),
+}  # fmt: skip
 
 
 #: Faults per file.
@@ -198,7 +202,7 @@ def kernel_files() -> list[Path]:
 REFUSED = "refused"  # by Triton's compiler, which runs with the tests
 
 
-#: Like setup.py, but -O1, and one instruction set where a file does not ask for them: what counts is how soon it ends.
+#: Like setup.py, but faster: with -O1, and for one instruction set unless the file depends on it.
 BUILD = """
 import sys; sys.path.insert(0, "tests")
 from pathlib import Path
@@ -234,7 +238,7 @@ class Copy:
         return subprocess.run([sys.executable, *arguments], cwd=self.root, capture_output=True, text=True, **options)
 
     def build(self, kind: str, file: str) -> bool:
-        """Bring the libraries up to date that the tests of a kind load."""
+        """Build the libraries that the tests of a kind load."""
         baseline = (
             "" if "ATTNKERN_X86" in (self.root / file).read_text(encoding="utf-8") else "-DATTNKERN_BASELINE_ONLY"
         )
@@ -245,11 +249,11 @@ class Copy:
         return done.returncode == 0
 
     def caught(self, kind: str, operator: str | None) -> str | None:
-        """What caught it: a test, a crash, or the time limit of a test; None when all pass."""
+        """What caught the fault: a test, a crash, or the time limit of a test; None if all tests pass."""
         files, environment = SUITES[kind]
-        own = [f"test_{name}.py" for name in ([operator] if operator else OPERATORS)]
+        own = [f"kernels/test_{name}.py" for name in ([operator] if operator else OPERATORS)]
         by = self.tested(own + files, OPERATORS[operator] if operator else "", environment)
-        if by is None and kind == "triton":  # of what the interpreter cannot show: the barriers of the compiled code
+        if by is None and kind == "triton":  # the interpreter does not show missing barriers
             by = self.tested(LANES["ahead"][0], "companions or more_channels", LANES["ahead"][1])
         return by
 
@@ -264,9 +268,9 @@ class Copy:
             return None
         if re.search(r"NameError|UnboundLocalError|CompilationError|SyntaxError|power of 2", done.stdout):
             return REFUSED
-        if failed := re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE):
+        if failed := re.search(r"^(?:FAILED|ERROR) tests/\w+/(\S+)", done.stdout, re.MULTILINE):
             return failed.group(1)
-        running = re.findall(r'File "[^"]*/tests/(test_\w+\.py)", line \d+ in (test_\w+)', done.stderr)
+        running = re.findall(r'File "[^"]*/tests/\w+/(test_\w+\.py)", line \d+ in (test_\w+)', done.stderr)
         where = f" in {'::'.join(running[0])}" if running else ""
         if "Timeout" in done.stderr:
             return "a time limit" + where
@@ -276,14 +280,14 @@ class Copy:
 
 
 def judged_by(path: Path) -> tuple[str, str | None]:
-    """Which tests judge a file: of what kind, and of which operator or of all."""
+    """The kind of tests for a file, and its operator; None for all operators."""
     kind = FOLDERS.get(str(path.relative_to(ROOT).parent), "native")
     operator = path.stem.split("_")[0]
     return kind, operator if operator in OPERATORS else None
 
 
 def judge(copy: Copy, fault: dict) -> bool:
-    """Plant a fault, and note what caught it; False when the compiler refuses it."""
+    """Plant a fault and record what caught it; False if it does not compile."""
     path = copy.root / fault["file"]
     original = path.read_text(encoding="utf-8")
     begin, end, new = fault.pop("at")
@@ -310,9 +314,9 @@ def page(results: dict) -> str:
     lines = [
         "# Planted faults",
         "",
-        "One fault at a time is planted in the sources of the kernels, drawn from a seed, class by class; the tests",
-        f"must catch it. `make mutate SEED={results['seed']}` goes on with this draw where it stopped; without a seed",
-        "others are drawn; `tests/mutate.py --again` judges anew. The whole list is in `docs/mutation.json`.",
+        "One fault at a time is planted in the sources of the kernels, drawn at random from each class in turn; the",
+        f"tests must catch it. `make mutate SEED={results['seed']}` continues this run; without a seed it draws other",
+        "faults; `tests/mutate.py --again` tests the same faults again. The whole list is in `docs/mutation.json`.",
         "",
         f"Seed {results['seed']}: {len(mutants)} faults, {len(caught)} caught, {len(survivors)} survived"
         + (", each of which changes no result:" if all(m.get("why") for m in survivors) else "."),
@@ -375,7 +379,7 @@ def main() -> int:
     lock, copies = threading.Lock(), queue.SimpleQueue()
     files = [path for path in kernel_files() if re.search(arguments.files, str(path.relative_to(ROOT)))]
 
-    sound = set()  # whose tests pass where nothing is planted: else everything would be caught
+    sound = set()  # kinds whose tests pass without a planted fault
 
     def check(copy, path):
         kind, operator = judged_by(path)
@@ -389,7 +393,7 @@ def main() -> int:
     drafts = {path: drawn(path, seed) for path in files}
 
     def one(path):
-        """Judge the next fault of a file that its compiler takes."""
+        """Test the next fault of a file that compiles."""
         while True:
             with lock:
                 fault = next(drafts[path], None)

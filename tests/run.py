@@ -1,103 +1,153 @@
-"""Runs the test lanes, each in processes of its own, two at a time, and sums them up: `make test`.
+"""Runs the tests in lanes, two at a time, and prints how many passed: `python tests/run.py [--quick] [LANE ...]`.
 
-native        compiled CPU kernels and references
-networks      what is built on them: models, data, training, evaluation
-ahead         Triton kernels compiled ahead of time for three GPUs, resources and spills; counted instructions
-interpreted   Triton kernels in Triton's interpreter, small shapes
-house         archives, pages, pictures, tools, sanitizers
-cuda          CUDA C++: the built library and its resources; kernels run on the CPU under the host emulation
+A lane is one pytest process: folders of tests and an environment. With --quick (`make test`) it leaves out the tests
+marked slow and some parametrisations; without it (`make test-all`) it runs everything.
+
+project       archives, documentation, types, and the tools: benchmarks, planted faults, sanitizers
+networks      what is built on the kernels: models, data, training, evaluation
+native        the CPU kernels and the reference, and their use from PyTorch
+interpreted   the Triton kernels in Triton's interpreter, on small shapes
+cuda          the CUDA kernels: the library's resources, and their code emulated on the CPU
+ahead         the Triton and CUDA kernels compiled for GPUs: resources, spills, barriers, counted instructions
 """
 
+import argparse
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CUDA = ["test_cuda_build.py", "test_cuda_on_host.py"]
-AHEAD = ["test_triton_aot.py", "test_count.py"]
-OPS = ["test_ops.py", "test_window.py", "test_quantize.py", "test_pool.py", "test_promises.py", "test_faults.py"]
-NETWORKS = [
-    "test_training.py", "test_models.py", "test_recipes.py", "test_evaluation.py", "test_evaluation_rectangles.py",
-    "test_protocols.py", "test_data.py", "test_insert.py", "test_accelerate.py", "test_ecosystem.py",
-    "test_distributed.py",
-]  # fmt: skip
-HOUSE = [
-    "test_packaging.py", "test_release.py", "test_report.py", "test_docs.py", "test_viz.py", "test_public_names.py",
-    "test_mutate.py", "test_accuracy.py", "test_large_index.py", "test_types.py", "test_sanitize.py", "test_aarch64.py",
-    "test_gpu_rehearsal.py",
-]  # fmt: skip
-EVERYTHING_ELSE = sorted({path.name for path in HERE.glob("test_*.py")} - set(CUDA + AHEAD + NETWORKS + HOUSE))
 
-#: The kernels' new tensors come straight from the allocator, past PyTorch's filling: glibc fills them, every byte 0x7f.
+#: PyTorch fills new tensors with NaN in the tests, but not those that the kernels allocate: glibc fills these (0x7f).
 POISON = {"MALLOC_PERTURB_": "128"}
 
-#: What is random elsewhere (`make fuzz`) is the same in every run here.
+#: The random tests of `make fuzz` draw the same calls in every run here.
 SEED = {"ATTNKERN_FUZZ_SEED": "0"}
 
-#: Lanes share the processors: one thread where several prove nothing, and none that spins while it waits.
+#: Two lanes share the cores: one thread where more test nothing new, and threads that sleep while they wait.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-PATIENT = {"OMP_WAIT_POLICY": "passive"}
+PASSIVE = {"OMP_WAIT_POLICY": "passive"}
 
-#: What runs on the CPU's own kernels.
 COMPILED = {"ATTNKERN_TEST_BACKENDS": "native,reference"}
 
-#: lane: files, environment; in the order in which they begin.
+#: lane: folders, environment; the longest lanes start first
 LANES = {
-    "native": (EVERYTHING_ELSE, {**COMPILED, **PATIENT, **POISON, **SEED}),
-    "networks": (NETWORKS, {**COMPILED, **ONE_THREAD, **POISON}),
-    "ahead": (AHEAD, {}),
-    "interpreted": (
-        [*OPS, "test_model_backends.py"], {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1", **ONE_THREAD},
+    "project": (["project", "tools"], {**COMPILED, **ONE_THREAD}),
+    "networks": (["networks"], {**COMPILED, **ONE_THREAD, **POISON}),
+    "native": (["kernels", "native", "integration"], {**COMPILED, **PASSIVE, **POISON, **SEED}),
+    "interpreted": (["kernels"], {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1", **ONE_THREAD}),
+    "cuda": (
+        ["cuda_kernels", "kernels"], {"ATTNKERN_TEST_BACKENDS": "native", "ATTNKERN_TEST_CUDA_ON_HOST": "1", **POISON},
     ),
-    "house": (HOUSE, {**COMPILED, **ONE_THREAD}),
-    "cuda": (CUDA + OPS, {"ATTNKERN_TEST_BACKENDS": "native", "ATTNKERN_TEST_CUDA_ON_HOST": "1", **POISON}),
+    "ahead": (["ahead"], {}),
 }  # fmt: skip
 
+OUTCOMES = ("passed", "failed", "skipped")
+PROGRESS = 10  # seconds between two lines of progress
 
-def run(lane: str, beside_others: bool = False) -> tuple[dict[str, int], float]:
-    """Counts of a lane's outcomes, and its seconds. Beside others its output is printed in one piece, at the end."""
-    files, environment = LANES[lane]
-    heading = f"\n=== lane {lane}: {' '.join(files)}"
-    print(f"lane {lane} begins" if beside_others else heading, flush=True)
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "--durations=5", f"--junit-xml={report}"]
-        log = Path(folder) / "log"
-        with log.open("w", encoding="utf-8") if beside_others else contextlib.nullcontext() as output:
-            done = subprocess.run(
-                [*command, *(str(HERE / name) for name in files)],
-                env={**os.environ, **environment}, cwd=HERE.parent, stdout=output, stderr=output,
+#: A line of pytest -v: the test, its outcome, and the share of the tests that are done.
+TEST_LINE = re.compile(r"^(?:tests/)?(\S.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b.*\[ *(\d+)%\]")
+
+
+class Lane:
+    """One lane as it runs: its log is read for progress, and failures are printed when they happen."""
+
+    def __init__(self, name: str, options: list[str]):
+        self.name, self.options = name, options
+        self.share, self.at, self.began = "0", "collecting", 0.0
+        self.running = False
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.share} % ({time.monotonic() - self.began:.0f} s, after {self.at})"
+
+    def read(self, stream) -> str:
+        """The output after the lines of single tests."""
+        rest = []
+        for line in stream:
+            if match := TEST_LINE.match(line):
+                self.at, outcome, self.share = match.groups()
+                if outcome in ("FAILED", "ERROR"):
+                    print(f"{self.name}: {outcome} {self.at}", flush=True)
+            elif rest or line.startswith("==="):
+                rest.append(line)
+        # The first heading is that of the session.
+        return "".join(rest[1:])
+
+    def run(self) -> tuple[dict[str, int], float]:
+        """Count the outcomes and measure the seconds."""
+        folders, environment = LANES[self.name]
+        self.began, self.running = time.monotonic(), True
+        print(f"{self.name}: starts ({', '.join(folders)})", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "report.xml"
+            command = [sys.executable, "-m", "pytest", "-v", "--durations=10", f"--junit-xml={report}", *self.options]
+            process = subprocess.Popen(
+                [*command, *(str(HERE / name) for name in folders)], cwd=HERE.parent, text=True, errors="replace",
+                env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8",
             )  # fmt: skip
-        if beside_others:
-            print(heading, log.read_text(encoding="utf-8", errors="replace"), sep="\n", flush=True)
-        counts = {"passed": 0, "failed": 0, "skipped": 0}
-        if report.exists():
-            suite = ElementTree.parse(report).getroot().find("testsuite")
-            total, failures, errors, skipped = (
-                int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")
-            )
-            counts = {"passed": total - failures - errors - skipped, "failed": failures + errors, "skipped": skipped}
-        # A lane that broke off, or that ran nothing, has failed whatever it counted.
-        if done.returncode != 0 and counts["failed"] == 0:
+            output = self.read(process.stdout)
+            code = process.wait()
+            self.running = False
+            counts = count(report)
+        seconds = time.monotonic() - self.began
+        # A lane that was killed, or that ran no test, has failed whatever its report says.
+        if code != 0 and counts["failed"] == 0:
             counts["failed"] = 1
-    return counts, time.monotonic() - began
+        summary = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES)
+        print(f"\n=== {self.name}: {summary} in {seconds:.0f} s\n{output}", flush=True)
+        return counts, seconds
+
+
+def count(report: Path) -> dict[str, int]:
+    """The outcomes in a JUnit report; all zero if there is none."""
+    if not report.exists():
+        return dict.fromkeys(OUTCOMES, 0)
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    total, failures, errors, skipped = (int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped"))
+    return {"passed": total - failures - errors - skipped, "failed": failures + errors, "skipped": skipped}
+
+
+@contextlib.contextmanager
+def progress(lanes: list[Lane]):
+    """Print where the running lanes are, every few seconds."""
+    ended = threading.Event()
+
+    def watch():
+        while not ended.wait(PROGRESS):
+            print("... " + "; ".join(str(lane) for lane in lanes if lane.running), flush=True)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def main() -> int:
-    lanes = sys.argv[1:] or list(LANES)
-    with ThreadPoolExecutor(2) as pool:
-        results = dict(zip(lanes, pool.map(lambda lane: run(lane, len(lanes) > 1), lanes), strict=True))
-    print(f"\n{'lane':12} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}")
-    for lane, (counts, seconds) in results.items():
-        print(f"{lane:12} {counts['passed']:7} {counts['failed']:7} {counts['skipped']:8} {seconds:8.0f}")
-    total = {key: sum(counts[key] for counts, _ in results.values()) for key in ("passed", "failed", "skipped")}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lanes", nargs="*", metavar="LANE", help="lanes to run; default: all")
+    parser.add_argument("--quick", action="store_true", help="leave out slow tests and some parametrisations")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.lanes) - LANES.keys():
+        parser.error(f"unknown lane {', '.join(sorted(unknown))}; the lanes are {', '.join(LANES)}")
+    options = ["--quick"] if arguments.quick else []
+    lanes = [Lane(name, options) for name in arguments.lanes or LANES]
+    with progress(lanes), ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(Lane.run, lanes))
+    print(f"{'lane':12} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}")
+    for lane, (counts, seconds) in zip(lanes, results, strict=True):
+        print(f"{lane.name:12} {counts['passed']:7} {counts['failed']:7} {counts['skipped']:8} {seconds:8.0f}")
+    total = {outcome: sum(counts[outcome] for counts, _ in results) for outcome in OUTCOMES}
     print("\n{passed} passed, {failed} failed, {skipped} skipped".format(**total))
     return total["failed"] > 0
 

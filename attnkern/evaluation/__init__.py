@@ -5,7 +5,6 @@ What looks at maps takes ``predict``, from normalised images to logits and a map
 scikit-learn and scikit-image are needed only by the functions that say so.
 """
 
-from attnkern.evaluation._inputs import collect
 from attnkern.evaluation.anchors import AnchorUsage, perplexity, usage
 from attnkern.evaluation.classification import Top1, top1
 from attnkern.evaluation.crossdomain import (
@@ -17,6 +16,7 @@ from attnkern.evaluation.crossdomain import (
     linear_svm,
     zca,
 )
+from attnkern.evaluation.inputs import collect
 from attnkern.evaluation.interpretability import Interpretability, frequency, interpretability_score, occlude
 from attnkern.evaluation.localisation import (
     Localisation,

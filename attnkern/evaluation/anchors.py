@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from attnkern._common import check_kind, check_shape, double
+from attnkern._checks import check_kind, check_shape
+from attnkern._numerics import double
 
 
 class AnchorUsage(NamedTuple):

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from attnkern._common import check_kind, check_labels, check_shape
-from attnkern.evaluation._inputs import Data, Normalise, batches, check_evaluating, identity
+from attnkern._checks import check_kind, check_labels, check_shape
+from attnkern.evaluation.inputs import Data, Normalise, batches, check_evaluating, identity
 
 
 class Top1(NamedTuple):

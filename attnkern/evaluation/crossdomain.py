@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern._common import (
+from attnkern._checks import (
     check_count,
     check_integer,
     check_items,
@@ -17,9 +17,9 @@ from attnkern._common import (
     check_shape,
     check_size,
     check_tensor,
-    double,
 )
-from attnkern.evaluation._inputs import Data, Normalise, batches, check_evaluating, identity, listed
+from attnkern._numerics import double
+from attnkern.evaluation.inputs import Data, Normalise, batches, check_evaluating, identity, listed
 
 
 class Whitening(NamedTuple):
@@ -123,14 +123,15 @@ def zca(samples: torch.Tensor, floor: float = 1e-3) -> Whitening:
         raise ValueError(f"zca: floor must be at least 0, got {floor!r}")
     flat = double(samples.detach().flatten(1))
     mean = flat.mean(0)
-    root = inverse_root((flat - mean).T @ (flat - mean) / len(flat), floor)
-    return Whitening(mean.float().to(samples.device), root.float().to(samples.device))
+    found = whitening_from(mean, (flat - mean).T @ (flat - mean) / len(flat), floor)
+    return Whitening(*(each.to(samples.device) for each in found))
 
 
-def inverse_root(covariance: torch.Tensor, floor: float = 1e-3) -> torch.Tensor:
-    """C^(-1/2) of a covariance (D, D), to whose eigenvalues ``floor`` times their mean is added."""
+def whitening_from(mean: torch.Tensor, covariance: torch.Tensor, floor: float = 1e-3) -> Whitening:
+    """The whitening of :func:`zca` for samples of a known mean (D,) and covariance (D, D)."""
     values, vectors = torch.linalg.eigh(covariance)
-    return (vectors * (values.clamp(min=0) + floor * values.mean()).rsqrt()) @ vectors.T
+    root = (vectors * (values.clamp(min=0) + floor * values.mean()).rsqrt()) @ vectors.T
+    return Whitening(mean.float(), root.float())
 
 
 def linear_svm(features: torch.Tensor, labels: torch.Tensor, folds: int = 5, seed: int = 0) -> LinearSvm:

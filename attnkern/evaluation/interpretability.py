@@ -6,18 +6,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from attnkern._common import (
-    came,
+from attnkern._checks import (
     check_choice,
     check_count,
     check_kind,
     check_number,
     check_shape,
     check_tensor,
-    double,
+    describe,
     numbers_of,
 )
-from attnkern.evaluation._inputs import Data, Normalise, Predict, batches, check_maps, identity
+from attnkern._numerics import double
+from attnkern.evaluation.inputs import Data, Normalise, Predict, batches, check_maps, identity
 
 
 class Interpretability(NamedTuple):
@@ -71,7 +71,7 @@ def occlude(
         ok = fill.dim() == 4 and fill.shape[1] == c and 0 not in fill.shape
         check_shape("occlude", "fill", fill, "(M, {}, h, w) (C as images), none of them 0", ok, c)
     elif not (isinstance(fill, str) and fill == "colour"):
-        raise ValueError(f"occlude: fill must be 'colour' or a Tensor of images, got {came(fill)}")
+        raise ValueError(f"occlude: fill must be 'colour' or a Tensor of images, got {describe(fill)}")
     try:
         draws = torch.rand(n, 2 + c, generator=generator, dtype=torch.float64, device=generator.device)
     except (TypeError, RuntimeError):  # a device without float64
@@ -128,7 +128,7 @@ def frequency(images: torch.Tensor, radius: float, keep: str) -> torch.Tensor:
     return ((filtered - low) / extent * 255).round().to(images) / 255
 
 
-def _cosine(maps, others, centred):
+def map_cosines(maps, others, centred):
     """(N,) cosines of flattened maps; 0 where one is zero, or constant and ``centred``."""
     vectors = []
     for each in (maps, others):
@@ -182,8 +182,8 @@ def interpretability_score(
         check_maps(where, "predict's map", maps)
         same = (logits.argmax(1) == changed_logits.argmax(1)).cpu()
         total += len(raw)
-        plain.append(_cosine(maps, changed_maps, False).cpu()[same])
-        centred.append(_cosine(maps, changed_maps, True).cpu()[same])
+        plain.append(map_cosines(maps, changed_maps, False).cpu()[same])
+        centred.append(map_cosines(maps, changed_maps, True).cpu()[same])
     columns = []
     for cosines in (torch.cat(plain), torch.cat(centred)):
         counts = {threshold: (cosines >= threshold).sum().item() for threshold in thresholds}

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from attnkern._common import check_count, check_number, check_shape, check_size, check_tensor, double
-from attnkern._numerics import wide
-from attnkern.evaluation._inputs import check_maps, check_masks
+from attnkern._checks import check_count, check_number, check_shape, check_size, check_tensor
+from attnkern._numerics import double, wide
+from attnkern.evaluation.inputs import check_maps, check_masks
 
 
 class Localisation(NamedTuple):

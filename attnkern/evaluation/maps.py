@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from attnkern._common import check_items, check_kind
-from attnkern.evaluation._inputs import Predict
+from attnkern._checks import check_items, check_kind
+from attnkern.evaluation.inputs import Predict
 from attnkern.evaluation.segmentation import combine
 from attnkern.models.registry import attention_maps, map_names
 from attnkern.nn import ProgressiveAttention

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from attnkern._common import check_kind, check_shape, check_tensor, device_of
-from attnkern.evaluation._inputs import Normalise, batches, check_evaluating, check_maps, identity
+from attnkern._checks import check_kind, check_shape, check_tensor, device_of
+from attnkern.evaluation.inputs import Normalise, batches, check_evaluating, check_maps, identity
 from attnkern.nn import CompatibilityPool
 
 

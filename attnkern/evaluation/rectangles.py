@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from attnkern._common import (
-    came,
+from attnkern._checks import (
     check_choice,
     check_flag,
     check_kind,
@@ -20,11 +19,11 @@ from attnkern._common import (
     check_shape,
     check_size,
     check_tensor,
-    double,
+    describe,
     numbers_of,
 )
-from attnkern._numerics import SIGMA_FLOOR, aspect_factors, wide
-from attnkern.evaluation._inputs import Data, Normalise, batches, check_masks, identity
+from attnkern._numerics import SIGMA_FLOOR, aspect_factors, double, wide
+from attnkern.evaluation.inputs import Data, Normalise, batches, check_masks, identity
 from attnkern.evaluation.localisation import jaccard
 from attnkern.reference import coordinates
 
@@ -291,7 +290,7 @@ def settings_of(where: str, angles, scales, shifts) -> tuple[list[float], list[f
     check_kind(where, Iterable, shifts=shifts)
     shifts = [numbers_of(where, "shifts", shift) for shift in shifts]
     if any(len(shift) != 2 for shift in shifts):
-        raise ValueError(f"{where}: shifts must be a list of (row, column), got {came(shifts)}")
+        raise ValueError(f"{where}: shifts must be a list of (row, column), got {describe(shifts)}")
     return numbers_of(where, "angles", angles), numbers_of(where, "scales", scales), shifts
 
 

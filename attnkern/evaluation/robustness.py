@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from attnkern._common import check_kind, check_number, check_shape, check_tensor, numbers_of
-from attnkern.evaluation._inputs import Data, Normalise, batches, check_evaluating, identity
+from attnkern._checks import check_kind, check_number, check_shape, check_tensor, numbers_of
+from attnkern.evaluation.inputs import Data, Normalise, batches, check_evaluating, identity
 
 
 class Fooling(NamedTuple):

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from attnkern._common import check_count, check_flag, check_items, check_kind, check_labels, check_shape
-from attnkern.evaluation._inputs import check_maps, check_masks
+from attnkern._checks import check_count, check_flag, check_items, check_kind, check_labels, check_shape
+from attnkern.evaluation.inputs import check_maps, check_masks
 from attnkern.evaluation.localisation import binarise, jaccard, rescale, upsample
 
 

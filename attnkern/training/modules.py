@@ -13,7 +13,7 @@ from attnkern.evaluation.rectangles import equivariance_distance, transform_imag
 from attnkern.models import create_model
 from attnkern.models.registry import load_weights
 from attnkern.nn import AnchorQuantizer, WindowAttention
-from attnkern.training.data import normalisation_state
+from attnkern.training.normalisation import normalisation_state
 
 with needs_extra("attnkern.training.modules", "train"):
     import lightning.pytorch as pl

@@ -17,16 +17,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import attnkern
-from attnkern._common import check_items, check_kind
+from attnkern._checks import check_items, check_kind
 from attnkern._extras import needs_extra
-from attnkern.evaluation._inputs import collect
+from attnkern.evaluation.inputs import collect
 from attnkern.evaluation.localisation import localisation
 from attnkern.evaluation.maps import attention_of, gradcam_of
 from attnkern.evaluation.protocols import write_json
 from attnkern.models import create_model, map_names
 from attnkern.training._options import option_error
-from attnkern.training.data import ImageData, normalisation_from
+from attnkern.training.data import ImageData
 from attnkern.training.modules import FAMILIES
+from attnkern.training.normalisation import normalisation_from
 from attnkern.training.recipes import read_recipe
 
 with needs_extra("attnkern.training.train", "train"):

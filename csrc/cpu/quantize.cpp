@@ -1,114 +1,8 @@
 // Nearest-anchor quantization on the CPU. The distinct anchors are sorted once; an element's anchor follows from the
 // number of thresholds that are not above it. Each chunk of elements has its own bins, which are added in order.
 
-#if defined(ATTNKERN_ISA) // ------------------------------------------------- kernels, once per instruction set
-
-#include "cpu/modulate.h"
-
-namespace attnkern::ATTNKERN_ISA {
-
-constexpr int64_t kBlock = 256; // elements whose thresholds are counted together
-
-// rank[i] = number of thresholds that are not above element i; 0 for NaN.
-template <typename A> void count_thresholds(const std::vector<A>& thresholds, const A* a, int64_t count, int32_t* rank) {
-  if (thresholds.size() > 64) {
-    for (int64_t i = 0; i < count; ++i)
-      rank[i] = a[i] == a[i] ? std::upper_bound(thresholds.begin(), thresholds.end(), a[i]) - thresholds.begin() : 0;
-    return;
-  }
-  std::fill_n(rank, count, 0);
-  for (const A threshold : thresholds)
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i)
-      rank[i] += a[i] >= threshold;
-}
-
-// `wide_values` receives the values before rounding to T, unless it is null.
-template <typename T, typename A>
-Sums<A> quantize(const Anchors<A>& anchors, const T* a, int64_t count, T* values, int64_t* indices, A* wide_values) {
-  // This depends on the number of anchors only: sums are computed per chunk and then added in order.
-  const int64_t chunk = std::max<int64_t>(2048, 16 * anchors.count), chunks = (count + chunk - 1) / chunk;
-  std::vector<Sums<A>> sums(chunks, Sums<A>(anchors.count));
-  parallel(chunks, chunk * 8, [&](int64_t c) {
-    Sums<A>& sum = sums[c];
-    A element[kBlock], value[kBlock];
-    int32_t rank[kBlock];
-    const int64_t last = std::min(count, (c + 1) * chunk);
-    for (int64_t first = c * chunk; first < last; first += kBlock) {
-      const int64_t length = std::min(kBlock, last - first);
-#pragma omp simd
-      for (int64_t i = 0; i < length; ++i)
-        element[i] = static_cast<A>(widen(a[first + i]));
-      count_thresholds(anchors.thresholds, element, length, rank);
-      double loss = 0; // per block, so that the rounding error does not grow with the chunk
-      for (int64_t i = 0; i < length; ++i) {
-        const bool is_nan = element[i] != element[i], counted = !is_nan && !anchors.poisoned;
-        const int64_t index = counted ? anchors.index[rank[i]] : 0;
-        const A difference = counted ? anchors.value[rank[i]] - element[i] : A(NAN);
-        value[i] = counted ? anchors.value[rank[i]] : A(NAN);
-        indices[first + i] = index;
-        loss += difference * difference;
-        sum.residuals[index] += difference;
-        sum.counts[index] += counted;
-      }
-      sum.loss += loss;
-#pragma omp simd
-      for (int64_t i = 0; i < length; ++i)
-        values[first + i] = narrow<T>(static_cast<Wide<T>>(value[i]));
-      if (wide_values != nullptr)
-        std::copy_n(value, length, wide_values + first);
-    }
-  });
-  Sums<A> total(anchors.count);
-  for (const Sums<A>& sum : sums)
-    total.add(sum);
-  return total;
-}
-
-// The gradient of a: that of the values plus that of the commitment loss. `through` is the gradient that reaches the
-// map through the features; it is null if there are no features.
-template <typename T, typename A>
-void quantize_backward(const T* a, const Widened<A>& anchors, const int64_t* indices, int64_t count,
-                       const T* grad_values, const A* through, A grad_loss, A divisor, T* grad_a) {
-  bool poisoned = false;
-  for (const A anchor : anchors)
-    poisoned |= anchor != anchor;
-  parallel((count + kBlock - 1) / kBlock, 4 * kBlock, [&](int64_t block) {
-    for (int64_t i = block * kBlock; i < std::min(count, (block + 1) * kBlock); ++i) {
-      A grad = grad_values == nullptr ? A(0) : static_cast<A>(widen(grad_values[i]));
-      if (through != nullptr)
-        grad += through[i];
-      if (grad_loss != A(0)) {
-        const A value = poisoned ? A(NAN) : anchors[kept_within(indices[i], anchors.size())];
-        grad += commitment_grad(static_cast<A>(widen(a[i])), value, grad_loss, divisor);
-      }
-      grad_a[i] = narrow<T>(static_cast<Wide<T>>(grad));
-    }
-  });
-}
-
-// The gradient of the map, Σ_c dy·x.
-template <typename T>
-std::vector<Wide<T>> map_gradient(const Shape& shape, const T* dy, const T* x, const Wide<T>* map, bool residual,
-                                  T* dx) {
-  std::vector<Wide<T>> partial(shape.images * shape.positions * partial_sums(shape));
-  modulate_backward(shape, dy, x, map, residual, dx, partial.data());
-  if (partial_sums(shape) == 1)
-    return partial;
-  std::vector<Wide<T>> sum(shape.images * shape.positions);
-  parallel(shape.images, shape.positions, [&](int64_t image) {
-    const auto of_image = add_partials<Wide<T>>(shape, partial.data(), image, nullptr);
-    std::copy(of_image.begin(), of_image.end(), sum.begin() + image * shape.positions);
-  });
-  return sum;
-}
-
-} // namespace attnkern::ATTNKERN_ISA
-
-#else // ----------------------------------------------------------------------------------------- the operators
-
 #include "cpu/common.h"
-#include "quantize.h"
+#include "quantize_operators.h"
 
 #include <numeric>
 
@@ -156,125 +50,83 @@ template <typename A> struct Sums {
 
 } // namespace attnkern
 
-#define ATTNKERN_KERNELS "cpu/quantize.cpp"
+#define ATTNKERN_KERNELS "cpu/quantize_kernels.h"
 #include "cpu/foreach_isa.h"
 
 namespace attnkern {
 namespace {
 
-template <typename A> struct Quantized {
-  Tensor values, indices, anchor_loss, commitment_loss, counts, residuals;
-  const A* wide_values;   // the values before rounding
-  std::vector<A> storage; // of wide_values if `values` are rounded
-};
-
+// Quantizes elements. `keep_wide` is a buffer for the values as the map has them, before rounding to the elements'
+// dtype. Returns the address of these values, which is null if they are rounded and there is no buffer.
 template <typename A>
-Quantized<A> quantized(const Tensor& a, const Tensor& anchors, int64_t divisor, bool keep_wide) {
-  Quantized<A> q{empty_same(a),   empty_like<int64_t>(a),        empty<A>(a, {}),
-                 empty<A>(a, {}), empty_like<int64_t>(anchors), empty_like<A>(anchors),
-                 nullptr,         {}};
+const A* quantize_elements(const Tensor& a, const Tensor& anchors, int64_t divisor, const Quantized<A>& q,
+                           std::vector<A>* keep_wide) {
   const Anchors<A> table{Widened<A>(anchors)};
-  dispatch(a.scalar_type(), [&](auto t) {
+  return dispatch(a.scalar_type(), [&](auto t) -> const A* {
     using T = decltype(t);
-    if constexpr (std::is_same_v<T, A>)
-      q.wide_values = data<A>(q.values);
-    else if (keep_wide)
-      q.wide_values = (q.storage.resize(a.numel()), q.storage.data());
+    constexpr bool rounds = !std::is_same_v<T, A>;
+    A* wide = nullptr;
+    if (rounds && keep_wide != nullptr)
+      wide = (keep_wide->resize(a.numel()), keep_wide->data());
     const Sums<A> sums = ATTNKERN_BY_ISA(quantize, table, data<T>(a), a.numel(), mutable_data<T>(q.values),
-                                         mutable_data<int64_t>(q.indices), q.storage.data());
+                                         mutable_data<int64_t>(q.indices), wide);
     *mutable_data<A>(q.anchor_loss) = *mutable_data<A>(q.commitment_loss) = static_cast<A>(sums.loss / divisor);
     std::copy(sums.counts.begin(), sums.counts.end(), mutable_data<int64_t>(q.counts));
     std::copy(sums.residuals.begin(), sums.residuals.end(), mutable_data<A>(q.residuals));
+    return rounds ? wide : data<A>(q.values);
   });
-  return q;
 }
 
 template <typename A> A scalar(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? Widened<A>(*tensor)[0] : A(0);
 }
 
-// The gradients of a and of the anchors; `through` as above.
-template <typename A>
-std::tuple<Tensor, Tensor> gradients(const std::optional<Tensor>& grad_values,
-                                     const std::optional<Tensor>& grad_anchor_loss,
-                                     const std::optional<Tensor>& grad_commitment_loss, const Tensor& a,
-                                     const Tensor& anchors, const Tensor& indices, const Tensor& residuals,
-                                     int64_t divisor, const A* through) {
-  Tensor grad_a = empty_same(a);
+// Writes the gradients of the elements and of the anchors; `map_grad` is the gradient that reaches the map through the
+// features, null if there are no features.
+template <typename A> void write_gradients(const QuantizedGradients& g, const A* map_grad) {
+  const Tensor &a = g.a, &anchors = g.anchors;
   dispatch(a.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    ATTNKERN_BY_ISA(quantize_backward, data<T>(a), Widened<A>(anchors), data<int64_t>(indices), a.numel(),
-                    data<T>(grad_values), through, scalar<A>(grad_commitment_loss), static_cast<A>(divisor),
-                    mutable_data<T>(grad_a));
+    ATTNKERN_BY_ISA(quantize_backward, data<T>(a), Widened<A>(anchors), data<int64_t>(g.indices), a.numel(),
+                    data<T>(g.grad_values), map_grad, scalar<A>(g.grad_commitment_loss), static_cast<A>(g.divisor),
+                    mutable_data<T>(g.grad_a));
   });
-  const A per_residual = A(2) * (scalar<A>(grad_anchor_loss) / static_cast<A>(divisor));
-  Narrowed<A> grad_anchors(anchors);
+  const A per_residual = A(2) * (scalar<A>(g.grad_anchor_loss) / static_cast<A>(g.divisor));
+  Narrowed<A> grad_anchors(g.grad_anchors);
   for (int64_t k = 0; k < anchors.numel(); ++k)
-    grad_anchors.data()[k] = grad_anchor_loss.has_value() ? per_residual * data<A>(residuals)[k] : A(0);
-  return {grad_a, grad_anchors.tensor()};
+    grad_anchors.data()[k] = g.grad_anchor_loss.has_value() ? per_residual * data<A>(g.residuals)[k] : A(0);
+  grad_anchors.finish();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_fwd(Tensor a, Tensor anchors, int64_t divisor) {
-  make_dense(a);
-  make_contiguous(anchors);
-  return dispatch_wide(a.scalar_type(), [&](auto wide) {
-    const auto q = quantized<decltype(wide)>(a, anchors, divisor, false);
-    return std::tuple(q.values, q.indices, q.anchor_loss, q.commitment_loss, q.counts, q.residuals);
-  });
+template <typename A>
+void forward(const Tensor& a, const Tensor& anchors, int64_t divisor, const Quantized<A>& quantized) {
+  quantize_elements<A>(a, anchors, divisor, quantized, nullptr);
 }
 
-std::tuple<Tensor, Tensor> quantize_bwd(std::optional<Tensor> grad_values, std::optional<Tensor> grad_anchor_loss,
-                                        std::optional<Tensor> grad_commitment_loss, Tensor a, Tensor anchors,
-                                        Tensor indices, Tensor residuals, int64_t divisor) {
-  make_dense(a);
-  make_dense_like(a, grad_values);
-  make_dense_like(a, indices);
-  make_contiguous(grad_anchor_loss, grad_commitment_loss, anchors, residuals);
-  return dispatch_wide(residuals.scalar_type(), [&](auto wide) {
-    return gradients<decltype(wide)>(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors, indices,
-                                     residuals, divisor, nullptr);
-  });
+template <typename A> void backward(const QuantizedGradients& gradients) { write_gradients<A>(gradients, nullptr); }
+
+template <typename T>
+void forward_features(const Tensor& x, const Tensor& a, const Tensor& anchors, bool residual, int64_t divisor,
+                      const Tensor& output, const Quantized<Wide<T>>& quantized) {
+  std::vector<Wide<T>> storage;
+  const Wide<T>* map = quantize_elements<Wide<T>>(a, anchors, divisor, quantized, &storage);
+  ATTNKERN_BY_ISA(modulate<T>, Shape(x), data<T>(x), map, residual, mutable_data<T>(output));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, Tensor a, Tensor anchors,
-                                                                              bool residual, int64_t divisor) {
-  make_dense(x);
-  make_contiguous(a, anchors);
-  return dispatch(x.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    Tensor output = empty_same(x);
-    const auto q = quantized<Wide<T>>(a, anchors, divisor, true);
-    ATTNKERN_BY_ISA(modulate<T>, Shape(x), data<T>(x), q.wide_values, residual, mutable_data<T>(output));
-    return std::tuple(output, q.values, q.indices, q.anchor_loss, q.commitment_loss, q.counts, q.residuals);
-  });
-}
-
-std::tuple<Tensor, Tensor, Tensor> anchor_bwd(Tensor grad_output, std::optional<Tensor> grad_values,
-                                              std::optional<Tensor> grad_anchor_loss,
-                                              std::optional<Tensor> grad_commitment_loss, Tensor x, Tensor a,
-                                              Tensor anchors, Tensor indices, Tensor residuals, bool residual,
-                                              int64_t divisor, bool need_grad_x) {
-  make_dense(x);
-  make_dense_like(x, grad_output);
-  make_contiguous(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors, indices, residuals);
-  return dispatch(x.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    using A = Wide<T>;
-    // Recompute the map: the anchors' values, NaN if the element or any anchor is NaN.
-    const Widened<A> values(anchors), elements(a);
-    const bool poisoned = std::any_of(values.begin(), values.end(), [](A value) { return value != value; });
-    std::vector<A> map(elements.size());
-    for (size_t i = 0; i < map.size(); ++i)
-      map[i] = poisoned || elements[i] != elements[i] ? A(NAN)
-                                                      : values[kept_within(data<int64_t>(indices)[i], values.size())];
-    Tensor grad_x = features_grad<T>(x, need_grad_x);
-    const std::vector<A> through =
-        ATTNKERN_BY_ISA(map_gradient<T>, Shape(x), data<T>(grad_output), data<T>(x), map.data(), residual,
-                        need_grad_x ? mutable_data<T>(grad_x) : nullptr);
-    const auto [grad_a, grad_anchors] = gradients<A>(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors,
-                                                     indices, residuals, divisor, through.data());
-    return std::tuple(grad_x, grad_a, grad_anchors);
-  });
+template <typename T>
+void backward_features(const Tensor& grad_output, const Tensor& x, bool residual, const QuantizedGradients& gradients,
+                       T* grad_x) {
+  using A = Wide<T>;
+  // The map is computed again: the anchors' values, NaN if the element or any anchor is NaN.
+  const Widened<A> values(gradients.anchors), elements(gradients.a);
+  const int64_t* indices = data<int64_t>(gradients.indices);
+  const bool poisoned = std::any_of(values.begin(), values.end(), [](A value) { return value != value; });
+  std::vector<A> map(elements.size());
+  for (size_t i = 0; i < map.size(); ++i)
+    map[i] = poisoned || elements[i] != elements[i] ? A(NAN) : values[kept_within(indices[i], values.size())];
+  const std::vector<A> map_grad = ATTNKERN_BY_ISA(map_gradient<T>, Shape(x), data<T>(grad_output), data<T>(x),
+                                                  map.data(), residual, grad_x);
+  write_gradients<A>(gradients, map_grad.data());
 }
 
 } // namespace
@@ -287,5 +139,3 @@ STABLE_TORCH_LIBRARY_IMPL(attnkern, CPU, m) {
 }
 
 } // namespace attnkern
-
-#endif

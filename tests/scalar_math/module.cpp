@@ -1,4 +1,4 @@
-// The scalar mathematics of csrc as a Python module over numpy arrays, for tests/test_scalar_math.py. A function has
+// The scalar mathematics of csrc as a Python module over numpy arrays, for tests/native/test_scalar_math.py. A function has
 // the name of its C++ original; arrays of float64 and float32 choose the precision.
 
 #include <pybind11/numpy.h>

@@ -1,5 +1,5 @@
 // Prints what the scalar mathematics of csrc computes for fixed arguments, a name and a number to a line, so that
-// processors can be compared: tests/test_aarch64.py.
+// processors can be compared: tests/native/test_aarch64.py.
 
 #include <cstdio>
 #include <initializer_list>

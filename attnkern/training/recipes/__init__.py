@@ -8,7 +8,7 @@ A row may also have ``published``: the top-1 errors in the paper in percent, by 
 from importlib import resources
 from typing import Any
 
-from attnkern._common import check_kind
+from attnkern._checks import check_kind
 from attnkern._extras import needs_extra
 from attnkern._spelling import did_you_mean
 

@@ -1,0 +1,158 @@
+"""Information-bottleneck attention: quantization of maps to learned anchors."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attnkern._autograd import transformed
+from attnkern._checks import check_channels, check_count, check_flag, check_kind, check_shape, check_tensor, is_shape
+from attnkern._tracing import Module
+from attnkern.nn._hooks import untouched
+from attnkern.nn._precision import full_precision, input_for, widened
+from attnkern.quantize import AnchorAttended, AnchorQuantized, anchor_attention, anchor_quantize, check_reduction
+from attnkern.reference import modulate
+
+
+class AnchorQuantizer(Module):
+    """Nearest of Q learned anchors for each element, straight-through; counts which anchors are in use.
+
+    The anchors start at linspace(0, 1, Q) and move by ``anchor_loss`` alone. ``counts`` (Q,) int64 adds up, in training
+    only, how often each was chosen; it is not part of the state_dict.
+
+    Args:
+        num_anchors: Q.
+        reduction: of the two losses, as in :func:`attnkern.anchor_quantize`.
+        sync_counts: add up the counts over all processes of the default group, at each training step: a collective of
+            Q integers. (DDP broadcasts buffers from rank 0, so they cannot be added up afterwards.)
+
+    Raises:
+        ValueError, TypeError: no anchor, an unknown reduction, or an argument that :func:`attnkern.anchor_quantize`
+            and :func:`attnkern.anchor_attention` refuse.
+
+    Source: Information Bottleneck Approach to Spatial Attention Learning, Eqs. 9-10.
+    """
+
+    def __init__(self, num_anchors: int, reduction: str = "mean", sync_counts: bool = False):
+        super().__init__()
+        check_count("AnchorQuantizer", num_anchors=num_anchors)
+        check_reduction("AnchorQuantizer", reduction)
+        check_flag("AnchorQuantizer", sync_counts=sync_counts)
+        self.reduction = reduction
+        self.sync_counts = sync_counts
+        self.anchors = nn.Parameter(torch.linspace(0, 1, num_anchors))
+        self.register_buffer("counts", torch.zeros(num_anchors, dtype=torch.int64), persistent=False)
+        self.map = nn.Identity()
+
+    def forward(self, a: torch.Tensor) -> AnchorQuantized:
+        """Quantize ``a`` (N, ...); see :func:`attnkern.anchor_quantize`."""
+        quantized = anchor_quantize(a, widened(self.anchors), reduction=self.reduction)
+        self._count(quantized.counts)
+        return AnchorQuantized(self.map(quantized.values), *quantized[1:])
+
+    def attend(self, x: torch.Tensor, a: torch.Tensor, residual: bool = True) -> AnchorAttended:
+        """Features ``x`` under the quantized map, in one pass; see :func:`attnkern.anchor_attention`."""
+        attended = anchor_attention(x, a, widened(self.anchors), residual=residual, reduction=self.reduction)
+        self._count(attended.counts)
+        if not untouched(self.map):
+            map = self.map(attended.values)
+            output = modulate(x, map if map.dim() == 4 else map[:, None], residual)
+            attended = AnchorAttended(output, map, *attended[2:])
+        return attended
+
+    def _count(self, counts):
+        # Per-sample gradients and the like are no training step, and may not write to what they captured.
+        if self.training and not transformed(counts):
+            if self.sync_counts:
+                if not torch.distributed.is_initialized():
+                    raise RuntimeError(
+                        "AnchorQuantizer: sync_counts needs a process group: call torch.distributed.init_process_group "
+                        "first, or leave sync_counts out"
+                    )
+                counts = counts.clone()
+                torch.distributed.all_reduce(counts)
+            self.counts += counts
+
+    def reset_counts(self) -> None:
+        self.counts.zero_()
+
+    def perplexity(self) -> torch.Tensor:
+        """exp of the entropy of the usage, from 1 (one anchor takes all) to Q (all alike); NaN before any count."""
+        return torch.special.entr(self.counts / self.counts.sum()).sum().exp()
+
+    def extra_repr(self):
+        return f"{self.anchors.numel()}, reduction={self.reduction!r}"
+
+
+class BottleneckAttended(NamedTuple):
+    """Result of :class:`BottleneckAttention`."""
+
+    output: torch.Tensor  #: (N, C, H, W), the features' dtype and memory format
+    map: torch.Tensor  #: (N, H, W) what the features were weighted by: a, or its nearest anchors
+    mean: torch.Tensor  #: (N, H, W) μ
+    std: torch.Tensor  #: (N, H, W) σ
+    anchor_loss: torch.Tensor  #: scalar, moves the anchors; 0 without anchors
+    commitment_loss: torch.Tensor  #: scalar, moves a; 0 without anchors
+
+
+class BottleneckAttention(Module):
+    """Features under a map drawn from p(a|x) = N(μ, σ²) and quantized to anchors: output = x + v·x.
+
+    μ = Λ(conv3x3(x)), σ = softplus(conv3x3(μ) - 5), a = μ + σε, and v the nearest anchor of a, or a itself without
+    anchors. Nothing squashes a: it can leave [0, 1]. Map, μ and σ are float32 under autocast.
+
+    Args:
+        channels: C of the features.
+        num_anchors: Q, or None for no quantization.
+        mean: a module from features to raw maps (N, 1, H, W), instead of the 3x3 convolution before Λ.
+
+    Raises:
+        ValueError, TypeError: a number below 1, or features of other channels.
+
+    Source: Information Bottleneck Approach to Spatial Attention Learning, Eqs. 6-10; the heads as in the authors' code.
+    """
+
+    def __init__(self, channels: int, num_anchors: int | None = None, mean: nn.Module | None = None):
+        super().__init__()
+        check_count("BottleneckAttention", channels=channels)
+        check_kind("BottleneckAttention", nn.Module | None, mean=mean)
+        self.channels = channels
+        self.mean = nn.Conv2d(channels, 1, 3, padding=1) if mean is None else mean
+        self.std = nn.Conv2d(1, 1, 3, padding=1)
+        self.quantizer = None if num_anchors is None else AnchorQuantizer(num_anchors)
+        self.map = nn.Identity()
+
+    def forward(self, x: torch.Tensor, sample: bool | None = None) -> BottleneckAttended:
+        """Attend to ``x`` (N, C, H, W).
+
+        Args:
+            sample: draw a from p(a|x); otherwise a = μ. None: in training only. The published evaluation draws too.
+        """
+        check_channels("BottleneckAttention", x, self.channels)
+        check_kind("BottleneckAttention", bool | None, sample=sample)
+        raw_mean = self.mean(x)
+        n, _, height, width = x.shape
+        check_tensor("BottleneckAttention", "what the module mean returns", raw_mean)
+        check_shape(
+            "BottleneckAttention", "what the module mean returns", raw_mean, "({}, 1, {}, {}) (as x)",
+            is_shape(raw_mean, n, 1, height, width), n, height, width,
+        )  # fmt: skip
+        mean = widened(raw_mean).sigmoid()
+        given = input_for(self.std, mean, raw_mean)
+        with full_precision(x):
+            std = F.softplus(widened(self.std(given)) - 5).squeeze(1)
+            mean = mean.squeeze(1)
+            a = mean
+            if self.training if sample is None else sample:
+                a = mean + std * torch.randn_like(std)
+        if self.quantizer is None:
+            map = self.map(a)
+            output, losses = modulate(x, map[:, None], residual=True), (a.new_zeros(()), a.new_zeros(()))
+        elif untouched(self.map) and untouched(self.quantizer, AnchorQuantizer):
+            output, map, _, *losses, _ = self.quantizer.attend(x, a)
+        else:
+            values, _, *losses, _ = self.quantizer(a)
+            map = self.map(values)
+            output = modulate(x, map[:, None], residual=True)
+        return BottleneckAttended(output, map, mean, std, *losses)

@@ -1,0 +1,143 @@
+"""Rectangular attention: the window module and the positionwise baseline that the paper compares it with."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from attnkern._checks import check_channels, check_count, check_flag, check_kind, check_number
+from attnkern._numerics import wide
+from attnkern._tracing import Module
+from attnkern.nn._hooks import untouched
+from attnkern.nn._precision import full_precision, input_for, widened
+from attnkern.reference import modulate
+from attnkern.window import check_features, window_attention, window_map
+
+
+class WindowAttention(Module):
+    """Features under one rotated rectangle that a small head finds: output = x + f̃·x.
+
+    Head: 3x3 convolutions with ReLU, 2x2 max pooling between them, global average, Linear to five numbers b. Then
+    μ = Λ(b), σ = lo + (0.75 - lo)·Λ(b) with lo half a grid step of the axis, α = (π/2)·tanh b. The last layer starts at
+    zero weights and biases (0, 0, log 2, log 2, 0): a centred rectangle with σ of about one half. The five numbers are
+    float32 under autocast. Maps down to 1x1 work.
+
+    Args:
+        channels: C of the features.
+        hidden: output channels of the convolutions.
+        scale, rescale, residual: as in :func:`attnkern.window_attention`.
+
+    Raises:
+        ValueError, TypeError: an option out of its range, or features of other channels.
+
+    Source: Convolutional Rectangular Attention Module, Eqs. 1-7 and Appendix G (which leaves open the ranges of
+    μ, σ and α).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: tuple[int, ...] = (64, 128, 256),
+        scale: float = 6.0,
+        rescale: bool = True,
+        residual: bool = True,
+    ):
+        super().__init__()
+        check_count("WindowAttention", channels=channels)
+        check_kind("WindowAttention", Sequence, hidden=hidden)
+        if not hidden:
+            raise ValueError("WindowAttention: hidden must name at least one convolution's channels, got none")
+        for outputs in hidden:
+            check_count("WindowAttention", hidden=outputs)
+        check_number("WindowAttention", scale=scale)
+        check_flag("WindowAttention", rescale=rescale, residual=residual)
+        self.channels = channels
+        self.scale = scale
+        self.rescale = rescale
+        self.residual = residual
+        layers = []
+        for inputs, outputs in itertools.pairwise((channels, *hidden)):
+            layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU()]
+            layers += [nn.MaxPool2d(2, ceil_mode=True)]
+        layers[-1] = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Sequential(*layers, nn.Flatten())
+        self.regressor = nn.Linear(hidden[-1], 5)
+        self.map = nn.Identity()
+        nn.init.zeros_(self.regressor.weight)
+        with torch.no_grad():
+            self.regressor.bias.copy_(torch.tensor([0.0, 0.0, math.log(2), math.log(2), 0.0]))
+
+    def rectangle(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 5) rectangles of features (N, C, H, W): μ₁, μ₂, σ₁, σ₂, α in the units of :func:`attnkern.window_map`."""
+        check_channels("WindowAttention", x, self.channels)
+        summary = input_for(self.regressor, self.head(x))
+        with full_precision(x):
+            row, column, half_height, half_width, angle = widened(self.regressor(summary)).unbind(1)
+            sigmas = []
+            for length, raw in zip(x.shape[2:], (half_height, half_width), strict=True):
+                low = 0.5 / max(length - 1, 1)
+                sigmas.append(low + (0.75 - low) * raw.sigmoid())
+            return torch.stack((row.sigmoid(), column.sigmoid(), *sigmas, math.pi / 2 * angle.tanh()), 1)
+
+    def forward(
+        self, x: torch.Tensor, return_map: bool = False, rectangle: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W).
+
+        Args:
+            rectangle: (N, 5) to attend to, where :meth:`rectangle` has been called or another one is wanted.
+        """
+        check_flag("WindowAttention", return_map=return_map)
+        if rectangle is None:
+            rectangle = self.rectangle(x)
+        if untouched(self.map):
+            output, map = window_attention(x, rectangle, scale=self.scale, rescale=self.rescale, residual=self.residual)
+        else:
+            rectangle = check_features("window_attention", x, rectangle).to(wide(x.dtype))
+            map = self.map(window_map(rectangle, x.shape[2:], scale=self.scale, rescale=self.rescale))
+            output = modulate(x, map[:, None], self.residual)
+        return (output, map) if return_map else output
+
+
+class PositionwiseAttention(Module):
+    """Features under a map predicted position by position: output = x + f·x, f = Λ(convolutions of x).
+
+    A 1x1 convolution to ``hidden`` channels, then three 3x3 ones with dilation, the last to one channel: the baseline
+    that rectangular attention is compared with.
+
+    Args:
+        channels: C of the features.
+        hidden: channels of the first three convolutions.
+        dilation: of the 3x3 convolutions, and their padding.
+
+    Raises:
+        ValueError, TypeError: a number below 1, or features of other channels.
+
+    Source: Convolutional Rectangular Attention Module, Appendix G.
+    """
+
+    def __init__(self, channels: int, hidden: int = 80, dilation: int = 4):
+        super().__init__()
+        check_count("PositionwiseAttention", channels=channels, hidden=hidden, dilation=dilation)
+        self.channels = channels
+        dilated = {"kernel_size": 3, "padding": dilation, "dilation": dilation}
+        self.head = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1),
+            nn.ReLU(),
+            nn.Conv2d(hidden, hidden, **dilated),
+            nn.ReLU(),
+            nn.Conv2d(hidden, hidden, **dilated),
+            nn.ReLU(),
+            nn.Conv2d(hidden, 1, **dilated),
+        )
+        self.map = nn.Identity()
+
+    def forward(self, x: torch.Tensor, return_map: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W)."""
+        check_channels("PositionwiseAttention", x, self.channels)
+        check_flag("PositionwiseAttention", return_map=return_map)
+        map = self.map(widened(self.head(x)).squeeze(1).sigmoid())
+        output = modulate(x, map[:, None], residual=True)
+        return (output, map) if return_map else output

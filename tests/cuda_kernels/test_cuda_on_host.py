@@ -1,0 +1,444 @@
+"""The CUDA kernels, run on the CPU as fibers (tests/cuda_on_host), against the reference in float64."""
+
+import pytest
+import torch
+from cuda_on_host import load
+
+from attnkern import reference
+
+FLOAT, HALF, BF16, DOUBLE = torch.float32, torch.float16, torch.bfloat16, torch.float64
+
+ops = load()
+
+# (N, C, H, W), channels_last, dtype of the features, dtype of their companions, residual
+FEATURES = [
+    ((2, 3, 7, 7), False, BF16, FLOAT, True),
+    ((2, 65, 7, 7), False, FLOAT, FLOAT, True),
+    ((2, 40, 7, 7), False, BF16, BF16, False),
+    ((1, 700, 7, 7), False, HALF, FLOAT, True),  # several tiles of rows
+    ((2, 65, 5, 6), True, FLOAT, FLOAT, False),
+    ((2, 64, 7, 7), True, BF16, FLOAT, True),
+    ((1, 300, 9, 8), True, HALF, HALF, True),  # more channels than a warp's vectors
+    ((3, 1, 1, 9), False, FLOAT, FLOAT, True),
+    ((2, 3, 6, 1), True, DOUBLE, FLOAT, True),
+    ((2, 2, 1, 1), False, DOUBLE, DOUBLE, True),
+    ((2, 3, 33, 35), False, FLOAT, FLOAT, True),  # more positions than a block takes statistics of
+    ((1, 5, 36, 40), True, DOUBLE, DOUBLE, False),
+    ((1, 2, 61, 41), False, BF16, FLOAT, True),  # several tiles of columns
+    ((46, 9, 7, 7), False, BF16, FLOAT, True),  # too many elements for one block to quantize, rows of several channels
+    ((1, 65, 48, 47), True, BF16, FLOAT, True),
+    ((0, 3, 5, 5), False, FLOAT, FLOAT, True),
+    ((2, 0, 5, 5), False, FLOAT, FLOAT, True),
+    ((1, 0, 40, 40), False, BF16, FLOAT, True),
+]
+
+
+@pytest.fixture(params=["reverse", "shuffled"], autouse=True)
+def order(request, monkeypatch):
+    monkeypatch.setenv("ATTNKERN_HOST_ORDER", request.param)
+    return request.param
+
+
+def normal(shape, dtype, seed, channels_last=False):
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
+
+
+def double(tensor):
+    return None if tensor is None else tensor.detach().double().requires_grad_()
+
+
+def assert_near(name, got, want, *dtypes):
+    """Largest error relative to the largest number, in ε of the coarsest of ``dtypes``."""
+    want = want.detach()
+    assert got.shape == want.shape, name
+    assert torch.equal(got.isnan(), want.isnan()), name
+    if got.numel():
+        got, want = got.double().nan_to_num(), want.nan_to_num()
+        scale = want.abs().max().clamp(min=1e-3)
+        assert (got - want).abs().max() <= 30 * max(torch.finfo(dtype).eps for dtype in dtypes) * scale, name
+
+
+def gradients(outputs, grads, inputs):
+    pairs = [(out, grad.double()) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
+    found = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
+    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, found, strict=True)]
+
+
+def rectangles(n, dtype, kind="ordinary"):
+    random = torch.rand((n, 5), generator=torch.Generator().manual_seed(3))
+    low, high = {
+        "ordinary": ([0.2, 0.2, 0.15, 0.15, -1.5], [0.8, 0.8, 0.7, 0.7, 1.5]),
+        "thin": ([0.4, 0.4, 0.02, -0.03, -1.0], [0.6, 0.6, 0.03, -0.02, 1.0]),
+        "outside": ([4.0, -3.0, 0.1, 0.1, 0.3], [5.0, -2.0, 0.2, 0.2, 0.4]),
+    }[kind]
+    return torch.lerp(torch.tensor(low), torch.tensor(high), random).to(dtype)
+
+
+# --- the emulation itself ---
+
+
+@pytest.mark.parametrize("threads", [32, 256])
+def test_emulation_sums(threads):
+    x = torch.arange(threads, dtype=FLOAT)
+    assert ops.faulty_sum(x, 0) == x.sum()
+
+
+def test_emulation_exposes_a_missing_barrier():
+    assert ops.faulty_sum(torch.ones(64), 1).isnan()
+
+
+def test_emulation_exposes_a_race(monkeypatch):
+    x = torch.arange(64, dtype=FLOAT)
+    sums = set()
+    for order in ("forward", "reverse"):
+        monkeypatch.setenv("ATTNKERN_HOST_ORDER", order)
+        sums.add(ops.faulty_sum(x, 2).item())
+    assert len(sums) == 2
+
+
+@pytest.mark.parametrize("fault", [3, 4], ids=["barrier", "shuffle"])
+def test_emulation_refuses_to_wait_for_nobody(fault):
+    with pytest.raises(RuntimeError, match="waits for threads that never come"):
+        ops.faulty_sum(torch.ones(64), fault)
+
+
+# --- window ---
+
+WINDOWS = [
+    (FEATURES[0], dict(), "ordinary"),
+    *((case, dict(), "ordinary") for case in FEATURES[1:]),
+    (FEATURES[2], dict(rescale=False), "ordinary"),
+    (FEATURES[5], dict(rescale=False, aspect=True), "ordinary"),
+    (FEATURES[10], dict(rescale=False), "ordinary"),
+    (FEATURES[10], dict(aspect=True, scale=10.0), "ordinary"),
+    (FEATURES[1], dict(), "thin"),
+    (FEATURES[4], dict(), "outside"),
+    (FEATURES[12], dict(), "outside"),
+    (FEATURES[11], dict(), "thin"),
+]
+
+
+@pytest.mark.parametrize("case, options, kind", WINDOWS)
+def test_window(case, options, kind):
+    shape, channels_last, dtype, companion, residual = case
+    options = dict(scale=6.0, rescale=True, aspect=False) | options
+    scale, rescale, aspect = options.values()
+    x, rectangle = normal(shape, dtype, 0, channels_last), rectangles(shape[0], companion, kind)
+    grad_output, grad_map = normal(shape, dtype, 1, channels_last), normal((shape[0], *shape[2:]), FLOAT, 2)
+    wide = DOUBLE if dtype == DOUBLE else FLOAT
+    grad_map = grad_map.to(wide)
+    # A map with one peak depends on differences of coordinates that keep few digits.
+    sums = wide if kind == "ordinary" else {FLOAT: BF16, DOUBLE: FLOAT}[wide]
+
+    output, map, stats = ops.window_fwd(x, rectangle, scale, rescale, residual, aspect)
+    assert output.stride() == x.stride()
+    assert stats.shape == (shape[0], 7 if rescale else 0)
+    for grad_maps in ((grad_map,), ()):
+        exact = double(x), double(rectangle)
+        want = reference.window_attention(*exact, residual=residual, **options)
+        assert_near("output", output, want[0], dtype, sums)
+        assert_near("map", map, want[1], sums)
+        wants = gradients(want[: 1 + len(grad_maps)], (grad_output, *grad_maps), exact)
+        args = (grad_output, *(grad_maps or (None,)), x, rectangle, stats, scale, rescale, residual, aspect)
+        grad_x, grad_rectangle = ops.window_bwd(*args, True)
+        assert grad_x.stride() == x.stride()
+        assert_near("grad_x", grad_x, wants[0], dtype, sums)
+        assert_near("grad_rectangle", grad_rectangle, wants[1], companion, sums)
+        none, again = ops.window_bwd(*args, False)
+        assert none.shape == (0,)
+        assert torch.equal(again, grad_rectangle)
+
+
+@pytest.mark.parametrize("size", [(7, 7), (1, 1), (40, 27), (96, 91)])
+@pytest.mark.parametrize("dtype", [BF16, FLOAT, DOUBLE])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_window_map(size, dtype, rescale):
+    rectangle = rectangles(3, dtype)
+    exact = double(rectangle)
+    want = reference.window_map(exact, size, rescale=rescale)
+    map, stats = ops.window_map_fwd(rectangle, *size, 6.0, rescale, False)
+    assert_near("map", map, want, map.dtype)
+    grad_map = normal((3, *size), map.dtype, 4)
+    grad = ops.window_map_bwd(grad_map, rectangle, stats, 6.0, rescale, False)
+    assert_near("grad", grad, *gradients((want,), (grad_map,), (exact,)), dtype, map.dtype)
+
+
+def test_window_spreads_nan_no_further_than_it_must():
+    x, rectangle = normal((3, 5, 7, 7), FLOAT, 0), rectangles(3, FLOAT)
+    x[0, 1, 2, 3] = rectangle[2, 4] = torch.nan
+    output, map, stats = ops.window_fwd(x, rectangle, 6.0, True, True, False)
+    assert output.isnan().nonzero()[:, 0].bincount().tolist() == [1, 0, 5 * 49]
+    assert map.isnan().flatten(1).sum(1).tolist() == [0, 0, 49]
+    _, grad = ops.window_bwd(torch.ones_like(x), None, x, rectangle, stats, 6.0, True, True, False, False)
+    assert grad.isnan().sum(1).tolist() == [5, 0, 5]
+
+
+# --- quantize, anchor ---
+
+ANCHORS = {
+    "plain": [0.0, 1.0, -1.0, 0.5, -0.5],
+    "one": [0.25],
+    "duplicates": [0.5, -0.5, 0.5, -0.5, 0.0, 0.0],
+    "ties": [1.0, 0.0, -1.0, 2.0],
+    "infinite": [torch.inf, -1.0, -torch.inf, 1.0],
+    "nan": [0.0, torch.nan, 1.0],
+    "many": torch.linspace(-2, 2, 700).tolist(),  # too many for shared memory
+}
+
+
+def elements(shape, dtype, kind):
+    a = normal(shape, dtype, 5)
+    if kind in ("ties", "infinite", "duplicates"):
+        a = (a * 4).round() / 4
+    return a
+
+
+def assert_quantized(got, want, divisor, dtype):
+    values, index, anchor_loss, commitment_loss, counts, residuals = got
+    want_values, want_index, want_loss, _, want_counts = want
+    want_loss = want_loss.detach() / divisor
+    assert torch.equal(index, want_index)
+    assert torch.equal(counts, want_counts)
+    assert torch.equal(values.isnan(), want_values.isnan())
+    assert torch.equal(values.nan_to_num(), want_values.to(dtype).nan_to_num())
+    if want_loss.isfinite():
+        assert_near("anchor_loss", anchor_loss, want_loss, FLOAT)
+    else:
+        assert torch.equal(anchor_loss.double(), want_loss) or anchor_loss.isnan()
+    assert torch.equal(anchor_loss.nan_to_num(), commitment_loss.nan_to_num())
+    assert residuals.shape == counts.shape
+
+
+@pytest.mark.parametrize("kind", ANCHORS)
+@pytest.mark.parametrize("dtype", [FLOAT, BF16, DOUBLE])
+@pytest.mark.parametrize("shape", [(3, 700), (2, 1, 5, 3), (0, 4)])
+def test_quantize(kind, dtype, shape):
+    anchors, a = torch.tensor(ANCHORS[kind], dtype=dtype), elements(shape, dtype, kind)
+    exact_a, exact_anchors = double(a), double(anchors)
+    want = reference.anchor_quantize(exact_a, exact_anchors, reduction="sum")
+    divisor = 3
+    got = ops.quantize_fwd(a, anchors, divisor)
+    assert_quantized(got, want, divisor, dtype)
+    wide = got[2].dtype
+    grads = normal(shape, dtype, 6), torch.tensor(0.7, dtype=wide), torch.tensor(1.3, dtype=wide)
+    wants = gradients((want[0], want[2] / divisor, want[3] / divisor), grads, (exact_a, exact_anchors))
+    grad_a, grad_anchors = ops.quantize_bwd(*grads, a, anchors, got[1], got[5], divisor)
+    if kind == "infinite":  # an infinite distance has no defined gradient
+        return
+    assert_near("grad_a", grad_a, wants[0], dtype)
+    if kind == "nan":  # the reference's index names an anchor that the loss does not come from
+        assert grad_anchors.isnan().any() == (a.numel() > 0)
+        return
+    assert_near("grad_anchors", grad_anchors, wants[1], dtype)
+    grad_a, grad_anchors = ops.quantize_bwd(None, None, None, a, anchors, got[1], got[5], divisor)
+    assert not grad_a.any()
+    assert not grad_anchors.any()
+
+
+def test_quantize_nan_and_infinity():
+    a = torch.tensor([[torch.nan, torch.inf, -torch.inf, 0.2]])
+    values, index, loss, _, counts, residuals = ops.quantize_fwd(a, torch.tensor([0.0, 1.0, -1.0]), 4)
+    assert index.tolist() == [[0, 1, 2, 0]]
+    assert counts.tolist() == [1, 1, 1]
+    assert values[0, 0].isnan()
+    assert values[0, 1:].tolist() == [1.0, -1.0, 0.0]
+    assert loss.isnan()
+    assert residuals.isnan().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "case, kind", [*((case, "duplicates") for case in FEATURES), *((FEATURES[i], "many") for i in (1, 5, 10))]
+)
+def test_anchor(case, kind):
+    shape, channels_last, dtype, companion, residual = case
+    x, grad_output = normal(shape, dtype, 0, channels_last), normal(shape, dtype, 1, channels_last)
+    a = normal((shape[0], 1, *shape[2:]), companion, 5)
+    anchors = torch.tensor(ANCHORS[kind], dtype=companion)
+    exact = double(x), double(a), double(anchors)
+    want = reference.anchor_attention(*exact, residual=residual, reduction="sum")
+    divisor = 3
+    output, *got = ops.anchor_fwd(x, a, anchors, residual, divisor)
+    assert output.stride() == x.stride()
+    assert_near("output", output, want[0], dtype)
+    assert_quantized(got, want[1:], divisor, companion)
+    wide = got[2].dtype
+    grads = normal(a.shape, companion, 6), torch.tensor(0.7, dtype=wide), torch.tensor(1.3, dtype=wide)
+    # The gradient of a sum over channels, each term rounded nowhere.
+    wants = gradients((want[0], want[1], want[3] / divisor, want[4] / divisor), (grad_output, *grads), exact)
+    args = (x, a, anchors, got[1], got[5], residual, divisor)
+    grad_x, grad_a, grad_anchors = ops.anchor_bwd(grad_output, *grads, *args, True)
+    assert grad_x.stride() == x.stride()
+    for name, grad, exact_grad, of in zip(
+        ("grad_x", "grad_a", "grad_anchors"), (grad_x, grad_a, grad_anchors), wants, (dtype, companion, companion),
+        strict=True,
+    ):  # fmt: skip
+        assert_near(name, grad, exact_grad, of, wide)
+    none, again, _ = ops.anchor_bwd(grad_output, *grads, *args, False)
+    assert none.shape == (0,)
+    assert torch.equal(again, grad_a)
+
+
+@pytest.mark.parametrize("poison", ["a", "anchors"])
+def test_anchor_spreads_nan(poison):
+    x, a, anchors = normal((2, 5, 3, 3), FLOAT, 0), normal((2, 1, 3, 3), FLOAT, 1), torch.tensor([0.0, 1.0])
+    (a[1, 0, 2] if poison == "a" else anchors)[1] = torch.nan
+    output, values, index, _, _, counts, residuals = ops.anchor_fwd(x, a, anchors, True, 1)
+    bad = a.isnan() if poison == "a" else torch.ones_like(a, dtype=torch.bool)
+    assert torch.equal(output.isnan(), bad.expand_as(x))
+    assert torch.equal(values.isnan(), bad)
+    assert counts.sum() == (~bad).sum()
+    grad_x, *_ = ops.anchor_bwd(torch.ones_like(x), None, None, None, x, a, anchors, index, residuals, True, 1, True)
+    assert torch.equal(grad_x.isnan(), bad.expand_as(x))
+
+
+# --- pool ---
+
+# (N, C, H, W), channels_last, dtype of the features, dtype of the query, and what they reach
+POOLED = [
+    ((1, 96, 14, 14), False, BF16, FLOAT, "pieces of half a vector, several tiles in one split"),
+    ((1, 320, 14, 14), False, HALF, HALF, "several splits"),
+    ((1, 320, 14, 14), True, BF16, FLOAT, "five groups of channels"),
+    ((2, 40, 30, 30), True, BF16, FLOAT, "several tiles a split, the last one cut short"),
+    ((2, 40, 30, 31), False, FLOAT, FLOAT, "rows of odd length"),
+    ((1, 1100, 9, 8), False, BF16, FLOAT, "four lanes a row"),
+    ((1, 1100, 9, 9), False, FLOAT, FLOAT, "four lanes a row, one element an access"),
+    ((1, 1500, 5, 5), True, BF16, FLOAT, "one set of positions"),
+    ((1, 600, 9, 9), False, DOUBLE, DOUBLE, "four lanes a row"),
+    ((1, 300, 6, 6), True, DOUBLE, DOUBLE, "two sets of positions"),
+    ((1, 3, 128, 128), False, FLOAT, FLOAT, "as many splits as there can be"),
+    ((20, 3, 9, 9), True, FLOAT, FLOAT, "many images"),
+    ((1, 4096, 5, 5), True, BF16, FLOAT, "as much shared memory as a walk can take"),
+    ((2, 1100, 7, 7), False, HALF, FLOAT, "slices of channels"),
+    ((1, 2100, 17, 17), False, BF16, BF16, "slices of channels, more positions than a block has threads"),
+    ((1, 2100, 7, 7), True, FLOAT, FLOAT, "slices of channels"),
+    ((1, 600, 7, 7), False, DOUBLE, DOUBLE, "slices of channels"),
+]
+
+
+@pytest.mark.parametrize(
+    "case, shared",
+    [
+        *((case, False) for case in FEATURES + POOLED),
+        *((case, True) for case in (FEATURES[0], FEATURES[4], POOLED[1], POOLED[11], POOLED[13])),
+    ],
+)
+def test_pool(case, shared):
+    shape, channels_last, dtype, companion, _ = case
+    local = normal(shape, dtype, 0, channels_last)
+    query = normal(shape[1:2] if shared else shape[:2], companion, 1) / max(1, shape[1]) ** 0.5
+    exact = double(local), double(query)
+    want = reference.compatibility_pool(*exact)
+    pooled, attention, scores, pooled_wide = ops.pool_fwd(local, query)
+    wide = attention.dtype
+    assert pooled_wide.shape == ((0,) if wide == dtype else shape[:2])
+    for name, got, exact_output, of in zip(
+        ("pooled", "attention", "scores"), (pooled, attention, scores), want, (dtype, wide, wide), strict=True
+    ):
+        assert_near(name, got, exact_output, of, wide)
+    positions = (shape[0], *shape[2:])
+    grads = normal(shape[:2], dtype, 2), normal(positions, wide, 3), normal(positions, wide, 4)
+    for present in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        given = tuple(grad if here else None for grad, here in zip(grads, present, strict=True))
+        wants = gradients(reference.compatibility_pool(*exact), given, exact)
+        grad_local, grad_query = ops.pool_bwd(*given, local, query, attention, pooled_wide if wide != dtype else pooled,
+                                              True)  # fmt: skip
+        assert grad_local.stride() == local.stride()
+        assert_near("grad_local", grad_local, wants[0], dtype, wide)
+        assert_near("grad_query", grad_query, wants[1], companion, wide)
+        none, again = ops.pool_bwd(*given, local, query, attention, pooled_wide if wide != dtype else pooled, False)
+        assert none.shape == (0,)
+        assert torch.equal(again, grad_query)
+
+
+def test_pool_tokens():
+    tokens, query = normal((2, 33, 40), BF16, 0), normal((2, 40), FLOAT, 1)
+    pooled, attention, scores, _ = ops.pool_fwd(tokens.transpose(1, 2), query)
+    want = reference.compatibility_pool(tokens.double().transpose(1, 2), query.double())
+    assert_near("pooled", pooled, want[0], BF16)
+    assert_near("attention", attention, want[1], FLOAT)
+    assert_near("scores", scores, want[2], FLOAT)
+
+
+# --- launches ---
+
+
+def passes(shape, channels_last, anchors):
+    """Every operator by name, as a call."""
+    x, a, query = (
+        normal(shape, FLOAT, 0, channels_last),
+        normal((shape[0], 1, *shape[2:]), FLOAT, 1),
+        normal(shape[:2], FLOAT, 2),
+    )
+    rectangle, anchors = rectangles(shape[0], FLOAT), torch.linspace(-1, 1, anchors)
+    map, map_stats = ops.window_map_fwd(rectangle, *shape[2:], 6.0, True, False)
+    _, _, stats = ops.window_fwd(x, rectangle, 6.0, True, True, False)
+    _, _, index, loss, _, _, residuals = ops.anchor_fwd(x, a, anchors, True, 1)
+    pooled, attention, scores, _ = ops.pool_fwd(x, query)
+    return {
+        "window_map_fwd": lambda: ops.window_map_fwd(rectangle, *shape[2:], 6.0, True, False),
+        "window_map_bwd": lambda: ops.window_map_bwd(map, rectangle, map_stats, 6.0, True, False),
+        "window_fwd": lambda: ops.window_fwd(x, rectangle, 6.0, True, True, False),
+        "window_bwd": lambda: ops.window_bwd(x, map, x, rectangle, stats, 6.0, True, True, False, True),
+        "quantize_fwd": lambda: ops.quantize_fwd(a, anchors, 1),
+        "quantize_bwd": lambda: ops.quantize_bwd(a, loss, loss, a, anchors, index, residuals, 1),
+        "anchor_fwd": lambda: ops.anchor_fwd(x, a, anchors, True, 1),
+        "anchor_bwd": lambda: ops.anchor_bwd(x, a, loss, loss, x, a, anchors, index, residuals, True, 1, True),
+        "pool_fwd": lambda: ops.pool_fwd(x, query),
+        "pool_bwd": lambda: ops.pool_bwd(pooled, attention, scores, x, query, attention, pooled, True),
+    }
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "shape, anchors, most",
+    [
+        ((2, 64, 7, 7), 20, 1),
+        ((2, 64, 7, 7), 700, 2),
+        ((2, 3, 40, 40), 20, 2),
+        ((1, 600, 9, 9), 20, 2),
+        ((0, 3, 5, 5), 5, 1),
+    ],
+)
+def test_at_most_two_launches(shape, channels_last, anchors, most):
+    """One where the map is small enough for one block."""
+    for name, call in passes(shape, channels_last, anchors).items():
+        before = ops.launches(torch.empty(0))
+        call()
+        assert ops.launches(torch.empty(0)) - before <= most, name
+
+
+# --- what no result may depend on ---
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("size", [(7, 8), (7, 7), (33, 34)])
+def test_results_do_not_depend_on_batch_place_or_alignment(dtype, channels_last, size):
+    shape = (3, 16, *size)
+    x, grad_output = normal(shape, dtype, 0, channels_last), normal(shape, dtype, 1, channels_last)
+    rectangle, a, anchors = rectangles(3, FLOAT), normal((3, 1, *size), FLOAT, 2), torch.tensor([0.0, 1.0, -1.0])
+
+    def run(x, grad_output, rectangle, a):
+        output, map, stats = ops.window_fwd(x, rectangle, 6.0, True, True, False)
+        grads = ops.window_bwd(grad_output, None, x, rectangle, stats, 6.0, True, True, False, True)
+        modulated, values, index, _, _, _, residuals = ops.anchor_fwd(x, a, anchors, True, 1)
+        others = ops.anchor_bwd(grad_output, None, None, None, x, a, anchors, index, residuals, True, 1, True)
+        query, grad_pooled = rectangle.repeat(1, 4)[:, : x.shape[1]].contiguous(), x[:, :, 1, 1].contiguous()
+        pooled = ops.pool_fwd(x, query)
+        grads_pool = ops.pool_bwd(
+            grad_pooled, None, None, x, query, pooled[1], pooled[0] if x.dtype == FLOAT else pooled[3], True
+        )
+        return output, map, *grads, modulated, values, *others[:2], *pooled[:3], *grads_pool
+
+    def misaligned(tensor):
+        moved = torch.empty(tensor.numel() + 1, dtype=dtype)[1:].as_strided(tensor.shape, tensor.stride(), 1)
+        return moved.copy_(tensor)
+
+    last = [tensor[2:] for tensor in (x, grad_output, rectangle, a)]
+    for whole, alone, moved in zip(
+        run(x, grad_output, rectangle, a), run(*last), run(misaligned(last[0]), misaligned(last[1]), *last[2:]),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(whole[2:], alone)
+        assert torch.equal(alone, moved)

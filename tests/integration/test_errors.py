@@ -1,0 +1,201 @@
+"""Wrong calls raise, before any operator runs, an error that names the argument, its value and what is expected."""
+
+from importlib import metadata
+
+import numpy
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attnkern import (
+    _backend,
+    _ops,
+    anchor_attention,
+    anchor_quantize,
+    compatibility_pool,
+    rectangle_corners,
+    use_backend,
+    window_attention,
+    window_map,
+)
+
+x, rectangle = torch.ones(2, 3, 4, 5), torch.full((2, 5), 0.5)
+a, anchors, query = torch.ones(2, 1, 4, 5), torch.ones(4), torch.ones(2, 3)
+
+FLOATS = "float32, bfloat16, float16 or float64"
+NAMES = "expected one of 'triton', 'native', 'reference' or None"
+
+
+def wrong(error, message, function, *args, **kwargs):
+    """A row of the table: the exception, its message after the function's name, and the call."""
+    if not message.startswith("backend:"):
+        message = f"{function.__name__}: {message}"
+    return pytest.param(lambda: function(*args, **kwargs), error, message, id=message)
+
+
+WRONG = [
+    # --- no tensor, or not one of floating numbers ---
+    wrong(TypeError, "rectangle must be a Tensor, got list", window_map, [0.5] * 5, (3, 3)),
+    wrong(TypeError, f"rectangle must be {FLOATS}, got int64", window_map, rectangle.long(), (3, 3)),
+    wrong(TypeError, f"rectangle must be {FLOATS}, got complex64", window_map, rectangle + 0j, (3, 3)),
+    wrong(TypeError, "rectangle must be a dense (strided) tensor, got layout torch.sparse_coo",
+          window_map, rectangle.to_sparse(), (3, 3)),
+    wrong(TypeError, "local must be a dense (strided) tensor, got a nested tensor",
+          compatibility_pool, torch.nested.nested_tensor([x[0], x[1]]), query),
+    wrong(TypeError, "rectangle must be a Tensor, got NoneType", window_attention, x, None),
+    wrong(TypeError, f"x must be {FLOATS}, got int32", window_attention, x.int(), rectangle),
+    wrong(TypeError, f"a must be {FLOATS}, got bool", anchor_quantize, a.bool(), anchors),
+    wrong(TypeError, "anchors must be a Tensor, got int", anchor_quantize, a, 20),
+    wrong(TypeError, f"a must be {FLOATS}, got bool", anchor_attention, x, a.bool(), anchors),
+    wrong(TypeError, "local must be a Tensor, got ndarray", compatibility_pool, x.numpy(), query),
+    wrong(TypeError, "query must be a Tensor, got NoneType", compatibility_pool, x, None),
+    wrong(TypeError, f"rectangle must be {FLOATS}, got int64", rectangle_corners, rectangle.long(), (3, 3)),
+    # --- dtypes that do not go together ---
+    wrong(TypeError, "rectangle must be float32 (as x), got float16", window_attention, x, rectangle.half()),
+    wrong(TypeError, "rectangle must be float16 (as x) or float32, got bfloat16",
+          window_attention, x.half(), rectangle.bfloat16()),
+    wrong(TypeError, "rectangle must be float16 (as x) or float32, got float64",
+          window_attention, x.half(), rectangle.double()),
+    wrong(TypeError, "anchors must be float32 (as a), got float64", anchor_quantize, a, anchors.double()),
+    wrong(TypeError, "a must be float32 (as x), got float16", anchor_attention, x, a.half(), anchors),
+    wrong(TypeError, "anchors must be float32 (as x), got float64", anchor_attention, x, a, anchors.double()),
+    wrong(TypeError, "rectangle must be float32 (as x), got float16",
+          window_attention, x.to("meta"), rectangle.half().to("meta")),
+    wrong(TypeError, "query must be float32 (as local), got float16", compatibility_pool, x, query.half()),
+    # --- shapes ---
+    wrong(ValueError, "rectangle must be (N, 5), got shape (5,)", window_map, rectangle[0], (3, 3)),
+    wrong(ValueError, "rectangle must be (N, 5), got shape (2, 4)", window_map, rectangle[:, :4], (3, 3)),
+    wrong(ValueError, "x must be (N, C, H, W), got shape (3, 4, 5)", window_attention, x[0], rectangle),
+    wrong(ValueError, "rectangle must be (2, 5) (N as x), got shape (1, 5)", window_attention, x, rectangle[:1]),
+    wrong(ValueError, "a must be (N, ...), got shape ()", anchor_quantize, torch.tensor(1.0), anchors),
+    wrong(ValueError, "anchors must be (Q,) with Q of at least 1, got shape (0,)", anchor_quantize, a, anchors[:0]),
+    wrong(ValueError, "anchors must be (Q,) with Q of at least 1, got shape (1, 4)", anchor_quantize, a, anchors[None]),
+    wrong(ValueError, "x must be (N, C, H, W), got shape (3, 4, 5)", anchor_attention, x[0], a, anchors),
+    wrong(ValueError, "a must be (2, 1, 4, 5) or (2, 4, 5) (as x), got shape (2, 3, 4, 5)",
+          anchor_attention, x, x, anchors),
+    wrong(ValueError, "a must be (2, 1, 4, 5) or (2, 4, 5) (as x), got shape (1, 1, 4, 5)",
+          anchor_attention, x, a[:1], anchors),
+    wrong(ValueError, "anchors must be (Q,) with Q of at least 1, got shape (0,)", anchor_attention, x, a, anchors[:0]),
+    wrong(ValueError, "local must be (N, C, H, W) or (N, C, L), got shape (4, 5)", compatibility_pool, x[0, 0], query),
+    wrong(ValueError, "query must be (2, 3) or (3,) (N and C as local), got shape (1, 3)",
+          compatibility_pool, x, query[:1]),
+    wrong(ValueError, "query must be (2, 3) or (3,) (N and C as local), got shape (2, 3, 4, 5)",
+          compatibility_pool, x, x),
+    # --- no position ---
+    wrong(ValueError, "x must have at least one position, got a map of size (0, 5)",
+          window_attention, x[:, :, :0], rectangle),
+    wrong(ValueError, "x must have at least one position, got a map of size (0, 5)",
+          anchor_attention, x[:, :, :0], a, anchors),
+    wrong(ValueError, "a must have at least one position, got a map of size (0, 5)",
+          anchor_quantize, a[:, :, :0], anchors),
+    wrong(ValueError, "a must have at least one position, got a map of size (0,)",
+          anchor_quantize, a[:, 0, 0, :0], anchors),
+    wrong(ValueError, "local must have at least one position, got a map of size (0, 5)",
+          compatibility_pool, x[:, :, :0], query),
+    wrong(ValueError, "local must have at least one position, got a map of size (0,)",
+          compatibility_pool, x.flatten(2)[:, :, :0], query),
+    # --- devices ---
+    wrong(ValueError, "rectangle must be on cpu (as x), got meta", window_attention, x, rectangle.to("meta")),
+    wrong(ValueError, "anchors must be on cpu (as a), got meta", anchor_quantize, a, anchors.to("meta")),
+    wrong(ValueError, "a must be on cpu (as x), got meta", anchor_attention, x, a.to("meta"), anchors),
+    wrong(ValueError, "anchors must be on cpu (as x), got meta", anchor_attention, x, a, anchors.to("meta")),
+    wrong(ValueError, "query must be on cpu (as local), got meta", compatibility_pool, x, query.to("meta")),
+    # --- options ---
+    wrong(ValueError, "size must be (H, W), got 3", window_map, rectangle, 3),
+    wrong(ValueError, "size must be (H, W), got (3, 3, 3)", window_map, rectangle, (3, 3, 3)),
+    wrong(ValueError, "size must be two integers of at least 1, got (0, 3)", window_map, rectangle, (0, 3)),
+    wrong(ValueError, "size must be two integers of at least 1, got (3.0, 3)", window_map, rectangle, (3.0, 3)),
+    wrong(ValueError, "size must be (H, W), got 3", rectangle_corners, rectangle, 3),
+    wrong(ValueError, "size must be two integers of at least 1, got (0, 3)", rectangle_corners, rectangle, (0, 3)),
+    wrong(ValueError, "size must be two integers of at least 1, got (True, 3)", window_map, rectangle, (True, 3)),
+    *(
+        wrong(ValueError, f"size must have fewer than 2**60 positions, got {size}", function, rectangle, size)
+        for function in (window_map, rectangle_corners)
+        for size in [(2**63, 1), (1, 2**70), (2**60, 1), (2**32, 2**32), (numpy.int64(2**32), numpy.int64(2**32))]
+    ),
+    wrong(ValueError, "scale must be a number that a float64 holds, got one larger",
+          window_map, rectangle, (3, 3), scale=10**400),
+    wrong(TypeError, "scale must be a number, got True", window_map, rectangle, (3, 3), scale=True),
+    wrong(TypeError, "rescale must be True or False, got 1", window_map, rectangle, (3, 3), rescale=1),
+    wrong(TypeError, "aspect must be True or False, got None", window_map, rectangle, (3, 3), aspect=None),
+    wrong(TypeError, "residual must be True or False, got 'no'", window_attention, x, rectangle, residual="no"),
+    wrong(TypeError, "residual must be True or False, got 0.0", anchor_attention, x, a, anchors, residual=0.0),
+    wrong(TypeError, "aspect must be True or False, got 'w'", rectangle_corners, rectangle, (3, 3), aspect="w"),
+    wrong(TypeError, "scale must be a number, got '6'", window_map, rectangle, (3, 3), scale="6"),
+    wrong(TypeError, "scale must be a number, got Tensor", window_attention, x, rectangle, scale=torch.tensor(1.0)),
+    wrong(ValueError, "reduction must be 'mean', 'batchmean' or 'sum', got 'none'",
+          anchor_quantize, a, anchors, reduction="none"),
+    wrong(ValueError, "reduction must be 'mean', 'batchmean' or 'sum', got None",
+          anchor_attention, x, a, anchors, reduction=None),
+    # --- backends ---
+    wrong(ValueError, f"backend: {NAMES}, got 'cuda'", window_map, rectangle, (3, 3), backend="cuda"),
+    wrong(ValueError, f"backend: {NAMES}, got 'Native'", window_attention, x, rectangle, backend="Native"),
+    wrong(ValueError, f"backend: {NAMES}, got 0", anchor_quantize, a, anchors, backend=0),
+    wrong(ValueError, f"backend: {NAMES}, got 'auto'", anchor_attention, x, a, anchors, backend="auto"),
+    wrong(ValueError, f"backend: {NAMES}, got ''", compatibility_pool, x, query, backend=""),
+    wrong(ValueError, f"name: {NAMES}, got 'gpu'", use_backend, "gpu"),
+    wrong(ValueError, "backend: 'triton' cannot run torch.float64 on cpu: "
+          "its kernels compute in float32 and do not take float64",
+          window_map, rectangle.double(), (3, 3), backend="triton"),
+    wrong(ValueError, "backend: 'native' cannot run torch.float32 on meta: "
+          "it has kernels for cpu and cuda, not for meta",
+          window_map, rectangle.to("meta"), (3, 3), backend="native"),
+]  # fmt: skip
+
+
+class Forbidden(TorchDispatchMode):
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        raise AssertionError(f"{operator} ran before the arguments were checked")
+
+
+@pytest.mark.parametrize("call, error, message", WRONG)
+def test_wrong_call(call, error, message, monkeypatch):
+    monkeypatch.setattr(_backend, "_TRITON_FOUND", True)
+    with Forbidden(), pytest.raises((TypeError, ValueError)) as raised:
+        call()
+    assert (type(raised.value), str(raised.value)) == (error, message)
+
+
+@pytest.mark.parametrize(
+    "found, message", [(False, "Triton is not installed: pip install triton"), (True, "it needs CUDA tensors")]
+)
+def test_triton_that_cannot_run_says_why(found, message, monkeypatch):
+    monkeypatch.setattr(_backend, "_TRITON_FOUND", found)
+    monkeypatch.setattr(_ops, "TRITON_INTERPRETS", False)
+    with pytest.raises(ValueError, match=f"^backend: 'triton' cannot run torch.float32 on cpu: {message}"):
+        window_attention(x, rectangle, backend="triton")
+
+
+@pytest.mark.parametrize(
+    "versions, message",
+    [
+        ({"triton": "3.6.0", "numpy": "2.4.0"}, "its interpreter before Triton 3.7 needs a NumPy before 2.4"),
+        ({"triton": "3.8.0"}, "its interpreter needs NumPy: pip install numpy"),
+        ({"pytorch-triton-rocm": "3.6.0", "numpy": "2.4.0"}, None),
+        ({"triton": "3.6.0", "numpy": "2.3.5"}, None),
+        ({"triton": "3.7.0", "numpy": "2.5.0"}, None),
+    ],
+)
+def test_a_triton_that_cannot_interpret_says_why(versions, message, monkeypatch):
+    def version(package):
+        if package not in versions:
+            raise metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(metadata, "version", version)
+    fault = _backend._interpreter_fault()
+    assert fault is None if message is None else fault.startswith(message)
+    monkeypatch.setattr(_backend, "_TRITON_FOUND", True)
+    monkeypatch.setattr(_ops, "TRITON_INTERPRETS", True)
+    monkeypatch.setattr(_backend, "_INTERPRETER_FAULT", fault)
+    assert _backend.reason("triton", torch.device("cpu"), torch.float32) == fault
+
+
+def test_an_unbuilt_library_says_why_and_automatic_goes_on(monkeypatch):
+    monkeypatch.setitem(_ops.NATIVE_REASON, "cpu", "attnkern/_C is not built: build it")
+    with pytest.raises(
+        ValueError, match=r"^backend: 'native' cannot run torch.float32 on cpu: attnkern/_C is not built"
+    ):
+        compatibility_pool(x, query, backend="native")
+    pooled, reference = (compatibility_pool(x, query, backend=name).pooled for name in (None, "reference"))
+    torch.testing.assert_close(pooled, reference)

@@ -623,7 +623,7 @@ def test_pretrained_weights_must_be_asked_for(folder, capsys, monkeypatch):
     assert "Traceback" not in error
     for chosen in (["--model.options.weights", "null"], ["--model.options.weights", "IMAGENET1K_V1"]):
         assert cli.main([*command, *chosen]) == 1
-        assert "no folder of images is there" in capsys.readouterr().err  # what is missing now
+        assert "folder: images contains no folders of images" in capsys.readouterr().err  # the next thing missing
     assert [path.name for path in folder.iterdir()] == ["images"]
 
 

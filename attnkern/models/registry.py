@@ -3,6 +3,7 @@
 import copy
 import fnmatch
 import functools
+import inspect
 import os
 from collections.abc import Callable, Iterable
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from attnkern._checks import check_choice
+from attnkern._spelling import did_you_mean
 from attnkern.models.weights import load_weights
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
@@ -67,6 +69,11 @@ def create_model(
         FileNotFoundError: ``pretrained`` is no file.
     """
     check_choice("create_model", "name", name, list_models())
+    known = inspect.signature(_MODELS[name]).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        for option in options:
+            if option not in known:
+                raise TypeError(f"create_model: {name} has no option {option!r}{did_you_mean(option, known)}")
     network = _MODELS[name](num_classes, **options)
     if pretrained is not None:
         load_weights(network, pretrained)

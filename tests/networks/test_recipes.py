@@ -605,6 +605,13 @@ def test_wrong_options_of_train_end_in_a_sentence(options, message, folder, caps
     assert list(folder.iterdir()) == []
 
 
+def test_wrong_options_in_a_file_of_settings(folder, capsys):
+    (folder / "settings.yaml").write_text("trainer: {max_epoch: 3}", encoding="utf-8")
+    assert cli.main(["train", "vgg_gap", "--data", "digits-clutter", "--config", "settings.yaml"]) == 1
+    expected = "unknown option --trainer.max_epoch in a file of settings; did you mean '--trainer.max_epochs'?"
+    assert capsys.readouterr().err == f"attnkern: train: {expected}\n"
+
+
 def test_pretrained_weights_must_be_asked_for(folder, capsys, monkeypatch):
     """A recipe that starts from pretrained weights neither downloads them nor starts without them unasked."""
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: pytest.fail("nothing is to be fetched"))
@@ -616,7 +623,7 @@ def test_pretrained_weights_must_be_asked_for(folder, capsys, monkeypatch):
     assert "Traceback" not in error
     for chosen in (["--model.options.weights", "null"], ["--model.options.weights", "IMAGENET1K_V1"]):
         assert cli.main([*command, *chosen]) == 1
-        assert "no folder of images is there" in capsys.readouterr().err  # what is missing now
+        assert "folder: images contains no folders of images" in capsys.readouterr().err  # the next thing missing
     assert [path.name for path in folder.iterdir()] == ["images"]
 
 

@@ -169,3 +169,6 @@ def test_the_site_builds_and_fetches_nothing(tmp_path, monkeypatch):
     assert "the features' dtype and memory format" in api.replace("&#39;", "'")  # the comment of a field
     assert not re.search(r":(func|class|meth|mod):", api)
     assert os.listdir(site / "benchmarks/results")
+    # The search of pages that are opened from a disk reads its index from a script, and needs no web worker.
+    assert (site / "search/search_index.js").exists()
+    assert "iframe-worker.js" in (site / "index.html").read_text(encoding="utf-8")

@@ -51,7 +51,7 @@ for function in FUNCTIONS:
     leaves = {{name: tensor.requires_grad_() for name, tensor in tensors.items()}}
     ends = FUNCTIONS[function][1]
     grads = upstream(call(function, leaves, size=size, backend={backend!r}))
-    ended, room = [], 0
+    ended, room = [], -(2 << 20)  # less than nothing, in case memory is returned after it was counted
     while "nowhere" not in ended:
         results = gradients = None
         where = "forward"

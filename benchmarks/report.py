@@ -607,8 +607,8 @@ attnkern beside its competitors, in runs on the machines below. This page and `b
   competitor is faster: these rows stay in the tables. A competitor that fails is listed with its error.
 - **Method**: every result is checked against the reference in float64 before it is timed. Competitors take turns of ten
   milliseconds, and medians are compared. `spread` is the largest interquartile range of a row's times, as a share of
-  the median; a row above 25 % is measured up to three times, and marked as noisy if it stays above. Runs up to
-  2026-11-25 did not record it.
+  the median; a row whose spread exceeds 0.25 is measured up to three times, and marked as noisy if it stays so. Runs up
+  to 2026-11-25 did not record it.
 - **Two processes** on a CPU: in the default one, as Python starts it, glibc returns large blocks to the kernel when
   they are freed and maps them again at the next call; in the tuned one malloc keeps them (`MALLOC_MMAP_THRESHOLD_`
   and `MALLOC_TRIM_THRESHOLD_` are 4 GiB).

@@ -104,7 +104,7 @@ def test_tables_show_who_is_worse():
     assert "| 3.00 / <0.01 | 1.50 / –" in text
     assert accuracy.glance(given).splitlines()[-1].replace(" ", "") == "|pool|float32|3.00|1.50|"
     compiled = [row | {"competitor": "compile"} for row in given[2:]]
-    assert "- nothing" in accuracy.worse(given + compiled)
+    assert "- none" in accuracy.worse(given + compiled)
     given[1]["max"] = 3.01
     assert "- pool float32 pooled: native 3.01, eager 1.50, compile 1.50" in accuracy.worse(given + compiled)
 

@@ -14,23 +14,26 @@ SHELL := bash
 setup: .venv/ready
 
 PIP := $(PY) -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --progress-bar off --constraint $(CONSTRAINTS)
+# Python compiles modules when they are first imported, which is much less than all that pip would compile.
+INSTALL := $(PIP) install --progress-bar off --no-compile --constraint $(CONSTRAINTS)
 # One line for each package that is downloaded, instead of three.
-SHORT := | sed -u -n 's/^ *\(Downloading .*\)/    \1/p; s/^\(Installing collected packages\): .*/    \1/p'
+SHORT := | sed -u -n 's/^ *\(\(Downloading\|Using cached\) .*\)/    \1/p; s/^\(Installing collected packages\): .*/    \1/p'
 # The package itself is installed without kernels; they are compiled afterwards.
 EDITABLE := FORCE_CUDA=0 ATTNKERN_NO_NATIVE=1 $(INSTALL) --no-build-isolation --editable
 
 .venv/packages: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit( \
 	"attnkern needs Python 3.11 or later, and $(PYTHON) is Python " + v + ": name another one, make PYTHON=python3.12")'
+	@test "$(ATTNKERN_NO_NATIVE)" = 1 || echo '#include <concepts>' | $${CXX:-c++} -std=c++20 -x c++ -fsyntax-only - 2>/dev/null || { \
+	echo "attnkern needs a C++20 compiler, GCC 12 or Clang 16 or later: install one or name it, make CXX=g++-12"; exit 1; }
 	@echo "==> Python packages into .venv: PyTorch and its CUDA libraries are about 3 GB; 1 to 3 minutes"
-	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(INSTALL) torch setuptools ninja $(SHORT)
 	@$(EDITABLE) '.[bench,triton]' $(SHORT)
 	@touch $@
 
 .venv/ready: .venv/packages $(SOURCES)
-	@echo "==> Compiling the kernels: about half a minute; with CUDA kernels about three minutes more"
+	@echo "==> Compiled kernels"
 	@$(PY) setup.py --quiet build_ext --inplace
 	@$(PY) -m attnkern info
 	@touch $@
@@ -53,7 +56,7 @@ endif
 # The CUDA kernels also where no GPU is visible: then one architecture keeps the build short.
 ARCHITECTURE := $(if $(shell command -v nvidia-smi),,TORCH_CUDA_ARCH_LIST="$(or $(TORCH_CUDA_ARCH_LIST),9.0)")
 .venv/cuda: .venv/ready
-	@echo "==> Compiling the CUDA kernels: about three minutes; FORCE_CUDA=0 leaves them out"
+	@echo "==> CUDA kernels; FORCE_CUDA=0 leaves them out"
 	@FORCE_CUDA=$(or $(FORCE_CUDA),1) $(ARCHITECTURE) $(PY) setup.py --quiet build_ext --inplace
 	@touch $@
 
@@ -63,7 +66,7 @@ test: setup .venv/dev
 
 # Every test, sanitizers and planted errors included: about 15 minutes on two cores.
 test-all: setup .venv/dev .venv/docs .venv/cuda
-	@env -u FORCE_CUDA ATTNKERN_TEST_CUDA_LIBRARY=$(or $(FORCE_CUDA),1) $(PY) tests/run.py
+	@env -u FORCE_CUDA -u TORCH_CUDA_ARCH_LIST ATTNKERN_TEST_CUDA_LIBRARY=$(or $(FORCE_CUDA),1) $(PY) tests/run.py
 
 # Compares attnkern with eager PyTorch and torch.compile on this machine, in about five minutes: build/bench.
 bench: setup

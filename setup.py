@@ -1,18 +1,22 @@
-"""Builds attnkern/_C (always) and attnkern/_C_cuda (where nvcc and a CUDA build of PyTorch are) from csrc/sources.txt.
+"""Builds attnkern/_C (CPU) and attnkern/_C_cuda (CUDA) from csrc/sources.txt.
 
-Environment: FORCE_CUDA=1 fails where CUDA cannot be built, FORCE_CUDA=0 leaves it out, ATTNKERN_NO_NATIVE=1 builds
-neither library (Triton and the reference need no compiler); TORCH_CUDA_ARCH_LIST names the compute capabilities
-(default: the visible GPU's, else 8.0, 9.0 and PTX); MAX_JOBS limits parallel compilers; CUDA_HOME names the toolkit.
+The CUDA library is built where a GPU is visible or the environment asks for it. Environment:
+- FORCE_CUDA=1 builds the CUDA library without a GPU too, and fails where this is impossible; FORCE_CUDA=0 omits it.
+- TORCH_CUDA_ARCH_LIST asks for CUDA and names the compute capabilities. Default: those of the visible GPUs, else 8.0
+  and its PTX, which runs on all later GPUs.
+- ATTNKERN_NO_NATIVE=1 builds neither library: Triton and the reference need no compiler.
+- MAX_JOBS limits how many compilers run at a time. CUDA_HOME names the toolkit.
 
-In place (build_ext --inplace, an editable install) a library that is already beside the package stays if it was built
-from these sources, loads and serves the GPUs here; neither a build folder nor timestamps are looked at.
+For builds in place (build_ext --inplace, an editable install), a library beside the package is kept if it was built
+from these sources, loads, and has code for the visible GPUs; the build folder and timestamps do not matter.
 
-Wheels are tagged py3-none: the libraries hold no line of Python's C API, so one file serves every CPython of a
-platform, free-threaded ones too. The build number of one with CUDA kernels names CUDA's major version.
+Wheels are tagged py3-none: the libraries do not use Python's C API, so one file serves every CPython of a platform,
+free-threaded ones included. The build number of a wheel with CUDA kernels names CUDA's major version.
 """
 
 import gzip
 import hashlib
+import logging
 import os
 import re
 import runpy
@@ -25,6 +29,12 @@ import time
 import traceback
 from pathlib import Path
 
+if sys.version_info < (3, 11):  # noqa: UP036, for those who call this file directly
+    sys.exit(
+        f"attnkern: needs Python 3.11 or later, this is {sys.version.split()[0]}: use a newer one, for example "
+        "python3.12 -m venv .venv"
+    )
+
 import setuptools
 
 if int(setuptools.__version__.split(".")[0]) < 77:  # pip does not check this without build isolation
@@ -36,20 +46,70 @@ from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.sdist import sdist
 
+# --- the compiler ---
+
+
+WITHOUT = "or set ATTNKERN_NO_NATIVE=1 to install without compiled kernels: Triton and the reference need no compiler"
+# Never -ffast-math: it changes the floating-point mode of the whole process and removes checks for NaN. Symbols are
+# hidden because PyTorch loads all libraries into one namespace, where equal names of two libraries would be merged.
+COMMON = ["-O3", "-std=c++20"]
+
+
+def compiler_fault(compiler: str) -> str | None:
+    """Why this is no C++20 compiler, or None if it is one."""
+    try:
+        command = [*shlex.split(compiler), *COMMON, "-x", "c++", "-fsyntax-only", "-"]
+        done = subprocess.run(command, input="#include <concepts>\n", capture_output=True, text=True)
+    except OSError as error:
+        return f"{compiler} does not run: {error.strerror}"
+    if done.returncode == 0:
+        return None
+    lines = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit status {done.returncode}"]
+    return f"{compiler} does not compile C++20: {lines[0]}"
+
+
+def require_compiler(compiler: str) -> None:
+    if fault := compiler_fault(compiler):
+        sys.exit(
+            f"attnkern: building the kernels needs GCC 12 or Clang 16 or later, and {fault}; install one, "
+            f"name one in CXX, {WITHOUT}"
+        )
+
+
+native = os.environ.get("ATTNKERN_NO_NATIVE") != "1"
+
 try:
     import torch
 except ImportError:
-    sys.exit("attnkern: building needs PyTorch 2.11 or later: install torch first, then attnkern --no-build-isolation")
+    if "egg_info" not in sys.argv:
+        sys.exit(
+            "attnkern: building needs PyTorch 2.11 or later: install torch first, then attnkern --no-build-isolation"
+        )
+    # With build isolation, pip asks for the requirements first. Checking here fails before PyTorch is downloaded.
+    if native:
+        require_compiler(os.environ.get("CXX", "c++"))
+    setup(setup_requires=["torch>=2.11", "ninja"])
+    sys.exit()
 
 ROOT = Path(__file__).parent
 SCHEMA_HASH = runpy.run_path(str(ROOT / "attnkern/_schemas.py"))["HASH"]
 
 
+# --- whether CUDA is built, and for which GPUs ---
+
+
 NO_TOOLKIT = "no CUDA toolkit with nvcc was found; install one or set CUDA_HOME"
+NO_GPU = "no GPU is visible; FORCE_CUDA=1 builds the CUDA kernels too"
+MODULES = {"cpu": "attnkern._C", "cuda": "attnkern._C_cuda"}
+
+
+def library(kind: str) -> Path:
+    """The library beside the package."""
+    return ROOT / (MODULES[kind].replace(".", "/") + ".so")
 
 
 def cuda_home() -> str | None:
-    """The toolkit's folder: the one with cudart's headers and library, which that of an nvcc launcher need not be."""
+    """The toolkit's folder, which has cudart's headers and library. The folder of an nvcc launcher may lack them."""
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     if nvcc := shutil.which("nvcc"):
         # A dry run prints where the compiler itself lives.
@@ -73,6 +133,9 @@ def cuda_missing(home: str | None) -> str | None:
         return "this PyTorch is a CPU build; install one built for CUDA"
     if home is None:
         return NO_TOOLKIT
+    # A library beside the package is kept up to date.
+    if not (capabilities or asked or os.environ.get("FORCE_CUDA") == "1" or library("cuda").exists()):
+        return NO_GPU
     return None
 
 
@@ -82,17 +145,15 @@ if home:
 capabilities = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
 asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
 if asked is None and not capabilities:
-    os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0 9.0+PTX"
+    os.environ["TORCH_CUDA_ARCH_LIST"] = "8.0+PTX"
 if "MAX_JOBS" not in os.environ and hasattr(os, "sysconf"):
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, memory // 2**32)))  # 4 GiB a compiler
 
+# PyTorch warns where a toolkit is found and no GPU; setup.py says itself what it builds.
+logging.getLogger("torch.utils.cpp_extension").addFilter(lambda record: "No CUDA runtime" not in record.getMessage())
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, get_cxx_compiler  # noqa: E402
 
-MODULES = {"cpu": "attnkern._C", "cuda": "attnkern._C_cuda"}
-# Never -ffast-math: it changes the whole process's floating-point mode and folds NaN checks away. Symbols are hidden:
-# PyTorch loads all libraries into one namespace, where those of one would take the place of the other's.
-COMMON = ["-O3", "-std=c++20"]
 FLAGS = {
     "cpu": [*COMMON, "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0"],
     "cuda": [*COMMON, "--expt-relaxed-constexpr", "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden"],
@@ -105,10 +166,10 @@ def sources(kind: str) -> list[str]:
 
 
 def extension(kind: str):
-    # Errors name files as they are called in the projects, not where a wheel was built; the later of two maps wins.
+    # Errors name files relative to the projects, not the folder where a wheel was built; the later of two maps wins.
     homes = (ROOT.absolute(), Path(torch.__file__).absolute().parents[1])
     maps = [f"-ffile-prefix-map={folder}/=" for folder in homes]
-    if kind == "cuda":  # nvcc splits what it hands on at commas, and hands it on without quotes
+    if kind == "cuda":  # nvcc splits these arguments at commas and removes one level of quotes
         quoted = ['"' + flag.replace(",", "\\,") + '"' for flag in maps]
         maps = [part for flag in quoted for part in ("-Xcompiler", flag)]
     make, compiler = (CppExtension, "cxx") if kind == "cpu" else (CUDAExtension, "nvcc")
@@ -120,11 +181,11 @@ def extension(kind: str):
         extra_compile_args={compiler: FLAGS[kind] + maps},
         extra_link_args=[f"-Wl,--build-id=0x{build_id(kind).hex()}"],
         depends=["attnkern/_schemas.py", *(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.*h"))],
-        py_limited_api=True,  # no Python.h at all: one binary for every Python
+        py_limited_api=True,  # no Python.h is used: one binary for every Python
     )
 
 
-# --- libraries that are there already: a build id tells what they were built from ---
+# --- libraries that exist already: a build id tells what they were built from ---
 
 
 listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or " ".join(f"{major}.{minor}" for major, minor in capabilities)
@@ -133,7 +194,7 @@ ARCHITECTURES = {"cpu": "", "cuda": " ".join(listed.replace(";", " ").split())}
 
 
 def digest(kind: str) -> bytes:
-    """Of what a library is built from, but for compilers, PyTorch's headers and the architectures."""
+    """A hash of what a library is built from, except for compilers, PyTorch's headers and the architectures."""
     files = sorted(path for path in (*ROOT.glob("csrc/*.h"), *ROOT.glob(f"csrc/{kind}/*")) if path.is_file())
     texts = [(path.relative_to(ROOT).as_posix(), path.read_bytes()) for path in files]
     return hashlib.sha256(repr((SCHEMA_HASH, sources(kind), FLAGS[kind], texts)).encode()).digest()[:16]
@@ -143,13 +204,11 @@ def build_id(kind: str) -> bytes:
     return digest(kind) + ARCHITECTURES[kind].encode() + b"\0"
 
 
-def library(kind: str) -> Path:
-    """The library beside the package."""
-    return ROOT / (MODULES[kind].replace(".", "/") + ".so")
-
-
 def serves(held: str, capability: tuple[int, int]) -> bool:
-    """Does code for these compute capabilities run on a GPU? On later minor versions; as PTX on all later ones."""
+    """Does code for these compute capabilities run on a GPU?
+
+    It runs on later minor versions of its major version, and PTX on all later GPUs.
+    """
     for major, minor, ptx in re.findall(r"\b(\d+)\.(\d)(\+PTX)?(?!\w)", held):
         code = int(major), int(minor)
         if code <= capability and (ptx or code[0] == capability[0]):
@@ -158,7 +217,7 @@ def serves(held: str, capability: tuple[int, int]) -> bool:
 
 
 def load_error(path: Path) -> str | None:
-    """In a process of its own: a damaged library may end it."""
+    """Why a library does not load. This runs in another process, because a damaged library may end it."""
     code = "import ctypes, sys, torch; ctypes.CDLL(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     if done.returncode == 0:
@@ -167,7 +226,7 @@ def load_error(path: Path) -> str | None:
 
 
 def unfit(kind: str) -> str | None:
-    """Why the library beside the package will not do here; None when it will."""
+    """Why the library beside the package has to be built again, or None."""
     path = library(kind)
     if not path.exists():
         return "it is not there"
@@ -183,60 +242,59 @@ def unfit(kind: str) -> str | None:
     return load_error(path)
 
 
-WITHOUT = "or set ATTNKERN_NO_NATIVE=1 to install without compiled kernels: Triton and the reference need no compiler"
+def announce(kind: str) -> None:
+    """Say what is compiled and about how long it takes."""
+    files, jobs = len(sources(kind)), min(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1)), len(sources(kind)))
+    targets = ARCHITECTURES[kind].split()
+    minutes = MINUTES[kind] * max(1, len(targets)) / jobs
+    what = "the CPU kernels" if kind == "cpu" else f"the CUDA kernels for compute capability {' '.join(targets)}"
+    length = "less than a minute" if minutes < 1 else f"about {minutes:.0f} minute{'s' if minutes >= 1.5 else ''}"
+    print(f"attnkern: compiling {what}: {files} files, {jobs} at a time, {length}", file=sys.stderr, flush=True)
 
 
-def compiler_fault() -> str | None:
-    """Why there is no C++20 compiler here; None when there is one."""
-    compiler = get_cxx_compiler()
-    try:
-        command = [*shlex.split(compiler), *COMMON, "-x", "c++", "-fsyntax-only", "-"]
-        done = subprocess.run(command, input="#include <concepts>\n", capture_output=True, text=True)
-    except OSError as error:
-        return f"{compiler} does not run: {error.strerror}"
-    if done.returncode == 0:
-        return None
-    lines = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit status {done.returncode}"]
-    return f"{compiler} does not compile C++20: {lines[0]}"
+#: How long one compiler takes for all sources, for one compute capability.
+MINUTES = {"cpu": 0.8, "cuda": 6}
 
 
 class Build(BuildExtension):
     def build_extensions(self):
-        if self.extensions and (fault := compiler_fault()):
-            sys.exit(
-                f"attnkern: building the kernels needs GCC 12 or Clang 16 or later, and {fault}; install one, "
-                f"name one in CXX, {WITHOUT}"
-            )
+        if self.extensions:
+            require_compiler(get_cxx_compiler())
         try:
             super().build_extensions()
-        except Exception:
+        except Exception:  # the compilers' messages stand above
             traceback.print_exc()
             sys.exit(f"attnkern: the kernels could not be built, for the reason above; remove it, {WITHOUT}")
+
+    def build_extension(self, ext):
+        announce(next(kind for kind, name in MODULES.items() if name == ext.name))
+        super().build_extension(ext)
 
     def run(self):
         if self.inplace:
             reasons = {kind: unfit(kind) for kind in kinds}
             self.extensions = [ext for ext, kind in zip(self.extensions, kinds, strict=True) if reasons[kind]]
-            if missing == NO_TOOLKIT and library("cuda").exists():  # comes from elsewhere, and would be used
+            if missing == NO_TOOLKIT and library("cuda").exists():  # built elsewhere; the package would load it
                 reasons["cuda"] = unfit("cuda")
                 if reasons["cuda"]:
-                    sys.exit(f"attnkern: _C_cuda.so does not do: {reasons['cuda']}; to build it: {missing}")
+                    sys.exit(f"attnkern: _C_cuda.so cannot be used: {reasons['cuda']}; to build it: {missing}")
             for kind, reason in reasons.items():
                 print(f"attnkern: {library(kind).name} {'is built: ' + reason if reason else 'stays'}", file=sys.stderr)
         super().run()
 
 
-native = os.environ.get("ATTNKERN_NO_NATIVE") != "1"
 missing = cuda_missing(home) if native else "ATTNKERN_NO_NATIVE=1"
 kinds = (["cpu"] if native else []) + (["cuda"] if missing is None else [])
 if missing is not None:
     if os.environ.get("FORCE_CUDA") == "1":
         sys.exit(f"attnkern: FORCE_CUDA=1, but the CUDA kernels cannot be built: {missing}")
     print(f"attnkern: building {'the CPU library' if native else 'Python'} only: {missing}", file=sys.stderr)
+if kinds and "bdist_wheel" in sys.argv:  # before hundreds of files are copied
+    require_compiler(get_cxx_compiler())
 
 
 class SourceArchive(sdist):
-    """The same files make the same bytes: SOURCE_DATE_EPOCH is the time of all, nothing else is the machine's."""
+    """The same files give the same bytes: all times are SOURCE_DATE_EPOCH, and owners and permissions are fixed."""
 
     def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None):
         if format != "gztar":

@@ -21,7 +21,7 @@ from attnkern.pool import CompatibilityPooled, compatibility_pool
 from attnkern.quantize import AnchorAttended, AnchorQuantized, anchor_attention, anchor_quantize
 from attnkern.window import WindowAttended, rectangle_corners, window_attention, window_map
 
-if TYPE_CHECKING:  # what __getattr__ gives
+if TYPE_CHECKING:  # the names that __getattr__ resolves
     from attnkern import compat as compat
     from attnkern import evaluation as evaluation
     from attnkern import models as models
@@ -51,12 +51,12 @@ __all__ = [
 ]
 
 _SUBMODULES = ("compat", "evaluation", "models", "nn", "reference", "testing", "training", "viz")
-#: Functions that need submodules, and where they live.
+#: Functions that import submodules, with the modules that define them.
 _LATE = {"accelerate": "_accelerate", "insert": "_insert", "register_sharding": "_sharding"}
 
 
 def __getattr__(name: str):
-    """On first use, what brings torchvision, scikit-learn or the modules along."""
+    """Submodules and functions that import torchvision, scikit-learn or the modules, on first use."""
     if name in _SUBMODULES:
         return importlib.import_module(f"attnkern.{name}")
     if name in _LATE:

@@ -1,4 +1,4 @@
-"""Public implementations in an existing model replaced by ours."""
+"""Replacement of public implementations in an existing model by attnkern's."""
 
 import functools
 import inspect
@@ -21,10 +21,10 @@ _HOOKS = [
 
 
 class Accelerated(NamedTuple):
-    """What :func:`accelerate` did."""
+    """Result of :func:`accelerate`."""
 
-    replaced: dict[str, str]  #: name of a module -> the class that it is now
-    left: dict[str, str]  #: name of a module that looked like ours -> why it was left alone
+    replaced: dict[str, str]  #: name of a module -> its new class
+    left: dict[str, str]  #: name of a module that was recognised -> why it was not replaced
 
     def __str__(self):
         lines = [f"{name}: now {kind}" for name, kind in self.replaced.items()]
@@ -35,10 +35,10 @@ class Accelerated(NamedTuple):
 class _Known(NamedTuple):
     """A module that :func:`accelerate` recognises."""
 
-    fits: Callable[[nn.Module], bool]  #: tells by the parts, whatever the class is called
-    ours: type  #: its forward, or the method that counts, replaces theirs
-    inputs: Callable[[nn.Module, dict], tuple]  #: inputs to compare on; may change the tensors in the dict
-    rounds: bool = False  #: theirs is rounded where ours is exact
+    fits: Callable[[nn.Module], bool]  #: recognises a module by its parts, not by the name of its class
+    ours: type  #: the class whose methods replace those of the module
+    inputs: Callable[[nn.Module, dict], tuple]  #: inputs of the comparison; may change the tensors in the dict
+    rounds: bool = False  #: whether the module rounds where attnkern is exact
 
 
 def _is_attention(module):
@@ -50,7 +50,7 @@ def _is_attention(module):
 
 
 def _random(like, *shape):
-    """Uniform numbers, the same ones each time, in the dtype and on the device of ``like``."""
+    """Uniform random numbers with a fixed seed, in the dtype and on the device of ``like``."""
     generator = torch.Generator().manual_seed(0)
     return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
 
@@ -63,7 +63,7 @@ def _attention_inputs(module, state):
 
 
 def _only_parameter(module):
-    """Name and shape of the only parameter of a module without children; of others no name."""
+    """Name and shape of the only parameter of a module without children; an empty name for other modules."""
     parameters = list(module.named_parameters())
     if len(parameters) != 1 or list(module.children()):
         return "", ()
@@ -78,12 +78,12 @@ def _is_quantizer(module):
 
 def _is_bottleneck_quantizer(module):
     name, shape = _only_parameter(module)
-    layer = isinstance(module, (nn.Linear, nn.Embedding))  # whose weight may have this shape as well
+    layer = isinstance(module, (nn.Linear, nn.Embedding))  # their weight may have this shape as well
     return not layer and name == "weight" and len(shape) == 2 and shape[0] == 1
 
 
 def _around(anchors):
-    """Inputs of a quantizer, some beyond its anchors."""
+    """Inputs of a quantizer, some outside the range of its anchors."""
     low, high = anchors.aminmax()
     return (low - 0.3 + (high - low + 0.6) * _random(anchors, 2, 1, 5, 7),)
 
@@ -94,7 +94,7 @@ def _is_latent_quantizer(module):
 
 
 def _latent_inputs(module, state):
-    # Of values at random no index is computed that is an integer but for the rounding.
+    # With random values, no index is close to an integer before the library truncates it, so rounding cannot change it.
     for name in state:
         if name.startswith("values_per_latent."):
             state[name] = _random(state[name], len(state[name]))
@@ -132,12 +132,13 @@ _KNOWN = [
 
 @functools.cache
 def _class(ours, theirs):
-    """``theirs`` with what ``ours`` defines in its place: other methods, attributes and isinstance stay.
+    """A subclass of ``ours`` and ``theirs``: it has the methods of ``ours`` and all others of ``theirs``.
 
-    Raises TypeError where a forward takes other arguments; their names may differ, and stay.
+    Raises TypeError if the arguments of forward differ in kind; their names may differ, and those of ``theirs`` are
+    kept.
     """
 
-    def reduce(self, protocol):  # copy and pickle would look for the class by its name
+    def reduce(self, protocol):  # copy and pickle would look up the class by its name
         _, _, *state = theirs.__reduce_ex__(self, protocol)
         return _new, (ours, theirs), *state
 
@@ -164,9 +165,9 @@ def _new(ours, theirs):
 
 
 def _values(module):
-    """Tensors by name, as numbers to compare on: in float64, where the module lives.
+    """Tensors of the module by name, for the comparison: in float64, on the module's device.
 
-    On the CPU where that device has no float64. Random where there is no data, on the meta device.
+    They are on the CPU if that device has no float64. Tensors without data (meta or fake) are replaced by random ones.
     """
     values = {}
     for name, tensor in tensors_of(module).items():
@@ -182,7 +183,7 @@ def _values(module):
 
 
 def _step(parameters, grads):
-    """``parameters`` after a step of an optimizer to which a gradient of None and one of zeros are not the same."""
+    """``parameters`` after an optimizer step. Weight decay makes a gradient of None and one of zeros differ."""
     moved = [parameter.detach().clone() for parameter in parameters]
     for each, grad in zip(moved, grads, strict=True):
         each.grad = None if grad is None else grad.clone()
@@ -191,9 +192,10 @@ def _step(parameters, grads):
 
 
 def _run(kind, module, values, inputs, needed):
-    """What ``kind.forward`` computes on the parts of ``module``, whose own hooks are left out.
+    """Results of ``kind.forward`` with the parts of ``module``, without its own hooks.
 
-    Its outputs and buffers; for each output alone, and for all of them, every gradient and the parameters after a step.
+    They are outputs and buffers, and for each output alone and for all together, all gradients and the parameters after
+    an optimizer step.
 
     Args:
         needed: whether inputs, and whether parameters, need gradients.
@@ -227,7 +229,7 @@ def _alike(a, b, rounds):
 
 
 def _difference(module, known) -> str | None:
-    """Why ``module`` is not what ``known`` says; None where it computes the same."""
+    """How ``module`` differs from ``known.ours``, or None if it computes the same."""
     if any(getattr(part, name) for part in module.modules() if part is not module for name in _HOOKS):
         return "its parts carry hooks, which would not be called"
     name = known.ours.__name__
@@ -249,8 +251,8 @@ def _difference(module, known) -> str | None:
                 found, wanted = results
                 same = len(found) == len(wanted)
                 if not (same and all(_alike(a, b, known.rounds) for a, b in zip(found, wanted, strict=True))):
-                    return f"it computes something else than {name}"
-    except Exception as error:  # someone else's code may raise anything
+                    return f"its results differ from those of {name}"
+    except Exception as error:  # code of other people can raise any exception
         return f"it could not be compared with {name}: {error}"
     finally:
         for part, training in modes.items():
@@ -259,7 +261,7 @@ def _difference(module, known) -> str | None:
 
 
 def _taken_over(module, new):
-    """``new`` in the place of ``module``, with its parameters, mode, device, dtype and hooks; the names must agree."""
+    """``new`` with the parameters, mode, device, dtype and hooks of ``module``, whose state_dict has the same keys."""
     old_keys, new_keys = module.state_dict().keys(), new.state_dict().keys()
     if old_keys != new_keys:
         got = f"{sorted(new_keys)} for {sorted(old_keys)}"
@@ -284,9 +286,9 @@ def accelerate(
     *,
     allow_rounding: bool = False,
 ) -> Accelerated:
-    """Replace what people already have by what computes the same through attnkern's kernels, in place.
+    """Replace modules of ``model`` by equivalent ones that use attnkern's kernels, in place.
 
-    A module of ``model`` is known by its parts, whatever its class is called:
+    Modules are recognised by their parts, not by the names of their classes:
 
     - "Learn to Pay Attention" blocks: ``op``, a 1x1 convolution to one channel without bias, and ``normalize_attn``.
     - Straight-through quantizers of scalars, whose only parameter is ``anchors`` (Q,).
@@ -295,27 +297,28 @@ def accelerate(
     - With ``allow_rounding``, vector-quantize-pytorch's ``LatentQuantize`` and its ``VectorQuantize`` of dimension 1
       with one head.
 
-    It is replaced only if it agrees with ours on random numbers in float64, where the module lives, in training and in
-    evaluation: in outputs and buffers, and for each output alone and for all of them in every gradient, where None is
-    not zero, and in the parameters after an optimizer's step with weight decay. A module on the meta device is compared
-    with random parameters on the CPU.
+    A module is replaced only if its results agree with attnkern's on random numbers in float64 on the module's device,
+    in training and in evaluation mode. Compared are outputs, buffers, and for each output alone and for all together,
+    all gradients (None and zeros differ) and the parameters after an optimizer step with weight decay. A module on the
+    meta device is compared with random parameters on the CPU.
 
-    Its class becomes one that derives from ours and from its own, so that its other methods stay. Parameters stay the
-    same objects, so optimizers go on; keys of the state_dict, training mode, hooks, devices and dtypes stay as well.
+    The module's class becomes a subclass of attnkern's class and its own, so its other methods stay. Parameters stay
+    the same objects, so optimizers remain valid; keys of the state_dict, training mode, hooks, devices and dtypes stay.
 
     Args:
-        model: changed in place; a replacement from ``mapping`` is put only inside it.
-        mapping: a class of your own -> what makes its replacement from the module; its state_dict must have the same
-            keys. It is taken at its word.
-        allow_rounding: replace also what rounds where ours is exact. Theirs may choose another entry for a number that
-            is nearly as far from two, and LatentQuantize the index below; values differ in the last digits.
+        model: changed in place. Replacements from ``mapping`` apply to its submodules, not to the model itself.
+        mapping: a class -> a function that makes the replacement of a module of that class. The replacement's
+            state_dict must have the same keys. Its results are not compared.
+        allow_rounding: also replace modules that round where attnkern is exact. They may choose another entry if an
+            element is nearly halfway between two; LatentQuantize may return the index below; values differ in the last
+            digits.
 
     Returns:
-        What was replaced, and what was left and why. Printed, it says so in lines.
+        The replaced modules, and those that were recognised but not replaced, with the reason; prints as text.
 
     Raises:
-        ValueError: a replacement of ``mapping`` with other keys; nothing is changed then.
-        TypeError: a model that is no Module, a mapping that is none, a flag that is neither True nor False.
+        ValueError: a replacement of ``mapping`` has other keys; the model is then unchanged.
+        TypeError: an argument has the wrong type.
     """
     check_kind("accelerate", nn.Module, model=model)
     check_kind("accelerate", Mapping | None, mapping=mapping)
@@ -334,7 +337,7 @@ def accelerate(
             if "forward" in module.__dict__:
                 left[name] = "its forward has been replaced"
             elif getattr(module, "normalize_attn", True) is False:
-                left[name] = "sigmoid weights are not softmax pooling: plain PyTorch does them"
+                left[name] = "it weights by sigmoids, which attnkern has no kernel for"
             elif why := _difference(module, each):
                 left[name] = why
             elif each.rounds and not allow_rounding:

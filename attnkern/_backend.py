@@ -1,8 +1,8 @@
-"""Which backends exist here, why one does not, and which is chosen. Only this module knows.
+"""Which backends are available, why one is not, and which one is chosen. No other module decides this.
 
-Order of choice: the argument ``backend=``, then :func:`use_backend`, then the environment variable
-``ATTNKERN_BACKEND`` (read at import), then automatic. An explicit choice never falls back; the automatic one leaves
-out a Triton whose first kernel fails.
+The backend is chosen by the argument ``backend=``, else by :func:`use_backend`, else by the environment variable
+``ATTNKERN_BACKEND`` (read at import), else automatically. An explicit choice never falls back to another backend. The
+automatic choice skips Triton if its first kernel fails.
 """
 
 import functools
@@ -26,13 +26,13 @@ _TRITON_FOUND = importlib.util.find_spec("triton") is not None
 
 
 def _interpreter_fault() -> str | None:
-    """Why Triton's interpreter cannot run here; None when it can."""
+    """Why Triton's interpreter cannot run here, or None if it can."""
     from importlib import metadata
 
     def version(package):
         try:
             return tuple(map(int, metadata.version(package).split(".")[:2]))
-        except metadata.PackageNotFoundError:  # Triton has other names, too
+        except metadata.PackageNotFoundError:  # Triton is also distributed under other names
             return None
 
     numpy, triton = version("numpy"), version("triton")
@@ -43,7 +43,7 @@ def _interpreter_fault() -> str | None:
     return None
 
 
-#: Asked once: what is traced by torch.compile must not look for packages.
+#: Determined at import, because code that torch.compile traces must not look for packages.
 _INTERPRETER_FAULT = _interpreter_fault() if _TRITON_FOUND and _ops.TRITON_INTERPRETS else None
 
 
@@ -53,7 +53,8 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 def _validated(name, source):
-    if name is not None and not (isinstance(name, str) and name in NAMES):  # an array would compare by element
+    # The type is checked first, because ``in`` would compare an array element by element.
+    if name is not None and not (isinstance(name, str) and name in NAMES):
         raise ValueError(f"{source}: expected one of {', '.join(map(repr, NAMES))} or None, got {describe(name)}")
     return name
 
@@ -67,8 +68,8 @@ class use_backend:
 
     ``attnkern.use_backend("reference")`` sets it; ``with attnkern.use_backend("native"): ...`` restores the previous
     choice at the end. ``None`` means automatic. The state is process-wide, not per thread. A backward pass uses the
-    backend that its forward used. Two of different names, made before they are entered (a checkpoint's context_fn),
-    leave the later one set in between: there the argument ``backend=`` says it better.
+    backend that its forward used. If two objects are created before the first is entered (``context_fn`` of a
+    checkpoint does this), the second one's choice is in effect until then; use the argument ``backend=`` there.
 
     Raises:
         ValueError: ``name`` is not "triton", "native", "reference" or None.
@@ -77,16 +78,16 @@ class use_backend:
     def __init__(self, name: str | None):
         global _current
         self._name = _validated(name, "use_backend: name")
-        self._before = [_current]  # what to restore at the end of each block, the innermost last
-        self._made = True
+        self._before = [_current]  # the choices to restore at the end of each block, the innermost last
+        self._fresh = True
         _current = name
 
     def __enter__(self) -> Self:
         global _current
-        if not self._made or _current != self._name:  # entered again, or later than made
+        if not self._fresh or _current != self._name:  # entered again, or changed since it was created
             self._before.append(_current)
             _current = self._name
-        self._made = False
+        self._fresh = False
         return self
 
     def __exit__(self, *_) -> None:
@@ -95,17 +96,17 @@ class use_backend:
 
 
 def current() -> str | None:
-    """The backend that :func:`use_backend` or the environment chose; None for automatic."""
+    """The backend that :func:`use_backend` or the environment chose; or None for the automatic choice."""
     return _current
 
 
 def reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why backend ``name`` cannot run tensors of ``dtype`` on ``device``; None when it can."""
+    """Why backend ``name`` cannot run tensors of ``dtype`` on ``device``; or None if it can."""
     if name == "reference":
         return None
     kind = device.type
     if recording():
-        missing = "a TorchScript or ONNX program holds PyTorch's own operators only; torch.export keeps these kernels"
+        missing = "a TorchScript or ONNX program has only PyTorch's own operators; torch.export keeps these kernels"
     elif name == "native":
         known = kind in _ops.NATIVE_REASON
         missing = _ops.NATIVE_REASON[kind] if known else f"it has kernels for cpu and cuda, not for {kind}"
@@ -122,8 +123,8 @@ def reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         missing = f"it has kernels for cuda, not for {kind}"
     else:
         missing = None
-    # AMD GPUs are of type cuda, too, and their numbers mean something else. The device is not asked while compiling:
-    # what is traced must not depend on the machine that traces it.
+    # AMD GPUs also have the type cuda, but other capability numbers. While compiling, the capability is not queried,
+    # because a traced program must not depend on the machine that traces it.
     nvidia = kind == "cuda" and not torch.version.hip
     if missing is None and nvidia and not torch.compiler.is_compiling():
         capability = _capability(torch.cuda.current_device() if device.index is None else device.index)
@@ -136,28 +137,28 @@ def reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def _first_kernel_fails(device: torch.device) -> bool:
-    """Does Triton fail to compile and launch on a device? Asked once, with a warning where it does."""
+    """Whether Triton fails to compile and launch a kernel on a device. Tried once; warns if it fails."""
     try:
         _ops.BACKENDS["triton"].window_map_fwd(torch.full((1, 5), 0.5, device=device), 1, 1, 6.0, True, False)
-    except torch.OutOfMemoryError:  # says nothing of the compiler
+    except torch.OutOfMemoryError:  # does not concern the compiler
         raise
-    except Exception as error:  # compilers, linkers and drivers raise what they like
+    except Exception as error:  # compilers, linkers and drivers raise errors of any type
         warnings.warn(
-            f"attnkern leaves out Triton on {device}, its first kernel failed: {type(error).__name__}: {error}. "
-            "backend='triton' raises this; build the native kernels for speed: `attnkern info` says what is missing",
+            f"attnkern does not use Triton on {device}: its first kernel failed: {type(error).__name__}: {error}. "
+            "backend='triton' raises this error. Native kernels are faster: `attnkern info` says what they need",
             RuntimeWarning,
-            stacklevel=5,  # the call of the function
+            stacklevel=5,  # the user's call of the public function
         )
         return True
     return False
 
 
 def choose(backend: str | None, x: torch.Tensor) -> str:
-    """The backend for features ``x``: a valid explicit choice as it is, else the first usable one.
+    """The backend for features ``x``: an explicit choice if there is one, else the first backend that can run them.
 
-    The automatic choice depends on device and dtype only: never on a size, so compiling it adds no guard, and never
-    on the batch, so a result does not depend on it. Native comes before Triton: by the estimates of docs/gpu.md a rule
-    on sizes would gain less on average than their uncertainty.
+    The automatic choice depends on device and dtype only. It does not depend on sizes, so that it adds no guards to
+    compiled code and an image's result does not depend on the batch. Native comes before Triton: by the estimates in
+    docs/gpu.md, a rule on sizes would gain less on average than the uncertainty of the estimates.
 
     Raises:
         ValueError: ``backend`` is unknown, or cannot run here; the message says why.
@@ -170,7 +171,7 @@ def choose(backend: str | None, x: torch.Tensor) -> str:
         return name
     if reason("native", x.device, x.dtype) is None:
         return "native"
-    # Like the device, the compiler is not asked while tracing.
+    # While tracing, Triton's compiler is not tried, for the same reason as the capability.
     if reason("triton", x.device, x.dtype) is None and (
         torch.compiler.is_compiling() or not _first_kernel_fails(x.device)
     ):
@@ -179,7 +180,7 @@ def choose(backend: str | None, x: torch.Tensor) -> str:
 
 
 def status() -> list[tuple[str, str, str | None]]:
-    """(backend, device, why it cannot run there or None) for each backend and each device of this machine."""
+    """(backend, device, why it cannot run or None) for each backend and each device of this machine."""
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cuda")]
     rows = []

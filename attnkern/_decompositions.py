@@ -1,4 +1,4 @@
-"""The operators in plain ATen, for programs that must run where attnkern is not."""
+"""The operators in plain ATen, for programs that must run without attnkern."""
 
 import torch
 
@@ -7,7 +7,7 @@ from attnkern._ops import BACKENDS
 
 
 def decompositions() -> dict:
-    """A table that turns every attnkern operator into plain ATen, with PyTorch's own table of core ATen around it.
+    """PyTorch's default decompositions, plus one into plain ATen for every attnkern operator.
 
     ``torch.export.export(model, ...).run_decompositions(attnkern.decompositions())`` gives a program that runs without
     attnkern: for ONNX (``torch.onnx.export(program, dynamo=True)``) and other runtimes.

@@ -1,4 +1,4 @@
-"""Attention behind a named layer of any network."""
+"""Insertion of attention after a named layer of any network."""
 
 import contextlib
 import copy
@@ -19,11 +19,11 @@ from attnkern._checks import check_choice, check_count, check_kind, check_shape,
 from attnkern._tracing import Module
 from attnkern.nn._precision import floating_parameter
 
-_TAKES_AND_GIVES_FEATURES = (ann.WindowAttention, ann.PositionwiseAttention, ann.ProgressiveAttention)
+_FEATURES_TO_FEATURES = (ann.WindowAttention, ann.PositionwiseAttention, ann.ProgressiveAttention)
 
 
 class OnTokens(Module):
-    """A module of maps (N, C, H, W) on the tokens (N, L, C) of a square grid; those before the grid pass unchanged."""
+    """Applies a module for maps (N, C, H, W) to tokens (N, L, C) of a square grid. Others, before it, are unchanged."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -32,29 +32,29 @@ class OnTokens(Module):
 
     @staticmethod
     def grid(tokens: int) -> tuple[int, int]:
-        """(tokens before the grid, side of the grid): the largest square, behind at most as many tokens as ViTs have.
+        """(Tokens before the grid, side of the grid). The grid is the largest square, after at most eight tokens.
 
         Raises:
-            ValueError: no square grid is left behind up to eight class and register tokens.
+            ValueError: the tokens are not a square grid after at most eight class and register tokens.
         """
         check_count("insert", tokens=tokens)
         side = math.isqrt(tokens)
         before = tokens - side * side
         if side == 0 or before > 8:
-            raise ValueError(f"insert: tokens must be a square grid behind at most 8 others, got {tokens} of them")
+            raise ValueError(f"insert: tokens must be a square grid after at most 8 others, got {tokens} of them")
         return before, side
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         check_tensor("OnTokens", "tokens", tokens)
         check_shape("OnTokens", "tokens", tokens, "(N, L, C)", tokens.dim() == 3)
-        before, side = self.grid(int(tokens.shape[1]))  # TorchScript's tracer has a tensor here
+        before, side = self.grid(int(tokens.shape[1]))  # while TorchScript traces, this is a tensor
         grid = tokens[:, before:].transpose(1, 2).unflatten(2, (side, side))
         attended = self.module(grid).flatten(2).transpose(1, 2)
         return torch.cat((tokens[:, :before], attended), 1) if before else attended
 
 
 class OnChannelsLast(Module):
-    """A module of maps (N, C, H, W) on maps (N, H, W, C)."""
+    """Applies a module for maps (N, C, H, W) to maps (N, H, W, C)."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -68,9 +68,9 @@ class OnChannelsLast(Module):
 
 
 class Attended(nn.Module):
-    """A layer with attention behind it, in the place of the layer: its arguments and public attributes are passed on.
+    """A layer followed by attention. It takes the layer's arguments and forwards its public attributes.
 
-    Private attributes are not: other libraries mark modules with them.
+    Private attributes are not forwarded, because other libraries mark modules with them.
     """
 
     def __init__(self, layer: nn.Module, attention: nn.Module):
@@ -100,9 +100,9 @@ class Attended(nn.Module):
 
 
 def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers for ``functional_call(..., tie_weights=False)``: one name for each place that holds one.
+    """Parameters and buffers for ``functional_call(..., tie_weights=False)``, each under one name per module.
 
-    A place under two names, in a module that a model holds twice, would not get its own tensor back.
+    If a module that the model contains twice were listed under both names, its own tensors would not be restored.
     """
     return {
         f"{prefix}.{key}" if prefix else key: tensor
@@ -114,7 +114,7 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def _undone(model: nn.Module):
-    """Undo what a run in evaluation mode leaves in the modules: modes, attributes, caches, buffers, random state."""
+    """Run in evaluation mode, then restore the modules' modes, attributes, caches and buffers, and the random state."""
     modules = list(model.modules())
     attributes = [vars(module) for module in modules]
     kept = [value for each in attributes for value in each.values() if type(value) in (dict, OrderedDict, list, set)]
@@ -133,13 +133,13 @@ def _undone(model: nn.Module):
         for buffer, version, old in buffers:
             if buffer._version != version:
                 buffer.copy_(old)
-        for module in training:  # of a scripted module it is no attribute
+        for module in training:  # scripted modules do not keep it in their attributes
             module.training = True
 
 
 @contextlib.contextmanager
 def _quiet():
-    """Keep PyTorch from logging the traceback of an operator that fails on fake tensors: here that is an answer."""
+    """Keep PyTorch from logging tracebacks of operators that fail on fake tensors, which is expected here."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, logger.disabled = logger.disabled, True
     try:
@@ -149,7 +149,7 @@ def _quiet():
 
 
 class _Runs:
-    """Runs of a model on fake tensors, which compute nothing; on ``example`` itself where the model needs numbers."""
+    """Runs a model on fake tensors, which compute nothing, or on ``example`` itself if the model needs values."""
 
     def __init__(self, model: nn.Module, example):
         self.model = model
@@ -165,7 +165,7 @@ class _Runs:
         self.inputs = example if isinstance(example, tuple) else (example,)
 
     def __call__(self, layer: nn.Module, change=lambda tensor: tensor):
-        """What ``layer`` returns first (None where it is not reached), and the exception that ended the run, if any.
+        """The first output of ``layer`` (None if it does not run), and the exception that ended the run, if any.
 
         Args:
             change: applied to each tensor of the example.
@@ -177,19 +177,19 @@ class _Runs:
             try:
                 if self.fake:
                     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                        mode.cache_enabled = False  # it compares arguments, which packed weights refuse
+                        mode.cache_enabled = False  # the cache compares arguments, which packed weights do not support
                         tensors = {name: mode.from_tensor(tensor) for name, tensor in tensors_of(self.model).items()}
                         inputs = tree_map_only(torch.Tensor, mode.from_tensor, inputs)
                         torch.func.functional_call(self.model, tensors, inputs, tie_weights=False)
                 else:
                     self.model(*inputs)
                 error = None
-            except Exception as raised:  # someone else's code may raise anything
+            except Exception as raised:  # code of other people can raise any exception
                 error = raised
         return next(iter(found), None), error
 
     def checked(self, layer: nn.Module):
-        """The same, from a run on the example's numbers where the run on fake tensors fails and there is an example."""
+        """The same; if the run on fake tensors fails and there is an example, from a run on the example."""
         output, error = self(layer)
         if error is not None and self.fake and self.given:
             self.fake = False
@@ -202,7 +202,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _output_of(runs: _Runs, layer: nn.Module) -> tuple[torch.Tensor, bool]:
-    """What ``layer`` returns, and whether the model ran to its end."""
+    """The output of ``layer``, and whether the model ran to its end."""
     output, error = runs.checked(layer)
     if output is None and error is not None and runs.given:
         raise ValueError(f"insert: example must be an input that the model runs on: {_first_line(error)}") from error
@@ -219,9 +219,10 @@ def _output_of(runs: _Runs, layer: nn.Module) -> tuple[torch.Tensor, bool]:
 
 
 def _layout_of(name: str, runs: _Runs, layer: nn.Module, shape: torch.Size) -> str:
-    """Which axes of an output of this shape are channels and positions, as changed inputs tell."""
+    """The layout of an output of this shape. Runs with changed inputs show which axes are positions."""
 
     def changed(change):
+        """Axes of the output whose length changes with the inputs."""
         output, _ = runs(layer, change)
         if not isinstance(output, torch.Tensor) or output.dim() != len(shape):
             return set()
@@ -259,7 +260,7 @@ def _layout_of(name: str, runs: _Runs, layer: nn.Module, shape: torch.Size) -> s
 
 
 def replace(model: nn.Module, layer: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` in the place of ``layer``, under every name that it has in ``model``."""
+    """Replace ``layer`` by ``new`` under every name that it has in ``model``."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is layer:
@@ -275,35 +276,35 @@ def insert(
     layout: str | None = None,
     **options: object,
 ) -> nn.Module:
-    """Put attention behind the layer ``name`` of ``model``, in place: layer(x) becomes module(layer(x)).
+    """Insert attention after the layer ``name`` of ``model``, in place: layer(x) becomes module(layer(x)).
 
-    Behind an ``nn.Sequential`` it is appended as ``name.attention`` and every other key of the state_dict stays; any
-    other layer becomes ``name.layer`` beside it, and what stands in its place passes on its arguments and public
-    attributes. So load a checkpoint of the plain model before. A layer with parameters under several names attends
-    under each.
+    If the layer is an ``nn.Sequential``, the module is appended as ``name.attention`` and all other keys of the
+    state_dict stay. Any other layer is replaced by a module with the children ``layer`` and ``attention``, which
+    forwards the layer's arguments and public attributes; load checkpoints of the plain model before. If a layer with
+    parameters has several names, attention is inserted under each.
 
-    The model is run in evaluation mode on fake tensors, which compute nothing, and, where it needs numbers (branches on
-    data, NumPy), on ``example``: for the shape of the layer's output, for its layout, with larger images, and once
-    more with the module in place. Where that fails, the model stays as it was.
+    The model is run in evaluation mode on fake tensors, which compute nothing, or on ``example`` if it needs values
+    (branches on data, NumPy): to get the shape of the layer's output, with larger images to get its layout, and again
+    with the module inserted. If one of these runs fails, the model is left unchanged.
 
     Args:
         model: any network.
         name: of a layer, as in ``model.named_modules()``.
         module: a module, or a class that is called with the layer's channels and ``options``.
-        example: an input of the model, or a tuple of its arguments; default: an image of 224x224, on fake tensors only.
-        layout: of the layer's output. "NCHW": maps (N, C, H, W), which the module takes as they are; "NHWC": maps
-            (N, H, W, C), as Swin has them; "NLC": tokens (N, L, C) of a square grid (see :class:`OnTokens`). None: the
-            axes that follow the size of the image tell, else that which is square.
+        example: an input of the model, or a tuple of its arguments. Default: a fake image of 224x224.
+        layout: of the layer's output. "NCHW": maps (N, C, H, W); "NHWC": maps (N, H, W, C), as in Swin; "NLC": tokens
+            (N, L, C) of a square grid, after at most eight other tokens. None: found from the axes that change with the
+            size of the image, or from which axes are square.
 
     Returns:
         The inserted module.
 
     Raises:
-        ValueError: no such layer, one that the model does not run, tokens that are no square grid, an output of
-            other dimensions or whose layout is not clear, a model that does not run on the example or needs one, that
-            does not run with the module, or that is wrapped in DistributedDataParallel or sharded by FSDP already.
-        TypeError: a module that does not give back what it takes, a layer that returns no Tensor, or an argument of
-            another kind.
+        ValueError: there is no such layer, or the model does not run it; tokens are not a square grid; the output has
+            other dimensions or an ambiguous layout; the model needs an example, or does not run on it, or does not run
+            with the module; or it is already wrapped in DistributedDataParallel or sharded by FSDP.
+        TypeError: the module does not return features like its input, the layer does not return a Tensor, or an
+            argument has the wrong type.
     """
     check_kind("insert", nn.Module, model=model)
     check_kind("insert", str, name=name)
@@ -325,14 +326,16 @@ def insert(
     shared = sum(each is layer for each in layers.values()) > 1
     stateless = next(itertools.chain(layer.parameters(), layer.buffers()), None) is None
     runs = _Runs(model, example)
-    as_it_was = [(part._modules, dict(part._modules)) for part in layers.values() if isinstance(part._modules, dict)]
-    # An activation under several names is shared for no reason: here it becomes a layer of its own.
-    own = copy.deepcopy(layer) if shared and stateless else layer
-    setattr(layers[parent], key, own)
+    children_before = [
+        (part._modules, dict(part._modules)) for part in layers.values() if isinstance(part._modules, dict)
+    ]
+    # An activation without parameters that has several names is copied, so that only this one gets attention.
+    target = copy.deepcopy(layer) if shared and stateless else layer
+    setattr(layers[parent], key, target)
     try:
-        output, to_the_end = _output_of(runs, own)
+        output, to_the_end = _output_of(runs, target)
         shape = output.shape
-        layout = layout or _layout_of(name, runs, own, shape)
+        layout = layout or _layout_of(name, runs, target, shape)
         if len(shape) != len(layout):
             raise ValueError(f"insert: layout must fit the output of {name}, got {layout!r} for shape {tuple(shape)}")
         if layout == "NLC":
@@ -340,24 +343,24 @@ def insert(
         channels = shape[layout.index("C")]
         inserted = module if isinstance(module, nn.Module) else module(channels, **options)
         if isinstance(inserted, (ann.BottleneckAttention, ann.CompatibilityPool, ann.AnchorQuantizer)):
-            fitting = ", ".join(kind.__name__ for kind in _TAKES_AND_GIVES_FEATURES)
+            fitting = ", ".join(kind.__name__ for kind in _FEATURES_TO_FEATURES)
             raise TypeError(f"insert: module must give back the features it takes ({fitting}), got "
                             f"{type(inserted).__name__}: call it in the model's forward")  # fmt: skip
-        like = floating_parameter(own, model)
+        like = floating_parameter(target, model)
         inserted.to(output.device, None if like is None else like.dtype)
-        behind = inserted if layout == "NCHW" else {"NHWC": OnChannelsLast, "NLC": OnTokens}[layout](inserted)
-        behind.train(own.training)
-        if _appends(own):
-            own.add_module("attention", behind)
+        wrapped = inserted if layout == "NCHW" else {"NHWC": OnChannelsLast, "NLC": OnTokens}[layout](inserted)
+        wrapped.train(target.training)
+        if _appends(target):
+            target.add_module("attention", wrapped)
         else:
-            replace(model, own, Attended(own, behind).train(own.training))
-        error = runs.checked(own)[1] if to_the_end else None
+            replace(model, target, Attended(target, wrapped).train(target.training))
+        error = runs.checked(target)[1] if to_the_end else None
         if error is not None:
             how = "" if runs.given else " on fake tensors (give example= to run it on real ones)"
-            message = f"insert: the model must run{how} with module behind {name}: {_first_line(error)}"
+            message = f"insert: the model must run{how} with module after {name}: {_first_line(error)}"
             raise ValueError(message) from error
     except BaseException:
-        for modules, before in as_it_was:
+        for modules, before in children_before:
             modules.clear()
             modules.update(before)
         raise
@@ -365,13 +368,13 @@ def insert(
 
 
 def _distributed() -> tuple[type, ...]:
-    """Classes of modules whose parameters were taken over for distributed training."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # where it is not loaded, no module is of it
+    """Classes of modules that manage their parameters for distributed training."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # if it is not loaded, no module is an instance of its classes
     kinds = () if fsdp is None else (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
     return nn.parallel.DistributedDataParallel, *kinds
 
 
 def _appends(layer: nn.Module) -> bool:
-    """Does ``layer`` run its parts one after the other, so that another one fits behind them?"""
+    """Whether ``layer`` runs its children one after the other, so that another one can be appended."""
     plain = isinstance(layer, nn.Sequential) and type(layer).forward is nn.Sequential.forward
     return plain and "forward" not in vars(layer) and "attention" not in dict(layer.named_children())

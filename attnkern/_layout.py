@@ -1,7 +1,7 @@
-"""The layouts that operators work in: features dense, positions or channels innermost, and all else contiguous.
+"""Memory layouts of the operators' tensors: features are dense with positions or channels innermost, others contiguous.
 
-An operator takes any strides and copies what lies otherwise: eager code, a compiled graph and an exported program may
-hand over what they like. ``csrc/tensors.h`` says the same in C++.
+The operators accept any strides and copy tensors in other layouts, because eager code, compiled graphs and exported
+programs may pass any. ``csrc/tensors.h`` does the same in C++.
 """
 
 import functools
@@ -11,9 +11,9 @@ import torch
 
 
 def channels_innermost(x: torch.Tensor) -> bool:
-    """True for dense (N, C, ...) of three or four dimensions with channels innermost, and not also contiguous.
+    """Whether a tensor (N, C, ...) of three or four axes is dense with channels innermost, and not contiguous.
 
-    That is channels_last, or a transposed view of tokens (N, L, C).
+    It is then channels_last, or a transposed view of tokens (N, L, C).
     """
     if x.is_contiguous() or x.dim() not in (3, 4):
         return False
@@ -29,7 +29,7 @@ def _with_channels_innermost(x):
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
-    """Features in one of the two layouts: ``x`` itself where possible, else a copy."""
+    """Features in one of the two layouts: ``x`` itself if it has one, else a copy."""
     if x.is_contiguous() or channels_innermost(x):
         return x
     return _with_channels_innermost(x) if x.dim() in (3, 4) and x.stride(1) == 1 else x.contiguous()
@@ -40,7 +40,10 @@ def _dense_like(x, tensor):
 
 
 def in_layout(names: tuple[str, ...], kernel):
-    """``kernel``, given its tensors in the layouts that it works in; ``names`` are its features, the first decides."""
+    """Wrap ``kernel`` so that its arguments are in the layouts it requires.
+
+    ``names`` are its arguments that are features. All of them get the layout of the first; others become contiguous.
+    """
     parameters = list(inspect.signature(kernel).parameters)
     features = [parameters.index(name) for name in names]
 

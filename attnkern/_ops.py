@@ -1,7 +1,7 @@
 """The operators in both namespaces, and loading of the compiled libraries. Imports torch only.
 
 ``attnkern::*`` holds the compiled kernels, ``attnkern_triton::*`` the Triton ones, so that both can be compared in one
-process and a missing binary never looks like a missing operator.
+process and a missing library does not surface as a missing operator.
 """
 
 import importlib
@@ -32,23 +32,23 @@ def _triton_kernel(name: str):
     return kernel
 
 
-#: Triton runs on CPU tensors only when it interprets; the variable is Triton's own, read when a kernel is defined.
+#: Whether Triton interprets kernels, which lets them run on CPU tensors. Triton reads the variable at their definition.
 TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def define(namespace: str, kernel=None, keys: tuple[str, ...] = ()) -> torch.library.Library:
-    """The operators in a namespace, with their fake kernels, and ``kernel(name)`` for each of some dispatch keys.
+    """Define the operators in a namespace, with fake kernels, and with ``kernel(name)`` for each of the dispatch keys.
 
-    An operator lives as long as its library, and a namespace can be defined once. The library is therefore kept in the
-    namespace, where a second import of attnkern, after ``sys.modules`` was cleared, finds it.
+    An operator exists as long as its library, and a namespace can be defined only once. The library is therefore stored
+    in the namespace, where a second import of attnkern (after ``sys.modules`` was cleared) finds it.
 
     Raises:
-        ImportError: the operators of another version of attnkern have been defined in this process.
+        ImportError: another version of attnkern has defined its operators in this process.
     """
     packets = getattr(torch.ops, namespace)
     library, version = getattr(packets, "_library", (None, HASH))
     if version != HASH:
-        raise ImportError("attnkern: another version of it was imported in this process before: restart the process")
+        raise ImportError("attnkern: another version was imported earlier in this process: restart the process")
     if library is None:
         library = torch.library.Library(namespace, "DEF")
         for name, schema in SCHEMAS.items():
@@ -67,7 +67,7 @@ define("attnkern_triton", _triton_kernel, ("CUDA", "CPU") if TRITON_INTERPRETS e
 
 
 class Handles:
-    """One attribute per operator: its default overload in ``namespace``."""
+    """The operators of a namespace: one attribute per operator, its default overload."""
 
     def __init__(self, namespace):
         packets = getattr(torch.ops, namespace)
@@ -75,7 +75,7 @@ class Handles:
             setattr(self, name, getattr(packets, name).default)
 
 
-#: Operator handles by backend.
+#: The operators of each backend.
 BACKENDS = {"native": Handles("attnkern"), "triton": Handles("attnkern_triton")}
 
 
@@ -83,7 +83,7 @@ BACKENDS = {"native": Handles("attnkern"), "triton": Handles("attnkern_triton")}
 
 
 def _load(stem: str) -> str | None:
-    """Load ``attnkern/<stem>.*.so``. Returns why it cannot be used, or None when it is loaded."""
+    """Load ``attnkern/<stem>.*.so``. Returns why it cannot be used, or None if it is loaded."""
     found = sorted(Path(__file__).parent.glob(f"{stem}.*so"))
     if not found:
         needed = " where nvcc is found (else set CUDA_HOME)" if stem == "_C_cuda" else ""
@@ -94,13 +94,13 @@ def _load(stem: str) -> str | None:
             if image.find(f"attnkern-schema:{HASH}".encode()) < 0:
                 return f"{path.name} was built for another version of attnkern: rebuild it"
         torch.ops.load_library(path)
-    except (OSError, ValueError) as error:  # ValueError: an empty file has no map
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         return f"{path.name} does not load: {error}"
     return None
 
 
 def _load_cuda() -> str | None:
-    """Load the CUDA library where PyTorch is built for CUDA. Returns as :func:`_load` does."""
+    """Load the CUDA library if PyTorch is built for CUDA. Returns the same as :func:`_load`."""
     if torch.version.cuda:
         return _load("_C_cuda")
     if torch.version.hip:
@@ -108,5 +108,5 @@ def _load_cuda() -> str | None:
     return "this PyTorch is a CPU build: install one built for CUDA"
 
 
-#: Why the compiled kernels cannot be used on a device type; None when they can.
+#: Why the compiled kernels cannot be used on each device type, or None if they can.
 NATIVE_REASON = {"cpu": _load("_C"), "cuda": _load_cuda()}

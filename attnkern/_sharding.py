@@ -1,4 +1,4 @@
-"""How DTensor may cut the operators into shards."""
+"""DTensor's sharding rules for the operators."""
 
 import functools
 
@@ -23,12 +23,12 @@ def _strategies(operator, shards, args):
 
 @functools.cache
 def register_sharding() -> None:
-    """Teach DTensor the operators: sharded by image all of them, by channel where that is exact.
+    """Register the operators' sharding rules with DTensor: all by image, and by channel where that is exact.
 
-    Call it once, before DTensors reach attnkern; it imports ``torch.distributed.tensor``, which takes long. Sums over
-    the batch (anchors' gradients and counts, losses, the gradient of a query that the batch shares) and the rectangle's
-    gradient over shards of channels are partial sums, added where they are needed; a shard's losses are divided by
-    what the whole batch's are divided by, so uneven shards stay right.
+    Call it before passing DTensors to attnkern. It imports ``torch.distributed.tensor``, which is slow. Sums over the
+    batch (anchors' gradients and counts, losses, the gradient of a query shared by the batch) and the rectangle's
+    gradient over shards of channels are partial sums, which DTensor adds when they are used. The losses of a shard are
+    divided by the divisor of the whole batch, so that shards of different sizes give the right mean.
     """
     from torch.distributed.tensor import experimental
 

@@ -1,4 +1,4 @@
-"""Programs that are recorded while Python code runs: by torch.fx, by TorchScript, for ONNX."""
+"""Support for programs that are recorded while Python code runs: by torch.fx, by TorchScript and for ONNX."""
 
 import functools
 from collections.abc import Callable
@@ -13,21 +13,21 @@ _R = TypeVar("_R")
 
 
 def recording() -> bool:
-    """Is a program for TorchScript or ONNX being recorded? It can hold nothing but PyTorch's own operators."""
+    """Whether a TorchScript or ONNX program is being recorded. It can contain only PyTorch's own operators."""
     return torch.jit.is_tracing() or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
 
 
 def traced(value: object) -> bool:
-    """Is ``value`` a number for TorchScript's tracer? It makes tensors of sizes, and for ONNX of default arguments."""
+    """Whether ``value`` is a number that TorchScript's tracer made a tensor: a size, or for ONNX a default argument."""
     return isinstance(value, torch.Tensor) and value.dim() == 0 and torch.jit.is_tracing()
 
 
 def leaf(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """``function``, a function of attnkern or a module's ``forward``, of which torch.fx records the call alone."""
+    """Make torch.fx record calls of ``function`` (a public function or a module's ``forward``) as single operations."""
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        for value in args:  # two loops: joining the arguments takes longer
+        for value in args:  # two loops, because joining the arguments takes longer
             if isinstance(value, Proxy):
                 return _record(call, value.tracer, args, kwargs)
         for value in kwargs.values():
@@ -44,12 +44,14 @@ def _record(call: Callable[..., Any], tracer: Any, args: tuple[Any, ...], kwargs
     module, *inputs = args
     path = tracer.path_of_module(module)
     if not path:
-        raise TypeError(f"{type(module).__name__}: torch.fx traces a module that holds it, not the module itself")
+        raise TypeError(
+            f"{type(module).__name__}: torch.fx can trace a module that contains it, but not the module alone"
+        )
     return tracer.create_proxy("call_module", path, tuple(inputs), kwargs)
 
 
 class Module(nn.Module):
-    """A module that torch.fx records as one call, like those of ``torch.nn``, and that ``torch.jit.script`` refuses."""
+    """A module that torch.fx records as one call, as it does modules of ``torch.nn``. ``torch.jit.script`` raises."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

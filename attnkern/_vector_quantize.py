@@ -1,7 +1,7 @@
 """Scalar quantizers of vector-quantize-pytorch through :func:`attnkern.anchor_quantize`.
 
-Each class is put before the library's own in a class that derives from both, by :func:`attnkern.accelerate`: whatever
-is not defined here remains the library's.
+For each class, :func:`attnkern.accelerate` makes a class that derives from it and then from the library's own class.
+Methods that are not defined here are therefore the library's.
 """
 
 import torch
@@ -29,7 +29,7 @@ def _means(a, codes, counts):
 
 
 class VectorQuantize:
-    """The nearest of the codes of dimension 1. The library updates the codebook, and serves calls with options."""
+    """The nearest of codes of dimension 1. The library itself updates the codebook and handles calls with options."""
 
     def forward(self, x: torch.Tensor, *args, **options):
         book = self._codebook
@@ -49,8 +49,8 @@ class VectorQuantize:
         if self.training:
             loss.requires_grad_()
             if not self.freeze_codebook and (book.ema_update or book.has_dead_code_replacement):
-                # The library adds up by a matrix product with one row for each number. One row for each code will do,
-                # unless it draws numbers that replace codes.
+                # The library sums by a matrix product with one row per element. One row per code gives the same sums,
+                # unless the library draws elements as replacements of codes.
                 if book.has_dead_code_replacement or torch.is_inference_mode_enabled():
                     rows, weights = x.detach().float(), F.one_hot(indices.flatten(), self.codebook_size)
                 else:
@@ -58,7 +58,7 @@ class VectorQuantize:
                 book.update_codebook(rows.reshape(1, -1, 1), weights[None].float())
             if self.has_commitment_loss:
                 distance = quantized.commitment_loss
-                if learns:  # one number that moves both
+                if learns:  # one loss that moves both
                     distance = quantized.anchor_loss + (distance - distance.detach())
                 loss = loss + distance.to(x.dtype) * self.commitment_weight
         return values.to(x.dtype), indices, loss

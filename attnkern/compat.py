@@ -1,6 +1,6 @@
-"""Classes of public implementations, with the same constructors, parameters and results, over attnkern's kernels.
+"""Classes with the constructors, parameters and results of public implementations, on attnkern's kernels.
 
-Written from their interfaces as users know them. :func:`attnkern.accelerate` puts them into an existing model.
+They are written from the public interfaces. :func:`attnkern.accelerate` substitutes them in an existing model.
 """
 
 import torch
@@ -17,12 +17,12 @@ __all__ = ["LinearAttentionBlock", "ProjectorBlock", "StraightThroughQuantizer",
 
 
 def _channels(module, default):
-    """Input channels of ``op``, or ``default`` where something else has been put in its place."""
+    """Input channels of ``op``, or ``default`` if it was replaced by a module without that attribute."""
     return getattr(module.op, "in_channels", default)
 
 
 def quantize_promoted(a, anchors):
-    """:func:`attnkern.anchor_quantize` in the dtype that PyTorch promotes both to."""
+    """:func:`attnkern.anchor_quantize` in the dtype to which PyTorch promotes both arguments."""
     check_tensor("anchor_quantize", "a", a)
     dtype = torch.promote_types(a.dtype, anchors.dtype)
     return anchor_quantize(a.to(dtype), anchors.to(dtype))
@@ -31,10 +31,10 @@ def quantize_promoted(a, anchors):
 class LinearAttentionBlock(Module):
     """Attention of "Learn to Pay Attention" as its best-known PyTorch port has it: (l, g) to (c, pooled).
 
-    c = ⟨u, ℓ_i + g⟩ with u = ``op.weight`` (1, C, 1, 1) and no bias; pooled = Σ softmax(c)_i ℓ_i, the part that is
-    fused. pooled does not depend on g, which gets a zero gradient from it, not None. What is not that mathematics stays
-    plain PyTorch: ``normalize_attn=False``, where sigmoids of c weigh an average over positions, a g of several
-    positions, and an ``op`` with hooks.
+    c = ⟨u, ℓ_i + g⟩ with u = ``op.weight`` (1, C, 1, 1) and no bias; pooled = Σ softmax(c)_i ℓ_i, which is
+    fused. pooled does not depend on g, so the gradient of g from pooled is zero (not None). Three cases use plain
+    PyTorch: ``normalize_attn=False``, which averages over positions with weights Λ(c), a g with several positions, and
+    an ``op`` with hooks.
 
     Args:
         in_features: C.
@@ -68,14 +68,14 @@ class LinearAttentionBlock(Module):
         pooled, _, scores = compatibility_pool(l, u)
         c = scores + (g.to(u.dtype) * u).sum(1)[:, None, None]
         if pooled.requires_grad or (g.requires_grad and torch.is_grad_enabled()):
-            # The sign keeps Inf and NaN out. The sum is also a new tensor: what the kernel returns is kept for backward
+            # The sign keeps Inf and NaN out. The sum is also a new tensor: the kernel's result is saved for backward
             # and must not be changed in place.
             pooled = pooled.add(g.sign().to(pooled.dtype), alpha=0)
         return c[:, None].to(l.dtype), pooled
 
 
 class ProjectorBlock(Module):
-    """A 1x1 convolution without bias, ``op``: what brings locals to the channels of the global vector."""
+    """A 1x1 convolution without bias, ``op``, that projects locals to the channels of the global vector."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -105,7 +105,8 @@ class StraightThroughQuantizer(Module):
         self.anchors = nn.Parameter(torch.linspace(0, 1, num_anchors))
 
     def forward(self, a: torch.Tensor) -> torch.Tensor:
-        return quantize_promoted(a, self.anchors.detach()).values  # compiled, they would get zeros, not None
+        # Detached: in compiled code, the anchors would otherwise get zeros instead of None as gradient.
+        return quantize_promoted(a, self.anchors.detach()).values
 
 
 class VectorQuantizer(Module):
@@ -117,7 +118,7 @@ class VectorQuantizer(Module):
     Args:
         embedding_dim: 1, scalars.
         num_embeddings: Q.
-        commitment_cost: not used, as there.
+        commitment_cost: not used, as in the authors' code.
         rd_init: anchors from U(0, 1), otherwise linspace(0, 1, Q).
     """
 

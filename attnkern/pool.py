@@ -60,7 +60,7 @@ def compatibility_pool(local: torch.Tensor, query: torch.Tensor, *, backend: str
 
     Raises:
         ValueError: wrong shape or device, an unknown backend, or one that cannot run here.
-        TypeError: not a floating tensor, or dtypes that do not go together.
+        TypeError: not a floating tensor, or dtypes that cannot be combined.
 
     Source: Learn to Pay Attention, Eqs. 1-3.
     """

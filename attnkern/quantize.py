@@ -46,8 +46,11 @@ def _save(ctx, inputs, results, residuals, options):
     ctx.mark_non_differentiable(*constant)
 
 
-def _reached(grad_a, grad_anchors, grad_anchor_loss, *through):
-    """None, as PyTorch has it, for what no gradient reached: an optimizer leaves that alone, weight decay included."""
+def _if_reached(grad_a, grad_anchors, grad_anchor_loss, *through):
+    """The gradients, with None for an input that no output's gradient reached, as in PyTorch.
+
+    An optimizer skips a parameter whose gradient is None, also its weight decay.
+    """
     if all(grad is None for grad in through):
         grad_a = None
     return grad_a, None if grad_anchor_loss is None else grad_anchors
@@ -76,7 +79,9 @@ class _AnchorQuantize(torch.autograd.Function):
                 grad_values, grad_anchor_loss, grad_commitment_loss,
                 a, anchors, indices, residuals, loss_divisor(a, reduction),
             )  # fmt: skip
-            grad_a, grad_anchors = _reached(grad_a, grad_anchors, grad_anchor_loss, grad_values, grad_commitment_loss)
+            grad_a, grad_anchors = _if_reached(
+                grad_a, grad_anchors, grad_anchor_loss, grad_values, grad_commitment_loss
+            )
         return grad_a, grad_anchors, None, None
 
 
@@ -112,7 +117,7 @@ class _AnchorAttention(torch.autograd.Function):
             if not ctx.needs_input_grad[0]:
                 grad_x = None
         through = grad_output, grad_values, grad_commitment_loss
-        return grad_x, *_reached(grad_a, grad_anchors, grad_anchor_loss, *through), None, None, None
+        return grad_x, *_if_reached(grad_a, grad_anchors, grad_anchor_loss, *through), None, None, None
 
 
 def check_reduction(where: str, reduction) -> None:
@@ -134,15 +139,15 @@ def anchor_quantize(
     """Nearest anchor of each element: values = anchors[argmin_k |a - anchors_k|], straight-through.
 
     The nearest anchor is exact in exact arithmetic on the stored values; ties go to the lowest index. d values/d a = 1,
-    and the anchors get no gradient from the values. anchor_loss = ‖sg[a] - v‖² moves the anchors,
+    and the values give the anchors no gradient. anchor_loss = ‖sg[a] - v‖² moves the anchors,
     commitment_loss = ‖a - sg[v]‖² moves a. A NaN element has value NaN, index 0 and no count; a NaN anchor makes every
     value NaN; ±Inf takes the extreme anchor.
 
     Args:
         a: any shape with N first, float32, bfloat16, float16 or float64.
         anchors: (Q,), in the dtype of a or float32, in any order, duplicates allowed.
-        reduction: of the losses: "mean" over all elements (the published code), "batchmean" sum over an image and mean
-            over N (Eq. 10 as printed), or "sum".
+        reduction: of the losses: "mean" over all elements (as in the authors' code), "batchmean" sum over an image and
+            mean over N (Eq. 10 as printed), or "sum".
         backend: "triton", "native", "reference", or None for :func:`attnkern.use_backend`'s choice.
 
     Returns:
@@ -151,7 +156,7 @@ def anchor_quantize(
 
     Raises:
         ValueError: wrong shape, device or reduction, no anchor, an unknown backend, or one that cannot run here.
-        TypeError: not a floating tensor, or dtypes that do not go together.
+        TypeError: not a floating tensor, or dtypes that cannot be combined.
 
     Source: Information Bottleneck Approach to Spatial Attention Learning, Eqs. 9-10.
     """
@@ -191,7 +196,7 @@ def anchor_attention(
 
     Raises:
         ValueError: wrong shape, device or reduction, no anchor, an unknown backend, or one that cannot run here.
-        TypeError: not a floating tensor, or dtypes that do not go together.
+        TypeError: not a floating tensor, or dtypes that cannot be combined.
 
     Source: Information Bottleneck Approach to Spatial Attention Learning, Eqs. 9-10.
     """

@@ -1,4 +1,4 @@
-"""One HTML page for a run: numbers, figures, examples. It opens from disk and fetches nothing."""
+"""One HTML page about a run: numbers, figures and examples. The page is self-contained and opens from disk."""
 
 import base64
 import html
@@ -20,14 +20,14 @@ from attnkern.nn import AnchorQuantizer
 
 
 def _png(figure, **options) -> str:
-    """A figure as the address of a picture in the page itself."""
+    """A figure as a PNG picture in a data URL."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, **options)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _figure(title, note, draw) -> str:
-    """A drawing on a light and on a dark page."""
+    """A figure drawn for light and for dark pages, with a title and a caption."""
     light, dark = (_png(draw(theme)) for theme in ("light", "dark"))
     return (
         f"<h2>{html.escape(title)}</h2><figure><picture>"
@@ -37,7 +37,7 @@ def _figure(title, note, draw) -> str:
 
 
 def _table(entries: dict[str, Any]) -> str:
-    """Nested entries as rows, the names joined; long lists are left out."""
+    """Nested entries as the rows of a table, with joined names; lists of more than five entries are left out."""
     rows = []
 
     def walk(prefix, value):
@@ -54,11 +54,12 @@ def _table(entries: dict[str, Any]) -> str:
 
 
 def latency(network: torch.nn.Module, images: torch.Tensor) -> dict[str, dict[str, float]]:
-    """Milliseconds of the inference of a batch, and of its attention modules alone, by backend: medians."""
+    """Median milliseconds of a forward pass and of its attention modules alone, by backend."""
     called, handles = [], []
     for name, module in network.named_modules():
-        # A module within another one's attention belongs to that.
-        if type(module).__module__ == "attnkern.nn" and not any(name.startswith(f"{outer}.") for outer, _ in called):
+        # Submodules of an attention module are part of it.
+        inside = any(name.startswith(f"{outer}.") for outer, _ in called)
+        if type(module).__module__.startswith("attnkern.nn.") and not inside:
             called.append((name, module))
     inputs = {}
     for name, module in called:
@@ -90,12 +91,12 @@ def latency(network: torch.nn.Module, images: torch.Tensor) -> dict[str, dict[st
 
 
 def _picture(*given, **options) -> str:
-    """An overlay without the page's colour around it."""
+    """An overlay without a margin."""
     return _png(viz.overlay(*given, **options), bbox_inches="tight", pad_inches=0)
 
 
 def _examples(subject, count):
-    """Pictures and captions of the first test images."""
+    """Pictures and captions of ``count`` test images."""
     raw, labels = subject.raw[:count], subject.labels[:count]
     inputs = subject.normalise(raw.to(subject.device))
     with torch.no_grad():
@@ -110,7 +111,7 @@ def _examples(subject, count):
         best = logits[index].argmax().item()
         probability = logits[index].softmax(0)[best].item()
         truth = subject.images.class_names[labels[index]]
-        verdict = "right" if names[best] == truth else f"wrong, it is {truth}"
+        verdict = "correct" if names[best] == truth else f"wrong, it is {truth}"
         examples.append(
             {
                 "image": _picture(image),
@@ -122,13 +123,13 @@ def _examples(subject, count):
 
 
 def report(subject: Subject, run: str | os.PathLike, results: dict[str, Any] | None = None, examples: int = 24) -> str:
-    """The page of a run, as text.
+    """The HTML text of the page about a run.
 
     Args:
-        subject: what is shown.
-        run: the run's folder, whose ``csv/`` and ``result.json`` are shown where they are there.
-        results: of :func:`attnkern.evaluation.protocols.evaluate`; None: all protocols are run now.
-        examples: number of test images in the slider.
+        subject: the trained network and its test images.
+        run: folder of the run; its ``csv/`` and ``result.json`` are shown if they exist.
+        results: results of :func:`attnkern.evaluation.protocols.evaluate`; None: all protocols are run now.
+        examples: number of test images on the page.
     """
     run = Path(run)
     results = plain(evaluate(subject, PROTOCOLS) if results is None else results)
@@ -149,13 +150,13 @@ def report(subject: Subject, run: str | os.PathLike, results: dict[str, Any] | N
     figures = []
     curves = sorted(run.glob("csv/version_*/metrics.csv"))
     if curves:
-        note = "Accuracy and loss by epoch. The test curve is for watching; the last epoch counts."
+        note = "Accuracy and loss by epoch. The last epoch counts: nothing was selected by the test curve."
         figures.append(_figure("Training", note, lambda theme: viz.training_curves(curves, theme=theme)))
     for name, entry in results.get("anchors", {}).items():
         if isinstance(entry, dict):
             values = torch.tensor(entry["values"])
             counts = (torch.tensor(entry["frequencies"]) * len(subject.raw) * subject.maps[0].numel()).round().long()
-            note = f"{entry['used']} of {len(values)} anchors in use, perplexity {entry['perplexity']:.1f}."
+            note = f"{entry['used']} of {len(values)} anchors are used; the perplexity is {entry['perplexity']:.1f}."
             figures.append(
                 _figure(
                     f"Anchors: {name}",
@@ -169,7 +170,7 @@ def report(subject: Subject, run: str | os.PathLike, results: dict[str, Any] | N
         figures.append(
             _figure(
                 "Rectangles",
-                "Centres and half extents in units where the map runs from 0 to 1.",
+                "Centres and half extents as fractions of the map's sides.",
                 lambda theme: viz.rectangle_histograms(rectangles, theme=theme),
             )
         )
@@ -186,13 +187,13 @@ def report(subject: Subject, run: str | os.PathLike, results: dict[str, Any] | N
         title=html.escape(title),
         subtitle=html.escape(subtitle),
         numbers="".join(f"<div><b>{html.escape(v)}</b><span>{html.escape(n)}</span></div>" for v, n in shown),
-        map=html.escape(f"Map: {about['map']}. Each is rescaled from its least to its largest value."),
+        map=html.escape(f"Map: {about['map']}. The colours of each map run from its smallest to its largest value."),
         figures="".join(figures),
         protocols="".join(
             f"<details><summary>{html.escape(name)}</summary>{_table(entry)}</details>"
             for name, entry in results.items()
         ),
         settings=_table(plain(about | ({"options": trained["options"]} if trained else {}))),
-        # In a script element "</script" would end it and "<!--" change how it is read.
+        # Inside a script element, "</script" would end the element and "<!--" would start a comment.
         examples=json.dumps(_examples(subject, examples)).replace("<", "\\u003c"),
     )

@@ -1,8 +1,8 @@
-"""Accuracy of the ops as anyone can check it: the papers' literal formulas, seeded inputs and error budgets.
+"""Accuracy checks of the operators: the papers' literal formulas, seeded inputs and error budgets.
 
-The promise: over a fixed seeded set, the largest error of each output and gradient against float64 is at most twice
-that of the literal formula in eager PyTorch at the same dtype, plus 4 ε times the largest Σ|terms|. Truth is the
-reference in float64 on the stored (rounded) inputs.
+Over a fixed seeded set, the largest error of each output and gradient against float64 is at most twice that of the
+literal formula in eager PyTorch at the same dtype, plus 4 ε times the largest Σ|terms|. The true values are those of
+the reference in float64 on the stored (rounded) inputs.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 import torch
 
-import attnkern
-from attnkern import _backend, reference
+from attnkern import _backend, reference, window
 from attnkern._checks import check_choice, check_items, check_kind, device_of
 from attnkern._numerics import DTYPES, aspect_factors, loss_divisor
+from attnkern.pool import CompatibilityPooled, compatibility_pool
+from attnkern.quantize import AnchorAttended, AnchorQuantized, anchor_attention, anchor_quantize
+from attnkern.window import WindowAttended, window_attention
 
 __all__ = ["Budget", "accuracy", "available_backends", "check_accuracy"]
 
@@ -44,11 +46,25 @@ def literal_window_map(rectangle, size, *, scale=6.0, rescale=True, aspect=False
     return f * (height * width) / f.sum((1, 2), keepdim=True) if rescale else f
 
 
+class WindowMapped(NamedTuple):
+    """The result of window_map as a field, like the results of the other ops."""
+
+    map: torch.Tensor
+
+
+def window_map(rectangle, size, **options):
+    return WindowMapped(window.window_map(rectangle, size, **options))
+
+
+def literal_window_mapped(rectangle, size, **options):
+    return WindowMapped(literal_window_map(rectangle, size, **options))
+
+
 def literal_window_attention(x, rectangle, *, scale=6.0, rescale=True, residual=True, aspect=False):
     """Eqs. 5-7: x + f̃·x."""
     map = literal_window_map(rectangle, x.shape[2:], scale=scale, rescale=rescale, aspect=aspect)
     output = map[:, None] * x
-    return attnkern.WindowAttended(x + output if residual else output, map)
+    return WindowAttended(x + output if residual else output, map)
 
 
 def literal_anchor_quantize(a, anchors, *, reduction="mean"):
@@ -58,11 +74,11 @@ def literal_anchor_quantize(a, anchors, *, reduction="mean"):
     divisor = loss_divisor(a, reduction)
     anchor_loss = (a.detach() - nearest).square().sum() / divisor
     commitment_loss = (a - nearest.detach()).square().sum() / divisor
-    # bincount would wait for the device, to learn how long its result is.
+    # bincount would wait for the device to get the length of its result.
     counts = torch.zeros_like(anchors, dtype=torch.int64).scatter_add_(
         0, indices.flatten(), indices.new_ones(()).expand(indices.numel())
     )
-    return attnkern.AnchorQuantized(a + (nearest - a).detach(), indices, anchor_loss, commitment_loss, counts)
+    return AnchorQuantized(a + (nearest - a).detach(), indices, anchor_loss, commitment_loss, counts)
 
 
 def literal_anchor_attention(x, a, anchors, *, residual=True, reduction="mean"):
@@ -70,7 +86,7 @@ def literal_anchor_attention(x, a, anchors, *, residual=True, reduction="mean"):
     quantized = literal_anchor_quantize(a, anchors, reduction=reduction)
     map = quantized.values if a.dim() == 4 else quantized.values[:, None]
     output = map * x
-    return attnkern.AnchorAttended(x + output if residual else output, *quantized)
+    return AnchorAttended(x + output if residual else output, *quantized)
 
 
 def literal_compatibility_pool(local, query):
@@ -80,7 +96,7 @@ def literal_compatibility_pool(local, query):
     attention = scores.softmax(1)
     pooled = (attention[:, None] * local.flatten(2)).sum(2)
     positions = (local.shape[0], *local.shape[2:])
-    return attnkern.CompatibilityPooled(pooled, attention.view(positions), scores.view(positions))
+    return CompatibilityPooled(pooled, attention.view(positions), scores.view(positions))
 
 
 # --- seeded inputs --------------------------------------------------------------------------------------------------
@@ -97,15 +113,19 @@ def features(shape, dtype, layout, generator):
 
 
 def window_inputs(shape, dtype, companion, layout, generator):
-    """Features and rectangles whose windows lie on the image."""
+    """Features, and rectangles that overlap the image."""
     low = torch.tensor([0.1, 0.1, 0.15, 0.15, -1.5], dtype=torch.float64)
     high = torch.tensor([0.9, 0.9, 0.7, 0.7, 1.5], dtype=torch.float64)
     rectangle = low + (high - low) * torch.rand(shape[0], 5, generator=generator, dtype=torch.float64)
     return {"x": features(shape, dtype, layout, generator), "rectangle": rectangle.to(companion)}
 
 
+def map_inputs(shape, dtype, companion, layout, generator):
+    return {"rectangle": window_inputs(shape, dtype, dtype, layout, generator)["rectangle"]}
+
+
 def anchor_inputs(shape, dtype, companion, layout, generator):
-    """Features, a map that leaves [0, 1], and seven anchors in no order."""
+    """Features, a map with values outside [0, 1], and seven unsorted anchors."""
     a = torch.rand(shape[0], 1, *shape[2:], generator=generator, dtype=torch.float64) * 1.4 - 0.2
     anchors = torch.rand(7, generator=generator, dtype=torch.float64)
     x = features(shape, dtype, layout, generator)
@@ -132,24 +152,34 @@ def shared_pool_inputs(*arguments):
 # `x`, `g` and the like are dictionaries of float64 tensors: inputs, outputs, and gradients of the outputs by name.
 
 
-def _window_terms(x, out, g, rescale=True, residual=True, scale=6.0, aspect=False):
-    size = x["x"].shape[2:]
-    # A rectangle of its own for each position: the gradient of the sum of z is every position's slope.
-    rectangles = x["rectangle"].detach()[..., None, None].repeat(1, 1, *size).requires_grad_()
+def _rectangle_terms(rectangle, map, map_grad, rescale, scale, aspect):
+    """Σ|terms| of the rectangles' gradient; ``map_grad`` is Σ|terms| of the gradient at each position of the map."""
+    size = map.shape[1:]
+    # One copy of the rectangle per position, so that the gradient of the sum of z is the slope at each position.
+    rectangles = rectangle.detach()[..., None, None].repeat(1, 1, *size).requires_grad_()
     with torch.enable_grad():
         z = reference.log_window(rectangles, *size, scale, aspect)
     (slopes,) = torch.autograd.grad(z.sum(), rectangles)
     slopes = slopes.movedim(1, -1)
-    map = out["map"]
     if rescale:
         slopes = slopes - (slopes * map[..., None]).mean((1, 2), keepdim=True)
-    reached = (g["output"] * x["x"]).abs().sum(1) + g["map"].abs()
+    return (map_grad[..., None] * map[..., None] * slopes.abs()).sum((1, 2))
+
+
+def _map_terms(x, out, g, size, rescale=True, scale=6.0, aspect=False):
+    gradient = _rectangle_terms(x["rectangle"], out["map"], g["map"].abs(), rescale, scale, aspect)
+    return {"map": out["map"], "grad_rectangle": gradient}
+
+
+def _window_terms(x, out, g, rescale=True, residual=True, scale=6.0, aspect=False):
+    map = out["map"]
+    map_grad = (g["output"] * x["x"]).abs().sum(1) + g["map"].abs()
     factor = map + (1 if residual else 0)
     return {
         "output": x["x"].abs() * factor[:, None],
         "map": map,
         "grad_x": g["output"].abs() * factor[:, None],
-        "grad_rectangle": (reached[..., None] * map[..., None] * slopes.abs()).sum((1, 2)),
+        "grad_rectangle": _rectangle_terms(x["rectangle"], map, map_grad, rescale, scale, aspect),
     }
 
 
@@ -179,9 +209,9 @@ def _pool_terms(x, out, g):
     local, query = x["local"].flatten(2).abs(), x["query"].abs()
     query = (query if query.dim() == 2 else query[None])[:, :, None]
     attention, grad = out["attention"].flatten(1), g["pooled"].abs()[:, :, None]
-    reached = (local * grad).sum(1) + g["attention"].flatten(1).abs()
+    slope = (local * grad).sum(1) + g["attention"].flatten(1).abs()
     delta = (grad[:, :, 0] * out["pooled"].abs()).sum(1) + (attention * g["attention"].flatten(1).abs()).sum(1)
-    grad_scores = attention * (reached + delta[:, None]) + g["scores"].flatten(1).abs()
+    grad_scores = attention * (slope + delta[:, None]) + g["scores"].flatten(1).abs()
     grad_query = (grad_scores[:, None] * local).sum(2)
     return {
         "pooled": (attention[:, None] * local).sum(2),
@@ -193,7 +223,7 @@ def _pool_terms(x, out, g):
 
 
 class Op(NamedTuple):
-    """An op as the checks see it."""
+    """An operator and what its checks need."""
 
     function: Callable  #: the public function
     literal: Callable  #: the paper's formula
@@ -202,18 +232,17 @@ class Op(NamedTuple):
 
 
 OPS = {
-    "window_attention": Op(attnkern.window_attention, literal_window_attention, window_inputs, _window_terms),
-    "anchor_quantize": Op(attnkern.anchor_quantize, literal_anchor_quantize, quantize_inputs, _quantize_terms),
-    "anchor_attention": Op(attnkern.anchor_attention, literal_anchor_attention, anchor_inputs, _anchor_terms),
-    "compatibility_pool": Op(attnkern.compatibility_pool, literal_compatibility_pool, pool_inputs, _pool_terms),
-    "compatibility_pool_shared": Op(
-        attnkern.compatibility_pool, literal_compatibility_pool, shared_pool_inputs, _pool_terms
-    ),
+    "window_map": Op(window_map, literal_window_mapped, map_inputs, _map_terms),
+    "window_attention": Op(window_attention, literal_window_attention, window_inputs, _window_terms),
+    "anchor_quantize": Op(anchor_quantize, literal_anchor_quantize, quantize_inputs, _quantize_terms),
+    "anchor_attention": Op(anchor_attention, literal_anchor_attention, anchor_inputs, _anchor_terms),
+    "compatibility_pool": Op(compatibility_pool, literal_compatibility_pool, pool_inputs, _pool_terms),
+    "compatibility_pool_shared": Op(compatibility_pool, literal_compatibility_pool, shared_pool_inputs, _pool_terms),
 }
 
 
 def make_inputs(name, shape, dtype=torch.float32, companion=None, layout="contiguous", seed=0, device="cpu"):
-    """Seeded inputs of an op by name; companions (rectangle, a, anchors, query) in their own dtype if one is given."""
+    """Seeded inputs of an operator by name; ``companion`` is the dtype of rectangle, a, anchors and query if given."""
     generator = torch.Generator().manual_seed(seed)
     inputs = OPS[name].inputs(shape, dtype, companion or dtype, layout, generator)
     return {key: value.to(device) for key, value in inputs.items()}
@@ -230,7 +259,7 @@ def output_gradients(outputs, seed=0):
 
 
 def evaluate(function, inputs, gradients=None, **options):
-    """Outputs by name, and the gradient of each input as ``grad_<name>`` (zeros where none flows)."""
+    """Outputs by name, and the gradient of each input as ``grad_<name>`` (zeros if there is none)."""
     leaves = {key: value.detach().requires_grad_() for key, value in inputs.items()}
     outputs = function(**leaves, **options)._asdict()
     gradients = output_gradients(outputs) if gradients is None else gradients
@@ -264,7 +293,7 @@ def accuracy(name, backend, dtype, *, shape=(2, 24, 6, 7), layout="contiguous", 
 
     Raises:
         AssertionError: an index or a count differs from the exact one.
-        ValueError, TypeError: an unknown name, dtype, layout or backend, or a shape that is none.
+        ValueError, TypeError: an unknown name, dtype, layout or backend, or an invalid shape.
     """
     where = "accuracy"
     check_choice(where, "name", name, OPS)
@@ -275,6 +304,8 @@ def accuracy(name, backend, dtype, *, shape=(2, 24, 6, 7), layout="contiguous", 
     check_choice(where, "layout", layout, ("contiguous", "channels_last", "tokens"))
     device = device_of(where, device)
     op, budgets = OPS[name], {}
+    if name == "window_map":
+        options["size"] = tuple(shape[2:])
     for seed in SEEDS:
         inputs = make_inputs(name, shape, dtype, layout=layout, seed=seed, device=device)
         gradients = output_gradients(op.function(**inputs, backend=backend, **options)._asdict(), seed)
@@ -295,14 +326,14 @@ def accuracy(name, backend, dtype, *, shape=(2, 24, 6, 7), layout="contiguous", 
                 torch.finfo(got[key].dtype).eps,
             )
             old = budgets.get(key, new)
-            # max() is not enough: an error that is NaN must not be forgotten.
+            # max() would ignore an error that is NaN.
             worst = [a if a != a or a > b else b for a, b in zip(new[:3], old[:3], strict=True)]
             budgets[key] = Budget(*worst, new.epsilon)
     return budgets
 
 
 def check_accuracy(name, backend, dtype, **arguments):
-    """Raise AssertionError with a table unless every result keeps its budget; see :func:`accuracy`."""
+    """Raise AssertionError with a table unless every result is within its budget; see :func:`accuracy`."""
     budgets = accuracy(name, backend, dtype, **arguments)
     if not all(budget.error <= budget.allowed for budget in budgets.values()):
         rows = [f"{'':16} {'error':>10} {'allowed':>10} {'literal':>10} {'Σ|terms|':>10}"]

@@ -16,7 +16,7 @@ from attnkern._checks import (
     companion,
     float_of,
 )
-from attnkern._numerics import aspect_factors
+from attnkern._numerics import aspect_factors, wide
 from attnkern._ops import BACKENDS
 from attnkern._tracing import leaf
 
@@ -26,6 +26,15 @@ class WindowAttended(NamedTuple):
 
     output: torch.Tensor  #: (N, C, H, W), the features' dtype and memory format
     map: torch.Tensor  #: (N, H, W), float32 (float64 for float64 features)
+
+
+class _Options(NamedTuple):
+    """The options of window_attention, in the order of the operators' arguments."""
+
+    scale: float
+    rescale: bool
+    residual: bool
+    aspect: bool
 
 
 class _WindowMap(torch.autograd.Function):
@@ -53,10 +62,10 @@ class _WindowMap(torch.autograd.Function):
 
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rectangle, scale, rescale, residual, aspect, backend):
-        output, map, stats = BACKENDS[backend].window_fwd(x, rectangle, scale, rescale, residual, aspect)
+    def forward(ctx, x, rectangle, options, backend):
+        output, map, stats = BACKENDS[backend].window_fwd(x, rectangle, *options)
         save(ctx, (x, rectangle), stats)
-        ctx.options = scale, rescale, residual, aspect, backend
+        ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
         if not ctx.needs_input_grad[1]:
             ctx.mark_non_differentiable(map)
@@ -65,27 +74,25 @@ class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output, grad_map):
         x, rectangle, stats = saved(ctx)
-        scale, rescale, residual, aspect, backend = ctx.options
-        ops = BACKENDS[backend]
+        options, operators = ctx.options, BACKENDS[ctx.backend]
         if create_graph(grad_output, grad_map):
 
             def forward(x, rectangle):
-                return reference.window_attention(
-                    x, rectangle, scale=scale, rescale=rescale, residual=residual, aspect=aspect
-                )
+                return reference.window_attention(x, rectangle, **options._asdict())
 
             grad_x, grad_rectangle = differentiable_backward(forward, (x, rectangle), (grad_output, grad_map))
         elif grad_output is not None:
-            grad_x, grad_rectangle = ops.window_bwd(
-                grad_output, grad_map, x, rectangle, stats, scale, rescale, residual, aspect, ctx.needs_input_grad[0]
+            grad_x, grad_rectangle = operators.window_bwd(
+                grad_output, grad_map, x, rectangle, stats, *options, ctx.needs_input_grad[0]
             )
             if not ctx.needs_input_grad[0]:
                 grad_x = None
         else:
             grad_x = grad_rectangle = None
             if grad_map is not None:
-                grad_rectangle = ops.window_map_bwd(grad_map, rectangle, stats, scale, rescale, aspect)
-        return grad_x, grad_rectangle, None, None, None, None, None
+                scale, rescale, _, aspect = options
+                grad_rectangle = operators.window_map_bwd(grad_map, rectangle, stats, scale, rescale, aspect)
+        return grad_x, grad_rectangle, None, None
 
 
 def _check_rectangle(where, rectangle):
@@ -94,7 +101,7 @@ def _check_rectangle(where, rectangle):
 
 
 def check_features(where: str, x: torch.Tensor, rectangle: torch.Tensor) -> torch.Tensor:
-    """The rectangles to go with features ``x``, else this raises."""
+    """The rectangles of features ``x`` in a supported dtype, or an error."""
     check_tensor(where, "x", x)
     check_shape(where, "x", x, "(N, C, H, W)", x.dim() == 4)
     check_positions(where, "x", x.shape[2:])
@@ -135,7 +142,7 @@ def window_map(
 
     Raises:
         ValueError: wrong shape or size, an unknown backend, or one that cannot run here.
-        TypeError: not a floating tensor, a scale that is no number, or a flag that is no bool.
+        TypeError: not a floating tensor, a scale that is not a number, or a flag that is not a bool.
 
     Source: Convolutional Rectangular Attention Module, Eqs. 1-5 and 7.
     """
@@ -175,7 +182,7 @@ def window_attention(
 
     Raises:
         ValueError: wrong shape or device, an unknown backend, or one that cannot run here.
-        TypeError: not a floating tensor, dtypes that do not go together, or options of another kind.
+        TypeError: not a floating tensor, dtypes that cannot be combined, or an option of the wrong type.
 
     Source: Convolutional Rectangular Attention Module, Eqs. 5-7.
     """
@@ -185,11 +192,11 @@ def window_attention(
     check_flag(where, rescale=rescale, residual=residual, aspect=aspect)
     chosen = _backend.choose(backend, x)
     if chosen == "reference" or transformed(x, rectangle):
-        attended = reference.window_attention(
-            x, rectangle, scale=float_of(scale), rescale=rescale, residual=residual, aspect=aspect
-        )
+        options = _Options(float_of(scale), rescale, residual, aspect)
+        attended = reference.window_attention(x, rectangle, **options._asdict())
     else:
-        attended = _WindowAttention.apply(x, rectangle, float(scale), rescale, residual, aspect, chosen)
+        options = _Options(float(scale), rescale, residual, aspect)
+        attended = _WindowAttention.apply(x, rectangle, options, chosen)
     return WindowAttended(*attended)
 
 
@@ -197,7 +204,7 @@ def window_attention(
 def rectangle_corners(rectangle: torch.Tensor, size: tuple[int, int], *, aspect: bool = False) -> torch.Tensor:
     """Corners of rectangles in pixels, for drawing: μ + (cos α·u - sin α·v, sin α·u + cos α·v) at (u, v) = (±σ₁, ±σ₂).
 
-    In the order that walks round the rectangle from (-, -). Pixel centres are integers, (0, 0) that of the first pixel.
+    The corners go around the rectangle, starting at (-, -). Pixel centres are integers; the first one is (0, 0).
 
     Args:
         rectangle: (N, 5) as in :func:`window_map`.
@@ -215,12 +222,12 @@ def rectangle_corners(rectangle: torch.Tensor, size: tuple[int, int], *, aspect:
     _check_rectangle("rectangle_corners", rectangle)
     height, width = check_size("rectangle_corners", size)
     check_flag("rectangle_corners", aspect=aspect)
-    mu1, mu2, sigma1, sigma2, alpha = rectangle.to(reference.wide(rectangle.dtype)).unbind(1)
+    mu1, mu2, sigma1, sigma2, alpha = rectangle.to(wide(rectangle.dtype)).unbind(1)
     u = torch.stack((-sigma1, -sigma1, sigma1, sigma1), 1)
     v = torch.stack((-sigma2, sigma2, sigma2, -sigma2), 1)
     cos, sin = torch.cos(alpha)[:, None], torch.sin(alpha)[:, None]
     row, column = aspect_factors(height, width, aspect)
-    # An axis of length 1 has no extent: its factor is 0 and every corner lies on it.
+    # On an axis of length 1 the factor is 0 and all corners have the same coordinate.
     d1 = (cos * u - sin * v) / row if row else torch.zeros_like(u)
     d2 = (sin * u + cos * v) / column if column else torch.zeros_like(u)
     return torch.stack(((mu1[:, None] + d1) * (height - 1), (mu2[:, None] + d2) * (width - 1)), 2)

@@ -44,7 +44,7 @@ CASES = {
         ((192, 16, 7, 7), "contiguous", 1), ((4, 2048, 7, 7), "contiguous", 1), ((2, 8, 128, 128), "channels_last", 1)
     ],
 }  # fmt: skip
-#: Results that may be small beside what they are made of, and what that is: they have a second row, in its ulp.
+#: Results that may be small compared with the terms they are computed from. They have a second row, in ulp of this:
 MADE_OF = {
     "map": "its image's largest",
     **dict.fromkeys(("grad_a", "grad_anchors", "pooled", "scores"), "Σ\\|terms\\|"),
@@ -167,7 +167,7 @@ def running(competitor: str):
 
 
 def missing(competitor: str, dtype: str, device: str) -> bool:
-    """Can this competitor not take this dtype at all?"""
+    """Whether this competitor does not take this dtype."""
     import torch
 
     from attnkern import _backend
@@ -273,34 +273,34 @@ def body(content: dict) -> str:
 INTRODUCTION = """# Accuracy
 
 Written by `make accuracy` from the runs in `benchmarks/results/accuracy/`. Every function, forward and backward with
-gradients of all its outputs; seeds count from 0, all tensors have the row's dtype, options are the defaults.
+gradients of all its outputs; seeds count from 0, all tensors have the row's dtype, options have their defaults.
 
 - **Truth** is computed from exactly the rounded numbers that every competitor gets, by formulas and derivatives written
-  down apart from attnkern (`benchmarks/truth.py`) in numpy's longdouble, 11 bits more than float64 on x86.
+  independently of attnkern (`benchmarks/truth.py`) in numpy's longdouble, 11 bits more than float64 on x86.
 - **An ulp** is the step of the row's dtype at the true value, 2^(⌊log₂|t|⌋ − p + 1) of p significant bits; among
   denormals and at zero it is the denormals' one step. A correctly rounded result is at most 0.50 away. The row's dtype
-  also counts where a result is wider: maps, attention, scores and losses are float32 for half-precision features in
-  attnkern, and where nothing cancels far below 0.50.
+  also counts where a result is wider: for half-precision features attnkern's maps, attention, scores and losses are
+  float32, and their errors are far below 0.50 where nothing cancels.
 - **Σ|terms|**: a sum that cancels may be any number of its own ulp away in any implementation. Such results have a
-  second row, in ulp of the sum of the magnitudes of what is added up (for a window's map: of its image's largest, since
-  far outside a window the exponent is large and so is the relative error of its exponential).
-- Cells are the largest error / the 99.9th percentile; – is too few numbers for one, or a dtype that a backend does not
-  take; ∞ is a result that overflowed or is NaN. Indices are right or wrong: their share that is wrong.
+  second row, in ulp of the sum of the magnitudes of the terms (for a window's map: of its image's largest value, since
+  far outside a window the exponent is large, and with it the relative error of the exponential).
+- Cells are the largest error / the 99.9th percentile; – stands for too few numbers, or for a dtype that a backend
+  does not take; ∞ for a result that overflowed or is NaN. For indices the cell is the share that is wrong.
 - **Competitors**: `eager` is the papers' formula in PyTorch as one would write it (`attnkern.testing`), in the row's
   dtype; `compile` is that under torch.compile; `reference` is attnkern's plain PyTorch. On a CPU the CUDA C++ kernels
   run under the emulation of the tests, with the C library's exponentials, and Triton is interpreted by numpy, which
-  adds a tile's channels one after the other where a GPU adds in parts: neither is a GPU's number. One thread.
+  adds a tile's channels one after the other where a GPU adds in parts. Neither number is that of a GPU. One thread.
 
 What stands out: in bfloat16 and float16 attnkern computes in float32 and rounds each result once, gradients included;
 the formulas written in PyTorch round every step, and so does torch.compile between its kernels. In float32 and float64
-all are of one order, but for what each summary is followed by and for these: eager's `values` are a + (v − a), which is
-not v; its `map` underflows far outside the window. Where eager's rounded distances choose wrong anchors, what follows
-from the index is off by far.
+all errors have the same order of magnitude, except those listed after each summary and these: eager's `values` are
+a + (v − a), which is not v, and its `map` underflows far outside the window. Where eager's rounded distances choose a
+wrong anchor, all results that depend on the index are far off.
 """
 
 
 def worse(rows: list[dict]) -> str:
-    """Where a kernel's largest error is over twice eager's, and more than one rounding."""
+    """Lists the results for which a kernel's largest error is over twice eager's and over one ulp."""
     found = {}
     for row in rows:
         if "max" in row and (row["of"] != "itself" or row["result"] not in MADE_OF):
@@ -313,9 +313,8 @@ def worse(rows: list[dict]) -> str:
         if kernels:
             shown = ", ".join(f"{name} {number(errors[name])}" for name in (*kernels, "eager", "compile"))
             lines.append(f"- {' '.join(key)}: {shown}")
-    return "\n".join(
-        ["Where a kernel is worse, its largest error over twice eager's and over one ulp:\n", *(lines or ["- nothing"])]
-    )
+    caption = "Results for which a kernel's largest error is over twice eager's and over one ulp:\n"
+    return "\n".join([caption, *(lines or ["- none"])])
 
 
 def page() -> str:

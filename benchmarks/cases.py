@@ -1,4 +1,4 @@
-"""What is measured: ops and training steps, and who competes in each. One source for run.py and pytest-benchmark."""
+"""The cases of the benchmarks, operators and training steps, and their competitors, for run.py and bench_ops.py."""
 
 import contextlib
 import functools
@@ -17,15 +17,15 @@ from attnkern.testing import OPS, available_backends, make_inputs, output_gradie
 from benchmarks.report import EMPTY, NETWORK_PASSES, TRAINING
 
 PASSES = ("forward", "forward+backward")
-#: forward+backward with the compiled competitor tuned at length
+#: forward+backward, with max-autotune for the compiled competitor
 AUTOTUNED = "forward+backward, max-autotune"
-#: measured beside the cases: host time of calls on tiny tensors
+#: measured besides the cases: host time of calls on tiny tensors
 HOST = "host costs"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape, dtype and layout."""
+    """One operator at one shape, dtype and layout."""
 
     op: str
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class Case:
 
     @classmethod
     def parse(cls, text: str):
-        """The case of that name."""
+        """The case with this name."""
         op, shape, dtype, layout, *more = text.split()
         anchors = int(more[0].removeprefix("Q=")) if more else 20
         return cls(op, tuple(map(int, shape.split("x"))), getattr(torch, dtype), layout, anchors)
@@ -93,14 +93,14 @@ CPU_FULL_CASES = [
     *_QUANTIZED,
 ]
 
-#: Along each axis the others stay: (N, C, H, W).
+#: Shapes (N, C, H, W) along each axis, with the other sizes fixed.
 SCALING = {
     "images": [(n, 256, 14, 14) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)],
     "positions": [(8, 64, side, side) for side in (7, 14, 28, 56, 112, 224, 256)],
     "channels": [(8, channels, 14, 14) for channels in (16, 32, 64, 128, 256, 512, 1024, 2048)],
 }
 
-#: The results whose gradients a training step sends back; side outputs get none.
+#: The results that get gradients in a training step; side outputs get none.
 _USED = {
     "window_attention": ("output",),
     "compatibility_pool": ("pooled",),
@@ -117,13 +117,13 @@ def _inputs(case, device):
 
 
 def _sdpa(local, query):
-    """Pooling as attention of one query over the positions, with the scale taken out."""
+    """Pooling as attention of one query over the positions, without the scale."""
     tokens = local.flatten(2).transpose(1, 2)
     pooled = F.scaled_dot_product_attention(query[:, None], tokens, tokens, scale=1.0)[:, 0]
     return attnkern.CompatibilityPooled(pooled, None, None)
 
 
-#: Options of torch.compile: those of the usual competitor, and of the one that is tuned at length.
+#: Options of torch.compile: those of the usual competitor, and of the one with max-autotune.
 COMPILED = {"dynamic": False, "fullgraph": True}
 TUNED = {**COMPILED, "mode": "max-autotune-no-cudagraphs"}
 REHEARSED = {**COMPILED, "backend": "aot_eager"}  # a rehearsal compiles no code
@@ -160,7 +160,7 @@ class Workload:
 
     @property
     def bytes(self) -> int:
-        """Of one copy."""
+        """The bytes of one copy."""
         inputs, grads = self._copies[0]
         return sum(tensor.nbytes for tensor in (*inputs.values(), *grads))
 
@@ -171,7 +171,7 @@ class Workload:
         return self._copies[number]
 
 
-#: Both passes of a case share its inputs.
+#: Cached, so that both passes of a case share its inputs.
 workload = functools.lru_cache(maxsize=1)(Workload)
 
 
@@ -218,7 +218,7 @@ def calls(case: Case, which: str, device: torch.device, compiled: dict | None = 
     return {name: Call(name, function, work, which) for name, function in competitors(case, device, compiled).items()}
 
 
-#: name: (options, side of the images, batch). The frozen trunk of the pc network is skipped on every side alike.
+#: name: (options, side of the images, batch). The frozen trunk of the pc network is skipped with every backend.
 MODELS = {
     "vgg_att2_concat_pc": ({"width": 0.25}, 32, 32),
     "vgg_aib_qt": ({"width": 0.25}, 32, 32),
@@ -293,8 +293,10 @@ def attention_calls(name: str, device: torch.device) -> dict[str, Callable[[], N
         return record
 
     with contextlib.ExitStack() as patched:
-        for op in FEATURE_OPS:
-            patched.enter_context(mock.patch.object(attnkern.nn, op, recorder(getattr(attnkern, op))))
+        for module in (attnkern.nn.pool, attnkern.nn.quantize, attnkern.nn.window):
+            for op in FEATURE_OPS:
+                if hasattr(module, op):
+                    patched.enter_context(mock.patch.object(module, op, recorder(getattr(attnkern, op))))
         _network(name, device).train()(_digits(name, device).images)
     found = {}
     for backend in reversed(available_backends(device)):
@@ -325,7 +327,7 @@ def _network(name, device):
 
 
 class _Nothing(torch.autograd.Function):
-    """What PyTorch takes for any Function of two tensors."""
+    """An empty Function of two tensors: the cost of any Function."""
 
     @staticmethod
     def forward(ctx, x, companion):

@@ -41,7 +41,7 @@ BOTH = "Where a cell has two numbers, the first is from the default process and 
 #: A row is measured again if the interquartile range of a competitor's times exceeds this share of their median.
 NOISY = 0.25
 #: at the start of a run on a busy machine
-BUSY = "The machine is busy: its load average is {load:.1f} on {cores} cores. The times will not be reliable."
+BUSY = "The machine is busy (load average {load:.1f} on {cores} cores). If that lasts, the times will not be reliable."
 OURS = ("native", "triton")
 #: Names in plots.
 LABELS = {
@@ -470,10 +470,9 @@ def _threads(count: int) -> str:
 
 
 def doubts(content: dict) -> list[str]:
-    """Reasons not to trust a run's numbers: other programs used the processor, or many rows are noisy."""
+    """Reasons not to trust a run's numbers: other programs used the processor, or many rows are noisy. The load before
+    the run is none, since it may come from a build that has just ended."""
     rows, cores, found = content["rows"], content.get("cores"), []
-    if cores and content["load"] > cores:
-        found.append(f"the load average was {content['load']:.1f} on {cores} cores before the run")
     during = load_during(content)
     if cores and during is not None and during > cores + content["threads"] / 2:
         found.append(f"the load average was {during:.1f} on {cores} cores during the run")
@@ -608,8 +607,8 @@ attnkern beside its competitors, in runs on the machines below. This page and `b
   competitor is faster: these rows stay in the tables. A competitor that fails is listed with its error.
 - **Method**: every result is checked against the reference in float64 before it is timed. Competitors take turns of ten
   milliseconds, and medians are compared. `spread` is the largest interquartile range of a row's times, as a share of
-  the median; a row above 25 % is measured up to three times, and marked as noisy if it stays above. Runs up to
-  2026-11-25 did not record it.
+  the median; a row whose spread exceeds 0.25 is measured up to three times, and marked as noisy if it stays so. Runs up
+  to 2026-11-25 did not record it.
 - **Two processes** on a CPU: in the default one, as Python starts it, glibc returns large blocks to the kernel when
   they are freed and maps them again at the next call; in the tuned one malloc keeps them (`MALLOC_MMAP_THRESHOLD_`
   and `MALLOC_TRIM_THRESHOLD_` are 4 GiB).

@@ -1,13 +1,13 @@
-"""The five functions and their derivatives in numpy's longdouble, written down once more, apart from attnkern.
+"""The five functions and their derivatives in numpy's longdouble, written independently of attnkern.
 
-What `benchmarks.accuracy` measures against: on x86 it has 11 bits more than float64, so that float64 can be measured,
-too. `inputs` are arrays by name and `g` the gradients of the outputs by name; each function returns its results and
-``grad_<input>`` by name. Formulas: docs/mathematics.md.
+`benchmarks.accuracy` measures errors against them. On x86 longdouble has 11 bits more than float64, so that errors in
+float64 can be measured, too. `inputs` are arrays by name and `g` the gradients of the outputs by name; each function
+returns its results and ``grad_<input>`` by name. Formulas: docs/mathematics.md.
 """
 
 import numpy as np
 
-#: Is there anything wider than float64 on this machine?
+#: Whether longdouble is wider than float64 on this machine.
 WIDER = np.finfo(np.longdouble).eps < np.finfo(np.float64).eps
 SCALE = 6
 
@@ -48,8 +48,8 @@ def window_attention(inputs, g, size):
     x = inputs["x"]
     map, slopes = _window(inputs["rectangle"], *size)
     factor = 1 + map[:, None]
-    reached = (g["output"] * x).sum(1) + g["map"]
-    grad_rectangle = ((reached * map)[:, None] * slopes).sum((2, 3))
+    map_grad = (g["output"] * x).sum(1) + g["map"]
+    grad_rectangle = ((map_grad * map)[:, None] * slopes).sum((2, 3))
     return {"output": factor * x, "map": map, "grad_x": factor * g["output"], "grad_rectangle": grad_rectangle}
 
 
@@ -85,9 +85,9 @@ def compatibility_pool(inputs, g, size):
     weights = np.exp(scores - scores.max((1, 2), keepdims=True))
     attention = weights / weights.sum((1, 2), keepdims=True)
     grad_pooled = g["pooled"][:, :, None, None]
-    reached = (local * grad_pooled).sum(1) + g["attention"]
-    delta = (attention * reached).sum((1, 2), keepdims=True)
-    grad_scores = (attention * (reached - delta) + g["scores"])[:, None]
+    attention_grad = (local * grad_pooled).sum(1) + g["attention"]
+    delta = (attention * attention_grad).sum((1, 2), keepdims=True)
+    grad_scores = (attention * (attention_grad - delta) + g["scores"])[:, None]
     return {
         "pooled": (attention[:, None] * local).sum((2, 3)),
         "attention": attention,

@@ -1,5 +1,4 @@
-// Include this first: the version of LibTorch's stable ABI that the libraries are built for, and the marker by which a
-// library is matched to the operators' schemas.
+// Include this first: the version of LibTorch's stable ABI that the libraries are built for.
 #pragma once
 
 #ifndef TORCH_TARGET_VERSION

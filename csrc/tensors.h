@@ -1,5 +1,5 @@
-// Tensors of the stable ABI, for the host code of both devices: data, new ones, layouts, and dispatch by dtype. Included
-// where Half and BFloat16 are known, the storage types of the device.
+// Tensors of the stable ABI, for the host code of both devices: access, allocation, layouts, and dispatch by dtype.
+// Include this after the device's storage types Half and BFloat16 are defined.
 #pragma once
 
 #include <dlfcn.h>
@@ -52,36 +52,36 @@ template <typename T> const T* data(const std::optional<Tensor>& tensor) {
 }
 template <typename T> T* mutable_data(const Tensor& tensor) { return static_cast<T*>(tensor.mutable_data_ptr()); }
 
-// Allocates once more, now through PyTorch's C++ functions, so that PyTorch's own exception comes of it: a function of
-// the stable ABI returns an error code only, and what its caller throws is no torch.OutOfMemoryError in Python. These
-// functions are not part of the stable ABI: they are looked up by name, and called only after an allocation failed.
+// Repeats an allocation that failed, now through PyTorch's C++ functions, so that PyTorch raises its own exception. A
+// function of the stable ABI returns only an error code, and an exception thrown here would not be a
+// torch.OutOfMemoryError in Python. The C++ functions are not part of the stable ABI, so they are looked up by name.
 inline AtenTensorHandle empty_strided_or_throw(Sizes sizes, Sizes strides, ScalarType type, int32_t device_type,
                                                int32_t device_index) {
-  struct Device { // laid out as c10::Device
+  struct Device { // has the layout of c10::Device
     DeviceType type;
     int8_t index;
   };
-  struct Made { // an at::Tensor: one pointer; returned in memory, because moving it is not trivial
+  struct AtTensor { // has the layout of at::Tensor, and is returned in memory because moving it is not trivial
     void* implementation;
-    Made(Made&& from) : implementation(from.implementation) {}
+    AtTensor(AtTensor&& from) : implementation(from.implementation) {}
   };
-  using Cpu = Made(Sizes, Sizes, ScalarType, bool pinned);
-  using Cuda = Made(Sizes, Sizes, ScalarType, std::optional<Device>);
+  using Cpu = AtTensor(Sizes, Sizes, ScalarType, bool pinned);
+  using Cuda = AtTensor(Sizes, Sizes, ScalarType, std::optional<Device>);
   const Device device{static_cast<DeviceType>(device_type), static_cast<int8_t>(device_index)};
-  Made* made = nullptr;
+  AtTensor* tensor = nullptr;
   if (device.type == DeviceType::CPU) {
     if (void* found = dlsym(RTLD_DEFAULT, "_ZN2at6detail17empty_strided_cpuEN3c108ArrayRefIlEES3_NS1_10ScalarTypeEb"))
-      made = new Made(reinterpret_cast<Cpu*>(found)(sizes, strides, type, false));
+      tensor = new AtTensor(reinterpret_cast<Cpu*>(found)(sizes, strides, type, false));
   } else if (void* found = dlsym(RTLD_DEFAULT, "_ZN2at6detail18empty_strided_cudaEN3c108ArrayRefIlEES3_NS1_10"
                                                "ScalarTypeESt8optionalINS1_6DeviceEE")) {
-    made = new Made(reinterpret_cast<Cuda*>(found)(sizes, strides, type, device));
+    tensor = new AtTensor(reinterpret_cast<Cuda*>(found)(sizes, strides, type, device));
   }
-  STD_TORCH_CHECK(made != nullptr, "attnkern: PyTorch could not allocate a tensor");
-  return reinterpret_cast<AtenTensorHandle>(made);
+  STD_TORCH_CHECK(tensor != nullptr, "attnkern: PyTorch could not allocate a tensor");
+  return reinterpret_cast<AtenTensorHandle>(tensor);
 }
 
-// Whether large new tensors ask for huge pages: where the kernel's policy leaves that to the program ("madvise"), unless
-// the environment variable ATTNKERN_HUGE_PAGES is 0. Read once.
+// Whether large new tensors ask for huge pages: if the operating system's policy leaves this to the program ("madvise")
+// and the environment variable ATTNKERN_HUGE_PAGES is not 0. Both are read once.
 inline bool asks_for_huge_pages() {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   static const bool asks = [] {
@@ -102,15 +102,15 @@ inline bool asks_for_huge_pages() {
 #endif
 }
 
-// Asks for huge pages for a new tensor of the CPU, before anything is written to it: glibc maps large blocks anew at each
-// allocation, and the faults of their 4 KiB pages take longer than the kernel that fills them. Pages that the block
-// shares with others are left alone. It is advice: where it fails, nothing changes.
+// Asks for huge pages for a new CPU tensor, before anything is written to it. glibc maps each large block anew, and the
+// page faults of 4 KiB pages take longer than the kernel that fills the tensor. Pages that the block shares with others
+// are not touched. If the request fails, nothing changes.
 inline void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t kLeast = 4 << 20; // bytes
+  constexpr int64_t kSmallest = 4 << 20; // bytes
   int64_t bytes;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
-  if (bytes < kLeast || !asks_for_huge_pages())
+  if (bytes < kSmallest || !asks_for_huge_pages())
     return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), page = sysconf(_SC_PAGESIZE);
   const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
@@ -119,18 +119,18 @@ inline void ask_for_huge_pages([[maybe_unused]] const Tensor& tensor) {
 #endif
 }
 
-// Uninitialised, on the device of `like`. Straight to the allocator: an operator's way through the dispatcher takes
-// longer than a kernel on a small map.
+// An uninitialised tensor on the device of `like`. This calls the allocator directly: an operator's call through the
+// dispatcher takes longer than a kernel on a small map.
 inline Tensor empty_strided(const Tensor& like, Sizes sizes, Sizes strides, ScalarType type) {
   int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  AtenTensorHandle made;
+  AtenTensorHandle handle;
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  if (aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), code, device_type, device_index, &made) !=
+  if (aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), code, device_type, device_index, &handle) !=
       TORCH_SUCCESS)
-    made = empty_strided_or_throw(sizes, strides, type, device_type, device_index);
-  Tensor tensor(made);
+    handle = empty_strided_or_throw(sizes, strides, type, device_type, device_index);
+  Tensor tensor(handle);
   if (device_type == aoti_torch_device_type_cpu())
     ask_for_huge_pages(tensor);
   return tensor;
@@ -161,22 +161,37 @@ template <typename T> Tensor empty(const Tensor& like, std::initializer_list<int
   return empty<T>(like, Sizes(sizes.begin(), sizes.size()));
 }
 
-// In the shape and the layout of `like`, which is dense.
+// An uninitialised tensor with the shape and the layout of `like`, which is dense.
 inline Tensor empty_like(const Tensor& like, ScalarType type) {
   return empty_strided(like, like.sizes(), like.strides(), type);
 }
 inline Tensor empty_same(const Tensor& like) { return empty_like(like, like.scalar_type()); }
 template <typename T> Tensor empty_like(const Tensor& like) { return empty_like(like, scalar_type<T>()); }
 
-// The gradient of features: like them, or (0,) when nobody asked for it.
+// The shape of features, (N, C, positions), with positions or channels innermost.
+struct Shape {
+  int64_t images, channels, positions;
+  bool channels_inner = false;
+
+  Shape(int64_t images, int64_t channels, int64_t positions)
+      : images(images), channels(channels), positions(positions) {}
+  explicit Shape(const Tensor& x)
+      : images(x.size(0)), channels(x.size(1)), positions(1), channels_inner(!x.is_contiguous()) {
+    for (int64_t i = 2; i < x.dim(); ++i)
+      positions *= x.size(i);
+  }
+  ATTNKERN_INLINE int64_t image_size() const { return channels * positions; }
+};
+
+// The gradient of features: like the features, or (0,) if it is not needed.
 template <typename T> Tensor features_grad(const Tensor& x, bool needed) {
   return needed ? empty_same(x) : empty<T>(x, {0});
 }
 
-// --- layouts: kernels read features with positions or with channels innermost, and all else contiguous. What lies
-// otherwise is copied; attnkern/_layout.py says the same for what is written in Python. ---
+// --- layouts: kernels take features with positions or with channels innermost, and all other tensors contiguous. Other
+// layouts are copied. attnkern/_layout.py does the same for kernels that are written in Python. ---
 
-// Dense (N, C, ...) of three or four dimensions with channels innermost, and not also contiguous.
+// Whether a tensor (N, C, ...) of three or four dimensions is dense with channels innermost, and not also contiguous.
 inline bool channels_innermost(const Tensor& x) {
   const int64_t dim = x.dim();
   if (x.is_contiguous() || (dim != 3 && dim != 4))
@@ -223,7 +238,7 @@ inline void make_dense(Tensor& x) {
     make_contiguous(x);
 }
 
-// In the layout of `x`, which is dense.
+// Brings a tensor into the layout of `x`, which is dense.
 inline void make_dense_like(const Tensor& x, Tensor& tensor) {
   if (!channels_innermost(x))
     make_contiguous(tensor);

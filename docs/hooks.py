@@ -1,4 +1,4 @@
-"""What the documentation site needs beyond its settings in mkdocs.yml."""
+"""Additions to the documentation site that mkdocs.yml cannot express."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ RESULTS = "benchmarks/results/"
 
 
 def on_files(files, config):
-    """The plots of the benchmarks, which lie outside the folder of the pages."""
+    """Adds the plots of the benchmarks, which are outside the folder of the pages."""
     for plot in sorted((ROOT / RESULTS).glob("*.svg")):
         files.append(File.generated(config, RESULTS + plot.name, abs_src_path=str(plot)))
     return files
@@ -22,7 +22,7 @@ def on_page_markdown(markdown, **_):
 
 
 def on_page_content(html, **_):
-    """The docstrings' Sphinx roles as links, where the API page has the name."""
+    """Turns the docstrings' Sphinx roles into links, where the API page has the name."""
 
     def link(match):
         name = match[2].removeprefix("~")
@@ -33,7 +33,7 @@ def on_page_content(html, **_):
 
 
 class FieldComments(griffe.Extension):
-    """The ``#:`` comment behind a field of a NamedTuple is its docstring."""
+    """Takes the ``#:`` comment after a field of a NamedTuple as its docstring."""
 
     def on_attribute_instance(self, *, node, attr, **_):
         if attr.docstring is not None or attr.lineno is None or not isinstance(attr.filepath, Path):

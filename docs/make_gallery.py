@@ -1,22 +1,54 @@
-"""The gallery: pictures of the runs that ``make reproduce`` left, and of a photograph. ``make gallery`` writes them."""
+"""Draw the pictures of the gallery, and write docs/gallery.md: ``make gallery``.
 
+Most of them show the networks that ``make reproduce`` trained. ``python docs/make_gallery.py --only equivariance``
+draws one picture and leaves the others as they are.
+"""
+
+import argparse
+import itertools
+import json
+import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from sklearn.datasets import load_sample_image
+from torch import nn
 
 import attnkern
 from attnkern import viz
-from attnkern.evaluation import frequency, map_of, occlude, pool_attention, query_driven, usage
+from attnkern.evaluation import (
+    equivariance_distance,
+    frequency,
+    map_of,
+    occlude,
+    pool_attention,
+    query_driven,
+    transform_images,
+    transform_rectangle,
+)
 from attnkern.evaluation.protocols import Subject
 from attnkern.models import attention_maps
+from attnkern.nn import WindowAttention
+from attnkern.training import digits_clutter
 from attnkern.training.data import ImageData
 from attnkern.training.train import load_run
 
 DOCS = Path(__file__).parent
-#: Test images that are shown, chosen by nothing but their order.
+#: The number of test images in a picture: always the first ones, so that nothing is selected.
 SHOWN = 6
+#: Recipe: the network's name in the pictures.
+NAMES = {
+    "vgg": "VGG\n(Grad-CAM)",
+    "vgg_gap": "VGG-GAP\n",
+    "vgg_pan": "VGG-PAN\n",
+    "vgg_att2_concat_dp": "VGG-att2\ndot product",
+    "vgg_att2_concat_pc": "VGG-att2\nparametrised",
+}
+#: Attention map of VGG-att2: its name in the pictures.
+LEVELS = {"attention10.map": "level 1:\nafter 10 layers", "attention13.map": "level 2:\nafter 13 layers"}
 
 
 def subject_of(runs: Path, name: str) -> Subject:
@@ -27,100 +59,202 @@ def subject_of(runs: Path, name: str) -> Subject:
 
 
 def levels(runs):
-    """Where VGG-att2 looks at its two levels, and the two combined."""
     subject = subject_of(runs, "vgg_att2_concat_pc")
     raw = subject.raw[:SHOWN]
     inputs = subject.normalise(raw)
     with torch.no_grad():
         _, maps = attention_maps(subject.network, inputs)
-        maps["combined"] = subject.predict(inputs)[1]
-    return viz.levels(raw, maps)
+        maps = {LEVELS[name]: map for name, map in maps.items()}
+        maps["both,\ncombined"] = subject.predict(inputs)[1]
+    return [viz.levels(raw, maps)]
 
 
 def networks(runs):
-    """Networks with attention beside those without, which are given Grad-CAM."""
-    names = ("vgg", "vgg_gap", "vgg_pan", "vgg_att2_concat_dp", "vgg_att2_concat_pc")
     maps = {}
-    for name in names:
+    for name, title in NAMES.items():
+        accuracy = json.loads((runs / name / "result.json").read_text(encoding="utf-8"))["accuracy"]
         subject = subject_of(runs, name)
         raw = subject.raw[:SHOWN]
         shown = "block3" if name == "vgg" else None
-        maps[name] = map_of(subject.network, shown)[1](subject.normalise(raw))[1].detach()
-    return viz.levels(raw, maps)
-
-
-def bottleneck(runs):
-    """The quantized map of VGG-aib-qt under occlusion and without its high or low frequencies. On these images it marks
-    the digit by low values: nothing in x + v·x before a batch normalisation tells which way is up."""
-    subject = subject_of(runs, "vgg_aib_qt")
-    raw, generator = subject.raw[:4], torch.Generator().manual_seed(0)
-    modified = {
-        "occluded, p = 8": occlude(raw, 8, generator),
-        "low frequencies": frequency(raw, 12, "low"),
-        "high frequencies": frequency(raw, 4, "high"),
-    }
-    return viz.occlusion_rows(raw, modified, subject.predict, normalise=subject.normalise, nearest=True)
-
-
-def anchors(runs):
-    """The anchors of VGG-aib-qt and how often each is chosen on the test images."""
-    subject = subject_of(runs, "vgg_aib_qt")
-    values = subject.network.attention.quantizer.anchors.detach()
-    chosen = (subject.maps.flatten()[:, None] - values).abs().argmin(1).bincount(minlength=len(values))
-    found = usage(chosen)
-    return viz.anchor_histogram(values, chosen, title=f"{found.used} of {found.anchors} anchors in use")
+        maps[f"{title}\n{accuracy:.1%} correct"] = map_of(subject.network, shown)[1](subject.normalise(raw))[1].detach()
+    return [viz.levels(raw, maps)]
 
 
 def query(runs):
-    """Attention of the dot product under the global vector of another image."""
     subject = subject_of(runs, "vgg_att2_concat_dp")
     attend = pool_attention(subject.network, "attention10", subject.normalise)
     targets, image = subject.raw[1:5], subject.raw[0]
-    return viz.query_pairs(targets, image, query_driven(attend, targets, image))
+    return [viz.query_pairs(targets, image, query_driven(attend, targets, image))]
 
 
-def equivariance(runs):
-    """Rectangles of one image turned, scaled and shifted, beside where equivariance wants them."""
-    subject = subject_of(runs, "efficientnet_b0_window_equivariance")
-    image = subject.raw[0]
+def bottleneck(runs):
+    subject = subject_of(runs, "vgg_aib_qt")
+    raw, generator = subject.raw[:4], torch.Generator().manual_seed(0)
+    modified = {
+        "8x8 pixels occluded": occlude(raw, 8, generator),
+        "low frequencies": frequency(raw, 12, "low"),
+        "high frequencies": frequency(raw, 4, "high"),
+    }
+    return [viz.occlusion_rows(raw, modified, subject.predict, normalise=subject.normalise, nearest=True)]
+
+
+def anchors(runs):
+    subject = subject_of(runs, "vgg_aib_qt")
+    values = subject.network.attention.quantizer.anchors.detach()
+    chosen = (subject.maps.flatten()[:, None] - values).abs().argmin(1).bincount(minlength=len(values))
+    return [viz.anchor_histogram(values, chosen, title="Anchors of VGG-aib-qt")]
+
+
+class Locator(nn.Module):
+    """A small network that finds the rectangle of a digit: convolutions, coordinates, the head of WindowAttention."""
+
+    def __init__(self):
+        super().__init__()
+        channels = (3, 16, 32, 48)
+        layers = []
+        for (inputs, outputs), stride in zip(itertools.pairwise(channels), (2, 2, 1), strict=True):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.attention = WindowAttention(channels[-1] + 2, hidden=(48, 64))
+
+    def forward(self, images):
+        features = self.features(images)
+        height, width = features.shape[2:]
+        rows, columns = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)
+        coordinates = torch.stack((rows.expand(height, width), columns.expand(height, width)))
+        coordinates = coordinates.expand(len(features), -1, -1, -1)
+        return self.attention.rectangle(torch.cat((features, coordinates), 1))
+
+
+def rectangles_of_boxes(boxes, size):
+    """(N, 5) rectangles that cover boxes in images of size x size pixels."""
+    first, last = boxes[:, :2] / (size - 1), boxes[:, 2:] / (size - 1)
+    return torch.cat(((first + last) / 2, (last - first) / 2, torch.zeros(len(boxes), 1)), 1)
+
+
+def trained_locator(size, steps=200, batch=48):
+    """A Locator, trained for a few seconds on digits that are rotated, scaled and shifted at random."""
+    torch.manual_seed(0)
+    locator, generator = Locator(), torch.Generator().manual_seed(0)
+    digits = digits_clutter("train", size, count=2 * 1438)
+    targets = rectangles_of_boxes(digits.boxes, size)
+    optimizer = torch.optim.AdamW(locator.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in range(steps):
+        chosen = torch.randint(len(targets), (batch,), generator=generator)
+        angle, scale, row, column = 2 * torch.rand(4, batch, generator=generator) - 1
+        change = {
+            "angle": math.pi / 5 * angle,
+            "scale": 1 + 0.25 * scale,
+            "shift": 0.12 * torch.stack((row, column), 1),
+        }
+        found = locator(transform_images(digits.images[chosen], **change))
+        loss = equivariance_distance(found, transform_rectangle(targets[chosen], **change)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return locator.eval()
+
+
+def equivariance(_runs):
+    size = 32
+    locator = trained_locator(size)
+    image = digits_clutter("test", size).images[0]
     with torch.no_grad():
-        size = tuple(subject.network.local_features(subject.normalise(image[None])).shape[2:])
-    return viz.equivariance_sequence(image, subject.rectangles_of, size, normalise=subject.normalise)
+        cells = tuple(locator.features(image[None]).shape[2:])
+    return [viz.equivariance_sequence(image, locator, cells)]
 
 
 def rectangle(_runs):
-    """One rectangle on a photograph that is not square: as the formula has it, and rigid (``aspect=True``)."""
     photograph = torch.tensor(load_sample_image("china.jpg")).permute(2, 0, 1) / 255
-    found = torch.tensor([[0.45, 0.4, 0.18, 0.35, 0.5]])
-    size = (27, 41)
+    found = torch.tensor([[0.5, 0.4, 0.14, 0.3, 0.5]])
     pictures = []
-    for aspect in (False, True):
-        map = attnkern.window_map(found, size, aspect=aspect)[0]
-        pictures.append(viz.overlay(photograph, map, alpha=0.45, rectangle=found[0], aspect=aspect))
+    for aspect, caption in ((False, "aspect=False"), (True, "aspect=True")):
+        map = attnkern.window_map(found, (27, 41), aspect=aspect)[0]
+        pictures.append(viz.overlay(photograph, map, alpha=0.45, rectangle=found[0], aspect=aspect, caption=caption))
     return pictures
 
 
-PICTURES = (levels, networks, query, bottleneck, anchors, equivariance, rectangle)
+class Entry(NamedTuple):
+    title: str
+    text: str
+    draw: Callable[[Path], list]
+
+
+ENTRIES = (
+    Entry(
+        "Two levels of attention",
+        "The maps of VGG-att2 with the parametrised score, at its two levels, and their combination.",
+        levels,
+    ),
+    Entry(
+        "Networks with and without attention",
+        "VGG has no attention, so its map is Grad-CAM of the predicted class. The others show their attention, the two "
+        "levels of VGG-PAN and VGG-att2 combined. Below each name is the accuracy on the test images. After a few "
+        "minutes of training, VGG-att2 with the dot product attends to single positions, which lie on the digit in "
+        "some runs and beside it in others.",
+        networks,
+    ),
+    Entry(
+        "Attention to the query of another image",
+        "VGG-att2 with the dot product: the attention of each image with its own global vector, the attention with the "
+        "global vector of the query image, and the relative change (red: more, blue: less).",
+        query,
+    ),
+    Entry(
+        "Quantized attention of modified images",
+        "The quantized map of VGG-aib-qt for images that are partly occluded or have lost their high or low "
+        "frequencies. On these images low values mark the digit: nothing in x + v·x before a batch normalisation "
+        "determines whether attended positions have high or low values.",
+        bottleneck,
+    ),
+    Entry(
+        "Anchors in use",
+        "The anchors of VGG-aib-qt and how often each of them is chosen on the test images.",
+        anchors,
+    ),
+    Entry(
+        "Rectangles of a rotated, scaled and shifted image",
+        "Solid lines are the rectangles that the network finds in each image; dashed lines are the rectangle of the "
+        "original image, transformed like the image. A small network with the head of `WindowAttention` was trained "
+        "for this picture on training digits with their boxes; the image is the first test image. The networks of "
+        "`make reproduce` are trained with class labels only, and their rectangles do not find the digit.",
+        equivariance,
+    ),
+    Entry(
+        "A rectangle on an image that is not square",
+        "The same rectangle as the formula draws it, and with `aspect=True`, which keeps its angles.",
+        rectangle,
+    ),
+)
 
 
 def main() -> int:
-    runs = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/reproduce")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="?", type=Path, default=Path("runs/reproduce"), help="folder of the trained runs")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", choices=[entry.draw.__name__ for entry in ENTRIES], help="pictures to draw"
+    )
+    options = parser.parse_args()
     folder = DOCS / "gallery"
     folder.mkdir(exist_ok=True)
     lines = [
         "# Gallery",
         "",
-        "Pictures of the networks that `make reproduce` trains, of their first test images; `make gallery` draws them. "
-        "What the networks reach is in [reproduction.md](reproduction.md).",
+        "Attention maps of the networks that `make reproduce` trains on handwritten digits in clutter, for the first "
+        "test images. `make gallery` draws these pictures; [Reproduction](reproduction.md) has the accuracy of the "
+        "networks.",
     ]
-    for draw in PICTURES:
-        figures = draw(runs)
-        title, _, rest = " ".join(draw.__doc__.split()).partition(". ")
-        lines += ["", f"## {title.rstrip('.')}", ""] + ([rest, ""] if rest else [])
-        for index, figure in enumerate(figures if isinstance(figures, list) else [figures]):
-            name = f"{draw.__name__}{index or ''}.png"
-            viz.save(figure, folder / name, dpi=80)
-            lines.append(f"![{title.rstrip('.')}](gallery/{name})")
+    for entry in ENTRIES:
+        name = entry.draw.__name__
+        if options.only is None or name in options.only:
+            for old in folder.glob(f"{name}*.png"):
+                old.unlink()
+            for index, figure in enumerate(entry.draw(options.runs)):
+                viz.save(figure, folder / f"{name}{index or ''}.png", dpi=80)
+        lines += ["", f"## {entry.title}", "", entry.text, ""]
+        lines += [f"![{entry.title}](gallery/{path.name})" for path in sorted(folder.glob(f"{name}*.png"))]
     (DOCS / "gallery.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 0
 

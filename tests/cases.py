@@ -1,11 +1,14 @@
-"""The five functions as one table, seeded inputs in any shape, dtype and layout, and one way to run and to compare."""
+"""The five functions as a table, seeded inputs in any shape, dtype and layout, and how to run and compare.
+
+Inputs, gradients of the outputs and the functions themselves are those of attnkern.testing.
+"""
 
 import math
 from fractions import Fraction
 
 import torch
 
-import attnkern
+from attnkern import testing
 from attnkern._numerics import loss_divisor
 
 #: function -> names of its tensors, names of its differentiable results
@@ -16,7 +19,6 @@ FUNCTIONS = {
     "anchor_attention": (("x", "a", "anchors"), ("output", "values", "anchor_loss", "commitment_loss")),
     "compatibility_pool": (("local", "query"), ("pooled", "attention", "scores")),
 }
-FEATURES = ("x", "local")
 
 #: (function, options), every value of every option at least once
 CASES = [
@@ -50,7 +52,7 @@ def case_id(value):
 
 
 def lay(tensor, layout):
-    """The same numbers lying otherwise in memory; ``expanded`` repeats those of the first channel with stride 0."""
+    """The same numbers in another memory layout; ``expanded`` repeats the first channel with stride 0."""
     match layout:
         case "contiguous":
             return tensor.contiguous()
@@ -75,34 +77,21 @@ def make(
     """Seeded inputs of a function by name.
 
     ``layout`` is that of the features, or of the map where there are none; ``companion`` is the dtype, or a tuple of
-    dtypes, of the other tensors (default: as the first); ``shared`` gives the pool one query for the batch.
+    dtypes, of the other tensors (default: that of the first); ``shared`` gives the pool one query for the batch.
     """
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(*shape, generator=g, dtype=torch.float64)
-
-    parameters = ((0.1, 0.9), (0.1, 0.9), (0.15, 0.6), (0.15, 0.6), (-1.5, 1.5))  # centre, half extents, angle
-    makers = {
-        "x": lambda: normal(n, c, *size),
-        "local": lambda: normal(n, c, *size),
-        "rectangle": lambda: torch.cat([uniform(low, high, n, 1) for low, high in parameters], 1),
-        "a": lambda: uniform(-0.2, 1.2, n, 1, *size),
-        "anchors": lambda: uniform(0, 1, anchors),
-        "query": lambda: 0.7 * (normal(c) if shared else normal(n, c)),
-    }
+    name = "compatibility_pool_shared" if shared else function
+    inputs = testing.make_inputs(name, (n, c, *size), torch.float64, seed=seed)
+    if "anchors" in inputs:
+        inputs["anchors"] = torch.rand(anchors, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     names = FUNCTIONS[function][0]
     rest = companion if isinstance(companion, tuple) else (companion or dtype,) * (len(names) - 1)
-    tensors = {name: makers[name]().to(device, to) for name, to in zip(names, (dtype, *rest), strict=True)}
+    tensors = {name: inputs[name].to(device, to) for name, to in zip(names, (dtype, *rest), strict=True)}
     tensors[names[0]] = lay(tensors[names[0]], layout)
     return tensors
 
 
 def doubles(tensors):
-    """The same numbers in float64: what an oracle works on."""
+    """The same numbers in float64, for the reference."""
     return {name: t.double() if t is not None and t.is_floating_point() else t for name, t in tensors.items()}
 
 
@@ -110,20 +99,14 @@ def doubles(tensors):
 
 
 def call(function, tensors, size=None, **options):
-    """The function's results by name. Only a map without features needs to be told its size."""
+    """The results of a function by name. Only window_map takes a size, because it has no features."""
     if function == "window_map":
-        return {"map": attnkern.window_map(**tensors, size=size, **options)}
-    return getattr(attnkern, function)(**tensors, **options)._asdict()
+        options["size"] = size
+    return testing.OPS[function].function(**tensors, **options)._asdict()
 
 
-def upstream(results, seed=1):
-    """Seeded gradients of the differentiable results, in their dtypes."""
-    g = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(result.shape, generator=g, dtype=torch.float64).to(result.device, result.dtype)
-        for name, result in results.items()
-        if result.is_floating_point()
-    }
+#: Seeded gradients of the differentiable results, in their dtypes.
+upstream = testing.output_gradients
 
 
 def run(function, tensors, *, wrt=None, through=None, grads=None, **options):
@@ -151,13 +134,13 @@ def run(function, tensors, *, wrt=None, through=None, grads=None, **options):
 # --- comparing -------------------------------------------------------------------------------------------------------
 
 
-#: What rounding may do to a result of a dtype, ill-conditioned inputs included: enough to tell right from wrong, while
-#: attnkern.testing holds the promise of accuracy. Half types are rounded once, to half a unit in the last place.
+#: Tolerances by dtype that tell a wrong result from a rounded one, for ill-conditioned inputs too; accuracy is tested
+#: by the tighter bounds of attnkern.testing. Half types are rounded once, to half a unit in the last place.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1.05 * 2**-8, torch.float16: 1.2 * 2**-11}
 
 
 def check(found, expected, scales=None):
-    """Each result within its dtype's tolerance · its scale; integers equal; None is zero.
+    """Each result is within the tolerance of its dtype times its scale; integers are equal; None counts as zero.
 
     A result's scale is its largest magnitude, at least 1; ``scales`` may give larger ones by name.
     """
@@ -180,7 +163,7 @@ def check(found, expected, scales=None):
 
 
 def check_run(function, tensors, backend, size=None, wrt=None, through=None, grad_layout="contiguous", **options):
-    """Results and gradients are the reference's in float64 on the same numbers. Returns them."""
+    """Compare results and gradients with the reference in float64 on the same numbers, and return them."""
     options["size"] = size
     grads = upstream(call(function, tensors, backend=backend, **options))
     grads = {name: lay(grad, grad_layout) if grad.dim() > 2 else grad for name, grad in grads.items()}
@@ -192,7 +175,7 @@ def check_run(function, tensors, backend, size=None, wrt=None, through=None, gra
 
 
 def _cancelling(tensors, expected, grads, options):
-    """Scale of the anchors' gradient: Σ|v - a| around an anchor may be far larger than Σ(v - a)."""
+    """Scale of the anchors' gradient: Σ|v - a| may be far larger than Σ(v - a)."""
     if "anchors" not in tensors:
         return {}
     pulls = (expected["values"] - tensors["a"].double()).abs().sum() * 2 * grads["anchor_loss"].abs()

@@ -14,14 +14,14 @@ import attnkern.nn as ann
 
 
 class Network(nn.Module):
-    """Every module with an operator of ours, and losses."""
+    """A network with every operator, and its losses."""
 
     def __init__(self):
         super().__init__()
         self.body = nn.Conv2d(3, 6, 3)
         self.window = ann.WindowAttention(6, (4,))
         self.bottleneck = ann.BottleneckAttention(6, 5)
-        self.bottleneck.std.requires_grad_(False)  # without noise nothing reaches it
+        self.bottleneck.std.requires_grad_(False)  # has no gradient without noise
         self.pool = ann.CompatibilityPool(6, 6)
         self.head = nn.Linear(6, 2)
 
@@ -82,7 +82,7 @@ def check_fsdp():
 
 
 def check_counts():
-    """With sync_counts every process knows the usage of all; without, its own."""
+    """With sync_counts every process has the counts of all processes, otherwise its own."""
     rank = dist.get_rank()
     a = torch.rand(4, 10, generator=torch.Generator().manual_seed(2))
     whole = ann.AnchorQuantizer(5)
@@ -97,7 +97,7 @@ def check_counts():
 
 
 def check_uneven_losses():
-    """Sums over processes, then one division: reduction="sum" over uneven shards gives the mean of the whole."""
+    """Losses of uneven shards: sums are added over the processes before they are divided."""
     rank = dist.get_rank()
     a = torch.rand(4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     whole = ann.AnchorQuantizer(5).double()
@@ -135,7 +135,7 @@ def sharded_run(function, tensors, places):
 
 
 def check_dtensor():
-    """Images and channels over two processes, unevenly: the numbers of one."""
+    """Images and channels sharded unevenly over two processes give the numbers of one process."""
     from cases import FUNCTIONS, make
     from torch.distributed.tensor import Replicate, Shard
 
@@ -167,6 +167,6 @@ if __name__ == "__main__":
         if dist.get_rank() == 0:
             print(f"{name}: ok", flush=True)
     dist.destroy_process_group()
-    # All is said: at times PyTorch's own threads abort a process that takes its usual end.
+    # PyTorch's threads sometimes abort a process that ends normally.
     sys.stdout.flush()
     os._exit(0)

@@ -1,12 +1,12 @@
-"""Any call that the functions allow, on every backend here, against float64: `python tests/fuzz.py --examples 200000`.
+"""Compares random valid calls on every backend with float64: `python tests/fuzz.py --examples 200000`.
 
-A case is a dictionary that JSON can hold: Hypothesis draws and shrinks it, and `--case` repeats one. The seed of a run
-is ATTNKERN_FUZZ_SEED, or drawn and printed.
+Hypothesis draws and shrinks cases, which are dictionaries that can be written as JSON; `--case` repeats one. The seed
+of a run is ATTNKERN_FUZZ_SEED, or drawn and printed.
 
-Allowed is attnkern.testing's budget, image by image and for one case: twice the error of the literal formula in the
-arithmetic's precision (at least float32), plus Σ|terms| times one ε of a half-precision result and 16 of the
-arithmetic, plus what the formula itself makes of rounding its inputs: over one case, unlike over a seeded set, the
-literal formula may be right by luck, and equal summands are all rounded one way.
+The allowed error is the budget of attnkern.testing for each image of a case: twice the error of the literal formula in
+the precision of the arithmetic (at least float32), plus Σ|terms| times one ε of a half-precision result and 16 ε of the
+arithmetic, plus the change of the result when the inputs are rounded. The last two terms are needed because the literal
+formula may be exact by chance in one case, unlike over a seeded set, and equal summands are all rounded the same way.
 """
 
 import argparse
@@ -31,11 +31,11 @@ from attnkern import testing
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in testing.DTYPES}
 SEED = int(os.environ.get("ATTNKERN_FUZZ_SEED") or random.randrange(2**32))
 
-#: Roundings that a result may be off by, of the inputs or of Σ|terms|: about as many lie on the way of each number.
+#: Allowed roundings of the inputs or of Σ|terms|: about the number of operations between an input and a result.
 ROUNDINGS = 16
-#: Where one rounding of the inputs moves a result by more than this share of it, its numbers mean nothing.
+#: A result that one rounding of the inputs changes by more than this fraction is not compared.
 ILL_CONDITIONED = 0.01
-#: Beyond it, products and squares leave float32: then only NaN, indices and the other images are checked.
+#: Above it, products and squares overflow in float32: only NaN, indices and the other images are checked.
 WILD = 1e15
 
 # --- drawing a case --------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ OPTIONS = {
 
 @st.composite
 def layouts(draw, dim):
-    """Keywords of `lay` for a tensor of so many axes."""
+    """Keywords of `lay` for a tensor with this number of axes."""
     axes = list(range(dim))
     kind = draw(st.sampled_from(("contiguous", "channels_last", "any", "any")))
     if kind == "channels_last" and dim > 2:
@@ -117,7 +117,7 @@ def cases(draw, functions=tuple(FUNCTIONS), backends=("native",), largest=20000)
             name: {
                 "shape": shapes[name],
                 "dtype": dtype if i == 0 else draw(st.sampled_from((dtype, "float32"))),
-                # Ordinary values half of the time, so that most cases are compared to the last digit.
+                # Ordinary values in half of the cases, so that most results are compared in full precision.
                 "values": draw(st.one_of(st.just(VALUES[name][0]), st.sampled_from(VALUES[name]))),
                 "layout": draw(layouts(len(shapes[name]))),
             }
@@ -128,7 +128,7 @@ def cases(draw, functions=tuple(FUNCTIONS), backends=("native",), largest=20000)
                 "values": draw(
                     st.one_of(st.just("normal"), st.sampled_from(VALUES["gradient"][: 3 if "loss" in name else 4]))
                 ),
-                # A result has as many axes as the first tensor, or fewer: what is drawn too much is left out.
+                # Results have at most as many axes as the first tensor; surplus entries are ignored.
                 "layout": draw(layouts(draw(st.integers(0, 4)))),
             }
             for name in differentiable
@@ -144,7 +144,7 @@ def cases(draw, functions=tuple(FUNCTIONS), backends=("native",), largest=20000)
 
 
 def values(kind, shape, dtype, generator, others):
-    """Numbers of a kind in a dtype; ``others`` holds the tensors made before."""
+    """Numbers of a kind in a dtype; ``others`` are the tensors made before."""
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -177,12 +177,12 @@ def values(kind, shape, dtype, generator, others):
         "ties": lambda: base,
     }.get(kind, lambda: rectangles() if len(shape) == 2 and shape[1] == 5 else base)()
     made = base.to(dtype)
-    if kind == "neighbours":  # one unit in the last place apart, in no order
+    if kind == "neighbours":  # one unit in the last place apart, unsorted
         chain = [torch.tensor(0.7, dtype=dtype)]
         while len(chain) < shape[0]:
             chain.append(torch.nextafter(chain[-1], chain[-1] + 1))
         made = torch.stack(chain)[torch.randperm(shape[0], generator=generator)]
-    elif kind == "ties" and made.numel():  # at the middle of two anchors, or one unit beside it
+    elif kind == "ties" and made.numel():  # at the midpoint of two anchors, or one unit away from it
         anchors = others["anchors"].double()
         pick = torch.randint(0, len(anchors), (2, *shape), generator=generator)
         made = (anchors[pick[0]] / 2 + anchors[pick[1]] / 2).to(dtype)
@@ -196,7 +196,7 @@ def values(kind, shape, dtype, generator, others):
 
 
 def lay(tensor, order=None, steps=None, expanded=(), flipped=(), offset=0, negated=False):
-    """The same numbers lying otherwise in memory, NaN between and around them; expanded axes repeat their first."""
+    """The same numbers in another memory layout, with NaN between and around them; expanded axes have stride 0."""
     kept = [axis for axis in range(tensor.dim()) if axis in (order or range(tensor.dim()))]
     order = [axis for axis in order or kept if axis < tensor.dim()] + [a for a in range(tensor.dim()) if a not in kept]
     steps = [*(steps or []), *[1] * tensor.dim()]
@@ -212,7 +212,7 @@ def lay(tensor, order=None, steps=None, expanded=(), flipped=(), offset=0, negat
     laid = storage.as_strided(tensor.shape, strides, offset)
     laid.copy_((-tensor if negated else tensor).flip(flipped))
     laid = (torch._neg_view(laid) if negated else laid).expand(shape)  # negated when it is read
-    return laid.flip(flipped) if flipped else laid  # PyTorch has no negative strides: a copy in the same order of axes
+    return laid.flip(flipped) if flipped else laid  # PyTorch has no negative strides: flip copies
 
 
 def make(case):
@@ -237,35 +237,34 @@ SUMMED = ("anchor_loss", "commitment_loss", "counts", "grad_anchors")
 
 
 def largest(tensor, images, where=None):
-    """Largest magnitude of each image among what is finite."""
+    """Largest finite magnitude of each image."""
     tensor = tensor.double().abs()
     kept = tensor.isfinite() if where is None else where
     return torch.where(kept, tensor, 0).reshape(images, -1).amax(1)
 
 
 def _bytes(tensor):
-    """All of its storage."""
+    """The whole storage as bytes."""
     return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
 def run_plain(function, tensors, grads, size, options, arithmetic, literal=False):
     """Results, all gradients and Σ|terms| of the reference or of the literal formula, in the tensors' dtype."""
-    op = testing.OPS["window_attention" if function == "window_map" else function]
+    op = testing.OPS[function]
     if function == "window_map":
-        rectangle = tensors["rectangle"]
-        tensors = {"x": rectangle.new_zeros(len(rectangle), 1, *size), "rectangle": rectangle}
+        options = options | {"size": size}
     keywords = options if literal else options | {"backend": "reference"}
     found = testing.evaluate(op.literal if literal else op.function, tensors, grads, **keywords)
     if literal:
         return found, None
-    g = {name: grads.get(name, torch.zeros_like(found[name])) for name in found if name in _outputs(op)}
-    if function == "anchor_attention" and tensors["a"].dim() == 3:  # the terms want a channel
+    g = {name: grads.get(name, torch.zeros_like(found[name])) for name in FUNCTIONS[function][1]}
+    if function == "anchor_attention" and tensors["a"].dim() == 3:  # the terms expect a channel axis
         wide = lambda d: {k: v[:, None] if k in ("a", "values", "indices") else v for k, v in d.items()}  # noqa: E731
         return found, op.terms(wide(tensors), wide(found), wide(g), **options)
     terms = op.terms(tensors, found, g, **options)
     if "rectangle" in tensors:
-        # Two factors of a rescaled gradient are differences, each rounded beside what it is of. Autograd, and with it
-        # the truth of float64, adds them up before it subtracts.
+        # Two factors of a rescaled gradient are differences, whose rounding errors are those of their terms. Autograd,
+        # also in float64, sums the terms before it subtracts.
         plain = op.terms(tensors, found, g, **options | {"rescale": False})["grad_rectangle"]
         terms["uncentred"] = plain
         terms["grad_rectangle"] += plain * (
@@ -274,13 +273,9 @@ def run_plain(function, tensors, grads, size, options, arithmetic, literal=False
     return found, terms
 
 
-def _outputs(op):
-    return next(results for name, (_, results) in FUNCTIONS.items() if testing.OPS.get(name) == op)
-
-
 def exponent_error(function, exact, other, size, options, epsilon):
-    """What rounding does to the logarithm of each image's weights, where they are not negligible: position by position,
-    so that no common shift cancels it."""
+    """Largest change of the logarithm of each image's weights when the inputs are rounded, over the positions whose
+    weight is not negligible."""
 
     def logarithm(tensors):
         if function == "compatibility_pool":
@@ -295,15 +290,15 @@ def exponent_error(function, exact, other, size, options, epsilon):
 
 
 def moved(name, tensor, epsilon, generator):
-    """The tensor with each number rounded another way."""
+    """The tensor with each number changed by up to one rounding."""
     by = epsilon * tensor.abs()
-    if name == "rectangle":  # positions and angles are rounded beside ones of their own
+    if name == "rectangle":  # positions and angles are rounded in sums with numbers of size 1
         by[:, [0, 1, 4]] += epsilon
     return tensor + by * torch.randint(0, 2, tensor.shape, generator=generator).mul(2).sub(1)
 
 
 def check(case, backends=None):
-    """Raise AssertionError unless every backend is right. Returns how many results were compared, and how many not."""
+    """Raise AssertionError unless every backend is right. Returns the numbers of results compared and not compared."""
     function, size, options = case["function"], case["size"], case["options"]
     tensors, grads, like = make(case)
     n = case["tensors"][FUNCTIONS[function][0][0]]["shape"][0]
@@ -328,11 +323,11 @@ def check(case, backends=None):
             {k: v.to(arithmetic) for k, v in plain_grads.items()}, size, options, arithmetic, literal=True,
         )  # fmt: skip
         others, uncertain = [], torch.zeros(n, dtype=torch.float64)
-        if "anchors" not in tensors:  # where values are chosen, the choice is exact
+        if "anchors" not in tensors:  # the choice of an anchor is exact
             generator = torch.Generator().manual_seed(case["seed"])
             for _ in range(2):
                 other = {k: moved(k, v, epsilon, generator) for k, v in exact.items()}
-                others.append(testing.evaluate(*_reference(function, other, size), exact_grads, **options))
+                others.append(run_plain(function, other, exact_grads, size, options, arithmetic)[0])
                 error = exponent_error(function, exact, other, size, options, epsilon)
                 uncertain = torch.maximum(uncertain, error)
         shared = "query" in tensors and tensors["query"].dim() == 1
@@ -355,7 +350,7 @@ def check(case, backends=None):
             term = largest(terms[name], images)
             known = ~(wild if images == n else wild.any()) & (term < WILD**2) & (size_of < WILD**2)
             doubt = uncertain if images == n else uncertain.amax()
-            # What NaN hides of the terms of a number.
+            # Terms that NaN hides.
             hidden = (terms[name].isnan().reshape(images, -1) & value.isfinite().reshape(images, -1)).any(1)
             infected[name] = known
             sure = (by_rounding <= ILL_CONDITIONED * size_of) & (doubt <= ILL_CONDITIONED) & ~hidden
@@ -387,9 +382,9 @@ def check(case, backends=None):
                 term = term + largest(terms["uncentred"], n)
             images, info = len(bound), torch.finfo(got.dtype)
             lost = (want.isnan() & ~got.isnan()).reshape(images, -1).any(1)
-            # A gradient of zero times NaN may be either.
+            # Zero times NaN in a gradient may give zero or NaN.
             assert not (lost & infected[name]).any() or (name.startswith("grad_") and zeros), f"{where}: NaN is lost"
-            # Sums over the batch, and those of float64's truth, are plain ones: equal summands are all rounded one way.
+            # Sums over the batch, also in float64, are sequential: equal summands are all rounded the same way.
             plain_sum = arithmetic == torch.float64 or name == "grad_anchors"
             sums = epsilon * (max(ROUNDINGS, elements) if plain_sum else ROUNDINGS)
             floor = max(info.smallest_normal * info.eps, torch.finfo(arithmetic).tiny)
@@ -397,9 +392,9 @@ def check(case, backends=None):
             inside = want.isfinite() & (want.abs() < 0.99 * info.max)
             before = bound + sums * term  # rounding to a half type
             before = before.view(-1, *[1] * (got.dim() - 1)) if got.dim() else before[0]
-            inside &= ~(got.isinf() & (want.abs() + before >= info.max))  # carried over the edge
+            inside &= ~(got.isinf() & (want.abs() + before >= info.max))  # rounded to Inf
             if name.startswith("grad_") and "anchors" not in tensors:
-                # An image with NaN may have more of it in its gradients than a formula that leaves out what is zero.
+                # In an image with NaN, gradients may have more NaN than the formula, which omits terms that are zero.
                 bad = sick if images == n else sick.any().expand(images)
                 inside &= ~(got.isnan() & bad.view(-1, *[1] * (got.dim() - 1)))
             error = largest((got.double() - want).nan_to_num(math.inf, math.inf), images, inside)
@@ -414,22 +409,11 @@ def check(case, backends=None):
     return compared, skipped
 
 
-def _reference(function, tensors, size):
-    if function == "window_map":
-        tensors = {"x": tensors["rectangle"].new_zeros(len(tensors["rectangle"]), 1, *size), **tensors}
-        function = "window_attention"
-
-    def reference(**keywords):
-        return testing.OPS[function].function(**keywords, backend="reference")
-
-    return reference, tensors
-
-
 # --- running many ----------------------------------------------------------------------------------------------------
 
 
 def find(examples, seed=SEED, functions=tuple(FUNCTIONS), backends=None, shrink=True, watch=lambda case, counts: None):
-    """The first case that fails, shrunk, and its error; None when all pass. ``watch`` sees each case and its counts."""
+    """The first failing case, shrunk, and its error; None if all pass. ``watch`` gets each case and its counts."""
     backends = backends or testing.available_backends()
     failure = None
 
@@ -452,7 +436,7 @@ def find(examples, seed=SEED, functions=tuple(FUNCTIONS), backends=None, shrink=
         watch(case, counts)
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several only wait for each other on tensors this small
+    torch.set_num_threads(1)  # more are slower on tensors this small
     try:
         one()
     except Exception:
@@ -496,7 +480,7 @@ def main(arguments=None):
                 totals[:] = (a + b for a, b in zip(totals, counts, strict=True))
 
         while done < options.examples:
-            # Pieces, each with the next seed: Hypothesis remembers every example of a run.
+            # In parts, each with the next seed, because Hypothesis keeps every example of a run in memory.
             count, seed = min(piece, options.examples - done), SEED + done // piece
             failure = find(count, seed, backends=backends, watch=watch)
             if failure is not None:

@@ -1,4 +1,4 @@
-"""The journal of `make gpu`: what its calls have done."""
+"""The journal of `make gpu`, which records what has been done."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ class Journal:
         return found
 
     def outcomes(self, stage: str) -> dict[str, str]:
-        """Outcome by unit of a stage: "passed", "failed", "skipped", or "unfinished" if it was begun twice in vain."""
+        """Outcomes of a stage by unit: "passed", "failed", "skipped", or "unfinished" if it was begun twice."""
         found, begun = {}, {}
         for entry in self.entries(stage):
             unit, outcome = entry.get("unit"), entry["outcome"]

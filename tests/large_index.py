@@ -1,7 +1,7 @@
 """Kernels on features of more than 2**31 elements, without a GPU: `python tests/large_index.py triton|cuda`.
 
-Only the last programs of each grid run, in Triton's interpreter or under the host emulation of CUDA, and memory that
-nobody touches costs nothing. What they write must be, to the bit, what the kernels make of the last image alone.
+Only the last programs of each grid run, in Triton's interpreter or under the host emulation of CUDA, and memory that is
+never touched is never allocated. Their results must have the same bits as those of the last image alone.
 """
 
 import os
@@ -11,7 +11,7 @@ import torch
 
 
 def triton_last(count):
-    """From here on kernels run the last ``count`` of their programs alone."""
+    """Make kernels run only the last ``count`` programs of their grid."""
     from triton.runtime import interpreter
 
     builder, call, set_index = (
@@ -32,7 +32,7 @@ def triton_last(count):
         call(self, *args, **kwargs)
 
     interpreter.GridExecutor.__call__ = last
-    # The interpreter copies tensors back to where they already are, all of their memory.
+    # The interpreter copies tensors back to their own memory, which would touch all of it.
     interpreter.GridExecutor._restore_args_dev = lambda *_: None
 
     def restore():
@@ -47,7 +47,7 @@ def cuda_last(count):
 
 
 def features(shape, layout, generator):
-    """Whatever memory holds, but for the last image: what is not touched takes none."""
+    """Uninitialised memory except for the last image, because memory that is not touched is not allocated."""
     n, c, h, w = shape
     x = torch.empty((n, h, w, c) if layout == "channels_last" else shape, dtype=torch.bfloat16)
     x[-1] = torch.randn(x.shape[1:], generator=generator)
@@ -61,7 +61,7 @@ def companion(*shape, generator, dtype=torch.float32):
 
 
 def passes(ops, shape, layout):
-    """Each operator, its arguments, and which of its results are per image."""
+    """Each operator, its arguments, and those of its results that have one part per image."""
     g = torch.Generator().manual_seed(0)
     n, c, h, w = shape
     x, grad = features(shape, layout, g), features(shape, layout, g)
@@ -105,7 +105,7 @@ def main(kind):
                 arg[-1:] if isinstance(arg, torch.Tensor) and arg.dim() and len(arg) == n else arg for arg in arguments
             ]
             wanted = getattr(ops, name)(*alone)
-            restore = last(16)  # those of the last image, and what comes behind them
+            restore = last(16)  # those of the last image and what follows
             found = getattr(ops, name)(*arguments)
             restore()
             for i in results:
@@ -116,7 +116,7 @@ def main(kind):
     a, anchors = torch.empty(2**31 + 4096, dtype=torch.bfloat16), torch.linspace(0, 1, 5).bfloat16()
     a[-2048:] = torch.rand(2048, generator=torch.Generator().manual_seed(0))
     wanted = ops.quantize_fwd(a[-2048:], anchors, 1)
-    restore = last(3)  # the emulation may have two left over
+    restore = last(3)  # the emulation may have two more
     found = ops.quantize_fwd(a, anchors, 1)
     restore()
     assert torch.equal(found[0][-256:], wanted[0][-256:])

@@ -1,12 +1,12 @@
-"""Plants one fault at a time in the kernels' sources; the tests must catch each: `python tests/mutate.py --seed 1`.
+"""Plants one fault at a time in the kernels' sources, which the tests must catch: `python tests/mutate.py --seed 1`.
 
-Faults are derived from the sources by class, and drawn from a seed, class by class. A compiler that refuses one has
-caught nothing: another is drawn. What survives either shows a hole in the tests or changes no result; then its entry
-in docs/mutation.json says why (`--why NUMBER TEXT`), and docs/mutation.md shows both.
+Faults are derived from the sources by class and drawn at random, from each class in turn. A fault that does not compile
+is replaced by another. A fault that survives shows a gap in the tests or changes no result; in the latter case its
+entry in docs/mutation.json says why (`--why NUMBER TEXT`), and docs/mutation.md shows it.
 
-C++ runs as the native lane's tests of the operators, CUDA under the host emulation, Triton in its interpreter and, what
-that leaves alone, ahead of time; a file of one operator is judged by that operator's tests. All happens in copies of
-the tree.
+C++ is tested by the operators' tests of the native lane, CUDA under the host emulation, and Triton in its interpreter,
+with barriers checked in the compiled code. A file of one operator is tested by the tests of that operator. All runs use
+copies of the tree.
 """
 
 import argparse
@@ -89,10 +89,7 @@ FAULTS = {
 
 
 def code_of(path: Path) -> str:
-    """The source with everything blank that is no code: comments, strings, and where names are only declared.
-
-    So is what differs under the host emulation, which would not see a fault there.
-    """
+    """The source with blanks in place of comments, strings, declarations, and code that the host emulation skips."""
     text = path.read_text(encoding="utf-8")
 
     def blank(match):
@@ -126,7 +123,7 @@ def code_of(path: Path) -> str:
 
 
 def undefined(new: str, code: str, position: int) -> bool:
-    """Is this a name that the Python function around a position lacks? Python refuses it only when it runs it."""
+    """Whether a name is not defined in the Python function around a position, which Python reports only at run time."""
     begin = max((match.start() for match in re.finditer(r"^(?=\S)|\n\n\n", code[:position], re.M)), default=0)
     end = re.compile(r"\n\n\n").search(code, position)
     return new.isidentifier() and not re.search(rf"\b{new}\b", code[begin : end.start() if end else len(code)])
@@ -134,7 +131,7 @@ def undefined(new: str, code: str, position: int) -> bool:
 
 @functools.cache
 def faults_in(path: Path) -> dict[str, list[dict]]:
-    """Everything that can be planted in a file, by class."""
+    """All faults that can be planted in a file, by class."""
     text, code = path.read_text(encoding="utf-8"), code_of(path)
     found = {}
     for kind, rules in FAULTS.items():
@@ -143,7 +140,7 @@ def faults_in(path: Path) -> dict[str, list[dict]]:
                 new = replacement(match) if callable(replacement) else match.expand(replacement)
                 if path.suffix == ".py" and kind == "swapped axis" and undefined(new, code, match.start()):
                     continue
-                if match.group() != text[match.start() : match.end()]:  # a string within
+                if match.group() != text[match.start() : match.end()]:  # there is a string inside
                     continue
                 begin, end = text.rfind("\n", 0, match.start()) + 1, text.find("\n", match.end())
                 fault = {
@@ -159,7 +156,7 @@ def faults_in(path: Path) -> dict[str, list[dict]]:
 
 
 def drawn(path: Path, seed: int):
-    """Faults of a file in the order of the draw: from each of its classes in turn."""
+    """The faults of a file in random order, from each class in turn."""
     found = {kind: [*faults] for kind, faults in faults_in(path).items()}
     generator = random.Random(f"{seed} {path.relative_to(ROOT)}")
     for faults in found.values():
@@ -174,8 +171,8 @@ def drawn(path: Path, seed: int):
 
 # --- how it is judged ------------------------------------------------------------------------------------------------
 
-FOLDERS = {"csrc/cuda": "cuda", "attnkern/_triton": "triton"}  # all else of csrc is C++
-#: What the launches of an operator's file are called in the names of tests.
+FOLDERS = {"csrc/cuda": "cuda", "attnkern/_triton": "triton"}  # the other files of csrc are C++
+#: file of an operator: pytest's -k expression for the tests of the operator
 OPERATORS = {"window": "window", "quantize": "quantize or anchor", "pool": "pool"}
 EVERY = ["kernels/test_ops.py", "kernels/test_promises.py"]
 SUITES = {  # tests in order, environment
@@ -205,7 +202,7 @@ def kernel_files() -> list[Path]:
 REFUSED = "refused"  # by Triton's compiler, which runs with the tests
 
 
-#: Like setup.py, but -O1, and one instruction set where a file does not ask for them: what counts is how soon it ends.
+#: Like setup.py, but faster: with -O1, and for one instruction set unless the file depends on it.
 BUILD = """
 import sys; sys.path.insert(0, "tests")
 from pathlib import Path
@@ -241,7 +238,7 @@ class Copy:
         return subprocess.run([sys.executable, *arguments], cwd=self.root, capture_output=True, text=True, **options)
 
     def build(self, kind: str, file: str) -> bool:
-        """Bring the libraries up to date that the tests of a kind load."""
+        """Build the libraries that the tests of a kind load."""
         baseline = (
             "" if "ATTNKERN_X86" in (self.root / file).read_text(encoding="utf-8") else "-DATTNKERN_BASELINE_ONLY"
         )
@@ -252,11 +249,11 @@ class Copy:
         return done.returncode == 0
 
     def caught(self, kind: str, operator: str | None) -> str | None:
-        """What caught it: a test, a crash, or the time limit of a test; None when all pass."""
+        """What caught the fault: a test, a crash, or the time limit of a test; None if all tests pass."""
         files, environment = SUITES[kind]
         own = [f"kernels/test_{name}.py" for name in ([operator] if operator else OPERATORS)]
         by = self.tested(own + files, OPERATORS[operator] if operator else "", environment)
-        if by is None and kind == "triton":  # of what the interpreter cannot show: the barriers of the compiled code
+        if by is None and kind == "triton":  # the interpreter does not show missing barriers
             by = self.tested(LANES["ahead"][0], "companions or more_channels", LANES["ahead"][1])
         return by
 
@@ -283,14 +280,14 @@ class Copy:
 
 
 def judged_by(path: Path) -> tuple[str, str | None]:
-    """Which tests judge a file: of what kind, and of which operator or of all."""
+    """The kind of tests for a file, and its operator; None for all operators."""
     kind = FOLDERS.get(str(path.relative_to(ROOT).parent), "native")
     operator = path.stem.split("_")[0]
     return kind, operator if operator in OPERATORS else None
 
 
 def judge(copy: Copy, fault: dict) -> bool:
-    """Plant a fault, and note what caught it; False when the compiler refuses it."""
+    """Plant a fault and record what caught it; False if it does not compile."""
     path = copy.root / fault["file"]
     original = path.read_text(encoding="utf-8")
     begin, end, new = fault.pop("at")
@@ -317,9 +314,9 @@ def page(results: dict) -> str:
     lines = [
         "# Planted faults",
         "",
-        "One fault at a time is planted in the sources of the kernels, drawn from a seed, class by class; the tests",
-        f"must catch it. `make mutate SEED={results['seed']}` goes on with this draw where it stopped; without a seed",
-        "others are drawn; `tests/mutate.py --again` judges anew. The whole list is in `docs/mutation.json`.",
+        "One fault at a time is planted in the sources of the kernels, drawn at random from each class in turn; the",
+        f"tests must catch it. `make mutate SEED={results['seed']}` continues this run; without a seed it draws other",
+        "faults; `tests/mutate.py --again` tests the same faults again. The whole list is in `docs/mutation.json`.",
         "",
         f"Seed {results['seed']}: {len(mutants)} faults, {len(caught)} caught, {len(survivors)} survived"
         + (", each of which changes no result:" if all(m.get("why") for m in survivors) else "."),
@@ -360,16 +357,22 @@ def key(mutant):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=None, help="of the draw; drawn itself when left out")
+    parser.add_argument("--seed", type=int, default=None, help="random seed; default: a new one")
     parser.add_argument("--each", type=int, default=EACH, help="faults per file")
     parser.add_argument("--files", default="", help="only files whose path matches this regular expression")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--again", action="store_true", help="judge also what has been judged")
-    parser.add_argument("--survivors", action="store_true", help="judge again only survivors that nothing explains")
+    parser.add_argument("--again", action="store_true", help="test faults of earlier runs again")
+    parser.add_argument("--survivors", action="store_true", help="test only survivors without an explanation again")
     parser.add_argument("--why", nargs=2, metavar=("NUMBER", "TEXT"), help="explain a survivor, counted from 0")
+    parser.add_argument(
+        "--page", action="store_true", help="write docs/mutation.md again, after changes of the sources"
+    )
     arguments = parser.parse_args()
 
     kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"seed": None, "mutants": []}
+    if arguments.page:
+        save(kept)
+        return 0
     if arguments.why:
         survivors = [m for m in kept["mutants"] if not m["caught"]]
         survivors[int(arguments.why[0])]["why"] = arguments.why[1]
@@ -382,7 +385,7 @@ def main() -> int:
     lock, copies = threading.Lock(), queue.SimpleQueue()
     files = [path for path in kernel_files() if re.search(arguments.files, str(path.relative_to(ROOT)))]
 
-    sound = set()  # whose tests pass where nothing is planted: else everything would be caught
+    sound = set()  # kinds whose tests pass without a planted fault
 
     def check(copy, path):
         kind, operator = judged_by(path)
@@ -396,7 +399,7 @@ def main() -> int:
     drafts = {path: drawn(path, seed) for path in files}
 
     def one(path):
-        """Judge the next fault of a file that its compiler takes."""
+        """Test the next fault of a file that compiles."""
         while True:
             with lock:
                 fault = next(drafts[path], None)

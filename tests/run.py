@@ -3,9 +3,9 @@
 A lane is one pytest process: folders of tests and an environment. With --quick (`make test`) it leaves out the tests
 marked slow and some parametrisations; without it (`make test-all`) it runs everything.
 
+project       archives, documentation, types, and the tools: benchmarks, planted faults, sanitizers
 networks      what is built on the kernels: models, data, training, evaluation
 native        the CPU kernels and the reference, and their use from PyTorch
-project       archives, documentation, types, and the tools: benchmarks, planted faults, sanitizers
 interpreted   the Triton kernels in Triton's interpreter, on small shapes
 cuda          the CUDA kernels: the library's resources, and their code emulated on the CPU
 ahead         the Triton and CUDA kernels compiled for GPUs: resources, spills, barriers, counted instructions
@@ -40,9 +40,9 @@ COMPILED = {"ATTNKERN_TEST_BACKENDS": "native,reference"}
 
 #: lane: folders, environment; the longest lanes start first
 LANES = {
+    "project": (["project", "tools"], {**COMPILED, **ONE_THREAD}),
     "networks": (["networks"], {**COMPILED, **ONE_THREAD, **POISON}),
     "native": (["kernels", "native", "integration"], {**COMPILED, **PASSIVE, **POISON, **SEED}),
-    "project": (["project", "tools"], {**COMPILED, **ONE_THREAD}),
     "interpreted": (["kernels"], {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1", **ONE_THREAD}),
     "cuda": (
         ["cuda_kernels", "kernels"], {"ATTNKERN_TEST_BACKENDS": "native", "ATTNKERN_TEST_CUDA_ON_HOST": "1", **POISON},

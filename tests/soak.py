@@ -1,6 +1,6 @@
-"""Many random shapes on every backend here: memory flat, results of fixed inputs equal bitwise, caches bounded.
+"""Calls every backend with many random shapes: no memory leak, bitwise equal results, bounded caches.
 
-`python tests/soak.py --calls 40000` prints a sentence for each promise that was not kept, and then exits with 1.
+`python tests/soak.py --calls 40000` prints each broken promise and then exits with 1.
 """
 
 import argparse
@@ -17,18 +17,17 @@ from cases import CASES, make, run
 
 from attnkern import _backend, testing
 
-#: Growth of memory that is no leak: after malloc_trim, glibc still keeps pages that hold one live block each,
-#: some MiB after any mix of shapes. A leaked tensor of the smallest shape here, some 500 bytes of bookkeeping, comes
-#: to 16 MiB after 34,000 calls.
+#: Allowed growth of memory: after malloc_trim, glibc keeps pages with one live block, some MiB for any mix of shapes.
+#: A leak of the smallest tensor here, about 500 bytes, exceeds 16 MiB after 34,000 calls.
 MEMORY = 16 * 2**20
-#: Entries that the library's caches may gain after the warm-up: those are keyed by devices, not by calls.
+#: Allowed growth of the caches of the library after the warm-up: their keys are devices, not calls.
 ENTRIES = 8
 
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "misaligned")
 
 
 def resident():
-    """Bytes of memory that this process still holds, swapped out or not; pages of files come and go."""
+    """Bytes of anonymous memory of this process, swapped out or not, without the pages of files."""
     gc.collect()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
@@ -37,12 +36,12 @@ def resident():
 
 
 def caches():
-    """Entries of every cache and every container of the library's modules, by name."""
+    """The number of entries of every cache and container in the modules of the library, by name."""
     modules = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "attnkern"}
     sizes = {}
     for name, module in modules.items():
         for key, value in list(vars(module).items()):
-            # Not PyTorch's FakeTensor, which has a method of that name.
+            # PyTorch's FakeTensor has a method of that name.
             if isinstance(value, functools._lru_cache_wrapper):
                 sizes[f"{name}.{key}"] = value.cache_info().currsize
             elif isinstance(value, (dict, list, set)) and not key.startswith("__"):
@@ -75,7 +74,7 @@ def one(random, backend, interpreted):
 
 
 def soak(calls, backends=None, seed=0):
-    """(What was not kept, a line about what was done), after so many calls. The first third warms up."""
+    """Make this number of calls, the first third as warm-up. Returns broken promises and a line of summary."""
     backends = backends or testing.available_backends()
     interpreted = _backend._ops.TRITON_INTERPRETS
     draw = random.Random(seed)
@@ -107,7 +106,7 @@ def soak(calls, backends=None, seed=0):
 
 
 def differing(first, again):
-    """The fixed results that are no longer the same bits."""
+    """The names of the fixed results whose bits have changed."""
     return [
         f"{name} is no longer what it was in the first pass"
         for name, value in first.items()

@@ -1,6 +1,6 @@
-"""A stand-in for a device without float64, as Apple's GPUs (MPS) and some of Intel's are: it computes on the CPU.
+"""Simulates a device without float64, such as Apple's GPUs (MPS) and some of Intel's; it computes on the CPU.
 
-Its tensors say that they are on the device "meta", the only one whose backward passes PyTorch runs without a driver.
+Its tensors report the device "meta", the only one that needs no driver to run backward passes in PyTorch.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ class _Kernels(TorchDispatchMode):
 
 
 class _Lists(TorchFunctionMode):
-    """What makes tensors of Python numbers asks no kernel for it."""
+    """Functions that make tensors of Python numbers call no kernel."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -77,6 +77,6 @@ class _Lists(TorchFunctionMode):
 
 @contextlib.contextmanager
 def without_float64():
-    """Within it the device is there: ``tensor.to(DEVICE)`` and ``device=DEVICE`` work."""
+    """Inside this context ``tensor.to(DEVICE)`` and ``device=DEVICE`` work."""
     with _Lists(), _Kernels():
         yield

@@ -1,4 +1,4 @@
-"""Each operator's fake kernel, decomposition, layout and sharding rules, in one place per mechanism."""
+"""Fake kernels, decompositions, layouts and sharding rules of the operators: one module per mechanism."""
 
 from attnkern._operators import pool, quantize, window
 from attnkern._schemas import SCHEMAS

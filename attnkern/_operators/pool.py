@@ -41,7 +41,7 @@ def _pool_bwd(grad_pooled, grad_attention, grad_scores, local, query, attention,
 
 
 def _shards_fwd(local, query):
-    """The batch may share a query (C,). Channels are not sharded: the scores need all of them."""
+    """A query (C,) is shared by the batch. Channels are not sharded, because a score is a sum over all channels."""
     return ("0 R -> 0 0 0 0",) if query.ndim == 1 else ("0 0 -> 0 0 0 0",)
 
 

@@ -36,7 +36,7 @@ def _fake_window_bwd(grad_output, grad_map, x, rectangle, stats, scale, rescale,
 
 
 def _unknown_stats(map, rescale):
-    """Only the kernels' own backward reads the statistics; its decomposition does without."""
+    """Only the backward kernels read the statistics; the decomposition of backward does not need them."""
     return map.new_full((map.shape[0], 7 if rescale else 0), torch.nan)
 
 

@@ -39,6 +39,14 @@ def _shift(largest):
 
 
 @triton.jit
+def _online_softmax(largest, score):
+    """Update the largest score so far by more scores. Returns it, the factor for sums so far, and the weights."""
+    new_largest = tl.maximum(largest, tl.max(score))
+    shift = _shift(new_largest)
+    return new_largest, tl.exp(largest - shift), tl.exp(score - shift)
+
+
+@triton.jit
 def _channels(vector, c, C, BLOCK_C: tl.constexpr):
     """BLOCK_C entries of a vector from channel c on, in float32; zeros beyond C, or if the vector is None."""
     if vector is None:
@@ -84,6 +92,14 @@ def _score_grad(s, grad_attention, grad_scores, attention, delta, n, p, P):
     return a, dc
 
 
+@triton.jit
+def _store_pooled(pooled, pooled_wide, average, n, c, C):
+    """Store entries c of the pooled vector of image n, rounded and, for half precision, also in float32."""
+    store(pooled + n * C + c, average, c < C)
+    if pooled_wide is not None:
+        tl.store(pooled_wide + n * C + c, average, c < C)
+
+
 # --- kernels with all channels ---------------------------------------------------------------------------------------
 
 
@@ -107,19 +123,13 @@ def _pool_fwd_kernel(
         score = tl.sum(tile * q[:, None], 0)
         tl.store(scores + p, score, p < P)
         score = tl.where(p < P, score, -float("inf"))
-        # Online softmax: the sums are relative to the largest score so far.
-        new_largest = tl.maximum(largest, tl.max(score))
-        shift = _shift(new_largest)
-        decay = tl.exp(largest - shift)
-        weight = tl.exp(score - shift)
+        # The sums are relative to the largest score so far.
+        largest, decay, weight = _online_softmax(largest, score)
         total = total * decay + tl.sum(weight)
         weighted = weighted * decay + tl.sum(tile * weight[None, :], 1)
-        largest = new_largest
     c = tl.arange(0, BLOCK_C)
     if peaks is None:  # the image is a single split
-        store(pooled + n * C + c, weighted / total, c < C)
-        if pooled_wide is not None:
-            tl.store(pooled_wide + n * C + c, weighted / total, c < C)
+        _store_pooled(pooled, pooled_wide, weighted / total, n, c, C)
         tl.debug_barrier()  # other threads stored the scores
         for first_p in range(0, P, 128):
             p = first_p + tl.arange(0, 128)
@@ -155,9 +165,7 @@ def _pool_combine_kernel(
             mask = (r < SPLITS)[:, None] & (c < C)[None, :]
             weighted += decay[:, None] * tl.load(sums + (n * SPLITS + r)[:, None] * C + c[None, :], mask, other=0.0)
         average = tl.sum(weighted, 0) / total
-        store(pooled + n * C + c, average, c < C)
-        if pooled_wide is not None:
-            tl.store(pooled_wide + n * C + c, average, c < C)
+        _store_pooled(pooled, pooled_wide, average, n, c, C)
     else:
         p = (block - channel_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
         score = tl.load(scores + n * P + p, p < P, other=0.0)
@@ -234,10 +242,8 @@ def _pool_average_kernel(
         score = _sum_groups(partials, n, p, C, P, GROUP, BLOCK_S)
         tl.store(scores + n * P + p, score, (p < P) & (block == 0))
         score = tl.where(p < P, score, -float("inf"))
-        new_largest = tl.maximum(largest, tl.max(score))
-        shift = _shift(new_largest)
-        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(score - shift))
-        largest = new_largest
+        largest, decay, weight = _online_softmax(largest, score)
+        total = total * decay + tl.sum(weight)
     weighted = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     for first_p in range(0, P, BLOCK_P):
         p = first_p + tl.arange(0, BLOCK_P)
@@ -248,9 +254,7 @@ def _pool_average_kernel(
         weighted += tile * weight[None, :]
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     average = tl.sum(weighted, 1)
-    store(pooled + n * C + c, average, c < C)
-    if pooled_wide is not None:
-        tl.store(pooled_wide + n * C + c, average, c < C)
+    _store_pooled(pooled, pooled_wide, average, n, c, C)
 
 
 @triton.jit

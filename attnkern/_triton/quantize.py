@@ -1,4 +1,5 @@
 """Triton kernels of nearest-anchor quantization, alone and applied to features. Formulas: attnkern/quantize.py.
+The search for the nearest anchor is in quantize_nearest.py.
 
 Forward takes one launch if one program can quantize all elements of the batch. Otherwise a second launch adds the
 partial sums of the first and applies the map to the features. Backward takes one launch, or two if a position has too
@@ -25,93 +26,9 @@ from attnkern._triton.common import (
     share,
     store,
 )
-
-_NOBODY = tl.constexpr(2**31 - 1)  # an index that no anchor has
-
+from attnkern._triton.quantize_nearest import anchor_values, any_nan, nearest_anchor
 
 # --- mathematics -----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _next_above(x):
-    """The next float32 above x; Inf is unchanged."""
-    bits = x.to(tl.int32, bitcast=True)
-    bits = tl.where(x == 0, 1, tl.where(x > 0, bits + 1, bits - 1))
-    return tl.where(x == float("inf"), x, bits.to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def _threshold(lo, hi, hi_first):
-    """The smallest float32 whose nearest anchor is hi rather than lo < hi; on a tie hi wins if ``hi_first``."""
-    half_lo = lo.to(tl.float64) * 0.5
-    half_hi = hi.to(tl.float64) * 0.5
-    midpoint = half_lo + half_hi
-    tail = midpoint - half_lo
-    error = (half_lo - (midpoint - tail)) + (half_hi - tail)  # midpoint + error is exact (Knuth)
-    nearest = midpoint.to(tl.float32)
-    above = nearest.to(tl.float64) - midpoint
-    prefers_hi = (above > 0) | ((nearest.to(tl.float64) == midpoint) & ((error < 0) | ((error == 0) & hi_first)))
-    threshold = tl.where(prefers_hi, nearest, _next_above(nearest))
-    # Opposite infinities have no midpoint: every finite number is equally far from both.
-    halfway = tl.where(hi_first, _next_above(-float("inf") + tl.zeros_like(lo)), float("inf"))
-    return tl.where(midpoint == midpoint, threshold, halfway)
-
-
-@triton.jit
-def _closer(best, best_index, values, candidates, j):
-    """The largest number below each value, with its lowest index, among the best so far and the candidates at j."""
-    below = tl.where(candidates[None, :] < values[:, None], candidates[None, :], -float("inf"))
-    largest = tl.max(below, 1)
-    matches = (candidates[None, :] == largest[:, None]) & (candidates[None, :] < values[:, None])
-    index = tl.min(tl.where(matches, j[None, :], _NOBODY), 1)
-    better = (index != _NOBODY) & ((best_index == _NOBODY) | (largest > best))
-    return tl.where(better, largest, best), tl.where(better, index, best_index)
-
-
-@triton.jit
-def _intervals(anchors, k, Q, BLOCK_J: tl.constexpr):
-    """The interval lower <= a < upper of the numbers nearest to each of anchors k, and whether any anchor is NaN.
-
-    Comparisons with NaN are false. NaN is therefore the lower end for an anchor that is never chosen (because an equal
-    one comes before it, or because some anchor is NaN), and the upper end for the largest anchor.
-    """
-    value = tl.load(anchors + k, k < Q, other=0.0).to(tl.float32)
-    below = tl.zeros_like(value)
-    above = tl.zeros_like(value)
-    below_index = tl.zeros_like(k) + _NOBODY
-    above_index = tl.zeros_like(k) + _NOBODY
-    chosen = k < Q
-    poisoned = 0
-    for start in range(0, Q, BLOCK_J):
-        j = start + tl.arange(0, BLOCK_J)
-        other = tl.load(anchors + j, j < Q, other=0.0).to(tl.float32)
-        poisoned = tl.maximum(poisoned, tl.max((other != other).to(tl.int32)))
-        other = tl.where(j < Q, other, float("nan"))
-        earlier = (other[None, :] == value[:, None]) & (j[None, :] < k[:, None])
-        chosen &= tl.max(earlier.to(tl.int32), 1) == 0
-        below, below_index = _closer(below, below_index, value, other, j)
-        above, above_index = _closer(above, above_index, -value, -other, j)
-    above = -above
-    lower = tl.where(below_index == _NOBODY, -float("inf"), _threshold(below, value, k < below_index))
-    upper = tl.where(above_index == _NOBODY, float("nan"), _threshold(value, above, above_index < k))
-    return tl.where(chosen & (poisoned == 0), lower, float("nan")), upper, poisoned
-
-
-@triton.jit
-def _nearest(a, anchors, Q, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr):
-    """Index + 1 and value of the anchor nearest to each a, (BLOCK_P,), and whether any anchor is NaN.
-
-    They are 0 and NaN if a or any anchor is NaN.
-    """
-    rank = tl.zeros(a.shape, tl.int32)
-    poisoned = 0
-    for start in range(0, Q, BLOCK_Q):
-        k = start + tl.arange(0, BLOCK_Q)
-        lower, upper, poisoned = _intervals(anchors, k, Q, BLOCK_J)
-        chosen = (a[None, :] >= lower[:, None]) & ~(a[None, :] >= upper[:, None])  # (BLOCK_Q, BLOCK_P)
-        rank += tl.sum(tl.where(chosen, k[:, None] + 1, 0), 0)
-    value = tl.load(anchors + tl.maximum(rank - 1, 0)).to(tl.float32)
-    return rank, tl.where(rank > 0, value, float("nan")), poisoned
 
 
 @triton.jit
@@ -137,7 +54,7 @@ def _quantize(
     p = first + tl.arange(0, BLOCK_P)
     inside = p < SIZE
     element = tl.load(a + p, inside, other=0.0).to(tl.float32)
-    rank, value, poisoned = _nearest(element, anchors, Q, BLOCK_Q, BLOCK_J)
+    rank, value, poisoned = nearest_anchor(element, anchors, Q, BLOCK_Q, BLOCK_J)
     store(values + p, value, inside)
     tl.store(indices + p, tl.maximum(rank - 1, 0).to(tl.int64), inside)
     difference = tl.where(inside, value - element, 0.0)
@@ -175,28 +92,6 @@ def _add_partials(
     tl.store(residuals + k, tl.sum(residual, 0), k < Q)
     if block == 0:
         _store_losses(anchor_loss, commitment_loss, tl.sum(total), divisor)
-
-
-@triton.jit
-def _poisoned(anchors, Q, BLOCK_J: tl.constexpr):
-    """1 if any anchor is NaN, else 0."""
-    found = tl.zeros((BLOCK_J,), tl.int32)
-    for start in range(0, Q, BLOCK_J):
-        j = start + tl.arange(0, BLOCK_J)
-        anchor = tl.load(anchors + j, j < Q, other=0.0).to(tl.float32)
-        found |= (anchor != anchor).to(tl.int32)
-    return tl.max(found)
-
-
-@triton.jit
-def _chosen(anchors, indices, element, poisoned, p, mask, Q):
-    """The values of elements p in full precision: their anchors, or NaN if the element or any anchor is NaN.
-
-    Users can overwrite the saved indices without PyTorch noticing (.data, NumPy); no read outside the anchors results.
-    """
-    index = tl.load(indices + p, mask, other=0)
-    value = tl.load(anchors + tl.where((index >= 0) & (index < Q), index, 0)).to(tl.float32)
-    return tl.where((element != element) | (poisoned != 0), float("nan"), value)
 
 
 @triton.jit
@@ -270,7 +165,7 @@ def _anchor_fwd_kernel(
                 BLOCK_A, BLOCK_Q, BLOCK_J,
             )  # fmt: skip
         element = tl.load(a + at_map, p < P, other=0.0).to(tl.float32)
-        _, v, _ = _nearest(element, anchors, Q, BLOCK_Q, BLOCK_J)
+        _, v, _ = nearest_anchor(element, anchors, Q, BLOCK_Q, BLOCK_J)
     else:
         for block in range(tl.program_id(0), tl.cdiv(Q, BLOCK_K), tl.num_programs(0)):
             _add_partials(
@@ -279,7 +174,7 @@ def _anchor_fwd_kernel(
             )  # fmt: skip
         v = tl.load(values + at_map, p < P, other=0.0).to(tl.float32)
         if ROUNDED:  # the dtype of the values is narrower than that of the anchors
-            v = _chosen(anchors, indices, v, 0, at_map, p < P, Q)
+            v = anchor_values(anchors, indices, v, 0, at_map, p < P, Q)
     modulate(x, v, output, n, group, first_p, C, P, RESIDUAL, CHANNELS_LAST, BLOCK_C, BLOCK_P, GROUP)
 
 
@@ -292,7 +187,7 @@ def _quantize_bwd_kernel(
     p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     mask = p < SIZE
     element = tl.load(a + p, mask, other=0.0).to(tl.float32)
-    value = _chosen(anchors, indices, element, _poisoned(anchors, Q, BLOCK_J), p, mask, Q)
+    value = anchor_values(anchors, indices, element, any_nan(anchors, Q, BLOCK_J), p, mask, Q)
     grad = tl.zeros((BLOCK_P,), tl.float32)
     if through is not None:  # (N, GROUPS, HW)
         at = p // HW * (GROUPS * HW) + p % HW
@@ -318,7 +213,7 @@ def _anchor_bwd_kernel(
     p = first_p + tl.arange(0, BLOCK_P)
     at_map = n * (P // FOLD) + (p % (P // FOLD) if FOLD > 1 else p)
     element = tl.load(a + at_map, p < P, other=0.0).to(tl.float32)
-    v = _chosen(anchors, indices, element, _poisoned(anchors, Q, BLOCK_J), at_map, p < P, Q)
+    v = anchor_values(anchors, indices, element, any_nan(anchors, Q, BLOCK_J), at_map, p < P, Q)
     grad = modulate_backward(
         grad_output, x, v, grad_x, n, group, first_p, C, P, RESIDUAL, CHANNELS_LAST, BLOCK_C, BLOCK_P, GROUP
     )

@@ -1,8 +1,8 @@
 """The papers' evaluation protocols.
 
-What looks at maps takes ``predict``, from normalised images to logits and a map, such as :func:`attention_of` and
-:func:`gradcam_of` make of a network. Shares lie in [0, 1].
-scikit-learn and scikit-image are needed only by the functions that say so.
+Functions that evaluate maps take ``predict``, a function from normalised images to logits and a map, such as
+:func:`attention_of` and :func:`gradcam_of` return. Shares lie in [0, 1]. scikit-learn, scikit-image and captum are
+needed only by the functions that mention them.
 """
 
 from attnkern.evaluation.anchors import AnchorUsage, perplexity, usage

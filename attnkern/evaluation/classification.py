@@ -1,18 +1,18 @@
-"""Accuracy."""
+"""Classification accuracy."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from attnkern._checks import check_kind, check_labels, check_shape
+from attnkern._checks import check_labels, check_shape
 from attnkern.evaluation.inputs import Data, Normalise, batches, check_evaluating, identity
 
 
 class Top1(NamedTuple):
     """Result of :func:`top1`."""
 
-    accuracy: float  #: correct / images; the papers' error is 1 less this
+    accuracy: float  #: correct / images; the papers' error is 1 - accuracy
     correct: int
     images: int
 
@@ -26,24 +26,23 @@ def top1(
     batch_size: int = 128,
     device=None,
 ) -> Top1:
-    """Share of images whose largest logit is that of the label; the first of equal logits counts.
+    """Share of images whose largest logit is that of the label; of equal logits the first counts.
 
     Args:
         model: from normalised images to logits (N, K); a module in evaluation mode.
         data: (images, labels), or an iterable of such batches.
         normalise: applied to the images first.
-        batch_size: images at a time, where ``data`` is a tuple.
-        device: where batches are moved, or None.
+        batch_size: images per batch if ``data`` is a tuple.
+        device: device for the batches, or None to leave them where they are.
 
     Raises:
-        ValueError, TypeError: no image, no labels, or tensors of another shape.
+        ValueError, TypeError: no image, no labels, a model in training mode, or tensors of another shape.
     """
     check_evaluating("top1", model)
-    check_kind("top1", Callable, normalise=normalise)
     correct, total = 0, 0
     for batch in batches("top1", "data", data, batch_size, device):
         if len(batch) < 2:
-            raise ValueError("top1: data must hold images and labels, got images alone")
+            raise ValueError("top1: data must hold images and labels, got images only")
         images, labels = batch[:2]
         check_labels("top1", labels, "images", images)
         logits = model(normalise(images))

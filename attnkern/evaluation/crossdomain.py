@@ -1,4 +1,4 @@
-"""Networks on data sets that they were not trained on: features under a linear SVM, or the predictions as they are."""
+"""Networks on data sets that they were not trained on: a linear SVM on features, or the predictions themselves."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -8,14 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from attnkern._checks import (
-    check_count,
-    check_integer,
-    check_items,
-    check_kind,
     check_labels,
-    check_number,
     check_shape,
-    check_size,
     check_tensor,
 )
 from attnkern._numerics import double
@@ -23,7 +17,7 @@ from attnkern.evaluation.inputs import Data, Normalise, batches, check_evaluatin
 
 
 class Whitening(NamedTuple):
-    """Result of :func:`zca`: call it on samples like those that it comes from."""
+    """Result of :func:`zca`, a function of samples (N, ...) with D values each."""
 
     mean: torch.Tensor  #: (D,) float32
     matrix: torch.Tensor  #: (D, D) float32, symmetric
@@ -47,10 +41,10 @@ class LinearSvm(NamedTuple):
 class DirectTransfer(NamedTuple):
     """Result of :func:`direct_transfer`."""
 
-    accuracy: float  #: images of classes that the network does not know count as wrong
-    accuracy_shared: float  #: without those images; NaN where no image is left
+    accuracy: float  #: images of classes that the network lacks count as wrong
+    accuracy_shared: float  #: without those images; NaN if none is left
     images: int
-    shared: int  #: images of classes that the network knows
+    shared: int  #: images of classes that the network has
 
 
 @torch.no_grad()
@@ -63,62 +57,59 @@ def features_at(
     batch_size: int = 128,
     device=None,
 ) -> torch.Tensor:
-    """What a module of the network takes, (N, D) on the CPU: features, where the module is the classifier.
+    """Inputs of a module of the network, flattened to (N, D), on the CPU: features, if the module is the classifier.
 
     Args:
         model: in evaluation mode.
-        module_name: of the submodule, such as "classifier"; of its inputs the first counts, flattened.
-        images: raw, (N, C, H, W), or an iterable of batches (of tuples, the first of each).
+        module_name: name of a submodule, such as "classifier"; if it has several inputs, the first one counts.
+        images: raw, (N, C, H, W), or an iterable of batches (of tuples that begin with the images).
         normalise: applied to the images first.
-        batch_size: images at a time, where ``images`` is a tensor.
-        device: where batches are moved, or None.
+        batch_size: images per batch if ``images`` is a tensor.
+        device: device for the batches, or None to leave them where they are.
 
     Raises:
-        ValueError, TypeError: no such module, one that is not called just once a batch, a model in training mode, or
-            no image.
+        ValueError: no such module, a module that is not called exactly once per batch, a model in training mode, or no
+            image.
 
     Source: Learn to Pay Attention, Section 5.3 and Appendix A.4.
     """
     where = "features_at"
-    check_kind(where, nn.Module, model=model)
     check_evaluating(where, model)
-    check_kind(where, str, module_name=module_name)
-    check_kind(where, Callable, normalise=normalise)
     modules = dict(model.named_modules())
     if module_name not in modules:
         raise ValueError(f"{where}: module_name must name a submodule of the model, got {module_name!r}")
-    found, seen = [], []
-    handle = modules[module_name].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    features, inputs_of_batch = [], []
+    handle = modules[module_name].register_forward_pre_hook(lambda _module, inputs: inputs_of_batch.append(inputs[0]))
     try:
         for raw, *_ in batches(where, "images", images, batch_size, device):
-            seen.clear()
+            inputs_of_batch.clear()
             model(normalise(raw))
-            if len(seen) != 1:
-                raise ValueError(f"{where}: {module_name!r} must be called once in a forward, got {len(seen)} calls")
-            found.append(seen[0].flatten(1).cpu())
+            if len(inputs_of_batch) != 1:
+                calls = len(inputs_of_batch)
+                raise ValueError(f"{where}: {module_name!r} must be called once per forward pass, got {calls} calls")
+            features.append(inputs_of_batch[0].flatten(1).cpu())
     finally:
         handle.remove()
-    return torch.cat(found)
+    return torch.cat(features)
 
 
 def zca(samples: torch.Tensor, floor: float = 1e-3) -> Whitening:
     """The whitening closest to the samples: C^(-1/2)·(x - mean), C their covariance.
 
-    To every variance along an eigenvector of C ``floor`` times their mean is added, so that what is mostly noise is
-    not blown up.
+    ``floor`` times the mean eigenvalue of C is added to every eigenvalue, so that directions that are mostly noise are
+    not amplified.
 
     Args:
         samples: (N, ...) features or images, N at least 2.
-        floor: share of the mean variance; positive where there are fewer samples than values.
+        floor: must be positive if there are fewer samples than values per sample.
 
     Raises:
-        ValueError, TypeError: samples of another shape or kind, or a negative floor.
+        ValueError, TypeError: samples of another shape or dtype, or a negative floor.
 
     Source: Bell and Sejnowski, The "independent components" of natural scenes are edge filters, 1997.
     """
     check_tensor("zca", "samples", samples)
     check_shape("zca", "samples", samples, "(N, ...) with N of at least 2", samples.dim() > 1 and len(samples) > 1)
-    check_number("zca", floor=floor)
     if not floor >= 0:
         raise ValueError(f"zca: floor must be at least 0, got {floor!r}")
     flat = double(samples.detach().flatten(1))
@@ -140,11 +131,11 @@ def linear_svm(features: torch.Tensor, labels: torch.Tensor, folds: int = 5, see
     Args:
         features: (N, D).
         labels: (N,).
-        folds: at most the images of the smallest class.
-        seed: of the folds and of the solver.
+        folds: number of folds, at most the number of images of the smallest class.
+        seed: random seed of the folds and of the solver.
 
     Raises:
-        ValueError, TypeError: features or labels of another shape or kind; too few images for the folds.
+        ValueError, TypeError: features or labels of another shape or dtype; too few images for the folds.
         ImportError: scikit-learn is not installed.
 
     Source: Learn to Pay Attention, Section 5.3 and Appendix A.4.
@@ -157,8 +148,6 @@ def linear_svm(features: torch.Tensor, labels: torch.Tensor, folds: int = 5, see
     check_tensor("linear_svm", "features", features)
     check_shape("linear_svm", "features", features, "(N, D)", features.dim() == 2)
     check_labels("linear_svm", labels, "features", features)
-    check_count("linear_svm", folds=folds)
-    check_integer("linear_svm", seed=seed)
     splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
     machine = LinearSVC(C=1.0, random_state=seed)
     found = cross_val_score(
@@ -180,9 +169,9 @@ def direct_transfer(
     batch_size: int = 128,
     device=None,
 ) -> DirectTransfer:
-    """Accuracy on another data set that shares classes, without any training there: CIFAR-10's network on STL-10.
+    """Accuracy on another data set that shares classes, without training on it: a network for CIFAR-10 on STL-10.
 
-    The network chooses among all its own classes; one that the other set lacks (frog) is wrong.
+    The network chooses among all its classes; a class that the other data set lacks (frog) is wrong.
 
     Args:
         model: from normalised images to logits (N, K); a module in evaluation mode.
@@ -190,11 +179,11 @@ def direct_transfer(
             batches.
         classes: names of the network's K classes.
         target_classes: names of the data set's classes.
-        synonyms: from target names to the network's; by default car is automobile.
-        size: that images are resized to first, or None.
+        synonyms: from target names to the network's names; by default ``{"car": "automobile"}``.
+        size: (H, W) that images are resized to first, or None.
         normalise: applied to the resized images.
-        batch_size: images at a time, where ``data`` is a tuple.
-        device: where batches are moved, or None.
+        batch_size: images per batch if ``data`` is a tuple.
+        device: device for the batches, or None to leave them where they are.
 
     Raises:
         ValueError, TypeError: no shared class, labels or logits of another number of classes, data without labels or
@@ -204,11 +193,6 @@ def direct_transfer(
     """
     where = "direct_transfer"
     check_evaluating(where, model)
-    check_items(where, str, classes=classes, target_classes=target_classes)
-    check_kind(where, Mapping | None, synonyms=synonyms)
-    check_kind(where, Callable, normalise=normalise)
-    if size is not None:
-        size = check_size(where, size)
     synonyms = {"car": "automobile"} if synonyms is None else synonyms
     index = {name: number for number, name in enumerate(classes)}
     known = [index.get(name, index.get(synonyms.get(name), -1)) for name in target_classes]
@@ -218,7 +202,7 @@ def direct_transfer(
     total, shared, correct = 0, 0, 0
     for batch in batches(where, "data", data, batch_size, device):
         if len(batch) < 2:
-            raise ValueError(f"{where}: data must hold images and labels, got images alone")
+            raise ValueError(f"{where}: data must hold images and labels, got images only")
         raw, labels = batch[:2]
         check_labels(where, labels, "images", raw)
         labels = labels.cpu()

@@ -1,4 +1,4 @@
-"""Interpretability score: do maps stay where they are when the image changes and the prediction does not?"""
+"""Interpretability score: how often maps stay the same when the image changes and the prediction does not."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,9 +8,6 @@ import torch.nn.functional as F
 
 from attnkern._checks import (
     check_choice,
-    check_count,
-    check_kind,
-    check_number,
     check_shape,
     check_tensor,
     describe,
@@ -21,15 +18,15 @@ from attnkern.evaluation.inputs import Data, Normalise, Predict, batches, check_
 
 
 class Interpretability(NamedTuple):
-    """Result of :func:`interpretability_score`; what is a share or a mean of no image is NaN."""
+    """Result of :func:`interpretability_score`; shares and means over no image are NaN."""
 
     images: int
-    consistent: int  #: images whose prediction stays
+    consistent: int  #: images whose prediction does not change
     share: float  #: consistent / images
-    counts: dict[float, int]  #: by threshold: of the consistent, images whose maps' cosine reaches it
+    counts: dict[float, int]  #: by threshold: consistent images whose maps have at least this cosine
     scores: dict[float, float]  #: counts / consistent
     cosine: float  #: mean over the consistent
-    centred_counts: dict[float, int]  #: as counts, each map less its mean: a nearly constant map scores no 1 here
+    centred_counts: dict[float, int]  #: as counts, with each map's mean subtracted: nearly constant maps do not score 1
     centred_scores: dict[float, float]
     centred_cosine: float
 
@@ -45,24 +42,22 @@ def occlude(
 ) -> torch.Tensor:
     """Images with a square of side ``size`` covered at a random place.
 
-    The generator gives each image the same number of draws: the squares depend neither on how images are batched nor
-    on the filling nor, from a generator of the CPU, on their device.
+    Each image takes the same number of random numbers: the squares depend neither on the batch size nor on ``fill``
+    nor, with a generator on the CPU, on the images' device.
 
     Args:
         images: (N, C, H, W) in [0, 1].
-        size: side p in pixels; the paper takes 4, 8, 12 and 16 of 32.
-        generator: of places, and of colours or the choice of fillings.
-        fill: "colour", one random colour an image, or images of another set (M, C, h, w), of which a random one is
-            resized to the square.
+        size: side p in pixels; the paper uses 4, 8, 12 and 16 for images of 32x32.
+        generator: draws the places, and the colours or images that fill them.
+        fill: "colour", one random colour per image; or images (M, C, h, w), a random one of which is resized to the
+            square.
 
     Raises:
-        ValueError, TypeError: images or fill of another shape or kind, or a square that does not fit.
+        ValueError, TypeError: images or fill of another shape or dtype, or a square that does not fit.
 
     Source: Information Bottleneck Approach to Spatial Attention Learning, Section 4.4.
     """
     _check_images("occlude", images)
-    check_count("occlude", size=size)
-    check_kind("occlude", torch.Generator, generator=generator)
     n, c, height, width = images.shape
     if size > min(height, width):
         raise ValueError(f"occlude: size must be at most {min(height, width)} (the images' shorter side), got {size}")
@@ -76,7 +71,7 @@ def occlude(
         draws = torch.rand(n, 2 + c, generator=generator, dtype=torch.float64, device=generator.device)
     except (TypeError, RuntimeError):  # a device without float64
         draws = torch.rand(n, 2 + c, generator=generator, device=generator.device)
-    # The place within the square of every row and column, out of [0, size) beside it.
+    # Position of every row and column relative to the square; within it, 0 to size - 1.
     top, left = ((draws[:, i, None] * (length - size + 1)).long() for i, length in enumerate((height, width)))
     rows = torch.arange(height, device=images.device) - top.to(images.device)
     columns = torch.arange(width, device=images.device) - left.to(images.device)
@@ -93,25 +88,24 @@ def occlude(
 
 
 def frequency(images: torch.Tensor, radius: float, keep: str) -> torch.Tensor:
-    """Images of their low or high frequencies alone, each channel rescaled to [0, 1] in steps of 1/255.
+    """Images with only their low or high frequencies, each channel rescaled to [0, 1] and rounded to steps of 1/255.
 
-    A frequency is low where its distance from zero, in cycles per image, is less than ``radius``. The rescaling is from
-    the least to the largest value of each image's channel, rounded; what is constant becomes 0.
+    A frequency is low if its distance from zero, in cycles per image, is less than ``radius``. Each channel of each
+    image is rescaled from its own minimum and maximum; a constant channel becomes 0.
 
     Args:
         images: (N, C, H, W).
-        radius: r; the paper takes 12 with "low" and 4 with "high".
-        keep: "low", or "high" for all that is not low.
+        radius: r; the paper uses 12 with "low" and 4 with "high".
+        keep: "low", or "high" for all other frequencies.
 
     Raises:
-        ValueError, TypeError: images of another shape or kind, an unknown ``keep``, or a radius that is not positive.
+        ValueError, TypeError: images of another shape or dtype, an unknown ``keep``, or a radius that is not positive.
 
     Source: Information Bottleneck Approach to Spatial Attention Learning, Section 4.4, after Wang et al.,
     High-frequency Component Helps Explain the Generalization of Convolutional Neural Networks, Section 3.
     """
     _check_images("frequency", images)
     check_choice("frequency", "keep", keep, ("low", "high"))
-    check_number("frequency", radius=radius)
     if not radius > 0:
         raise ValueError(f"frequency: radius must be positive, got {radius!r}")
     # Zero frequency stands at length // 2 after the shift, which is the published length / 2 for even lengths.
@@ -123,19 +117,22 @@ def frequency(images: torch.Tensor, radius: float, keep: str) -> torch.Tensor:
     spectrum = torch.fft.fftshift(torch.fft.fft2(numbers), dim=(2, 3))
     filtered = torch.fft.ifft2(torch.fft.ifftshift(spectrum * kept, dim=(2, 3))).real
     low, high = filtered.amin((2, 3), keepdim=True), filtered.amax((2, 3), keepdim=True)
-    # Of a constant channel the transform leaves rounding, which must not be blown up to a picture.
+    # The transform of a constant channel leaves rounding errors, which must not be rescaled to [0, 1].
     extent = torch.where(high - low > 1e-6, high - low, torch.inf)
     return ((filtered - low) / extent * 255).round().to(images) / 255
 
 
-def map_cosines(maps, others, centred):
-    """(N,) cosines of flattened maps; 0 where one is zero, or constant and ``centred``."""
+def map_cosines(maps: torch.Tensor, others: torch.Tensor, centred: bool) -> torch.Tensor:
+    """Cosines (N,) of pairs of maps (N, h, w), with their means subtracted if ``centred``.
+
+    The cosine is 0 if a map is zero, or constant and ``centred``.
+    """
     vectors = []
     for each in (maps, others):
         vector = double(each.flatten(1))
         if centred:
             extent, largest = vector.amax(1) - vector.amin(1), vector.abs().amax(1)
-            # Less its mean, a constant map of float32 is rounding.
+            # A constant map of float32 minus its mean is rounding error.
             varies = extent > 1e-6 * largest
             vector = (vector - vector.mean(1, keepdim=True)) * varies[:, None]
         vectors.append(F.normalize(vector, dim=1, eps=1e-30))
@@ -153,27 +150,26 @@ def interpretability_score(
     batch_size: int = 128,
     device=None,
 ) -> Interpretability:
-    """Share of attention-consistent images among those whose prediction a modification leaves as it is.
+    """Share of images with consistent attention among those whose prediction a modification does not change.
 
     Consistent: the cosine of the flattened maps before and after is at least the threshold, which the paper does not
-    state. The label plays no part.
+    state. Labels are not used.
 
     Args:
         predict: from normalised images to logits and a map, without noise.
-        images: raw, in [0, 1]: (N, C, H, W), or an iterable of batches (of tuples, the first of each).
+        images: raw, in [0, 1]: (N, C, H, W), or an iterable of batches (of tuples that begin with the images).
         modify: raw images to raw images, such as ``functools.partial(occlude, size=8, generator=generator)``.
         normalise: applied to both before ``predict``.
         thresholds: of the cosine.
-        batch_size: images at a time, where ``images`` is a tensor.
-        device: where batches are moved, or None.
+        batch_size: images per batch if ``images`` is a tensor.
+        device: device for the batches, or None to leave them where they are.
 
     Raises:
-        ValueError, TypeError: no image, images or maps of another shape or kind.
+        ValueError, TypeError: no image, images or maps of another shape or dtype.
 
     Source: Information Bottleneck Approach to Spatial Attention Learning, Section 4.4.
     """
     where = "interpretability_score"
-    check_kind(where, Callable, predict=predict, modify=modify, normalise=normalise)
     thresholds = numbers_of(where, "thresholds", thresholds)
     total, plain, centred = 0, [], []
     for raw, *_ in batches(where, "images", images, batch_size, device):

@@ -1,11 +1,11 @@
-"""Where maps look, against boxes and masks: pointing game, boxes around them, Otsu's threshold, Jaccard index."""
+"""Maps against boxes and masks of objects: pointing game, bounding boxes, Otsu's threshold, Jaccard index."""
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from attnkern._checks import check_count, check_number, check_shape, check_size, check_tensor
+from attnkern._checks import check_shape, check_size, check_tensor
 from attnkern._numerics import double, wide
 from attnkern.evaluation.inputs import check_maps, check_masks
 
@@ -23,10 +23,10 @@ class Localisation(NamedTuple):
 
 
 def upsample(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Maps (N, h, w) at the images' size, bilinear.
+    """Upsample maps (N, h, w) bilinearly to the size of the images.
 
     Positions count as feature cells: the centre of cell i of h lies at (i + 0.5)/h of the image's height
-    (``align_corners=False``), also of maps that :func:`attnkern.window_map` drew from corner to corner.
+    (``align_corners=False``), also of maps of :func:`attnkern.window_map`, whose coordinates run from corner to corner.
 
     Args:
         maps: (N, h, w).
@@ -36,7 +36,7 @@ def upsample(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         (N, H, W), float32 (float64 for float64 maps).
 
     Raises:
-        ValueError, TypeError: maps of another shape or kind, or a size that is none.
+        ValueError, TypeError: maps of another shape or dtype, or a size that is not (H, W).
     """
     check_maps("upsample", "maps", maps)
     size = check_size("upsample", size)
@@ -60,7 +60,7 @@ def box_masks(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         size: (H, W).
 
     Raises:
-        ValueError, TypeError: boxes of another shape or kind, or a size that is none.
+        ValueError, TypeError: boxes of another shape or dtype, or a size that is not (H, W).
     """
     _check_boxes("box_masks", boxes)
     size = check_size("box_masks", size)
@@ -77,7 +77,7 @@ def _varies(maps):
 
 
 def _hits(maps, boxes, size):
-    """(N,) bool: the maximum lies in the box."""
+    """(N,) bool: whether the maximum of each map lies in its box."""
     flat = upsample(maps, size).flatten(1)
     inside = box_masks(boxes.to(maps.device), size).flatten(1)
     return inside.gather(1, flat.argmax(1, keepdim=True))[:, 0] & _varies(maps)
@@ -86,7 +86,7 @@ def _hits(maps, boxes, size):
 def pointing_game(maps: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> float:
     """Share of maps whose maximum, after upsampling to the images' size, lies inside the box.
 
-    Of several equal maxima the first counts, row by row; a constant map points nowhere, a miss.
+    Of several equal maxima the first in row order counts; a constant map counts as a miss.
 
     Args:
         maps: (N, h, w).
@@ -94,7 +94,7 @@ def pointing_game(maps: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]
         size: (H, W) of the images.
 
     Raises:
-        ValueError, TypeError: maps or boxes of another shape or kind.
+        ValueError, TypeError: maps or boxes of another shape or dtype.
 
     Source: Zhang et al., Top-down Neural Attention by Excitation Backprop, Section 4.1.
     """
@@ -105,12 +105,13 @@ def pointing_game(maps: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]
 
 
 def binarise(maps: torch.Tensor) -> torch.Tensor:
-    """Maps (N, H, W) above Otsu's threshold, (N, H, W) bool: each is rescaled to [0, 1] and split in 256 bins.
+    """Masks (N, H, W), bool, of the positions where maps (N, H, W) exceed Otsu's threshold.
 
-    A constant map gives an empty mask.
+    Each map is rescaled to [0, 1] first; the threshold is computed from a histogram with 256 bins. A constant map gives
+    an empty mask.
 
     Raises:
-        ValueError, TypeError: maps of another shape or kind.
+        ValueError, TypeError: maps of another shape or dtype.
         ImportError: scikit-image is not installed.
 
     Source: Learn to Pay Attention, Appendix A.4.
@@ -126,7 +127,7 @@ def binarise(maps: torch.Tensor) -> torch.Tensor:
 
 
 def rescale(maps: torch.Tensor) -> torch.Tensor:
-    """Maps (N, H, W) with each one's minimum at 0 and maximum at 1; a constant map becomes 0."""
+    """Rescale each map (N, H, W) to minimum 0 and maximum 1; a constant map becomes 0."""
     check_maps("rescale", "maps", maps)
     maps = maps.to(wide(maps.dtype))
     maps = maps - maps.amin((1, 2), keepdim=True)
@@ -137,15 +138,15 @@ def rescale(maps: torch.Tensor) -> torch.Tensor:
 def tight_boxes(maps: torch.Tensor, share: float = 0.2) -> torch.Tensor:
     """Boxes (N, 4), as in :func:`box_masks`, around the largest connected region of each map above a threshold.
 
-    The threshold lies at ``share`` of the way from the map's minimum to its maximum; regions are connected over edges
-    and corners, and of equally large ones the first counts. A constant map gives an empty box, (0, 0, -1, -1).
+    The threshold is minimum + ``share``·(maximum - minimum) of the map; regions are connected over edges and corners,
+    and of equally large regions the first counts. A constant map gives an empty box, (0, 0, -1, -1).
 
     Args:
         maps: (N, H, W).
-        share: 0 to below 1; the source takes 0.2.
+        share: at least 0 and below 1; the source uses 0.2.
 
     Raises:
-        ValueError, TypeError: maps of another shape or kind, or a share out of its range.
+        ValueError, TypeError: maps of another shape or dtype, or a share out of its range.
         ImportError: scikit-image is not installed.
 
     Source: Zhou et al., Learning Deep Features for Discriminative Localization, Section 3.2.
@@ -155,7 +156,6 @@ def tight_boxes(maps: torch.Tensor, share: float = 0.2) -> torch.Tensor:
     except ImportError as error:
         raise ImportError("tight_boxes needs scikit-image: pip install scikit-image") from error
     check_maps("tight_boxes", "maps", maps)
-    check_number("tight_boxes", share=share)
     if not 0 <= share < 1:
         raise ValueError(f"tight_boxes: share must be at least 0 and below 1, got {share!r}")
     boxes = []
@@ -171,18 +171,17 @@ def tight_boxes(maps: torch.Tensor, share: float = 0.2) -> torch.Tensor:
 
 
 def jaccard(predicted: torch.Tensor, target: torch.Tensor, empty: float = 1.0) -> torch.Tensor:
-    """Intersection over union of each pair of masks, (N,) float64; on the CPU where their device has no float64.
+    """Intersection over union of each pair of masks, (N,) float64, on the CPU if the device has no float64.
 
     Args:
         predicted, target: (N, H, W) bool.
-        empty: the value where both are empty; NaN marks such images for ``nanmean``.
+        empty: the value for two empty masks; NaN lets ``nanmean`` ignore such images.
 
     Raises:
-        ValueError, TypeError: masks of another shape or kind.
+        ValueError, TypeError: masks of another shape or dtype.
     """
     check_masks("jaccard", "predicted", predicted)
     check_masks("jaccard", "target", target, "predicted", predicted)
-    check_number("jaccard", empty=empty)
     intersection = double((predicted & target).sum((1, 2)))
     union = double((predicted | target).sum((1, 2)))
     return torch.where(union > 0, intersection / union, empty)
@@ -201,18 +200,17 @@ def localisation(
         maps: (N, h, w).
         boxes: (N, 4) as in :func:`box_masks`.
         size: (H, W) of the images.
-        masks: (N, H, W) bool. Where one is empty an empty prediction counts 1, any other 0.
-        batch_size: maps upsampled at a time.
+        masks: (N, H, W) bool. If a mask is empty, an empty prediction counts 1, any other 0.
+        batch_size: maps that are upsampled at a time.
 
     Raises:
-        ValueError, TypeError: maps, boxes or masks of another shape or kind.
+        ValueError, TypeError: maps, boxes or masks of another shape or dtype.
         ImportError: scikit-image is not installed.
     """
     where = "localisation"
     check_maps(where, "maps", maps)
     _check_boxes(where, boxes, maps)
     size = check_size(where, size)
-    check_count(where, batch_size=batch_size)
     if masks is not None:
         check_masks(where, "masks", masks)
         expected = (len(maps), *size)

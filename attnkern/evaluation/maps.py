@@ -1,11 +1,10 @@
-"""One map an image from a network: its attention, or Grad-CAM where it has none."""
+"""One map per image from a network: its attention, or Grad-CAM."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from attnkern._checks import check_items, check_kind
 from attnkern.evaluation.inputs import Predict
 from attnkern.evaluation.segmentation import combine
 from attnkern.models.registry import attention_maps, map_names
@@ -16,21 +15,17 @@ def attention_of(network: nn.Module, names: Iterable[str] | None = None) -> Pred
     """A function from normalised images to logits and one attention map, for every protocol here.
 
     Args:
-        network: with attnkern's modules in it.
-        names: of the maps, fine to coarse, by default all. Of several the last two are combined, see
-            :func:`attnkern.evaluation.combine`, without the root where the finer one filters what the coarser sees.
+        network: a network that contains attnkern's modules.
+        names: names of the maps, fine to coarse, by default all. The last two of several are combined by
+            :func:`attnkern.evaluation.combine`, without the square root in a network with progressive attention.
 
     Raises:
-        ValueError, TypeError: a network without attention maps, a name that is none of them, or no Module.
+        ValueError: a network without attention maps, or an unknown name.
     """
-    check_kind("attention_of", nn.Module, network=network)
     known = map_names(network)
-    if names is not None:
-        check_items("attention_of", str, names=names)
     names = known if names is None else list(names)
     if not names or not set(names) <= set(known):
-        choice = ", ".join(map(repr, known)) or "none, it has no attention map"
-        raise ValueError(f"attention_of: names must be of {choice}, got {names}")
+        raise ValueError(f"attention_of: names must be among the network's attention maps {known}, got {names}")
     progressive = any(isinstance(module, ProgressiveAttention) for module in network.modules())
 
     def predict(images):
@@ -42,12 +37,12 @@ def attention_of(network: nn.Module, names: Iterable[str] | None = None) -> Pred
 
 
 def gradcam_of(network: nn.Module, name: str) -> Predict:
-    """As :func:`attention_of`, with Grad-CAM of the predicted class at the output of the module ``name`` as the map.
+    """Like :func:`attention_of`; the map is Grad-CAM of the predicted class at the output of the module ``name``.
 
-    map = ReLU(Σ_k w_k f_k), w_k the average over positions of the logit's derivative by f_k.
+    map = ReLU(Σ_k w_k f_k), w_k the average over positions of the derivative of the logit with respect to f_k.
 
     Raises:
-        ValueError, TypeError: no module of that name, a network that is no Module.
+        ValueError: no module of that name.
         ImportError: captum is not installed.
 
     Source: Selvaraju et al., Grad-CAM, Eqs. 1-2; the implementation is Captum's.
@@ -56,11 +51,9 @@ def gradcam_of(network: nn.Module, name: str) -> Predict:
         from captum.attr import LayerGradCam
     except ImportError as error:
         raise ImportError("gradcam_of needs captum: pip install captum") from error
-    check_kind("gradcam_of", nn.Module, network=network)
-    check_kind("gradcam_of", str, name=name)
     modules = dict(network.named_modules())
     if name not in modules:
-        raise ValueError(f"gradcam_of: name must be that of a module of the network, got {name!r}")
+        raise ValueError(f"gradcam_of: name must be the name of a module of the network, got {name!r}")
     explain = LayerGradCam(network, modules[name])
 
     def predict(images):
@@ -75,22 +68,21 @@ def gradcam_of(network: nn.Module, name: str) -> Predict:
 
 
 def map_of(network: nn.Module, name: str | None = None) -> tuple[str, Predict]:
-    """The map that a network is looked at by, its title and a function as :func:`attention_of` gives.
+    """The title of a network's map and a function like that of :func:`attention_of`.
 
     Args:
-        name: of an attention map, or of a module for Grad-CAM; by default all attention maps combined, or Grad-CAM at
-            the deepest but one of the feature maps of a network without attention.
+        network: with or without attention.
+        name: name of an attention map, or of a module for Grad-CAM. None: the combined attention maps, or Grad-CAM at
+            the second deepest feature map of a network without attention.
 
     Raises:
-        ValueError, TypeError: a name that is neither, or no Module.
+        ValueError: a name that is neither.
     """
-    check_kind("map_of", nn.Module, network=network)
-    check_kind("map_of", str | None, map=name)
     names = map_names(network)
     if names and (name is None or name in names):
         return name or " x ".join(names[-2:]), attention_of(network, None if name is None else [name])
     chosen = network.feature_modules[-2] if name is None else name
     if chosen not in dict(network.named_modules()):
-        choice = ", ".join(map(repr, names)) or "none here"
+        choice = ", ".join(map(repr, names)) or "this network has none"
         raise ValueError(f"map must be an attention map ({choice}) or a module of the network, got {name!r}")
     return f"Grad-CAM {chosen}", gradcam_of(network, chosen)

@@ -6,6 +6,8 @@ import json
 import math
 import os
 import platform
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,24 +40,24 @@ from attnkern.nn import AnchorQuantizer, CompatibilityPool, WindowAttention
 
 
 class NotApplicableError(ValueError):
-    """A protocol asks for what this network or data set does not have."""
+    """The network or the data set lacks what a protocol needs."""
 
 
 @dataclass
 class Subject:
-    """What is evaluated: a network, its images, and the choices that every protocol shares.
+    """A network, its test images, and the settings that all protocols share.
 
     Args:
         network: in evaluation mode.
         images: an :class:`attnkern.training.data.ImageData` after ``setup()``.
-        normalise: images in [0, 1] to what the network takes.
-        class_names: of the network's logits; None: those of the images.
-        map: name of the attention map, or of a module for Grad-CAM where the network has none; None: all levels
-            combined, or the deepest but one of the feature maps.
-        limit: number of test images, the first ones; None: all.
-        batch_size, device: of every forward.
-        seed: of everything that is drawn.
-        other: raw images (M, 3, h, w) that occlude, instead of the test images themselves in another order.
+        normalise: from images in [0, 1] to the input of the network.
+        class_names: names of the network's classes; None: those of the images.
+        map: name of the attention map, or of a module for Grad-CAM. None: the combined attention maps, or Grad-CAM at
+            the second deepest feature map of a network without attention.
+        limit: number of test images, drawn from all classes by :func:`stratified`; None: all.
+        batch_size, device: of every forward pass.
+        seed: random seed of the test images under ``limit`` and of the occlusions.
+        other: raw images (M, 3, h, w) to occlude with, by default the test images in another order.
     """
 
     network: torch.nn.Module
@@ -75,22 +77,26 @@ class Subject:
         self.map_name, self.predict = map_of(self.network, self.map)
         self.common = {"normalise": self.normalise, "batch_size": self.batch_size, "device": self.device}
 
-    def _loaded(self, data):
-        chosen = data if self.limit is None else Subset(data, range(min(self.limit, len(data))))
-        return [torch.cat(parts) for parts in zip(*DataLoader(chosen, self.batch_size), strict=True)]
+    def _load(self, data):
+        if self.limit is not None:
+            part = self.images.test.part
+            labels = [part.labels[index] for index in part.indices]
+            data = Subset(data, stratified(labels, self.limit, self.seed))
+        return [torch.cat(parts) for parts in zip(*DataLoader(data, self.batch_size), strict=True)]
 
     @functools.cached_property
     def raw(self) -> torch.Tensor:
         """(N, 3, H, W) test images in [0, 1]."""
-        return self._loaded(self.images.raw())[0]
+        return self._load(self.images.raw())[0]
 
     @functools.cached_property
     def labels(self) -> torch.Tensor:
-        return self._loaded(self.images.raw())[1]
+        """(N,) classes of the test images."""
+        return self._load(self.images.raw())[1]
 
     @functools.cached_property
     def maps(self) -> torch.Tensor:
-        """(N, h, w) of the test images."""
+        """(N, h, w) maps of the test images."""
         return collect(self.predict, self.raw, **self.common)[1]
 
     @functools.cached_property
@@ -98,11 +104,11 @@ class Subject:
         """Boxes (N, 4) and masks (N, H, W)."""
         data = self.images.located()
         if data is None:
-            raise NotApplicableError(f"{self.images.name} says not where things are")
-        return tuple(self._loaded(data)[2:])
+            raise NotApplicableError(f"{self.images.name} has no boxes or masks")
+        return tuple(self._load(data)[2:])
 
     def rectangles_of(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, 5) rectangles of normalised images."""
+        """Rectangles (N, 5) of normalised images."""
         attention = getattr(self.network, "attention", None)
         if not isinstance(attention, WindowAttention):
             raise NotApplicableError("the network has no rectangles")
@@ -119,7 +125,7 @@ def _top1(subject):
 
 
 def _transfer(subject):
-    """The network's own predictions on another data set's images, without training there."""
+    """The network's predictions on the images of another data set, without training on it."""
     if subject.class_names == subject.images.class_names:
         raise NotApplicableError("the network was trained on these classes")
     names, data = (subject.class_names, subject.images.class_names), (subject.raw, subject.labels)
@@ -130,7 +136,7 @@ def _transfer(subject):
 
 
 def _interpretability(subject):
-    """Spatial: squares of one colour or of another image. Frequency: low, r = 12, and high, r = 4."""
+    """Images with squares of one colour or of another image, and of their low (r = 12) or high (r = 4) frequencies."""
     other = subject.other
     if other is None:
         other = subject.raw[torch.randperm(len(subject.raw), generator=subject.generator())]
@@ -155,13 +161,13 @@ def _fooling(subject):
 
 
 def _crossdomain(subject):
-    """Whitened features at the classifier's input under a linear SVM, on these images."""
+    """A linear SVM on the whitened inputs of the classifier."""
     if isinstance(subject.network.get_classifier(), torch.nn.ModuleList):
         raise NotApplicableError("the network has a classifier for each level")
     features = features_at(subject.network, "classifier", subject.raw, **subject.common)
     few = [subject.images.class_names[i] for i, n in enumerate(subject.labels.bincount().tolist()) if n < 5]
     if few:
-        raise NotApplicableError(f"five folds need five images of each class, got fewer of {listed(few)}")
+        raise NotApplicableError(f"five folds need at least five images of each class, got fewer of {listed(few)}")
     return {"features": features.shape[1], **linear_svm(zca(features)(features), subject.labels)._asdict()}
 
 
@@ -177,10 +183,10 @@ def _segmentation(subject):
 
 
 def _query(subject):
-    """The pools under the first test image's global vector: the mean relative change of the attention."""
+    """Relative change of each pool's attention when the first test image provides the query."""
     names = [name for name, module in subject.network.named_modules() if isinstance(module, CompatibilityPool)]
     if not names:
-        raise NotApplicableError("the network pools by no query")
+        raise NotApplicableError("the network has no CompatibilityPool")
     result = {}
     for name in names:
         attend = pool_attention(subject.network, name, subject.normalise)
@@ -241,15 +247,27 @@ def _anchors(subject):
     quantizers = {n: m for n, m in subject.network.named_modules() if isinstance(m, AnchorQuantizer)}
     if not quantizers:
         raise NotApplicableError("the network has no anchors")
-    counts = {name: 0 for name in quantizers}
-    _, maps = collect(subject.predict, subject.raw, **subject.common)
+    result = {}
     for name, quantizer in quantizers.items():
         anchors = quantizer.anchors.detach().cpu().float()
-        counts[name] = (maps.flatten()[:, None] - anchors).abs().argmin(1).bincount(minlength=len(anchors))
-    return {
-        name: {"values": quantizer.anchors.tolist(), **usage(counts[name])._asdict()}
-        for name, quantizer in quantizers.items()
-    }
+        counts = (subject.maps.flatten()[:, None] - anchors).abs().argmin(1).bincount(minlength=len(anchors))
+        result[name] = {"values": quantizer.anchors.tolist(), **usage(counts)._asdict()}
+    return result
+
+
+def stratified(labels: list[int], limit: int, seed: int = 0) -> list[int]:
+    """Indices of ``limit`` images, drawn at random from all classes in proportion to their sizes.
+
+    The first images are one of each class, so that no class is missing unless ``limit`` is less than their number.
+    The draw depends on ``labels`` and ``seed`` alone, and a smaller ``limit`` gives the beginning of a larger one.
+    """
+    sizes, drawn, quantile = Counter(labels), Counter(), {}
+    for index in torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist():
+        label = labels[index]
+        quantile[index] = drawn[label] / sizes[label]
+        drawn[label] += 1
+    # The sort is stable: images at the same quantile of different classes stay in random order.
+    return sorted(quantile, key=quantile.get)[:limit]
 
 
 #: By name, as ``--protocol`` takes them.
@@ -278,7 +296,10 @@ def check_protocols(protocols: Iterable[str]) -> None:
 
 
 def evaluate(subject: Subject, protocols: Iterable[str] = tuple(PROTOCOLS)) -> dict[str, Any]:
-    """The results of protocols by name; where one does not apply, ``{"not applicable": why}``.
+    """The results of protocols by name.
+
+    The result of a protocol that does not apply is ``{"not applicable": reason}``, that of one that fails
+    ``{"error": message, "traceback": text}``: a failure does not end the others.
 
     Raises:
         ValueError: an unknown protocol.
@@ -291,11 +312,13 @@ def evaluate(subject: Subject, protocols: Iterable[str] = tuple(PROTOCOLS)) -> d
             results[name] = PROTOCOLS[name](subject)
         except NotApplicableError as reason:
             results[name] = {"not applicable": str(reason)}
+        except Exception as error:
+            results[name] = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     return results
 
 
 def choices(subject: Subject) -> dict[str, Any]:
-    """What a result depends on beside the network: images, map, seed, versions."""
+    """The settings that results depend on besides the network: images, map, seed, versions."""
     return {
         "data": subject.images.settings(),
         "images": len(subject.raw),
@@ -312,7 +335,7 @@ def choices(subject: Subject) -> dict[str, Any]:
 
 
 def plain(value):
-    """For JSON: numbers that it cannot write become None, tensors lists, keys strings."""
+    """``value`` as JSON can hold it: NaN and infinities become None, tensors lists, keys strings."""
     if isinstance(value, dict):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -327,10 +350,12 @@ def _partial(path: Path) -> Path:
 
 
 def check_writable(where: str, path: str | os.PathLike, option: str = "--out") -> None:
-    """Raise OSError unless :func:`write_text` can write ``path``: to be asked before anything is computed.
+    """Raise OSError unless :func:`write_text` can write ``path``. Call it before a long computation.
 
     Args:
-        option: what chooses another path, for the message.
+        where: the command, for the message.
+        path: a file.
+        option: the option that chooses another path, for the message.
     """
     path = Path(path)
     try:
@@ -345,15 +370,15 @@ def check_writable(where: str, path: str | os.PathLike, option: str = "--out") -
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write whole or not at all, in UTF-8."""
+    """Write a text file in UTF-8; if that fails, no partial file is left."""
     partial = _partial(Path(path))
     try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be valid text
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names need not be valid text
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
-    """Write whole or not at all."""
+    """Write a JSON file; if that fails, no partial file is left."""
     write_text(path, json.dumps(plain(content), indent=1) + "\n")

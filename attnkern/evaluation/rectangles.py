@@ -1,11 +1,11 @@
-"""Rectangles as measurements: order, masks, rates against masks, and equivariance under rotation, scale and shift.
+"""Measurements on rectangles: order, masks, rates against masks, and equivariance to rotation, scaling and shift.
 
 Coordinates are those of :func:`attnkern.window_map`: pixel i of H lies at i/(H - 1), row before column, and the centre
-at (0.5, 0.5). The two transformations and the distance are differentiable and serve as a loss, too.
+at (0.5, 0.5). The two transformations and the distance are differentiable, so that they can be used in a loss.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,9 +13,6 @@ import torch.nn.functional as F
 
 from attnkern._checks import (
     check_choice,
-    check_flag,
-    check_kind,
-    check_number,
     check_shape,
     check_size,
     check_tensor,
@@ -40,22 +37,21 @@ def _check_rectangle(where, rectangle, name="rectangle", like=None):
 
 
 def descriptive_order(rectangles: torch.Tensor, by: str, descending: bool = False) -> torch.Tensor:
-    """Indices (N,) that sort images by their rectangles: leftmost, topmost, smallest first. Ties keep their order.
+    """Indices (N,) that sort images by their rectangles: leftmost, topmost or smallest first; the sort is stable.
 
     Args:
         rectangles: (N, 5) as in :func:`attnkern.window_map`.
         by: "column" (μ₂), "row" (μ₁), "both" (μ₁ + μ₂: upper left before lower right), "height" (|σ₁|), "width" (|σ₂|)
-            or "angle" (α, as the half turn that it stands for: from -π/2 up to π/2).
+            or "angle" (α modulo its period π: from -π/2 to π/2).
         descending: largest first.
 
     Raises:
-        ValueError, TypeError: rectangles of another shape or kind, or an unknown ``by``.
+        ValueError, TypeError: rectangles of another shape or dtype, or an unknown ``by``.
 
     Source: Convolutional Rectangular Attention Module, Section 6.5.
     """
     _check_rectangle("descriptive_order", rectangles, "rectangles")
     check_choice("descriptive_order", "by", by, ORDERS)
-    check_flag("descriptive_order", descending=descending)
     row, column, height, width, angle = rectangles.detach().unbind(1)
     keys = {
         "column": column,
@@ -77,13 +73,12 @@ def rectangle_mask(rectangle: torch.Tensor, size: tuple[int, int], aspect: bool 
         aspect: as in :func:`attnkern.window_map`.
 
     Raises:
-        ValueError, TypeError: a rectangle of another shape or kind, or a size that is none.
+        ValueError, TypeError: a rectangle of another shape or dtype, or a size that is none.
 
     Source: Convolutional Rectangular Attention Module, Eqs. 3-5 and Section 5.
     """
     _check_rectangle("rectangle_mask", rectangle)
     size = check_size("rectangle_mask", size)
-    check_flag("rectangle_mask", aspect=aspect)
     # In float64, for the same mask on every device.
     mu1, mu2, sigma1, sigma2, alpha = double(rectangle.detach())[..., None, None].unbind(1)
     row, column = aspect_factors(*size, aspect)
@@ -98,13 +93,13 @@ def rectangle_mask(rectangle: torch.Tensor, size: tuple[int, int], aspect: bool 
 def catching_rate(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Ψ = mean of a·ã over the pixels of two masks on ±1, (N,) float64 from -1 to 1.
 
-    It lies where the masks do, or on the CPU where that device has no float64.
+    The result is on the masks' device, or on the CPU if that has no float64.
 
     Args:
         predicted, target: (N, H, W) bool; True is +1.
 
     Raises:
-        ValueError, TypeError: masks of another shape or kind.
+        ValueError, TypeError: masks of another shape or dtype.
 
     Source: Convolutional Rectangular Attention Module, Definition 5.1 and Eq. 11.
     """
@@ -120,8 +115,6 @@ def missing_rate(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
     Source: Convolutional Rectangular Attention Module, Eq. 12.
     """
-    check_masks("missing_rate", "predicted", predicted)
-    check_masks("missing_rate", "target", target, "predicted", predicted)
     return (1 - catching_rate(predicted, target)) / 2
 
 
@@ -132,21 +125,13 @@ def fitting_rate(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
     Source: Convolutional Rectangular Attention Module, Definition 5.3 and Proposition 1.
     """
-    check_masks("fitting_rate", "predicted", predicted)
-    check_masks("fitting_rate", "target", target, "predicted", predicted)
     return jaccard(predicted, target)
 
 
 def _transformation(where, like, angle, scale, shift):
-    """The three as tensors (N,), (N,) and (N, 2)."""
+    """``angle``, ``scale`` and ``shift`` as tensors (N,), (N,) and (N, 2)."""
     n, dtype, found = len(like), wide(like.dtype), []
     for name, value, shape in (("angle", angle, (n,)), ("scale", scale, (n,)), ("shift", shift, (n, 2))):
-        if isinstance(value, torch.Tensor):
-            check_tensor(where, name, value)
-        elif name == "shift":
-            value = numbers_of(where, name, value)
-        else:
-            check_number(where, **{name: value})
         value = torch.as_tensor(value, dtype=dtype, device=like.device)
         ok = value.shape in (shape, shape[1:])
         check_shape(where, name, value, f"{shape[1:]} or {shape}", ok)
@@ -164,25 +149,25 @@ def transform_rectangle(
     *,
     size: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """Rectangles turned about the image's centre c, then scaled about it, then shifted.
+    """Rectangles rotated about the image's centre c, then scaled about it, then shifted.
 
     μ̂ = c + δσ·R(μ - c) + δμ, σ̂ = δσ·σ, α̂ = α + δα, with R = (cos δα, -sin δα; sin δα, cos δα) on (row, column): a
-    positive angle turns counter-clockwise on the screen. As printed, the scaling is about the corner of the image
-    instead (δσ·c for c), which no transformation of the image about its centre gives.
+    positive angle rotates counter-clockwise on the screen. The paper's formula scales about the image's corner instead
+    (δσ·c in place of c), which does not correspond to a transformation of the image about its centre.
 
     Args:
         rectangle: (N, 5) as in :func:`attnkern.window_map`.
         angle: δα in radians, one or (N,).
         scale: δσ, one or (N,); above 1 enlarges.
         shift: δμ, (row, column) as fractions of the distance between the corner pixels, (2,) or (N, 2).
-        size: None turns rigidly in the unit square; (H, W) in the pixels of a map of this size, and goes with
-            rectangles that are drawn with ``aspect=True``. For H = W they are the same.
+        size: None rotates in the unit square; (H, W) rotates in the pixels of a map of this size, for rectangles that
+            are drawn with ``aspect=True``. For H = W both are the same.
 
     Returns:
         (N, 5), differentiable; the angle is not wrapped.
 
     Raises:
-        ValueError, TypeError: an argument of another shape or kind, or a scale that is not positive.
+        ValueError, TypeError: an argument of another shape or dtype, or a scale that is not positive.
 
     Source: Convolutional Rectangular Attention Module, Section 4.4.
     """
@@ -208,11 +193,11 @@ def transform_rectangle(
 
 
 def _ratios(size):
-    """What a column offset counts as a row offset, and a row offset as a column offset."""
+    """Factors from a column offset to a row offset, and from a row offset to a column offset."""
     if size is None:
         return 1.0, 1.0
     row, column = aspect_factors(*size, True)
-    # On an axis of length 1 nothing moves.
+    # There is no movement along an axis of length 1.
     return (column / row if row else 0.0), (row / column if column else 0.0)
 
 
@@ -225,19 +210,19 @@ def transform_images(
     aspect: bool = False,
     padding: str = "zeros",
 ) -> torch.Tensor:
-    """Images turned about their centre, then scaled about it, then shifted: what :func:`transform_rectangle` follows.
+    """Images rotated about their centre, then scaled about it, then shifted, to match :func:`transform_rectangle`.
 
     Args:
         images: (N, C, H, W).
         angle, scale, shift: as in :func:`transform_rectangle`.
-        aspect: turn rigidly in pixels, as ``size=images.shape[2:]`` there; otherwise in the unit square.
+        aspect: rotate in pixels, as ``size=images.shape[2:]`` does there; otherwise in the unit square.
         padding: of ``grid_sample``: "zeros", "border" or "reflection" beyond the edge.
 
     Returns:
         (N, C, H, W), bilinear.
 
     Raises:
-        ValueError, TypeError: an argument of another shape or kind, or a scale that is not positive.
+        ValueError, TypeError: an argument of another shape or dtype, or a scale that is not positive.
 
     Source: Convolutional Rectangular Attention Module, Section 4.4.
     """
@@ -245,17 +230,16 @@ def transform_images(
     check_tensor(where, "images", images)
     ok = images.dim() == 4 and 0 not in images.shape[2:]
     check_shape(where, "images", images, "(N, C, H, W) with H and W of at least 1", ok)
-    check_flag(where, aspect=aspect)
     check_choice(where, "padding", padding, PADDINGS)
     angle, scale, shift = _transformation(where, images, angle, scale, shift)
     ratio = _ratios(images.shape[2:] if aspect else None)
     cos, sin = torch.cos(angle), torch.sin(angle)
-    # The inverse, from where a pixel is to where it was; grid_sample has columns first and runs from -1 to 1.
+    # grid_sample needs the inverse, from positions in the result to positions in the image, columns first, -1 to 1.
     to_row = torch.stack((sin * ratio[0], cos), 1) / scale[:, None]
     to_column = torch.stack((cos, -sin * ratio[1]), 1) / scale[:, None]
     matrix = torch.stack((to_column, to_row), 1)
     offset = -2 * matrix @ shift.flip(1)[:, :, None]
-    # As affine_grid does, which warns of an axis of length 1.
+    # Like affine_grid, which warns about an axis of length 1.
     rows, columns = (2 * coordinates(length, angle) - 1 for length in images.shape[2:])
     points = torch.stack((columns.expand(len(rows), -1), rows[:, None].expand(-1, len(columns))), 2)
     grid = points @ matrix.mT[:, None] + offset.mT[:, None]
@@ -265,29 +249,27 @@ def transform_images(
 def equivariance_distance(first: torch.Tensor, second: torch.Tensor, literal: bool = False) -> torch.Tensor:
     """‖(μ, σ) - (μ', σ')‖² + 1 - cos 2(α - α'), (N,): the angle has the period π.
 
-    (α + π/2, σ₂, σ₁) is the same rectangle as (α, σ₁, σ₂), but at a distance from it here.
+    (α + π/2, σ₂, σ₁) describes the same rectangle as (α, σ₁, σ₂), but their distance is not zero.
 
     Args:
         first, second: (N, 5) as in :func:`attnkern.window_map`.
-        literal: ‖(μ, σ, α) - (μ', σ', α')‖² as printed, without a period.
+        literal: ‖(μ, σ, α) - (μ', σ', α')‖² as in the paper, which ignores the period.
 
     Raises:
-        ValueError, TypeError: rectangles of another shape or kind, or a flag that is no bool.
+        ValueError, TypeError: rectangles of another shape or dtype, or a flag that is no bool.
 
     Source: Convolutional Rectangular Attention Module, Section 4.4.
     """
     _check_rectangle("equivariance_distance", first, "first")
     _check_rectangle("equivariance_distance", second, "second", first)
-    check_flag("equivariance_distance", literal=literal)
     difference = first.to(wide(first.dtype)) - second.to(wide(second.dtype))
     turned = difference[:, 4]
-    # 2 sin² is 1 - cos without its cancellation.
+    # 2 sin²(x) = 1 - cos(2x), without cancellation.
     return difference[:, :4].square().sum(1) + (turned.square() if literal else 2 * turned.sin().square())
 
 
 def settings_of(where: str, angles, scales, shifts) -> tuple[list[float], list[float], list[list[float]]]:
-    """The settings of :func:`equivariance_errors` as numbers, else this raises."""
-    check_kind(where, Iterable, shifts=shifts)
+    """The settings of :func:`equivariance_errors` as lists of floats."""
     shifts = [numbers_of(where, "shifts", shift) for shift in shifts]
     if any(len(shift) != 2 for shift in shifts):
         raise ValueError(f"{where}: shifts must be a list of (row, column), got {describe(shifts)}")
@@ -300,7 +282,7 @@ class EquivarianceError(NamedTuple):
     distance: float  #: :func:`equivariance_distance`
     centre: float  #: ‖μ - μ'‖
     extent: float  #: ‖σ - σ'‖
-    angle: float  #: |α - α'| in radians, the nearest of its period π: 0 to π/2
+    angle: float  #: |α - α'| in radians, modulo its period π: 0 to π/2
 
 
 @torch.no_grad()
@@ -319,30 +301,28 @@ def equivariance_errors(
 ) -> dict[str, EquivarianceError]:
     """How far the rectangle of a transformed image is from the transformed rectangle of the image.
 
-    Each transformation alone, at fixed settings: nothing is drawn.
+    Each transformation is applied alone, at fixed settings: nothing is random.
 
     Args:
         rectangles_of: from normalised images to rectangles (N, 5).
-        images: raw, (N, C, H, W), or an iterable of batches (of tuples, the first of each).
+        images: raw, (N, C, H, W), or an iterable of batches (of tuples that begin with the images).
         angles, scales, shifts: as in :func:`transform_rectangle`, the settings of "rotation", "scale", "translation".
-        aspect: turn rigidly in the images' pixels, for rectangles that are drawn with ``aspect=True``.
+        aspect: rotate in the images' pixels, for rectangles that are drawn with ``aspect=True``.
         padding: as in :func:`transform_images`.
         normalise: applied to the images, transformed or not, before ``rectangles_of``.
-        batch_size: images at a time, where ``images`` is a tensor.
-        device: where batches are moved, or None.
+        batch_size: images per batch if ``images`` is a tensor.
+        device: device for the batches, or None to leave them where they are.
 
     Returns:
-        By transformation, of those that have settings.
+        {transformation: errors} of the transformations that have settings.
 
     Raises:
-        ValueError, TypeError: no image, images or rectangles of another shape or kind.
+        ValueError, TypeError: no image, images or rectangles of another shape or dtype.
 
     Source: Convolutional Rectangular Attention Module, Sections 4.4 and 6.4.
     """
     where = "equivariance_errors"
-    check_kind(where, Callable, rectangles_of=rectangles_of, normalise=normalise)
     angles, scales, shifts = settings_of(where, angles, scales, shifts)
-    check_flag(where, aspect=aspect)
     check_choice(where, "padding", padding, PADDINGS)
     plan = {
         "rotation": [{"angle": angle} for angle in angles],

@@ -1,4 +1,4 @@
-"""Adversarial images of one gradient step, and how many predictions they change."""
+"""Adversarial images by one gradient step, and how many predictions they change."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from attnkern._checks import check_kind, check_number, check_shape, check_tensor, numbers_of
+from attnkern._checks import check_shape, check_tensor, numbers_of
 from attnkern.evaluation.inputs import Data, Normalise, batches, check_evaluating, identity
 
 
@@ -14,12 +14,11 @@ class Fooling(NamedTuple):
     """Result of :func:`fooling_rate`."""
 
     eps: list[float]
-    rates: list[float]  #: for each ε the share of predictions that it changes
+    rates: list[float]  #: share of predictions that change, for each ε
     images: int
 
 
 def _check_eps(where, eps):
-    check_number(where, eps=eps)
     if not 0 <= eps < float("inf"):
         raise ValueError(f"{where}: eps must be a finite number of at least 0, got {eps!r}")
 
@@ -32,8 +31,8 @@ def _direction(where, model, images, normalise):
         ok = logits.dim() == 2 and logits.shape[1] > 1
         check_shape(where, "logits", logits, "(N, K) with K of at least 2", ok)
         predicted = logits.detach().argmax(1)
-        # The cross entropy log(1 + exp m), m = log Σ exp(others) - own, rises where m does; its own gradient is rounded
-        # to 0 where the softmax of a confident network is rounded to 1.
+        # The cross entropy is log(1 + exp m) with m = log Σ exp(others) - own. Its gradient has the sign of that of m,
+        # but is rounded to 0 when the softmax of a confident network is rounded to 1.
         own = F.one_hot(predicted, logits.shape[1]).bool()
         margins = logits.masked_fill(own, -torch.inf).logsumexp(1) - logits[own]
         (gradient,) = torch.autograd.grad(margins.sum(), leaf)
@@ -43,22 +42,21 @@ def _direction(where, model, images, normalise):
 def fgsm(
     model: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, eps: float, normalise: Normalise = identity
 ) -> torch.Tensor:
-    """Images one step up the loss of the model's own prediction: clip(x + ε·sign ∇L, 0, 1).
+    """Images after one step that increases the loss of the model's own prediction: clip(x + ε·sign ∇L, 0, 1).
 
     Args:
         model: from normalised images to logits (N, K), K at least 2, differentiable; a module in evaluation mode.
         images: (N, C, H, W) in [0, 1].
         eps: ε, in the images' units: the paper's 1 to 16 are 1/255 to 16/255.
-        normalise: applied to the images before the model; part of what is differentiated.
+        normalise: applied to the images before the model; the gradient goes through it.
 
     Raises:
-        ValueError, TypeError: images of another shape or kind, a negative ε, a model in training mode.
+        ValueError, TypeError: images of another shape or dtype, a negative ε, a model in training mode.
 
     Source: Learn to Pay Attention, Section 5.2 and Appendix A.4, after Goodfellow et al., Explaining and Harnessing
     Adversarial Examples, Section 4.
     """
     check_evaluating("fgsm", model)
-    check_kind("fgsm", Callable, normalise=normalise)
     check_tensor("fgsm", "images", images)
     check_shape("fgsm", "images", images, "(N, C, H, W)", images.dim() == 4)
     _check_eps("fgsm", eps)
@@ -75,14 +73,14 @@ def fooling_rate(
     batch_size: int = 128,
     device=None,
 ) -> Fooling:
-    """Share of predictions that :func:`fgsm` changes, for each ε; right or wrong, they are compared with the clean one.
+    """Share of predictions that :func:`fgsm` changes, for each ε, whether they are correct or not.
 
     Args:
         model, normalise: as in :func:`fgsm`.
-        images: raw, in [0, 1]: (N, C, H, W), or an iterable of batches (of tuples, the first of each).
+        images: raw, in [0, 1]: (N, C, H, W), or an iterable of batches (of tuples that begin with the images).
         eps: in the images' units.
-        batch_size: images at a time, where ``images`` is a tensor.
-        device: where batches are moved, or None.
+        batch_size: images per batch if ``images`` is a tensor.
+        device: device for the batches, or None to leave them where they are.
 
     Raises:
         ValueError, TypeError: as :func:`fgsm`, or no image.
@@ -90,7 +88,6 @@ def fooling_rate(
     Source: Learn to Pay Attention, Section 5.2 and Figure 6.
     """
     check_evaluating("fooling_rate", model)
-    check_kind("fooling_rate", Callable, normalise=normalise)
     eps = numbers_of("fooling_rate", "eps", eps)
     for each in eps:
         _check_eps("fooling_rate", each)

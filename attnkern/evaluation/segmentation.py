@@ -1,11 +1,11 @@
-"""Objects segmented by attention maps that were trained on class labels alone."""
+"""Segmentation by the attention maps of networks that were trained on class labels only."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from attnkern._checks import check_count, check_flag, check_items, check_kind, check_labels, check_shape
+from attnkern._checks import check_labels, check_shape
 from attnkern.evaluation.inputs import check_maps, check_masks
 from attnkern.evaluation.localisation import binarise, jaccard, rescale, upsample
 
@@ -20,22 +20,20 @@ class ClassJaccard(NamedTuple):
 
 
 def combine(maps: Sequence[torch.Tensor], root: bool = True) -> torch.Tensor:
-    """The last two levels' maps as one: the coarse one upsampled, multiplied, the square root, rescaled to [0, 1].
+    """Combine the maps of the last two levels: upsample the coarse one, multiply, square root, rescale to [0, 1].
 
     Args:
-        maps: (N, h, w) of each level, fine to coarse; a single one is only rescaled.
-        root: take the square root; the paper does not where one map was computed under the other (VGG-PAN).
+        maps: (N, h, w) of each level, fine to coarse; a single map is only rescaled.
+        root: take the square root; the paper does not if the finer map filters the input of the coarser (VGG-PAN).
 
     Returns:
         (N, H, W) at the finer of the two sizes.
 
     Raises:
-        ValueError, TypeError: no map, maps of another shape or kind, or negative products under the root.
+        ValueError, TypeError: no map, maps of another shape or dtype, or negative products under the root.
 
     Source: Learn to Pay Attention, Section 5.4 and Appendix A.4.
     """
-    check_kind("combine", Iterable, maps=maps)
-    check_flag("combine", root=root)
     maps = list(maps)
     if not maps:
         raise ValueError("combine: maps must hold at least one level, got none")
@@ -49,7 +47,7 @@ def combine(maps: Sequence[torch.Tensor], root: bool = True) -> torch.Tensor:
     product = upsample(first, size) * upsample(second, size)
     if root:
         if (product < 0).any():
-            raise ValueError(f"combine: maps must not be negative under the root, got a product of {product.min():.3g}")
+            raise ValueError(f"combine: maps must not be negative with root=True, got a product of {product.min():.3g}")
         product = product.sqrt()
     return rescale(product)
 
@@ -63,20 +61,20 @@ def weak_segmentation(
 ) -> dict[int | str, ClassJaccard]:
     """Jaccard index of upsampled, binarised maps with ground truth, by class.
 
-    Where a mask is empty (an image without the object) an empty prediction counts 1, any other 0.
+    If a mask is empty (an image without the object), an empty prediction counts 1, any other 0.
 
     Args:
         maps: (N, h, w), such as :func:`combine` gives.
         masks: (N, H, W) bool.
         labels: (N,) int64.
-        classes: names that stand for the labels in the result.
-        batch_size: maps upsampled at a time.
+        classes: names of the labels, which become the keys of the result.
+        batch_size: maps that are upsampled at a time.
 
     Returns:
-        By class, of those that occur.
+        {class: result} of the classes that occur.
 
     Raises:
-        ValueError, TypeError: maps, masks or labels of another shape or kind, or a label without a name.
+        ValueError, TypeError: maps, masks or labels of another shape or dtype, or a label without a name.
         ImportError: scikit-image is not installed.
 
     Source: Learn to Pay Attention, Section 5.4 and Figure 9.
@@ -86,9 +84,6 @@ def weak_segmentation(
     check_masks(where, "masks", masks)
     check_shape(where, "masks", masks, "({}, H, W) (N as maps)", len(masks) == len(maps), len(maps))
     check_labels(where, labels, "maps", maps)
-    check_count(where, batch_size=batch_size)
-    if classes is not None:
-        check_items(where, str, classes=classes)
     if classes is not None and len(labels) and (labels.min() < 0 or labels.max() >= len(classes)):
         raise ValueError(
             f"{where}: labels must lie in 0 to {len(classes) - 1} (classes), got {labels.min()} to {labels.max()}"

@@ -1,16 +1,8 @@
 """The papers' networks by name: :func:`create_model`, :func:`list_models`."""
 
-from attnkern.models.information_bottleneck import (
-    AttentionBranched,
-    Bottlenecked,
-    BottleneckNetwork,
-    ImageNetBottleneck,
-    VggBottleneck,
-    WideResNet,
-    WideResNetBottleneck,
-    bottleneck_loss,
-)
-from attnkern.models.learn_to_pay_attention import AttnVgg, ResNetAttention, Vgg, VggAttention, VggGap
+from attnkern.models.attn_vgg import AttnVgg
+from attnkern.models.imagenet_bottleneck import ImageNetBottleneck
+from attnkern.models.information_bottleneck import Bottlenecked, BottleneckNetwork, VggBottleneck, bottleneck_loss
 from attnkern.models.rectangular import RectangularNetwork
 from attnkern.models.registry import (
     FeatureMaps,
@@ -20,6 +12,9 @@ from attnkern.models.registry import (
     map_names,
     register_model,
 )
+from attnkern.models.resnet_attention import ResNetAttention
+from attnkern.models.vgg import Vgg, VggAttention, VggGap
+from attnkern.models.wide_resnet import AttentionBranched, WideResNet, WideResNetBottleneck
 
 __all__ = [
     "AttentionBranched",

@@ -1,4 +1,4 @@
-"""What the networks share."""
+"""Base class, layers, initialisation and backbone weights of the networks."""
 
 import math
 import os
@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern._checks import check_choice, check_count, check_labels, check_number, check_shape, check_tensor, describe
+from attnkern._checks import check_choice, check_count, check_number, check_shape, check_tensor, describe
 from attnkern.models.weights import read_state
 from attnkern.nn._precision import floating_parameter
 
 
 class Network(nn.Module):
-    """A network of the papers. In training it returns what ``loss(output, labels)`` takes, in evaluation logits (N, K).
+    """Base class of the papers' networks.
 
-    Its last layers are ``classifier``: a Linear, or a ModuleList of one Linear a level.
+    In training a network returns the argument of its ``loss(output, labels)``, in evaluation logits (N, num_classes).
+    Its last layers are ``classifier``: a Linear, or a ModuleList with one Linear per level.
 
     Args:
         num_classes: number of logits.
@@ -28,7 +29,7 @@ class Network(nn.Module):
 
     #: Names of the modules whose outputs ``features_only`` returns, fine to coarse.
     feature_modules: tuple[str, ...] = ()
-    #: Beginnings of the names of the weights whose shapes follow the number of classes.
+    #: Prefixes of the names of the weights whose shapes depend on the number of classes.
     class_layers: tuple[str, ...] = ("classifier.",)
 
     def __init__(self, num_classes: int, in_chans: int, width: float):
@@ -42,11 +43,11 @@ class Network(nn.Module):
         self.in_chans = in_chans
 
     def get_classifier(self) -> nn.Module:
-        """The layers that make logits, as in timm."""
+        """The layers that compute the logits, as in timm."""
         return self.classifier
 
     def reset_classifier(self, num_classes: int) -> None:
-        """New last layers, freshly initialised, for ``num_classes`` classes."""
+        """Replace the last layers by newly initialised ones for ``num_classes`` classes."""
         check_count(type(self).__name__, num_classes=num_classes)
 
         def renewed(layer):
@@ -58,8 +59,7 @@ class Network(nn.Module):
         self.classifier = nn.ModuleList(map(renewed, old)) if isinstance(old, nn.ModuleList) else renewed(old)
 
     def loss(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross entropy."""
-        check_logits(type(self).__name__, output, labels)
+        """Cross entropy of logits (N, num_classes) and labels (N,), or probabilities (N, num_classes)."""
         return F.cross_entropy(output, labels)
 
     def _check_images(self, x: torch.Tensor) -> None:
@@ -69,29 +69,18 @@ class Network(nn.Module):
         check_shape(where, "x", x, f"(N, {self.in_chans}, H, W) with H and W of at least 1", ok)
 
 
-def check_logits(where: str, output, labels) -> None:
-    """Raise unless these are logits (N, K) and classes (N,), or the classes' probabilities (N, K)."""
-    check_tensor(where, "output", output)
-    check_shape(where, "output", output, "(N, num_classes)", output.dim() == 2)
-    if isinstance(labels, torch.Tensor) and labels.dim() == 2:
-        check_tensor(where, "labels", labels)
-        check_shape(
-            where, "labels", labels, "({0},) or ({0}, {1}) (as output)", labels.shape == output.shape, *output.shape
-        )
-    else:
-        check_labels(where, labels, "output", output)
-
-
 def scaled(channels: int, width: float) -> int:
+    """``channels`` times ``width``, at least 1."""
     return max(1, round(channels * width))
 
 
 def halved() -> nn.Module:
-    """2x2 maximum that keeps what is left of odd maps, so that images of any size reach the end."""
+    """2x2 maximum that keeps the last row and column of odd maps, so that no map becomes empty."""
     return nn.MaxPool2d(2, ceil_mode=True)
 
 
 def conv_bn_relu(inputs: int, outputs: int, eps: float = 1e-5) -> list[nn.Module]:
+    """3x3 convolution, BatchNorm and ReLU."""
     return [
         nn.Conv2d(inputs, outputs, 3, padding=1),
         MapNorm(outputs, eps=eps),
@@ -100,21 +89,21 @@ def conv_bn_relu(inputs: int, outputs: int, eps: float = 1e-5) -> list[nn.Module
 
 
 def he_normal(network: nn.Module) -> None:
-    """He et al.'s normal weights for every convolution, by its outputs."""
+    """He et al.'s normal weights (fan-out) for every convolution."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
 
 def zero_biases(network: nn.Module, kind: type[nn.Module]) -> None:
-    """Of every layer of this kind that has one."""
+    """Set the bias of every layer of this kind to zero."""
     for module in network.modules():
         if isinstance(module, kind) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
 def xavier_uniform(network: nn.Module) -> None:
-    """Glorot and Bengio's uniform weights with the gain of ReLU, zero biases, scales of BatchNorm uniform in [0, 1]."""
+    """Glorot and Bengio's uniform weights with ReLU's gain, zero biases, BatchNorm scales uniform in [0, 1]."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.xavier_uniform_(module.weight, gain=math.sqrt(2))
@@ -124,8 +113,8 @@ def xavier_uniform(network: nn.Module) -> None:
             nn.init.uniform_(module.weight)
 
 
-class _TrainsOnOne:
-    """Batch normalisation that also trains on one value a channel, which has no variance: it takes the running ones."""
+class _RunningStatisticsForOne:
+    """Batch normalisation that uses its running statistics for one value per channel, which has no variance."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and x.numel() == x.shape[1]:
@@ -133,16 +122,16 @@ class _TrainsOnOne:
         return super().forward(x)
 
 
-class VectorNorm(_TrainsOnOne, nn.BatchNorm1d):
-    """Of (N, C)."""
+class VectorNorm(_RunningStatisticsForOne, nn.BatchNorm1d):
+    """Batch normalisation of (N, C) that can train on a batch of one."""
 
 
-class MapNorm(_TrainsOnOne, nn.BatchNorm2d):
-    """Of (N, C, H, W)."""
+class MapNorm(_RunningStatisticsForOne, nn.BatchNorm2d):
+    """Batch normalisation of (N, C, H, W) that can train on a batch of one with a map of one position."""
 
 
 def check_backbone(where: str, backbone: str, choices: tuple[str, ...], weights, width: float, in_chans: int) -> None:
-    """Raise unless torchvision is there, has this backbone, and its weights would fit."""
+    """Raise unless the backbone is one of ``choices``, torchvision is installed, and pretrained weights would fit."""
     check_choice(where, "backbone", backbone, choices)
     if weights is not None and (width, in_chans) != (1, 3):
         raise ValueError(f"{where}: weights need width=1 and in_chans=3, got width={width} and in_chans={in_chans}")
@@ -153,7 +142,14 @@ def check_backbone(where: str, backbone: str, choices: tuple[str, ...], weights,
 
 
 def backbone_weights(where: str, known, weights, prefix: str) -> dict[str, torch.Tensor]:
-    """The part under ``prefix`` of torchvision's weights: a member of the enum ``known``, its name, or a file."""
+    """Weights of a torchvision backbone whose names begin with ``prefix``, without that prefix.
+
+    Args:
+        where: name of the network, for errors.
+        known: torchvision's enum of weights for the backbone.
+        weights: a member of ``known``, its name, or a file. torchvision downloads a member unless it is cached.
+        prefix: of the entries to take.
+    """
     if isinstance(weights, str) and weights in known.__members__:
         weights = known[weights]
     if isinstance(weights, known):
@@ -174,7 +170,7 @@ def backbone_weights(where: str, known, weights, prefix: str) -> dict[str, torch
 
 
 def replace_stem(features: nn.Module, in_chans: int) -> None:
-    """A first convolution for images of ``in_chans`` channels where torchvision's is for three."""
+    """Replace torchvision's first convolution, which takes three channels, by one for ``in_chans`` channels."""
     if in_chans == 3:
         return
     name, stem = next((n, m) for n, m in features.named_modules() if isinstance(m, nn.Conv2d))

@@ -1,4 +1,4 @@
-"""Published implementations' names of weights, and what they are called here."""
+"""Published checkpoints: which implementation wrote one, and how its names of weights become attnkern's."""
 
 import re
 from dataclasses import dataclass, field
@@ -8,12 +8,12 @@ import torch
 
 
 class _Rename(NamedTuple):
-    """Names that begin with ``old`` begin with ``new`` here."""
+    """Names that begin with ``old`` begin with ``new`` in attnkern."""
 
     old: str
     new: str
     shift: int | None = None  # added to the number that follows
-    flatten: int | None = None  # the tensor's dimensions from here on become one
+    flatten: int | None = None  # flatten the tensor from this dimension on
 
     def shown(self) -> tuple[str, str]:
         """The two names as patterns."""
@@ -24,19 +24,19 @@ class _Rename(NamedTuple):
 
 @dataclass(frozen=True)
 class _Layout:
-    """One implementation's names."""
+    """The names in the checkpoints of one implementation."""
 
     title: str
-    #: Names that it has and no other layout.
+    #: Names by which the layout is recognised: no other layout has them all.
     marks: tuple[str, ...]
-    #: The networks here that have these weights; with anchors they have the suffix _qt.
+    #: attnkern's networks with these weights; with anchors their names end in _qt.
     networks: tuple[str, ...]
-    #: The layer whose outputs are the classes.
+    #: Weight of the last layer, whose first dimension is the number of classes.
     classifier: str
     renames: tuple[_Rename, ...]
-    #: Beginnings of names that are left out, and why.
+    #: Prefixes of names that are left out, and why.
     left_out: dict[str, str] = field(default_factory=dict)
-    #: What follows "layer.I." in the names of a block.
+    #: Renames of the part that follows "layer.I." in the names of a block.
     blocks: dict[str, str] = field(default_factory=dict)
 
 
@@ -44,21 +44,21 @@ class _Layout:
 class Renamed:
     """Result of :func:`rename`."""
 
-    state: dict[str, torch.Tensor]  #: under attnkern's names
-    layout: str = ""  #: whose names they were; empty where they were attnkern's own, or nobody's that is known
-    networks: tuple[str, ...] = ()  #: which of create_model's have these weights
-    num_classes: int = 0  #: of theirs
-    options: dict[str, int] = field(default_factory=dict)  #: for the networks' constructors
-    renamed: dict[str, tuple[str, int]] = field(default_factory=dict)  #: name there: (name here, entries)
-    left_out: dict[str, tuple[str, int]] = field(default_factory=dict)  #: name there: (why, entries)
+    state: dict[str, torch.Tensor]  #: with attnkern's names
+    layout: str = ""  #: title of the implementation; empty for attnkern's own and unknown names
+    networks: tuple[str, ...] = ()  #: names for create_model
+    num_classes: int = 0  #: of the checkpoint
+    options: dict[str, int] = field(default_factory=dict)  #: of the networks' constructors
+    renamed: dict[str, tuple[str, int]] = field(default_factory=dict)  #: {old name: (new name, entries)}
+    left_out: dict[str, tuple[str, int]] = field(default_factory=dict)  #: {old name: (reason, entries)}
 
     def calls(self) -> str:
-        """How the networks are built."""
+        """The calls of create_model that build the networks."""
         arguments = ", ".join([str(self.num_classes), *(f"{key}={value}" for key, value in self.options.items())])
         return " or ".join(f'create_model("{name}", {arguments})' for name in self.networks)
 
     def summary(self) -> str:
-        """One line on what was renamed and left out."""
+        """What was renamed and left out, in one line."""
         pairs = ", ".join(f"{old} to {new}" for old, (new, _) in self.renamed.items())
         line = f"{sum(count for _, count in self.renamed.values())} entries were renamed ({pairs})"
         if self.left_out:
@@ -73,7 +73,7 @@ class Renamed:
 _TWICE = "the same weights under a second name"
 _ANCHORS = _Rename("emb.weight", "attention.quantizer.anchors", flatten=0)
 _STD = _Rename("att_module_std.0.", "attention.std.")
-_QUERY = "it makes the global vector, which the softmax cancels"
+_QUERY = "computes the global vector, which the softmax cancels"
 
 LAYOUTS = (
     _Layout(
@@ -151,7 +151,7 @@ LAYOUTS = (
             _Rename("decode.0.", "decoder.0."),
             _Rename("decode.2.", "classifier."),
         ),
-        dict.fromkeys(("layer4.", "att_layer4."), _TWICE) | {"tmp_layer.": "no part of the network's forward"},
+        dict.fromkeys(("layer4.", "att_layer4."), _TWICE) | {"tmp_layer.": "not used in the forward pass"},
     ),
     _Layout(
         "SaoYan's AttnVGG",
@@ -176,7 +176,7 @@ LAYOUTS = (
 
 
 def rename(state: dict[str, torch.Tensor]) -> Renamed:
-    """``state`` under attnkern's names where it has those of a published implementation, otherwise as it is."""
+    """Convert the names of a published implementation to attnkern's; other names stay as they are."""
     layout = next((layout for layout in LAYOUTS if state.keys() >= {*layout.marks, layout.classifier}), None)
     if layout is None:
         return Renamed(state)
@@ -189,7 +189,7 @@ def rename(state: dict[str, torch.Tensor]) -> Renamed:
             continue
         rule = next((rule for rule in layout.renames if key.startswith(rule.old)), None)
         if rule is None:
-            found[key] = tensor  # nobody's: loading will say so
+            found[key] = tensor  # an unknown name: loading raises an error
             continue
         rest = key[len(rule.old) :]
         if rule.shift is not None:

@@ -1,16 +1,16 @@
-"""The networks of Convolutional Rectangular Attention Module: MobileNetV3-Large and EfficientNet-b0, in three forms."""
+"""The networks of Convolutional Rectangular Attention Module: EfficientNet-b0 and MobileNetV3-Large."""
 
 import functools
 
 import torch
 from torch import nn
 
-from attnkern._checks import check_choice, check_number, check_tensor
+from attnkern._checks import check_choice
 from attnkern.models.layers import MapNorm, Network, backbone_weights, check_backbone, replace_stem
 from attnkern.models.registry import register_model
 from attnkern.nn import PositionwiseAttention, WindowAttention
 
-#: Of EfficientNet-b0: expansion, kernel, stride, input channels, output channels, blocks.
+#: Stages of EfficientNet-b0: expansion, kernel, stride, input channels, output channels, blocks.
 _STAGES = (
     (1, 3, 1, 32, 16, 1),
     (6, 3, 2, 16, 24, 2),
@@ -25,7 +25,7 @@ _DROPOUT = 0.2
 
 
 def _efficientnet_b0(where, width, dropout, weights):
-    """torchvision's stem and 16 blocks in seven stages, and behind the attention the last 1x1 convolution."""
+    """torchvision's features, and how many of the last modules follow the attention: one, the last 1x1 convolution."""
     from torchvision.models import EfficientNet_B0_Weights, efficientnet
 
     stages = [efficientnet.MBConvConfig(*stage, width_mult=width, depth_mult=1.0) for stage in _STAGES]
@@ -36,7 +36,7 @@ def _efficientnet_b0(where, width, dropout, weights):
 
 
 def _mobilenet_v3_large(where, width, dropout, weights):
-    """torchvision's features whole; nothing behind the attention."""
+    """torchvision's features, and how many of the last modules follow the attention: none."""
     from torchvision.models import MobileNet_V3_Large_Weights, mobilenet_v3_large
 
     norm = functools.partial(MapNorm, eps=1e-3, momentum=0.01)
@@ -51,10 +51,10 @@ _ATTENTIONS = {"none": None, "positionwise": PositionwiseAttention, "window": Wi
 
 
 class RectangularNetwork(Network):
-    """torchvision's EfficientNet-b0 or MobileNetV3-Large with attention on its last maps: a rectangle, or none.
+    """torchvision's EfficientNet-b0 or MobileNetV3-Large with window, position-wise or no attention on its last maps.
 
-    EfficientNet has it behind block 15, the last of 16, and before the last 1x1 convolution; MobileNet behind all its
-    features. Then come the global average, a hidden layer of 512 with ReLU and the classifier. ``features`` has
+    In EfficientNet attention follows block 15, the last of 16, and precedes the last 1x1 convolution; in MobileNet it
+    follows all features. Then come global average, a hidden layer of 512 with ReLU and the classifier. ``features`` has
     torchvision's keys. Attention map: ``attention.map``, at 1/32 of the image's resolution.
 
     Args:
@@ -65,13 +65,14 @@ class RectangularNetwork(Network):
         width: multiplier of the backbone's channels.
         in_chans: channels of the images.
         dropout: multiplier of torchvision's rates of dropout and EfficientNet's stochastic depth, 0.2 each.
-        weights: of the backbone: None for random ones, a member of torchvision's weights for it or its name
-            (torchvision downloads it where it is not cached), or a file that holds such a state_dict. They need
+        weights: of the backbone. None: random. A member of torchvision's weights enum for the backbone, or its name:
+            torchvision downloads the file unless it is cached. A path: a file with such a state_dict. Weights need
             ``width=1`` and ``in_chans=3``.
 
     Raises:
         ImportError: torchvision is not installed.
-        ValueError, TypeError: weights that are none of these, or another argument out of its range.
+        OSError: the weights cannot be downloaded.
+        ValueError, TypeError: other weights, or another argument out of its range.
 
     Source: Convolutional Rectangular Attention Module, Section 6 and Appendix G.
     """
@@ -90,13 +91,12 @@ class RectangularNetwork(Network):
         super().__init__(num_classes, in_chans, width)
         where = type(self).__name__
         check_choice(where, "attention", attention, _ATTENTIONS)
-        check_number(where, dropout=dropout)
         check_backbone(where, backbone, tuple(_BACKBONES), weights, width, in_chans)
-        self.features, behind = _BACKBONES[backbone](where, width, _DROPOUT * dropout, weights)
+        self.features, after = _BACKBONES[backbone](where, width, _DROPOUT * dropout, weights)
         replace_stem(self.features, in_chans)
         last = self.features[-1][0]
-        self.split = len(self.features) - behind
-        channels = last.in_channels if behind else last.out_channels
+        self.split = len(self.features) - after
+        channels = last.in_channels if after else last.out_channels
         kind = _ATTENTIONS[attention]
         self.attention = nn.Identity() if kind is None else kind(channels)
         self.head = nn.Sequential(
@@ -115,19 +115,21 @@ class RectangularNetwork(Network):
         return tuple(f"features.{index}" for index in [*ends, len(halving) - 1])
 
     def local_features(self, x: torch.Tensor) -> torch.Tensor:
-        """The maps (N, C, h, w) that attention sees, of images (N, in_chans, H, W)."""
+        """Images (N, in_chans, H, W) to the maps (N, C, h, w) that attention is applied to."""
         self._check_images(x)
         return self.features[: self.split](x)
 
     def classify(self, features: torch.Tensor, rectangle: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (N, num_classes) of :meth:`local_features`; under a given rectangle (N, 5) where attention is one.
+        """Logits (N, num_classes) from the output of :meth:`local_features`.
+
+        Args:
+            rectangle: (N, 5), used instead of the one that the network computes; only with "window" attention.
 
         Raises:
-            ValueError, TypeError: features or a rectangle of another shape or kind, or a rectangle where there is none.
+            ValueError: a rectangle, but attention is not "window".
         """
-        check_tensor("RectangularNetwork", "features", features)
         if rectangle is not None and not isinstance(self.attention, WindowAttention):
-            raise ValueError("RectangularNetwork: rectangle must be None where attention is not 'window', got one")
+            raise ValueError("RectangularNetwork: rectangle must be None unless attention is 'window', got a rectangle")
         attended = self.attention(features) if rectangle is None else self.attention(features, rectangle=rectangle)
         return self.classifier(self.head(self.features[self.split :](attended)))
 

@@ -1,4 +1,4 @@
-"""Networks by name, their weights from files, their feature and attention maps."""
+"""Networks by name, their pretrained weights, feature maps and attention maps."""
 
 import copy
 import fnmatch
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from attnkern._checks import check_choice, check_flag, check_items, check_kind, check_tensor
+from attnkern._checks import check_choice
 from attnkern._spelling import did_you_mean
 from attnkern.models.weights import load_weights
 
@@ -18,13 +18,12 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {}
 
 
 def register_model(name: str, **options):
-    """Decorator of a network class, or of a function that builds one: ``create_model(name, ...)`` calls it.
+    """Decorator that makes a network class, or a function that builds a network, known to :func:`create_model`.
 
     Args:
-        options: bound to it under this name; the caller's own options win.
+        name: as :func:`create_model` takes it.
+        options: passed to the class or function; options given to :func:`create_model` take precedence.
     """
-
-    check_kind("register_model", str, name=name)
 
     def register(build):
         _MODELS[name] = functools.partial(build, **options) if options else build
@@ -35,7 +34,6 @@ def register_model(name: str, **options):
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of the networks that match a shell pattern, sorted: ``list_models("vgg*")``."""
-    check_kind("list_models", str, pattern=pattern)
     return sorted(fnmatch.filter(_MODELS, pattern))
 
 
@@ -50,28 +48,27 @@ def create_model(
 ) -> nn.Module:
     """The network ``name`` for ``num_classes`` classes; the arguments are timm's.
 
-    In training a network returns what its method ``loss(output, labels)`` takes; in evaluation it returns logits
-    (N, num_classes). Images may have any size, batches may hold one.
+    In training a network returns the argument of its method ``loss(output, labels)``; in evaluation it returns logits
+    (N, num_classes). Images may have any size, and a batch may hold one image.
 
     Args:
-        pretrained: a file of weights of this network: a state_dict (PyTorch's format or safetensors), a checkpoint that
-            holds one, such as those of ``attnkern train``, or a published checkpoint of the bottleneck paper's authors
-            or of SaoYan's AttnVGG, whose names are mapped (a warning says how). No code in the file is run. The
-            prefixes of DDP, FSDP and ``torch.compile`` are removed. Layers for another number of classes stay as
-            initialised.
-        features_only: return :class:`FeatureMaps` of the network, which gives its feature maps instead of logits.
-        out_indices: which of them, by default all.
+        name: one of :func:`list_models`.
+        num_classes: number of logits.
+        pretrained: a file with weights of this network: a state_dict (PyTorch's format or safetensors), a checkpoint
+            that holds one, such as those of ``attnkern train``, or a published checkpoint of the bottleneck paper's
+            authors or of SaoYan's AttnVGG, whose names are converted (a warning lists them). No code in the file is
+            run. Prefixes of DDP, FSDP and ``torch.compile`` are removed. Layers whose number of classes differs keep
+            their initialisation.
+        features_only: return :class:`FeatureMaps` of the network, which returns feature maps instead of logits.
+        out_indices: indices of the feature maps to return, by default all.
         options: go to the network's constructor; all take ``width`` (a multiplier of the channels) and ``in_chans``.
 
     Raises:
-        ValueError, TypeError: an unknown name; weights of another network, or a file that is damaged or holds more than
-            weights; out_indices that are no feature map's; an option that the network's constructor refuses.
-        FileNotFoundError: no file of weights.
+        ValueError, TypeError: an unknown name; weights of another network; a file that is damaged or holds more than
+            weights; out_indices out of range; an option that the network's constructor refuses.
+        FileNotFoundError: ``pretrained`` is no file.
     """
     check_choice("create_model", "name", name, list_models())
-    check_flag("create_model", features_only=features_only)
-    if out_indices is not None:
-        check_items("create_model", int, out_indices=out_indices)
     known = inspect.signature(_MODELS[name]).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         for option in options:
@@ -86,28 +83,28 @@ def create_model(
 
 
 class FeatureMaps(nn.Module):
-    """A network's feature maps [(N, C, H, W), ...], fine to coarse, instead of its logits.
+    """Returns a network's feature maps [(N, C, H, W), ...], fine to coarse, instead of its logits.
 
-    ``feature_info`` says of each, as in timm: ``module``, ``num_chs`` and ``reduction``.
+    ``feature_info`` describes each as in timm: ``module``, ``num_chs`` and ``reduction``.
 
     Raises:
-        ValueError, TypeError: a network without feature maps, or out_indices that are none of theirs.
+        ValueError: a network without feature maps, or out_indices out of range.
     """
 
     def __init__(self, network: nn.Module, out_indices: tuple[int, ...] | None = None):
         super().__init__()
-        check_kind("FeatureMaps", nn.Module, network=network)
         names = getattr(network, "feature_modules", ())
         if not names:
-            raise ValueError(f"create_model: features_only: {type(network).__name__} names no feature maps")
+            raise ValueError(
+                f"create_model: features_only needs a network with feature_modules, got {type(network).__name__}"
+            )
         chosen = range(len(names)) if out_indices is None else out_indices
-        check_items("create_model", int, out_indices=chosen)
         if any(not -len(names) <= index < len(names) for index in chosen):
             raise ValueError(f"create_model: out_indices must lie in 0 to {len(names) - 1}, got {tuple(out_indices)}")
         self.network = network
         self.modules_kept = tuple(names[index] for index in chosen)
-        # Shapes alone tell channels and reduction: no image is computed.
-        side = 320  # divides by 32 and by the first pooling of CUB's networks
+        # Channels and reductions follow from shapes alone: run on the meta device.
+        side = 320  # a multiple of 32 and of the first pooling of CUB's networks
         probe = torch.empty(1, network.in_chans, side, side, device="meta")
         maps = _observed(copy.deepcopy(network).to("meta").eval(), self.modules_kept, probe)[1]
         self.feature_info = [
@@ -119,12 +116,12 @@ class FeatureMaps(nn.Module):
 
 
 def _observed(network, names, images):
-    """The network's output, and by name what the named modules returned."""
-    seen, handles = {}, []
+    """The network's output, and the outputs of the named modules by name."""
+    outputs, handles = {}, []
     for name in names:
 
         def keep(_module, _inputs, output, name=name):
-            seen[name] = output
+            outputs[name] = output
 
         handles.append(network.get_submodule(name).register_forward_hook(keep))
     try:
@@ -132,17 +129,16 @@ def _observed(network, names, images):
     finally:
         for handle in handles:
             handle.remove()
-    return output, {name: seen[name] for name in names}
+    return output, {name: outputs[name] for name in names}
 
 
 def map_names(model: nn.Module) -> list[str]:
-    """Names of the attention maps of any model that holds attnkern's modules: ``["attention.map"]``.
+    """Names of the attention maps of any model that contains attnkern's modules: ``["attention.map"]``.
 
-    Each is an ``nn.Identity`` that the map passes through, so that hooks see it and may change it.
+    Each names an ``nn.Identity`` that the map passes through, so that hooks can observe and change it.
     """
-    check_kind("map_names", nn.Module, model=model)
     owners = [name.rpartition("map")[0] for name, _ in model.named_modules() if name.split(".")[-1] == "map"]
-    # A module within a module with a map (the quantizer of an attention) shows the same map again.
+    # A module inside a module that has a map, such as the quantizer of an attention, has the same map again.
     return [f"{o}map" for o in owners if not any(o != other and o.startswith(other) and other for other in owners)]
 
 
@@ -155,16 +151,11 @@ def attention_maps(
         names: which maps, by default all of :func:`map_names`.
 
     Raises:
-        ValueError, TypeError: a name that is no map of the model, or a model or images of another kind.
+        ValueError: a name that is no attention map of the model.
     """
-    check_kind("attention_maps", nn.Module, model=model)
-    check_tensor("attention_maps", "images", images)
-    if names is not None:
-        check_items("attention_maps", str, names=names)
     known = map_names(model)
     names = known if names is None else list(names)
     for name in names:
         if name not in known:
-            choice = ", ".join(map(repr, known)) or "none, it has no attention map"
-            raise ValueError(f"attention_maps: names must be of {choice}, got {name!r}")
+            raise ValueError(f"attention_maps: names must be among the model's attention maps {known}, got {name!r}")
     return _observed(model, names, images)

@@ -1,4 +1,4 @@
-"""The networks as a table: ``attnkern models``, and docs/models.md."""
+"""The table of networks of ``attnkern models`` and docs/models.md."""
 
 import torch
 
@@ -6,7 +6,7 @@ from attnkern.models.registry import create_model, list_models, map_names
 
 
 def table(num_classes: int = 10) -> str:
-    """Markdown: every network's parameters at full width, of them trained, and the names of its attention maps."""
+    """Markdown table: parameters of each network at full width, trained parameters, names of the attention maps."""
     lines = ["| network | parameters | of them trained | attention maps |", "|---|---|---|---|"]
     for name in list_models():
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Weights from files: what can go wrong with one, how they are wrapped, and whose names they bear."""
+"""Reading weights from files: formats, wrappers, published checkpoints, and errors that say what is wrong."""
 
 import argparse
 import os
@@ -12,19 +12,20 @@ from torch import nn
 from attnkern._checks import describe
 from attnkern.models.published import Renamed, rename
 
-#: Where a checkpoint holds the weights beside an optimizer's state and the like.
+#: Keys under which checkpoints hold the state_dict, next to optimizer state and the like.
 _HOLDERS = ("state_dict", "model_state_dict", "model", "net")
-#: What torch.compile, FSDP and activation checkpointing insert into names, at any depth.
+#: Parts that torch.compile, FSDP and activation checkpointing insert into names, at any depth.
 _WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 
 
 def read_file(what: str, path: str | os.PathLike):
-    """What is in a file of PyTorch's format or of safetensors; no code in it is run.
+    """The content of a file in PyTorch's format or in safetensors; no code in it is run.
 
-    Of classes, ``argparse.Namespace`` alone is let through: published checkpoints hold their options in one.
+    The only class that is allowed is ``argparse.Namespace``: published checkpoints hold their options in one.
 
     Args:
         what: the argument that named the file, for errors.
+        path: the file.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -45,34 +46,36 @@ def read_file(what: str, path: str | os.PathLike):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (ImportError, OSError, MemoryError):
         raise
-    except Exception as error:  # a damaged file fails in the reader wherever its bytes lead
-        raise ValueError(f"{what}: {path!r} {_fault(error)}") from error
+    except Exception as error:  # a damaged file can raise any error in the reader
+        raise ValueError(f"{what}: {path!r} {_reason(error)}") from error
 
 
-def _fault(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read, as the end of a sentence that begins with its name."""
     text = str(error)
     found = re.search(r"GLOBAL (\S+)", text)
-    if found:  # torch.load names the class of an object that it does not allow
+    if found:  # the message of torch.load names the class that it does not allow
         return (
-            f"holds an object of {found[1]}, not weights alone, and reading it could run code: where the file comes "
-            "from, save the state_dict instead"
+            f"holds an object of {found[1]}, not weights alone, and reading it could run code: "
+            "save the state_dict where the file was made, and use that"
         )
     if "TorchScript" in text:
         return "is a TorchScript archive: save the module's state_dict instead"
-    # What PyTorch says itself would be to load the file with weights_only=False.
-    return "is damaged, cut short, or no file of weights that PyTorch or safetensors wrote"
+    # PyTorch's own message advises weights_only=False, which would run code from the file.
+    return "is damaged, cut short, or not a file of weights written by PyTorch or safetensors"
 
 
 def read_state(what: str, path: str | os.PathLike, average: bool = False) -> dict[str, torch.Tensor]:
-    """The state_dict in a file, out of what holds it, without the prefixes of DDP, torch.compile and Lightning.
+    """The state_dict in a file or in the checkpoint there, without the prefixes of DDP, torch.compile and Lightning.
 
     Args:
-        average: take the average over time (``net_ema``) where the file has both.
+        what, path: as :func:`read_file`.
+        average: take the exponential moving average of the weights (``net_ema``) of a file that has both.
     """
     held = read_file(what, path)
     states = held.get("model_states") if isinstance(held, dict) else None
     if average and not (isinstance(states, dict) and "net_ema" in states):
-        raise ValueError(f"{what}: {os.fspath(path)!r} holds no average over time")
+        raise ValueError(f"{what}: {os.fspath(path)!r} holds no average of the weights (net_ema)")
     if isinstance(states, dict):
         held = states["net_ema"] if average else states.get("net")
     elif isinstance(held, dict):
@@ -84,7 +87,7 @@ def read_state(what: str, path: str | os.PathLike, average: bool = False) -> dic
     ):
         raise ValueError(f"{what}: {os.fspath(path)!r} holds no state_dict")
     state = {".".join(part for part in key.split(".") if part not in _WRAPPERS): value for key, value in held.items()}
-    # Lightning's checkpoints of attnkern train hold metrics beside the network, AveragedModel a counter.
+    # Checkpoints of attnkern train also hold metrics, those of AveragedModel a counter.
     if any(key.startswith("network.") for key in state):
         state = {key.removeprefix("network."): value for key, value in state.items() if key.startswith("network.")}
     if "n_averaged" in state and all(key.startswith("module.") for key in state.keys() - {"n_averaged"}):
@@ -95,29 +98,36 @@ def read_state(what: str, path: str | os.PathLike, average: bool = False) -> dic
 
 
 def read_weights(what: str, path: str | os.PathLike, average: bool = False) -> Renamed:
-    """The state_dict in a file under attnkern's names, and what was renamed; arguments as :func:`read_state`."""
+    """The state_dict in a file with attnkern's names, and what was renamed; arguments as :func:`read_state`."""
     if not isinstance(path, (str, os.PathLike)):
         raise ValueError(f"{what} must be None or a file of weights, got {describe(path)}")
     return rename(read_state(what, path, average))
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike) -> None:
-    """Load a file into ``network``; layers for another number of classes stay as they are.
+    """Load a file into ``network``; layers whose number of classes differs keep their initialisation.
 
-    A file under the names of a published implementation is renamed, and a warning says so.
+    The names of a published implementation are converted, and a warning lists them.
     """
     what = "create_model: pretrained"
     read = read_weights(what, path)
     kept = load_state(what, network, path, read)
     if read.layout:
         summary = read.summary() + (
-            f"; as initialised, for another number of classes: {', '.join(kept)}" if kept else ""
+            f"; not loaded, because the number of classes differs: {', '.join(kept)}" if kept else ""
         )
         warnings.warn(f"{what}: {os.fspath(path)!r} was read as {read.layout}: {summary}", stacklevel=3)
 
 
 def load_state(what: str, network: nn.Module, path: str | os.PathLike, read: Renamed) -> list[str]:
-    """Load what was read of ``path``, or say what does not fit; names of what stays, for another number of classes."""
+    """Load ``read``, the content of ``path``, into ``network``.
+
+    Returns:
+        names of the entries that were not loaded because the number of classes differs.
+
+    Raises:
+        ValueError: the weights of another network; names one entry that differs.
+    """
     state, own = dict(read.state), network.state_dict()
     kept = [
         key
@@ -142,7 +152,7 @@ def load_state(what: str, network: nn.Module, path: str | os.PathLike, read: Ren
 
 
 def save_state(state: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a state_dict, in safetensors' format where the name ends so; the file appears once it is whole."""
+    """Write a state_dict, in safetensors' format if the name ends in .safetensors; never leaves a partial file."""
     partial = path.with_name(path.name + ".partial")
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file

@@ -27,15 +27,16 @@ class CompatibilityPool(Module):
     """Locals averaged by their compatibility with a global query: pooled = Σ a_i ℓ_i, a = softmax_i c(ℓ_i, g).
 
     "parametrised": c = ⟨u, ℓ_i + g⟩ with a learned u. ⟨u, g⟩ is the same for every position, so softmax cancels it: the
-    pooled vector does not depend on g, whose gradient is exactly zero. g may be left out; when given it gets those
-    zeros (not None) from pooled and from the map, so that an optimizer and DDP treat what made it as part of the graph.
+    pooled vector does not depend on g, whose gradient is exactly zero. g may be omitted. If it is given, it gets
+    a gradient of zeros (not None) from pooled and from the map, so that optimizers and DDP treat the layers that
+    computed it as used.
 
     "dot": c = ⟨ℓ_i, g⟩, without 1/√C.
 
-    A learned linear map W (no bias) brings the two to equal channels: with ``project="query"`` W g takes the place of
-    g; with ``project="local"`` W ℓ_i takes that of ℓ_i, folded: c = ⟨ℓ_i, Wᵀg⟩ and pooled = W·Σ a_i ℓ_i, so that the
-    projected locals never exist. Where ``projection`` is no longer an untouched ``nn.Linear`` (hooks, an adapter, a
-    quantized weight), it is called on the locals as (N, positions, C).
+    A learned linear map W (no bias) can project one of the two to the channels of the other: ``project="query"``
+    replaces g by W g; ``project="local"`` replaces ℓ_i by W ℓ_i, folded: c = ⟨ℓ_i, Wᵀg⟩ and pooled = W·Σ a_i ℓ_i, so
+    that the projected locals are never computed. If ``projection`` is no longer an untouched ``nn.Linear`` (it has
+    hooks, an adapter or a quantized weight), it is called on the locals as (N, positions, C).
 
     Args:
         local_channels, query_channels: C of the locals and of the query.
@@ -43,7 +44,8 @@ class CompatibilityPool(Module):
         project: "query", "local" or None (then the channels must be equal).
 
     Raises:
-        ValueError, TypeError: an unknown option, channels that do not go together, or tensors of other channels.
+        ValueError, TypeError: an unknown option, numbers of channels that do not match, or a tensor with another
+        number.
 
     Source: Learn to Pay Attention, Eqs. 1-3 and Section 3.2.
     """
@@ -104,7 +106,7 @@ class CompatibilityPool(Module):
         if folds:
             key = F.linear(key, self.projection.weight.t())
         elif self.project == "local":
-            # Projected as (N, positions, C): what a Linear, or whatever took its place, expects.
+            # A Linear, or its replacement, expects (N, positions, C).
             local = self.projection(local.flatten(2).mT).mT.unflatten(2, local.shape[2:])
         key = widened(key)
         if untouched(self.map):
@@ -115,10 +117,10 @@ class CompatibilityPool(Module):
             pooled = weighted.sum(2).to(local.dtype)
         if folds:
             pooled = self.projection(pooled)
-        # A trace must not depend on whether its example has a gradient.
-        followed = query is not None and (query.requires_grad or torch.jit.is_tracing())
-        if self.weight is not None and followed:
-            # Zeros even where the query is not finite: nothing here depends on it.
+        # A trace must not depend on whether its example requires a gradient.
+        connected = query is not None and (query.requires_grad or torch.jit.is_tracing())
+        if self.weight is not None and connected:
+            # Zeros even if the query is not finite, because the result does not depend on it.
             zero = (query.nan_to_num(0, 0, 0) * 0).sum(-1, keepdim=True)
             pooled = pooled + zero.to(pooled.dtype)
             if return_map:
@@ -131,15 +133,15 @@ class CompatibilityPool(Module):
 
 
 class ProgressiveAttention(Module):
-    """Features filtered by a map of independent sigmoid scores: output = f·x, f = Λ(⟨u, x_i + g⟩ + b).
+    """Attention with a map of independent sigmoid scores: output = f·x, f = Λ(⟨u, x_i + g⟩ + b).
 
-    The query g is optional. Unlike in :class:`CompatibilityPool`, it matters: a sigmoid does not cancel it.
+    The query g is optional. Unlike in :class:`CompatibilityPool`, it changes the result: a sigmoid does not cancel it.
 
     Args:
         channels: C of the features.
 
     Raises:
-        ValueError, TypeError: a number below 1, or features of other channels.
+        ValueError, TypeError: a number below 1, or features with another number of channels.
 
     Source: Learn to Pay Attention, Appendix A.2 (the lower level of its PAN baseline, after Seo et al.), and the
     authors' code for the query.

@@ -16,20 +16,20 @@ from attnkern.reference import modulate
 
 
 class AnchorQuantizer(Module):
-    """Nearest of Q learned anchors for each element, straight-through; counts which anchors are in use.
+    """The nearest of Q learned anchors for each element, with straight-through gradient; counts the use of each anchor.
 
-    The anchors start at linspace(0, 1, Q) and move by ``anchor_loss`` alone. ``counts`` (Q,) int64 adds up, in training
-    only, how often each was chosen; it is not part of the state_dict.
+    The anchors are initialised with linspace(0, 1, Q) and learn from ``anchor_loss`` only. ``counts`` (Q,) int64 is the
+    number of times that each was chosen in training mode; it is not part of the state_dict.
 
     Args:
         num_anchors: Q.
         reduction: of the two losses, as in :func:`attnkern.anchor_quantize`.
-        sync_counts: add up the counts over all processes of the default group, at each training step: a collective of
-            Q integers. (DDP broadcasts buffers from rank 0, so they cannot be added up afterwards.)
+        sync_counts: sum the counts over all processes of the default group at each training step, by a collective of Q
+            integers. (DDP broadcasts buffers from rank 0, so they cannot be summed afterwards.)
 
     Raises:
-        ValueError, TypeError: no anchor, an unknown reduction, or an argument that :func:`attnkern.anchor_quantize`
-            and :func:`attnkern.anchor_attention` refuse.
+        ValueError, TypeError: no anchor, an unknown reduction, or an argument that is invalid for
+            :func:`attnkern.anchor_quantize` or :func:`attnkern.anchor_attention`.
 
     Source: Information Bottleneck Approach to Spatial Attention Learning, Eqs. 9-10.
     """
@@ -52,7 +52,7 @@ class AnchorQuantizer(Module):
         return AnchorQuantized(self.map(quantized.values), *quantized[1:])
 
     def attend(self, x: torch.Tensor, a: torch.Tensor, residual: bool = True) -> AnchorAttended:
-        """Features ``x`` under the quantized map, in one pass; see :func:`attnkern.anchor_attention`."""
+        """Attention to ``x`` with the quantized map ``a``, in one pass; see :func:`attnkern.anchor_attention`."""
         attended = anchor_attention(x, a, widened(self.anchors), residual=residual, reduction=self.reduction)
         self._count(attended.counts)
         if not untouched(self.map):
@@ -62,7 +62,7 @@ class AnchorQuantizer(Module):
         return attended
 
     def _count(self, counts):
-        # Per-sample gradients and the like are no training step, and may not write to what they captured.
+        # Function transforms (per-sample gradients, for instance) are not training steps and may not write to buffers.
         if self.training and not transformed(counts):
             if self.sync_counts:
                 if not torch.distributed.is_initialized():
@@ -78,7 +78,7 @@ class AnchorQuantizer(Module):
         self.counts.zero_()
 
     def perplexity(self) -> torch.Tensor:
-        """exp of the entropy of the usage, from 1 (one anchor takes all) to Q (all alike); NaN before any count."""
+        """exp of the entropy of the counts: 1 if one anchor has all, Q if all have equally many; NaN without counts."""
         return torch.special.entr(self.counts / self.counts.sum()).sum().exp()
 
     def extra_repr(self):
@@ -89,7 +89,7 @@ class BottleneckAttended(NamedTuple):
     """Result of :class:`BottleneckAttention`."""
 
     output: torch.Tensor  #: (N, C, H, W), the features' dtype and memory format
-    map: torch.Tensor  #: (N, H, W) what the features were weighted by: a, or its nearest anchors
+    map: torch.Tensor  #: (N, H, W) the factor of the features: a, or its nearest anchors
     mean: torch.Tensor  #: (N, H, W) μ
     std: torch.Tensor  #: (N, H, W) σ
     anchor_loss: torch.Tensor  #: scalar, moves the anchors; 0 without anchors
@@ -97,10 +97,10 @@ class BottleneckAttended(NamedTuple):
 
 
 class BottleneckAttention(Module):
-    """Features under a map drawn from p(a|x) = N(μ, σ²) and quantized to anchors: output = x + v·x.
+    """Attention with a map drawn from p(a|x) = N(μ, σ²) and quantized to anchors: output = x + v·x.
 
     μ = Λ(conv3x3(x)), σ = softplus(conv3x3(μ) - 5), a = μ + σε, and v the nearest anchor of a, or a itself without
-    anchors. Nothing squashes a: it can leave [0, 1]. Map, μ and σ are float32 under autocast.
+    anchors. a is not limited to [0, 1]. Map, μ and σ are float32 under autocast.
 
     Args:
         channels: C of the features.
@@ -108,7 +108,7 @@ class BottleneckAttention(Module):
         mean: a module from features to raw maps (N, 1, H, W), instead of the 3x3 convolution before Λ.
 
     Raises:
-        ValueError, TypeError: a number below 1, or features of other channels.
+        ValueError, TypeError: a number below 1, or features with another number of channels.
 
     Source: Information Bottleneck Approach to Spatial Attention Learning, Eqs. 6-10; the heads as in the authors' code.
     """
@@ -127,15 +127,15 @@ class BottleneckAttention(Module):
         """Attend to ``x`` (N, C, H, W).
 
         Args:
-            sample: draw a from p(a|x); otherwise a = μ. None: in training only. The published evaluation draws too.
+            sample: draw a from p(a|x); otherwise a = μ. None: in training only. (The authors' evaluation also draws.)
         """
         check_channels("BottleneckAttention", x, self.channels)
         check_kind("BottleneckAttention", bool | None, sample=sample)
         raw_mean = self.mean(x)
         n, _, height, width = x.shape
-        check_tensor("BottleneckAttention", "what the module mean returns", raw_mean)
+        check_tensor("BottleneckAttention", "the output of mean", raw_mean)
         check_shape(
-            "BottleneckAttention", "what the module mean returns", raw_mean, "({}, 1, {}, {}) (as x)",
+            "BottleneckAttention", "the output of mean", raw_mean, "({}, 1, {}, {}) (as x)",
             is_shape(raw_mean, n, 1, height, width), n, height, width,
         )  # fmt: skip
         mean = widened(raw_mean).sigmoid()

@@ -17,12 +17,12 @@ from attnkern.window import check_features, window_attention, window_map
 
 
 class WindowAttention(Module):
-    """Features under one rotated rectangle that a small head finds: output = x + f̃·x.
+    """Attention to one rotated rectangle, which a small head predicts: output = x + f̃·x.
 
-    Head: 3x3 convolutions with ReLU, 2x2 max pooling between them, global average, Linear to five numbers b. Then
-    μ = Λ(b), σ = lo + (0.75 - lo)·Λ(b) with lo half a grid step of the axis, α = (π/2)·tanh b. The last layer starts at
-    zero weights and biases (0, 0, log 2, log 2, 0): a centred rectangle with σ of about one half. The five numbers are
-    float32 under autocast. Maps down to 1x1 work.
+    The head has 3x3 convolutions with ReLU, 2x2 max pooling between them, global average pooling, and a Linear to five
+    numbers b. Then μ = Λ(b), σ = lo + (0.75 - lo)·Λ(b) with lo half a grid step of the axis, α = (π/2)·tanh b. The last
+    layer is initialised with zero weights and the biases (0, 0, log 2, log 2, 0): a centred rectangle with σ of about
+    one half. The five numbers are float32 under autocast. Maps down to 1x1 work.
 
     Args:
         channels: C of the features.
@@ -30,7 +30,7 @@ class WindowAttention(Module):
         scale, rescale, residual: as in :func:`attnkern.window_attention`.
 
     Raises:
-        ValueError, TypeError: an option out of its range, or features of other channels.
+        ValueError, TypeError: an option out of its range, or features with another number of channels.
 
     Source: Convolutional Rectangular Attention Module, Eqs. 1-7 and Appendix G (which leaves open the ranges of
     μ, σ and α).
@@ -87,7 +87,7 @@ class WindowAttention(Module):
         """(N, C, H, W) to the same shape; with ``return_map`` also the map (N, H, W).
 
         Args:
-            rectangle: (N, 5) to attend to, where :meth:`rectangle` has been called or another one is wanted.
+            rectangle: (N, 5), used instead of the output of :meth:`rectangle`.
         """
         check_flag("WindowAttention", return_map=return_map)
         if rectangle is None:
@@ -102,10 +102,10 @@ class WindowAttention(Module):
 
 
 class PositionwiseAttention(Module):
-    """Features under a map predicted position by position: output = x + f·x, f = Λ(convolutions of x).
+    """Attention with a map predicted at each position: output = x + f·x, f = Λ(convolutions of x).
 
     A 1x1 convolution to ``hidden`` channels, then three 3x3 ones with dilation, the last to one channel: the baseline
-    that rectangular attention is compared with.
+    of rectangular attention.
 
     Args:
         channels: C of the features.
@@ -113,7 +113,7 @@ class PositionwiseAttention(Module):
         dilation: of the 3x3 convolutions, and their padding.
 
     Raises:
-        ValueError, TypeError: a number below 1, or features of other channels.
+        ValueError, TypeError: a number below 1, or features with another number of channels.
 
     Source: Convolutional Rectangular Attention Module, Appendix G.
     """

@@ -1,4 +1,4 @@
-"""Data for training the papers' models."""
+"""Training of the papers' networks: data, recipes and the command ``attnkern train``."""
 
 from attnkern.training.digits import Digits, digits_clutter
 

@@ -19,6 +19,10 @@ def option_error(message: str, options: Iterable[str]) -> str:
     if unknown:
         kind = "option" if unknown[1].startswith("-") else "argument"
         return f"unknown {kind} {unknown[1]}{did_you_mean(unknown[1], options)}"
+    in_file = re.search(r"Group '([\w.]+)' does not accept option '(\w+)'", message)
+    if in_file:
+        option = f"--{in_file[1]}.{in_file[2]}"
+        return f"unknown option {option} in a file of settings{did_you_mean(option, options)}"
     # A message about an option of a class stands inside the message about the option that names the class.
     keys = re.findall(r'Parser key "([\w.]+)":', message)
     if not keys:

@@ -1,4 +1,4 @@
-"""Handwritten digits on cluttered canvases: real images for training where nothing can be downloaded."""
+"""Handwritten digits on cluttered backgrounds: real images to train on without a download."""
 
 import math
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from attnkern._checks import check_choice, check_count, check_integer
 
-#: Pieces of other digits on every canvas.
+#: The number of fragments of other digits in an image.
 _FRAGMENTS = 6
 
 
@@ -22,13 +22,13 @@ class Digits(NamedTuple):
 
 
 def _sources(split):
-    """The split's 8x8 digits (M, 1, 8, 8) in [0, 1] and their labels; one digit in five is for testing."""
+    """The 8x8 digits (M, 1, 8, 8) in [0, 1] of a split, and their labels. One digit in five is for testing."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError("digits_clutter needs scikit-learn: pip install scikit-learn") from error
     digits = load_digits()
-    # The same permutation whatever the seed: a digit that one run trains on is never another's test.
+    # The permutation does not depend on the seed: no run trains on a digit that another run tests on.
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
     tests = len(order) // 5
     chosen = order[:tests] if split == "test" else order[tests:]
@@ -37,24 +37,32 @@ def _sources(split):
 
 
 def _draw(patches, size, extent, degrees, generator):
-    """Ink (N, 1, size, size) of patches at random places, their sides ``extent`` of the canvas, turned by ±degrees."""
+    """Patches of ink at random places in images: (N, 1, size, size).
+
+    Args:
+        extent: smallest and largest side of a patch, as a fraction of the image's side.
+        degrees: largest angle that a patch is rotated by, in either direction.
+    """
 
     def uniform(low, high):
         return low + (high - low) * torch.rand(len(patches), generator=generator)
 
-    half = uniform(*extent)  # of the side, in units where the canvas runs from -1 to 1
+    half = uniform(*extent)  # half the side, in coordinates from -1 to 1
     room = 1 - half
     x, y = uniform(-1, 1) * room, uniform(-1, 1) * room
     angle = uniform(-degrees, degrees) * math.pi / 180
     cos, sin = torch.cos(angle) / half, torch.sin(angle) / half
-    # From the canvas to the patch: the inverse of scale, turn and shift.
+    # From the image to the patch: the inverse of scaling, rotation and shift.
     theta = torch.stack((cos, sin, -cos * x - sin * y, -sin, cos, sin * x - cos * y), 1).view(-1, 2, 3)
     grid = F.affine_grid(theta, (len(patches), 1, size, size), align_corners=False)
     return F.grid_sample(patches, grid, align_corners=False)
 
 
 def extents(masks: torch.Tensor) -> torch.Tensor:
-    """(N, 4) float32: first row, first column, last row, last column of masks (N, H, W) bool; an empty one's is all."""
+    """Boxes of masks (N, H, W) bool, (N, 4) float32: first row, first column, last row, last column.
+
+    The box of an empty mask is the whole image.
+    """
     ends = []
     for covered in (masks.any(2), masks.any(1)):
         first = covered.int().argmax(1)
@@ -64,23 +72,23 @@ def extents(masks: torch.Tensor) -> torch.Tensor:
 
 
 def digits_clutter(split: str, size: int = 32, seed: int = 0, count: int | None = None) -> Digits:
-    """scikit-learn's 1,797 handwritten digits, each at a random place, angle and size on a cluttered canvas.
+    """scikit-learn's 1,797 handwritten digits, each at a random place, angle and size in an image with clutter.
 
-    The clutter: a gradient between two dark colours, six fragments of other digits, noise. The digit is the largest
-    and brightest thing on the canvas. The two splits never share a handwritten digit, in any run; the same arguments
-    give the same images.
+    The clutter consists of a gradient between two dark colours, six fragments of other digits, and noise. The digit is
+    the largest and brightest object. The two splits never share a handwritten digit. The same arguments give the same
+    images.
 
     Args:
         split: "train" (1,438 handwritten digits) or "test" (359).
-        size: side S of the square canvas in pixels, at least 16.
-        seed: of places, colours and clutter.
-        count: number of images, by default one for each handwritten digit of the split; the digits repeat, under
-            other clutter, where it is larger.
+        size: side S of the square images in pixels, at least 16.
+        seed: random seed of places, colours and clutter.
+        count: number of images, by default one for each handwritten digit of the split. With a larger number the digits
+            repeat in front of other clutter.
 
     Returns:
-        images (N, 3, S, S) float32 in [0, 1]; labels (N,) int64; boxes (N, 4) float32 around the digit's ink: first
-        row, first column, last row, last column, where (0, 0) is the centre of the first pixel; masks (N, S, S) bool
-        of the ink itself.
+        images (N, 3, S, S) float32 in [0, 1]; labels (N,) int64; boxes (N, 4) float32 of the digit's ink: first row,
+        first column, last row, last column, where (0, 0) is the centre of the first pixel; masks (N, S, S) bool of the
+        ink.
 
     Raises:
         ValueError, TypeError: an unknown split, a size or count that is too small, or an argument of another kind.

@@ -1,4 +1,4 @@
-"""Image files as a viewer shows them: the one reader of the data sets and of ``attnkern show``."""
+"""Image files, read as viewers show them. The data sets and ``attnkern show`` use the same functions."""
 
 import contextlib
 import functools
@@ -9,14 +9,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from attnkern._checks import check_kind, describe, numbers_of
 from attnkern._extras import needs_extra
 
 with needs_extra("attnkern.training.images", "train"):
     from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
     from torchvision.transforms.v2 import functional as F
 
-#: EXIF orientation to what brings the stored pixels upright: whether to transpose them, then the axes to flip.
+#: EXIF orientation: whether to transpose the stored pixels and which axes to flip then, for an upright picture.
 _TURNS = {
     1: (False, ()),
     2: (False, (-1,)),
@@ -32,12 +31,15 @@ _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 
 
 class ImageError(OSError, ValueError):
-    """An image file cannot be read; the message names it and says why. Pillow's own errors are OSErrors, too."""
+    """An image file cannot be read. The message names the file and the reason.
+
+    An OSError, as Pillow's own errors are.
+    """
 
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike) -> Iterator[ImageFile.ImageFile]:
-    """The picture in a file as Pillow opens it. Every error, also one of decoding in the block, names the file.
+    """The picture in a file, opened by Pillow. Every error names the file, even one of decoding it in the block.
 
     Raises:
         FileNotFoundError: no such file.
@@ -50,7 +52,7 @@ def opened(path: str | os.PathLike) -> Iterator[ImageFile.ImageFile]:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no image {name}") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is no image that can be read") from error
+        raise ImageError(f"{name} is not an image that can be read") from error
     except Image.DecompressionBombError as error:
         limit = f"{2 * Image.MAX_IMAGE_PIXELS:,} that Pillow opens (twice PIL.Image.MAX_IMAGE_PIXELS)"
         raise ImageError(f"{name} has more pixels than the {limit}") from error
@@ -62,28 +64,24 @@ def opened(path: str | os.PathLike) -> Iterator[ImageFile.ImageFile]:
 
 
 def read_image(path: str | os.PathLike, box: tuple[float, float, float, float] | None = None) -> torch.Tensor:
-    """(3, H, W) uint8: the sRGB picture that a viewer shows of an image file, whatever its mode.
+    """An image file of any mode as sRGB, as a viewer shows it: (3, H, W) uint8.
 
-    - It is upright: the EXIF orientation is applied.
-    - Colours are converted to sRGB by the embedded ICC profile, else by a PNG's gamma. A profile that does not fit the
-      picture is ignored.
+    - The EXIF orientation is applied.
+    - Colours are converted to sRGB with the embedded ICC profile or the gamma of a PNG file. A profile that does not
+      fit the picture is ignored.
     - Transparent pixels are blended with white.
-    - Grey values of more than 8 bits are scaled: 16-bit integers by their full range, integers of 32 bits as those of
-      16, floating point from 0 to 1. A picture with values beyond this range is shown from its least to its greatest.
-    - Of several frames the first is read.
+    - Grey values of more than 8 bits are scaled. The range is 0 to 65535 for integers of 16 and 32 bits, and 0 to 1 for
+      floating point. If a picture has values outside it, the range is from its smallest to its largest value.
+    - Of several frames the first one is read.
 
     Args:
         path: of the file.
-        box: (x, y, width, height) to cut out, in stored pixels, before these are turned.
+        box: (x, y, width, height) of a part to crop, in the pixels as they are stored, before they are rotated.
 
     Raises:
         FileNotFoundError: no such file.
-        ImageError: a file that is no image, that is damaged, or whose picture is too large; an OSError and ValueError.
-        ValueError, TypeError: an argument of another kind.
+        ImageError: a file that is no image, is damaged, or whose picture is too large; an OSError and a ValueError.
     """
-    check_kind("read_image", str | os.PathLike, path=path)
-    if box is not None and len(numbers_of("read_image", "box", box)) != 4:
-        raise ValueError(f"read_image: box must be (x, y, width, height), got {describe(box)}")
     with opened(path) as picture:
         picture.load()
         orientation = _orientation(picture)
@@ -93,13 +91,13 @@ def read_image(path: str | os.PathLike, box: tuple[float, float, float, float] |
 
 
 def stored(path: str | os.PathLike) -> tuple[tuple[int, int], int]:
-    """Width and height of the pixels in an image file, and its EXIF orientation, 1 to 8; raises as :func:`opened`."""
+    """Width and height of an image file as it is stored, and its EXIF orientation, 1 to 8. Raises as :func:`opened`."""
     with opened(path) as picture:
         return picture.size, _orientation(picture)
 
 
 def upright(pixels: torch.Tensor, orientation: int) -> torch.Tensor:
-    """Stored pixels (..., H, W) as they are to be seen."""
+    """Stored pixels (..., H, W) in the orientation in which they are shown."""
     transposed, flipped = _TURNS[orientation]
     return (pixels.mT if transposed else pixels).flip(flipped)
 
@@ -110,7 +108,7 @@ def resized(image: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _cut(picture, box):
-    """The part of a picture in a box, whose edges are rounded to pixels: at least one pixel."""
+    """The part of a picture in a box. Its edges are rounded to pixels; it has at least one pixel."""
     x, y, width, height = box
     left, top = min(max(round(x), 0), picture.width - 1), min(max(round(y), 0), picture.height - 1)
     right, bottom = min(round(x + width), picture.width), min(round(y + height), picture.height)
@@ -120,13 +118,13 @@ def _cut(picture, box):
 def _orientation(picture) -> int:
     try:
         found = picture.getexif().get(_EXIF_ORIENTATION)
-    except Exception:  # a broken tag; viewers show the picture without it
+    except Exception:  # a damaged tag, which viewers ignore
         return 1
     return found if found in _TURNS else 1
 
 
 def _shown(picture) -> Image.Image:
-    """The picture in RGB, not yet turned."""
+    """The picture in RGB, in the stored orientation."""
     info, alpha = picture.info, None
     if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
         if isinstance(info.get("transparency"), int):
@@ -135,14 +133,14 @@ def _shown(picture) -> Image.Image:
     elif picture.has_transparency_data:
         picture = picture.convert("LA" if picture.mode in ("1", "L", "LA", "La") else "RGBA")
         alpha = picture.getchannel("A")
-    if picture.mode not in ("L", "CMYK", "LAB"):  # what a profile may describe, beside RGB
+    if picture.mode not in ("L", "CMYK", "LAB"):  # modes that a profile may describe, besides RGB
         picture = picture.convert("L" if picture.mode in ("1", "LA") else "RGB")
     profile, gamma = info.get("icc_profile"), info.get("gamma")
     transform = _to_srgb(profile, picture.mode) if profile else None
     if transform is not None:
         picture = ImageCms.applyTransform(picture, transform)
     picture = picture.convert("RGB")
-    # For a display of gamma 2.2, as libpng does; nothing to do within 5 % of that.
+    # Converted to a display gamma of 2.2, as libpng does; a difference of up to 5 % is ignored.
     if gamma and not profile and "srgb" not in info and abs(2.2 * gamma - 1) > 0.05:
         picture = picture.point([round(255 * (value / 255) ** (1 / (2.2 * gamma))) for value in range(256)] * 3)
     if alpha is not None:
@@ -152,15 +150,15 @@ def _shown(picture) -> Image.Image:
 
 @functools.lru_cache(16)
 def _to_srgb(profile: bytes, mode: str):
-    """The transform from a profile's colours to sRGB, or None where the profile cannot be used or is sRGB itself."""
+    """The transform from a profile's colours to sRGB, or None if the profile cannot be used or is sRGB."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except Exception:  # broken, of another colour space, or Pillow was built without LittleCMS
+    except Exception:  # damaged, of another colour space, or Pillow was built without LittleCMS
         return None
     if mode != "RGB":
         return transform
-    # Most profiles are sRGB's; to apply them would take longer than to decode the file.
+    # Most profiles are sRGB. Applying them would take longer than decoding the file.
     steps = np.arange(0, 256, 15, dtype=np.uint8)
     cube = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, steps.size, 3)
     moved = np.asarray(ImageCms.applyTransform(Image.fromarray(cube), transform))
@@ -168,11 +166,11 @@ def _to_srgb(profile: bytes, mode: str):
 
 
 def _eight_bits(picture) -> Image.Image:
-    """A grey picture of 16 bits, 32 bits or floating point, in mode L."""
+    """A grey picture of 16 bits, 32 bits or floating point as a picture of mode L."""
     values, tags = np.asarray(picture), getattr(picture, "tag_v2", {})
     full = 1 if picture.mode == "F" else 65535
     if picture.mode == "I" and tags and tags.get(_TIFF_SAMPLE_FORMAT, (1,)) == (1,):
-        values = values.view(np.uint32)  # Pillow has no such mode
+        values = values.view(np.uint32)  # Pillow has no mode for unsigned integers of 32 bits
     if picture.mode == "I;16" and tags.get(_TIFF_BITS) == (12,):
         full = 4095
     values = values.astype(np.float64)
@@ -181,6 +179,6 @@ def _eight_bits(picture) -> Image.Image:
     if low >= 0 and high <= full:
         low, high = 0, full
     shares = np.nan_to_num((values - low) / max(high - low, 1e-300), nan=0, posinf=1, neginf=0).clip(0, 1)
-    if tags.get(_TIFF_PHOTOMETRIC) == 0:  # white is zero; Pillow inverts 8 bits only
+    if tags.get(_TIFF_PHOTOMETRIC) == 0:  # white is 0; Pillow inverts pictures of 8 bits only
         shares = 1 - shares
     return Image.fromarray((255 * shares).round().astype(np.uint8))

@@ -1,4 +1,4 @@
-"""One LightningModule a family: what a training step is, what is logged, which parameters decay."""
+"""One LightningModule per family of networks: its training step, its logs and its parameter groups."""
 
 import os
 from collections.abc import Iterable
@@ -22,19 +22,21 @@ with needs_extra("attnkern.training.modules", "train"):
 
 
 class Classification(pl.LightningModule):
-    """Trains one network of :mod:`attnkern.models` by its own loss.
+    """Trains a network of :mod:`attnkern.models` with the network's own loss.
 
     Args:
-        name: of the network, as :func:`attnkern.models.create_model` takes it.
-        num_classes: of its logits; None: those of the data.
-        options: go to the network's constructor: ``{"width": 0.25}``.
-        optimizer: from groups of parameters to an optimizer.
-        lr_scheduler: from an optimizer to a schedule, which is stepped once an epoch; None: the rate stays. One that
-            looks at a metric names it, as ``lightning.pytorch.cli.ReduceLROnPlateau`` does by ``monitor``.
-        warmup: before it, in turn, (epochs, learning rate); not before a schedule that looks at a metric.
-        pretrained: a file of weights to begin with.
+        name: name of the network for :func:`attnkern.models.create_model`.
+        num_classes: number of classes; None: that of the data.
+        options: keyword arguments of the network's constructor: ``{"width": 0.25}``.
+        optimizer: makes an optimizer from parameter groups.
+        lr_scheduler: makes a schedule, stepped once per epoch, from an optimizer; None: the learning rate is constant.
+            A schedule that follows a metric has its name in ``monitor``, as
+            ``lightning.pytorch.cli.ReduceLROnPlateau`` has.
+        warmup: pairs (epochs, learning rate) that come before the schedule, one after the other; not possible with a
+            schedule that follows a metric.
+        pretrained: a file of weights from which training starts.
         backend: "native", "triton" or "reference"; None: chosen automatically.
-        compiled: run the network through ``torch.compile``.
+        compiled: compile the network with ``torch.compile``.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Classification(pl.LightningModule):
         self.network: nn.Module | None = None
 
     def configure_model(self) -> None:
-        """Lightning's hook: the network is built once the number of classes is known."""
+        """Build the network; Lightning calls this hook after the data has been found, which gives the classes."""
         if self.network is not None:
             return
         if self.hparams.num_classes is None:
@@ -76,7 +78,7 @@ class Classification(pl.LightningModule):
             setattr(self, f"{stage}_accuracy", MulticlassAccuracy(self.hparams.num_classes, average="micro"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """With the weights goes what evaluation needs to know of the data."""
+        """Save the settings of the data with the weights: evaluation needs them."""
         data = self.trainer.datamodule
         if data is not None:
             checkpoint["data"] = {"settings": data.settings(), "class_names": data.class_names}
@@ -92,10 +94,10 @@ class Classification(pl.LightningModule):
         return loss, output if isinstance(output, torch.Tensor) else output.logits
 
     def on_train_epoch_start(self):
-        # Dropout, noise and augmentation of an epoch follow from seed and epoch alone: a run that was killed goes on
-        # with what it would have drawn.
+        # Dropout, noise and augmentation depend on the seed and the epoch only, so that a resumed run draws the same
+        # random numbers as an uninterrupted one.
         seed = os.environ.get("PL_GLOBAL_SEED")
-        if seed is not None:  # else nothing is to be seeded
+        if seed is not None:  # it is None after --seed_everything false
             torch.manual_seed(hash((int(seed), self.current_epoch, self.global_rank)) % 2**63)
 
     def training_step(self, batch, batch_idx):
@@ -121,7 +123,7 @@ class Classification(pl.LightningModule):
         self._evaluate("test", batch)
 
     def parameter_groups(self) -> Iterable[dict[str, Any]]:
-        """What the optimizer moves: all that takes gradients, in groups with options of their own."""
+        """The parameter groups of the optimizer: all parameters that require gradients."""
         return [{"params": [p for p in self.network.parameters() if p.requires_grad]}]
 
     def configure_optimizers(self):
@@ -129,8 +131,8 @@ class Classification(pl.LightningModule):
         schedules, milestones = [], []
         if self.warmup:
             rates = [rate / optimizer.defaults["lr"] for epochs, rate in self.warmup for _ in range(epochs)] + [1.0]
-            begin = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: rates[min(epoch, len(rates) - 1)])
-            schedules.append(begin)
+            rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: rates[min(epoch, len(rates) - 1)])
+            schedules.append(rate)
             milestones.append(len(rates) - 1)
         if self.make_schedule is not None:
             schedules.append(self.make_schedule(optimizer))
@@ -150,18 +152,19 @@ class Classification(pl.LightningModule):
 
 
 class LearnToPayAttention(Classification):
-    """Learn to Pay Attention: VGG and ResNet-164 with compatibility pooling. Args: as :class:`Classification`."""
+    """Learn to Pay Attention: VGG and ResNet-164 with compatibility pooling. Arguments of :class:`Classification`."""
 
 
 class InformationBottleneck(Classification):
     """Information Bottleneck Approach to Spatial Attention Learning.
 
-    Anchors have a parameter group of their own, without weight decay. Logged each epoch: how many of them no element
-    chose (``dead_anchors``), the perplexity of their usage, and the anchors' share of it each.
+    Anchors have their own parameter group without weight decay. The log of each epoch has the number of anchors that
+    were never the nearest (``dead_anchors``), the perplexity of their usage (``anchor_perplexity``), and the value and
+    the usage of each anchor.
 
     Args:
         anchor_lr: learning rate of the anchors, by default the optimizer's.
-        others: as :class:`Classification`.
+        others: those of :class:`Classification`.
     """
 
     def __init__(self, *args, anchor_lr: float | None = None, **kwargs):
@@ -193,19 +196,22 @@ class InformationBottleneck(Classification):
 
 
 class Rectangular(Classification):
-    """Convolutional Rectangular Attention Module, with the equivariance loss as an option.
+    """Convolutional Rectangular Attention Module, with an optional equivariance loss.
 
-    loss = CE + λ·mean ‖T(r(x)) - r(T(x))‖² over the five numbers of the rectangle r, T one transformation a batch: a
-    rotation about the centre, a scaling and a shift. Gradients go through both branches. The angle is compared by
-    1 - cos 2Δα, since it has the period π; ``literal`` compares it as it is, as printed.
+    loss = CE + λ·mean ‖T(r(x)) - r(T(x))‖² over the five numbers of the rectangle r, where T is one random
+    transformation per batch: a rotation about the centre, a scaling and a shift. Gradients flow through both branches.
+    Angles are compared by 1 - cos 2Δα, because they have the period π; with ``literal`` by their squared difference, as
+    the paper's formula says.
 
     Args:
-        equivariance: λ; published: 0.1. 0 leaves the term out.
-        degrees, scales, shift: the transformations: ±degrees, a factor between the two scales, ±shift of each side.
-        literal: the plain squared difference of the angles.
-        others: as :class:`Classification`.
+        equivariance: λ; 0.1 in the paper, 0 leaves the term out.
+        degrees: largest angle of the rotation.
+        scales: smallest and largest factor of the scaling.
+        shift: largest shift, as a fraction of the side.
+        literal: compare angles by their squared difference.
+        others: those of :class:`Classification`.
 
-    Source: Convolutional Rectangular Attention Module, Section 4.4 (which leaves the ranges open).
+    Source: Convolutional Rectangular Attention Module, Section 4.4, which does not give the ranges.
     """
 
     def __init__(

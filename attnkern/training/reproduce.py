@@ -1,7 +1,8 @@
-"""``make reproduce``: the three families and their baselines on digits-clutter, in one table.
+"""``make reproduce``: train the three families and their baselines on digits-clutter, and write one table.
 
-Every row is ``attnkern train NAME --data digits-clutter`` with its recipe's settings and seed 0, in a process of one
-thread, as many at a time as there are cores. Rows that are there already are not run again.
+Each row is ``attnkern train NAME --data digits-clutter`` with the settings of its recipe and seed 0, in a process with
+one thread; as many processes run at a time as there are cores. Rows with a result from an earlier call are not run
+again.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from attnkern.evaluation.protocols import check_writable, write_text
 
-#: The papers' networks, each family's baselines first.
+#: The rows of the table by family; baselines come first.
 ROWS = {
     "Learn to Pay Attention": ("vgg", "vgg_gap", "vgg_pan", "vgg_att2_concat_dp", "vgg_att2_concat_pc"),
     "Information bottleneck": ("vgg_dvib", "vgg_aib", "vgg_aib_qt"),
@@ -28,24 +29,25 @@ ROWS = {
 
 
 def table(results: dict[str, dict]) -> str:
-    """The page: one row a network, of the results by recipe."""
+    """The page in Markdown, from the results by recipe: one row per network."""
     lines = [
         "# Digits in clutter",
         "",
-        "Written by `make reproduce`. scikit-learn's handwritten digits, each at a random place, angle and size on a "
-        "cluttered canvas; 359 test images of digits that no training image shows. Narrow networks, a few minutes each "
-        "on one core: not the papers' experiments, but the same code. One seed (0): differences of a few images mean "
-        "nothing.",
+        "Written by `make reproduce`. The data set shows scikit-learn's handwritten digits, each at a random place, "
+        "angle and size on a cluttered canvas; the digits of the 359 test images do not appear in training. The "
+        "networks are narrow and train for a few minutes on one core: these are not the papers' experiments, but they "
+        "run the same code. All rows have one seed (0), so differences of a few images are not significant.",
         "",
-        "Where a network looks: *pointing* is the share of images whose map has its maximum inside the digit's box, "
-        "*IoU* the mean intersection over union of that box with the one around the largest region above a fifth of "
-        "the map's range, as Zhou et al. localise by class activation maps. Networks without attention are given "
-        "Grad-CAM of the predicted class at whichever of their feature maps does best on these very images, which "
-        "flatters them. The box of the whole image has an IoU of 0.20 to 0.21.",
+        "*Pointing* is the share of images whose map has its maximum inside the digit's box. *IoU* is the mean "
+        "intersection over union of this box and the box around the largest region above a fifth of the map's range "
+        "(the method of Zhou et al. for class activation maps). For networks without attention, the map is Grad-CAM of "
+        "the predicted class at the feature map with the best results on these test images, which favours these "
+        "baselines. The box of the whole image has an IoU of 0.20 to 0.21.",
         "",
-        "Pooling by compatibility finds the digit. The bottlenecked maps tell the digit from its ground, but by low "
-        "values: in x + v·x before a batch normalisation nothing says which way is up. The rectangles have maps of "
-        "4x4 and a few hundred steps here, and do not find it: their networks classify as well without.",
+        "Compatibility pooling finds the digit. The quantized maps separate the digit from the background, but with "
+        "low values on the digit: x + v·x is followed by batch normalisation, so the loss does not prefer high values "
+        "of v to low ones. The rectangles do not find the digit here, with maps of 4x4 and a few hundred steps; their "
+        "networks classify as well as those without rectangles.",
         "",
         "| network | map | parameters | epochs | seconds | accuracy | pointing | IoU |",
         "|---|---|---|---|---|---|---|---|",
@@ -69,7 +71,7 @@ def table(results: dict[str, dict]) -> str:
 
 
 def run(name: str, folder: Path) -> dict:
-    """Train one row, unless its result is there."""
+    """Train one row, unless it already has a result."""
     out = folder / name
     if not (out / "result.json").exists():
         command = [sys.executable, "-m", "attnkern", "train", name, "--data", "digits-clutter", "--out", str(out)]
@@ -85,7 +87,7 @@ def run(name: str, folder: Path) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="reproduce", description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="where the table goes")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the table")
     options = parser.parse_args(arguments)
     numbers, page = options.docs / "reproduction.json", options.docs / "reproduction.md"
     for path in (numbers, page):

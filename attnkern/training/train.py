@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import attnkern
+from attnkern._checks import check_items, check_kind
 from attnkern._extras import needs_extra
 from attnkern.evaluation.inputs import collect
 from attnkern.evaluation.localisation import localisation
@@ -205,8 +206,9 @@ def train(name: str, data: str | None = None, arguments: list[str] | None = None
         ``localisation`` also if the data set has no boxes.
 
     Raises:
-        ValueError: an unknown recipe, data set or option, an option that Lightning refuses, or a recipe that starts
-            from pretrained weights where ``--model.options.weights`` is missing: nothing is downloaded unasked.
+        ValueError, TypeError: an unknown recipe, data set or option, an argument of another type, an option that
+            Lightning refuses, or a recipe that starts from pretrained weights without ``--model.options.weights``,
+            because nothing is downloaded unasked.
         FileExistsError: the folder already contains a run, and neither resume nor overwrite is set.
         FileNotFoundError: there are no data, or nothing to resume.
         KeyboardInterrupt: the run was interrupted; the message says how to continue it.
@@ -217,6 +219,8 @@ def train(name: str, data: str | None = None, arguments: list[str] | None = None
 def run_recipe(name: str, data: str | None = None, arguments: list[str] | None = None) -> TrainedRun:
     """Train as :func:`train` does; arguments and errors as there."""
     family, settings, published = read_recipe(name, data)
+    if arguments is not None:
+        check_items("train", str, arguments=arguments)
     weights = (settings["model"].get("options") or {}).pop("weights", None)
     _silence()
     with _in_one_sentence():
@@ -298,7 +302,7 @@ def _silence():
 def _how_to_resume(last: Path, name: str, data: str | None, arguments: list[str]) -> str:
     """What to do after an interruption."""
     if not last.exists():
-        return "interrupted before the first checkpoint was written: start again with --overwrite true"
+        return "interrupted before the first checkpoint was written; there is nothing to resume"
     chosen = [] if data is None else ["--data", data]
     command = shlex.join(["attnkern", "train", name, *chosen, *arguments, "--resume", "true"])
     return f"interrupted after the checkpoint {os.fspath(last)!r}; continue with: {command}"
@@ -347,8 +351,9 @@ def load_run(checkpoint: str | os.PathLike) -> Run:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not a checkpoint of ``attnkern train``.
+        ValueError, TypeError: the file is not a checkpoint of ``attnkern train``, or ``checkpoint`` is not a path.
     """
+    check_kind("load_run", str | os.PathLike, checkpoint=checkpoint)
     if not os.path.isfile(checkpoint):
         raise FileNotFoundError(f"checkpoint: there is no file {os.fspath(checkpoint)!r}")
     try:

@@ -1,8 +1,11 @@
-"""Pictures of maps, rectangles and anchors with matplotlib: the papers' figures, to look at or to :func:`save`.
+"""Figures of attention maps, rectangles and anchors, drawn with matplotlib, as the papers show them.
 
-Nothing here goes through pyplot or changes matplotlib's settings or backend. ``theme`` is "light" or "dark", the page
-that a figure is for. Titles, captions and names appear as they are written: ``$`` begins no mathematics, TeX is off,
-and characters that matplotlib's font lacks come from another installed font, where one has them.
+Every function returns a matplotlib figure; :func:`save` writes it to a file. No function uses pyplot or changes
+matplotlib's settings or backend. ``theme`` is "light" or "dark" and should match the page that a figure is for. Titles,
+captions and names are drawn literally: ``$`` does not begin mathematics, TeX is off, and a character that matplotlib's
+font lacks is drawn in another installed font if one has it.
+
+Arguments are checked where a mistake would otherwise give a wrong picture; other mistakes end in matplotlib's errors.
 """
 
 from attnkern.viz.files import save

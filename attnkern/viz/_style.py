@@ -15,7 +15,7 @@ with needs_extra("attnkern.viz", "viz"):
 class Theme(NamedTuple):
     background: str
     text: str
-    colours: tuple[str, ...]  #: of lines and bars, after Okabe and Ito
+    colours: tuple[str, ...]  #: of lines and bars: Okabe and Ito's palette for colour-blind readers, adapted
 
 
 THEMES = {
@@ -23,7 +23,7 @@ THEMES = {
     "dark": Theme("#17181c", "#e6e6e6", ("#56b4e9", "#e69f00", "#00b383", "#e08fbf", "#f0e442")),
 }
 DPI = 150
-TITLE_SIZE, LABEL_SIZE = 9, 8
+TITLE_SIZE, LABEL_SIZE = 9, 8  # in points
 
 
 def find_theme(where, name):
@@ -36,7 +36,7 @@ def new_figure(width, height, layout="constrained"):
 
 
 def apply_theme(figure, theme):
-    """All that is no data in the theme's colours."""
+    """Give the background, the axes and all text of a figure the theme's colours."""
     figure.set_facecolor(theme.background)
     for text in figure.texts:
         text.set_color(theme.text)
@@ -54,27 +54,32 @@ def apply_theme(figure, theme):
 
 
 def wrap(text, inches, size):
-    """``text`` in lines that fit, where a character is some 0.6 of the font's size wide."""
-    letters = max(4, int(inches * 72 / (0.6 * size)))
-    return "\n".join(textwrap.fill(line, letters) for line in str(text).split("\n"))
+    """``text`` in lines of at most ``inches``, estimated with an average character width of 0.6 font sizes."""
+    characters = max(4, int(inches * 72 / (0.6 * size)))
+    return "\n".join(textwrap.fill(line, characters) for line in str(text).split("\n"))
 
 
 def write(put, text, size, **options):
-    """Give ``text`` to one of matplotlib's methods so that it appears as it is: no mathematics between $, no TeX."""
-    # A file name that is not in the system's encoding holds halves of characters, which no font has.
+    """Call ``put``, a method of matplotlib's that sets a text, so that the text is drawn literally."""
+    # A file name that is not in the system's encoding contains lone surrogates, which no font can draw.
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     fonts = _fonts_for(frozenset(text), tuple(rcParams["font.family"]))
     return put(text, fontsize=size, parse_math=False, usetex=False, fontfamily=fonts, **options)
 
 
+def add_title(figure, title):
+    """Write ``title`` above a figure, in as many lines as fit its width."""
+    write(figure.suptitle, wrap(title, figure.get_figwidth() - 0.2, TITLE_SIZE + 1), TITLE_SIZE + 1)
+
+
 @functools.lru_cache(256)
 def _fonts_for(characters, families):
-    """``families``, and installed ones for the characters that these lack, such as Chinese ones."""
+    """``families``, followed by installed fonts for the characters that they lack, such as Chinese ones."""
 
     def has(path, character):
         try:
             return font_manager.get_font(path).get_char_index(ord(character)) != 0
-        except (OSError, RuntimeError):  # a file that matplotlib cannot read
+        except (OSError, RuntimeError):  # matplotlib cannot read the file
             return False
 
     found = list(families)
@@ -84,7 +89,7 @@ def _fonts_for(characters, families):
             continue
         for font in font_manager.fontManager.ttflist:
             regular = font.style == "normal" and font.weight in (400, "normal", "regular")
-            # The last resort is a font of boxes.
+            # "Last Resort" draws a box for every character.
             if regular and not font.name.startswith("Last Resort") and has(font.fname, character):
                 found.append(font.name)
                 usual.append(font.fname)

@@ -1,12 +1,10 @@
-"""One image with a map and rectangles over it."""
-
-import math
+"""One image with an attention map and rectangles over it."""
 
 import torch
 
-from attnkern._checks import check_flag, check_kind, check_number, check_shape, check_tensor
+from attnkern._checks import check_shape, check_tensor
 from attnkern._extras import needs_extra
-from attnkern.evaluation.localisation import rescale, upsample
+from attnkern.evaluation.localisation import upsample
 from attnkern.viz._checks import check_finite, check_image
 from attnkern.viz._style import LABEL_SIZE, TITLE_SIZE, apply_theme, find_theme, new_figure, wrap, write
 from attnkern.window import rectangle_corners
@@ -17,15 +15,78 @@ with needs_extra("attnkern.viz", "viz"):
     from matplotlib.patches import Polygon
     from matplotlib.patheffects import withStroke
 
+#: Length of the longer side of an overlay's image, in inches.
+SIDE = 4.0
+#: A map is nearly constant if its values differ by less than this share of the largest absolute value.
+_CONSTANT = 0.1
 
-def _corners(rectangle, cells, size, aspect):
-    """Corners of rectangles on a map of ``cells`` (h, w), in the pixels of an image of ``size`` (H, W): (K, 4, 2).
 
-    A coordinate t runs over the cells' centres: the cell t(h-1), whose centre lies at (t(h-1) + ½)/h of the height.
+def overlay(
+    image: torch.Tensor,
+    map: torch.Tensor | None = None,
+    *,
+    alpha: float = 0.5,
+    nearest: bool = False,
+    limit: float | None = None,
+    rectangle: torch.Tensor | None = None,
+    aspect: bool = False,
+    cmap: str | None = None,
+    title: str | None = None,
+    caption: str | None = None,
+    theme: str = "light",
+    ax: Axes | None = None,
+) -> Figure:
+    """An image with a map over it, and with the rectangles that the map was drawn from.
+
+    The h x w cells of the map tile the image, as in :func:`attnkern.evaluation.upsample`. A rectangle's coordinates
+    refer to the centres of the cells: t lies at the pixel ((t(h-1) + ½)/h)·H - ½.
+
+    Args:
+        image: (3, H, W) or (1, H, W) in [0, 1].
+        map: (h, w), or None for the image alone. The colours run from its minimum to its maximum. For a nearly constant
+            map, whose values differ by less than a tenth of the largest absolute value, they span that tenth around the
+            middle, so that small differences stay small in the picture.
+        alpha: opacity of the map, 0 to 1.
+        nearest: show the cells as squares, for quantized maps; otherwise the map is interpolated bilinearly.
+        limit: let the colours run from -limit to limit instead, diverging from 0; for differences of maps.
+        rectangle: (5,) as in :func:`attnkern.window_map`, or (K, 5). The first is drawn solid, the others dashed.
+            Without a map the pixels of the image are the cells.
+        aspect: the value that the map was drawn with. False draws the parallelogram that the rectangle is on a grid
+            with h ≠ w; True draws a rectangle.
+        cmap: name of a matplotlib colour map, by default "viridis", with ``limit`` "RdBu_r".
+        title, caption: text above and below the image.
+        theme: "light" or "dark". Axes that are passed as ``ax`` keep their colours.
+        ax: axes to draw on, instead of a new figure.
+
+    Returns:
+        the new figure, or the figure of ``ax``.
+
+    Raises:
+        ValueError, TypeError: a tensor of another shape or kind or not finite, an image beyond [0, 1], or an unknown
+            theme.
     """
-    corners = rectangle_corners(rectangle, cells, aspect=aspect)
-    cells, size = corners.new_tensor(cells), corners.new_tensor(size)
-    return (corners + 0.5) / cells * size - 0.5
+    where = "overlay"
+    theme = find_theme(where, theme)
+    options = {
+        "alpha": alpha,
+        "nearest": nearest,
+        "limit": limit,
+        "aspect": aspect,
+        "cmap": cmap,
+        "title": title,
+        "caption": caption,
+    }
+    if ax is not None:
+        draw_overlay(where, ax, image, map, rectangle, **options)
+        return ax.figure
+    check_image(where, "image", image)
+    height, width = _fit(image.shape[1:])
+    lines = [
+        wrap(text, width, size).count("\n") + 1 for text, size in ((title, TITLE_SIZE), (caption, LABEL_SIZE)) if text
+    ]
+    figure = new_figure(width, height + sum(0.16 + 0.17 * count for count in lines))
+    draw_overlay(where, figure.add_subplot(), image, map, rectangle, **options, inches=width)
+    return apply_theme(figure, theme)
 
 
 def draw_overlay(
@@ -44,16 +105,8 @@ def draw_overlay(
     caption=None,
     inches=None,
 ):
+    """Draw an overlay on axes; ``inches`` is the width of its title and caption."""
     check_image(where, "image", image)
-    check_flag(where, nearest=nearest, aspect=aspect)
-    check_kind(where, str | None, cmap=cmap, title=title, caption=caption)
-    check_number(where, alpha=alpha)
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"{where}: alpha must be a number from 0 to 1, got {alpha!r}")
-    if limit is not None:
-        check_number(where, limit=limit)
-        if not 0 < limit < math.inf:
-            raise ValueError(f"{where}: limit must be None or positive and finite, got {limit!r}")
     height, width = cells = image.shape[1:]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     picture = image.detach().cpu().float().clamp(0, 1).expand(3, -1, -1)
@@ -64,11 +117,10 @@ def draw_overlay(
         check_shape(where, "map", map, "(h, w) with h and w of at least 1", ok)
         check_finite(where, "map", map)
         cells = map.shape
-        shown = map.detach().cpu()[None]
-        shown = shown.float() if nearest else upsample(shown, (height, width))
-        low, high = (0, 1) if limit is None else (-limit, limit)
+        shown = map.detach().cpu().float() if nearest else upsample(map.detach().cpu()[None], (height, width))[0]
+        low, high = _colour_range(shown) if limit is None else (-limit, limit)
         ax.imshow(
-            (rescale(shown) if limit is None else shown)[0].numpy(),
+            shown.numpy(),
             extent=extent,
             aspect="equal",
             cmap=cmap or ("viridis" if limit is None else "RdBu_r"),
@@ -84,7 +136,7 @@ def draw_overlay(
         check_finite(where, "rectangle", rectangle)
         found = _corners(rectangle.detach().cpu().view(-1, 5), tuple(cells), (height, width), aspect)
         for k, corners in enumerate(found.flip(2).tolist()):
-            # Bright lines edged with black stand out from any picture.
+            # A bright line with a black edge is visible on any image.
             ax.add_patch(
                 Polygon(
                     corners,
@@ -102,71 +154,30 @@ def draw_overlay(
             write(put, wrap(text, inches, size) if inches else text, size)
 
 
-def overlay(
-    image: torch.Tensor,
-    map: torch.Tensor | None = None,
-    *,
-    alpha: float = 0.5,
-    nearest: bool = False,
-    limit: float | None = None,
-    rectangle: torch.Tensor | None = None,
-    aspect: bool = False,
-    cmap: str | None = None,
-    title: str | None = None,
-    caption: str | None = None,
-    theme: str = "light",
-    ax: Axes | None = None,
-) -> Figure:
-    """An image with a map over it, and rectangles where the map has them.
+def nearly_constant(map: torch.Tensor) -> bool:
+    """Whether the values of a map differ by less than a tenth of the largest absolute value."""
+    return (map.max() - map.min()).item() < _CONSTANT * map.abs().max().item()
 
-    The map is spread over the image as in :func:`attnkern.evaluation.upsample`: its h x w cells tile the image. A
-    rectangle's coordinates run over the cells' centres, so that t lies at the pixel ((t(h-1) + ½)/h)·H - ½.
 
-    Args:
-        image: (3, H, W) or (1, H, W) in [0, 1].
-        map: (h, w), or None for the image alone; its minimum and maximum take the ends of the colours.
-        alpha: opacity of the map.
-        nearest: show the cells as they are, for quantized maps; otherwise bilinear.
-        limit: the colours run from -limit to limit instead, diverging from 0: for differences.
-        rectangle: (5,) as in :func:`attnkern.window_map`, or (K, 5): the first is solid, the others are dashed.
-            Without a map the image's own pixels are the cells.
-        aspect: as the map was made: False draws the parallelogram that it has on a grid with h ≠ w, True the rectangle
-            that is rigid on the grid.
-        cmap: name of a colour map of matplotlib's, by default "viridis", with ``limit`` "RdBu_r".
-        title, caption: text above and below.
-        theme: "light" or "dark"; an ``ax`` of the caller's keeps its colours.
-        ax: where to draw, instead of a new figure.
+def _colour_range(map):
+    """The values at the two ends of the colours."""
+    low, high, largest = map.min().item(), map.max().item(), map.abs().max().item()
+    if nearly_constant(map):
+        middle = (low + high) / 2
+        low, high = middle - _CONSTANT / 2 * largest, middle + _CONSTANT / 2 * largest
+    return low, high
 
-    Returns:
-        the figure, new or that of ``ax``.
 
-    Raises:
-        ValueError, TypeError: tensors of another shape or kind or not finite, an image beyond [0, 1], or an unknown
-            option.
+def _corners(rectangle, cells, size, aspect):
+    """Corners of rectangles on a map of ``cells`` (h, w), in the pixels of an image of ``size`` (H, W): (K, 4, 2).
+
+    A coordinate t lies at the cell t(h-1), whose centre is at (t(h-1) + ½)/h of the image's height.
     """
-    where = "overlay"
-    theme = find_theme(where, theme)
-    check_kind(where, Axes | None, ax=ax)
-    options = {
-        "alpha": alpha,
-        "nearest": nearest,
-        "limit": limit,
-        "aspect": aspect,
-        "cmap": cmap,
-        "title": title,
-        "caption": caption,
-    }
-    if ax is not None:
-        draw_overlay(where, ax, image, map, rectangle, **options)
-        return ax.figure
-    check_image(where, "image", image)
-    height, width = _fitted(image, 4.0)
-    figure = new_figure(width, height + 0.3 * (title is not None) + 0.3 * (caption is not None))
-    draw_overlay(where, figure.add_subplot(), image, map, rectangle, **options, inches=width)
-    return apply_theme(figure, theme)
+    corners = rectangle_corners(rectangle, cells, aspect=aspect)
+    cells, size = corners.new_tensor(cells), corners.new_tensor(size)
+    return (corners + 0.5) / cells * size - 0.5
 
 
-def _fitted(image, inches):
-    """Height and width of a picture whose longer side has so many inches; the shorter has at least a quarter."""
-    longest = max(image.shape[1:])
-    return tuple(inches * max(length / longest, 0.25) for length in image.shape[1:])
+def _fit(size):
+    """Height and width in inches of a picture whose longer side is SIDE; the shorter is at least a quarter of that."""
+    return tuple(SIDE * max(length / max(size), 0.25) for length in size)

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from attnkern._checks import check_count, check_flag, check_kind, check_shape, check_tensor
+from attnkern._checks import check_shape, check_tensor
 from attnkern._extras import needs_extra
-from attnkern.evaluation.anchors import check_counts, usage
+from attnkern.evaluation.anchors import usage
 from attnkern.viz._checks import check_finite
-from attnkern.viz._style import LABEL_SIZE, TITLE_SIZE, apply_theme, find_theme, new_figure, write
+from attnkern.viz._style import LABEL_SIZE, TITLE_SIZE, add_title, apply_theme, find_theme, new_figure, wrap, write
 
 with needs_extra("attnkern.viz", "viz"):
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: A CSV file of a run, several of one resumed run in order, or rows as ``csv.DictReader`` gives them.
+#: A CSV file of a run, the files of a resumed run in order, or rows as ``csv.DictReader`` returns them.
 Run = str | os.PathLike | Sequence[str | os.PathLike] | Sequence[Mapping[str, Any]]
 
 
@@ -30,14 +30,14 @@ def anchor_histogram(
     theme: str = "light",
     ax: Axes | None = None,
 ) -> Figure:
-    """Anchors at their values, as high as their share of all choices; crosses are those that nothing chose.
+    """The share of values that each anchor replaces, over the anchors' values. Unused anchors are marked by crosses.
 
     Args:
         anchors: (Q,).
-        counts: (Q,) how often each was chosen, such as :class:`attnkern.nn.AnchorQuantizer`'s, or shares.
+        counts: (Q,) how often each anchor was chosen, such as those of :class:`attnkern.nn.AnchorQuantizer`, or shares.
         title: text above.
-        theme: "light" or "dark"; an ``ax`` of the caller's keeps its colours.
-        ax: where to draw, instead of a new figure.
+        theme: "light" or "dark". Axes that are passed as ``ax`` keep their colours.
+        ax: axes to draw on, instead of a new figure.
 
     Raises:
         ValueError, TypeError: anchors or counts of another shape or kind, or negative counts.
@@ -49,37 +49,35 @@ def anchor_histogram(
     check_tensor(where, "anchors", anchors)
     check_shape(where, "anchors", anchors, "(Q,) with Q of at least 1", anchors.dim() == 1 and len(anchors) > 0)
     check_finite(where, "anchors", anchors)
-    check_counts(where, counts)
+    found = usage(counts)
     check_shape(where, "counts", counts, "({},) (Q as anchors)", counts.shape == anchors.shape, len(anchors))
-    check_kind(where, str | None, title=title)
-    check_kind(where, Axes | None, ax=ax)
-    found = usage(counts.detach().cpu())
 
-    given, used = ax, [share > 0 for share in found.frequencies]
-    values = anchors.detach().cpu().double().tolist()
-    alive = [(value, share) for value, share in zip(values, found.frequencies, strict=True) if share > 0]
-    dead = [value for value, lives in zip(values, used, strict=True) if not lives]
+    entries = list(zip(anchors.detach().cpu().double().tolist(), found.frequencies, strict=True))
+    used = [(value, share) for value, share in entries if share > 0]
+    unused = [value for value, share in entries if not share > 0]
+    given, width = ax, 5.5
     if given is None:
-        figure = new_figure(5.5, 3 + 0.3 * (title is not None))
+        figure = new_figure(width, 3 + 0.3 * (title is not None))
         ax = figure.add_subplot()
-    if alive:
-        places, shares = zip(*alive, strict=True)
-        ax.vlines(places, 0, shares, color=theme.colours[0], linewidth=1.5)
-        label = f"{len(alive)} of {len(values)} in use, perplexity {found.perplexity:.1f}"
-        ax.plot(places, shares, "o", color=theme.colours[0], markersize=4, label=label)
-    if dead:
-        label = f"{len(dead)} never chosen"
-        dead_style = {"markersize": 7, "markeredgewidth": 2, "clip_on": False, "zorder": 3}
-        ax.plot(dead, [0] * len(dead), "x", color=theme.colours[1], label=label, **dead_style)
-    ax.set_ylim(bottom=0, top=None if alive else 1)
+    if used:
+        values, shares = zip(*used, strict=True)
+        ax.vlines(values, 0, shares, color=theme.colours[0], linewidth=1.5)
+        label = f"{len(used)} of {len(entries)} in use, perplexity {found.perplexity:.1f}"
+        ax.plot(values, shares, "o", color=theme.colours[0], markersize=4, label=label)
+    if unused:
+        label = f"{len(unused)} never chosen"
+        style = {"markersize": 7, "markeredgewidth": 2, "clip_on": False, "zorder": 3}
+        ax.plot(unused, [0] * len(unused), "x", color=theme.colours[1], label=label, **style)
+    ax.set_ylim(bottom=0, top=None if used else 1)
     ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     ax.set_xlabel("value of the anchor", fontsize=TITLE_SIZE)
-    ax.set_ylabel("share of choices", fontsize=TITLE_SIZE)
+    ax.set_ylabel("share of the values", fontsize=TITLE_SIZE)
     ax.spines[["top", "right"]].set_visible(False)
-    # Above the axes, where no data is.
+    # Above the axes, where it covers no data.
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=LABEL_SIZE, borderaxespad=0.2)
     if title is not None:
-        write(ax.set_title, title, TITLE_SIZE + 1, pad=24)
+        text = wrap(title, width, TITLE_SIZE + 1) if given is None else title
+        write(ax.set_title, text, TITLE_SIZE + 1, pad=24)
     return ax.figure if given is not None else apply_theme(figure, theme)
 
 
@@ -91,12 +89,12 @@ def rectangle_histograms(
     title: str | None = None,
     theme: str = "light",
 ) -> Figure:
-    """Five histograms: centre row and column, half height and width, and angle, as the half turn that it stands for.
+    """Histograms of the five parameters: centre row and column, half height and width, and angle from -90° to 90°.
 
     Args:
         rectangles: (N, 5) as in :func:`attnkern.window_map`.
-        aspect: as the maps were made; it names the unit of the half sizes.
-        bins: of each.
+        aspect: the value that the maps were drawn with, on which the unit of the half sizes depends.
+        bins: of each histogram.
         title: text above.
         theme: "light" or "dark".
 
@@ -109,9 +107,6 @@ def rectangle_histograms(
     ok = rectangles.dim() == 2 and rectangles.shape[1] == 5 and len(rectangles) > 0
     check_shape(where, "rectangles", rectangles, "(N, 5) with N of at least 1", ok)
     check_finite(where, "rectangles", rectangles)
-    check_flag(where, aspect=aspect)
-    check_count(where, bins=bins)
-    check_kind(where, str | None, title=title)
     row, column, height, width, angle = rectangles.detach().cpu().double().unbind(1)
     angle = torch.rad2deg((angle + math.pi / 2).remainder(math.pi) - math.pi / 2)
     sides = ("longer side", "longer side") if aspect else ("height", "width")
@@ -135,7 +130,7 @@ def rectangle_histograms(
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("images", fontsize=LABEL_SIZE)
     if title is not None:
-        write(figure.suptitle, title, TITLE_SIZE + 1)
+        add_title(figure, title)
     return apply_theme(figure, theme)
 
 
@@ -143,7 +138,7 @@ _SPLITS = {"train": ":", "val": "-"}
 
 
 def _rows(run) -> Iterable[Iterable[Mapping]]:
-    """A run's rows, file by file."""
+    """The rows of a run, one list per file."""
     if isinstance(run, (str, os.PathLike)):
         run = [run]
     if all(isinstance(part, Mapping) for part in run):
@@ -156,7 +151,7 @@ def _rows(run) -> Iterable[Iterable[Mapping]]:
 
 
 def _by_epoch(run):
-    """{metric: {epoch: mean of its rows}}; a later file's epoch takes the place of an earlier one's."""
+    """{metric: {epoch: mean of its rows}}. If two files have the same epoch, the later one counts."""
     found = {}
     for rows in _rows(run):
         gathered = {}
@@ -170,34 +165,29 @@ def _by_epoch(run):
 
 
 def training_curves(runs: Mapping[str, Run] | Run, *, title: str | None = None, theme: str = "light") -> Figure:
-    """Accuracy and loss by epoch, of the training set dotted, of the validation set solid.
+    """Accuracy and loss by epoch: dotted lines for the training set, solid lines for the validation set.
 
     Args:
-        runs: {name: run}, or one run: a CSV file that ``attnkern train`` wrote (``csv/version_0/metrics.csv``), several
-            of one resumed run in order, or their rows, with ``epoch`` and ``train_`` and ``val_`` ``accuracy`` and
-            ``loss``.
+        runs: {name: run}, or one run. A run is a CSV file of ``attnkern train`` (``csv/version_0/metrics.csv``), a list
+            of such files of a resumed run in order, or a list of rows with ``epoch`` and ``train_accuracy``,
+            ``train_loss``, ``val_accuracy`` or ``val_loss``.
         title: text above.
         theme: "light" or "dark".
 
     Raises:
-        ValueError, TypeError: a run without any of these, or one of another kind.
+        ValueError: a run without accuracies and losses.
         FileNotFoundError: no such file.
     """
     where = "training_curves"
     theme = find_theme(where, theme)
-    check_kind(where, str | None, title=title)
     if not isinstance(runs, Mapping):
         runs = {"": runs}
-    for run in runs.values():
-        check_kind(where, str | os.PathLike | Sequence, runs=run)
-        for part in run if isinstance(run, Sequence) and not isinstance(run, str) else ():
-            check_kind(where, str | os.PathLike | Mapping, runs=part)
     figure = new_figure(9, 3.4 + 0.3 * (title is not None))
     axes = figure.subplots(1, 2)
     for k, (name, run) in enumerate(runs.items()):
         curves = _by_epoch(run)
         if not curves:
-            raise ValueError(f"{where}: runs must hold accuracies or losses by epoch, got none in {name or run!r}")
+            raise ValueError(f"{where}: runs must have accuracies or losses by epoch, got none in {name or run!r}")
         style = {"color": theme.colours[k % len(theme.colours)], "marker": "os^D"[k // len(theme.colours) % 4]}
         for key, epochs in curves.items():
             split, _, measure = key.partition("_")
@@ -211,11 +201,11 @@ def training_curves(runs: Mapping[str, Run] | Run, *, title: str | None = None, 
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.spines[["top", "right"]].set_visible(False)
     shown = max(axes, key=lambda ax: len(ax.lines))
-    # Names are given, since matplotlib leaves those that begin with "_" out of a legend that it makes itself.
+    # The labels are passed, because a legend that matplotlib makes by itself omits names that begin with "_".
     labels = [line.get_label() for line in shown.lines]
     legend = figure.legend(shown.lines, labels, loc="outside right upper", frameon=False, fontsize=LABEL_SIZE)
     for text, label in zip(legend.get_texts(), labels, strict=True):
         write(lambda label, text=text, **options: text.set(text=label, **options), label, LABEL_SIZE, color=theme.text)
     if title is not None:
-        write(figure.suptitle, title, TITLE_SIZE + 1)
+        add_title(figure, title)
     return apply_theme(figure, theme)

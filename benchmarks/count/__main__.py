@@ -35,7 +35,7 @@ def _arguments():
 
 
 def chosen(arguments):
-    """The cases that the options leave."""
+    """The cases that the options select."""
     for case in GPU_CASES:
         values = case.op, "x".join(map(str, case.shape)), str(case.dtype).removeprefix("torch."), case.layout
         options = arguments.op, arguments.shape, arguments.dtype, arguments.layout
@@ -55,7 +55,7 @@ def _rows(task):
 
 
 def count_all(cases, backends, sources=(), jobs=1):
-    """The rows of cases, as they are ready; a message in place of those that cannot be counted."""
+    """Yields the rows of each case when they are ready, or a message if the case cannot be counted."""
     tasks = [(case, backend, sources) for case, backend in itertools.product(cases, backends)]
     if jobs == 1 or len(tasks) == 1:
         found = map(_rows, tasks)

@@ -1,4 +1,4 @@
-"""Which of native and Triton is faster, row by row, and the simplest rule that says so."""
+"""Which of native and Triton is faster, row by row, and the simplest rule that predicts it."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ WORTH = 1.01
 
 
 class Call(NamedTuple):
-    """An operator at a shape, dtype and layout, forward and backward, by backend: what one choice decides."""
+    """One call: an operator at a shape, dtype and layout, with the seconds of forward and backward by backend."""
 
     op: str
     shape: tuple[int, ...]
@@ -27,7 +27,7 @@ class Call(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Triton where all conditions hold, else native."""
+    """Chooses Triton where all conditions hold, otherwise native."""
 
     conditions: tuple[str, ...]
     mean: float  #: geometric mean of the time over that of the better backend
@@ -43,7 +43,7 @@ class Rule(NamedTuple):
 
 
 def calls(rows: list[dict], device: str) -> list[Call]:
-    """Rows of both backends joined, the backward pass to its forward pass."""
+    """Joins the rows of both backends and both passes of each call."""
     found = {}
     for row in rows:
         if row["backend"] in OURS:
@@ -54,7 +54,7 @@ def calls(rows: list[dict], device: str) -> list[Call]:
 
 
 def _conditions(group: list[Call]) -> dict[str, Callable[[Call], bool]]:
-    """What a rule may ask: the layout, the dtype, and on which side of a number positions or channels lie."""
+    """The conditions of rules: on the layout, the dtype, and whether positions or channels exceed a number."""
     found = {
         "channels lie innermost": lambda call: call.layout == "channels_last",
         "positions lie innermost": lambda call: call.layout == "contiguous",
@@ -79,7 +79,7 @@ def _rule(names, conditions, group) -> Rule:
 
 
 def rule(group: list[Call]) -> Rule:
-    """The best rule of at most two conditions; a condition more has to be worth it."""
+    """The best rule of at most two conditions. A second condition must bring a minimum gain."""
     conditions = _conditions(group)
     best = min((_rule(names, conditions, group) for names in ((), ("never",))), key=lambda rule: rule.mean)
     for count in (1, 2):
@@ -91,7 +91,7 @@ def rule(group: list[Call]) -> Rule:
 
 
 def always_native(rows: list[dict], device: str = "H200") -> Rule:
-    """What the automatic choice does, over all calls."""
+    """The rule of the automatic choice, which is native for all calls."""
     return _rule(("never",), {}, calls(rows, device))
 
 

@@ -1,4 +1,4 @@
-"""Machine code of kernels: out of a library or a cubin, with the resources that a block takes."""
+"""Reads machine code of kernels from a library or a cubin, with the resources of a block."""
 
 import hashlib
 import json
@@ -21,9 +21,9 @@ class Kernel(NamedTuple):
     """A kernel's machine code and resources."""
 
     function: Function
-    registers: int  #: of a thread
-    stack: int  #: bytes of a thread
-    shared: int  #: bytes of a block that are known when it is compiled, the system's kilobyte included
+    registers: int  #: per thread
+    stack: int  #: bytes per thread
+    shared: int  #: bytes per block known at compile time, the kilobyte that the system reserves included
 
 
 def tool(name: str, *arguments, **options) -> str:
@@ -41,14 +41,14 @@ def tool(name: str, *arguments, **options) -> str:
 
 
 def demangled(names: list[str]) -> dict[str, str]:
-    """C++ names without the parameters, "attnkern::" and namespaces that have no name."""
+    """C++ names without parameters, "attnkern::" and anonymous namespaces."""
     text = subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     short = (re.sub(r"attnkern::|\(anonymous namespace\)::", "", name) for name in text.splitlines())
     return {name: text.removeprefix("void ") for name, text in zip(names, short, strict=True)}
 
 
 def stored(key: str, make):
-    """What ``make`` returns, kept in build/count under a key that names all it depends on."""
+    """The result of ``make``, cached in build/count under a key made of everything that it depends on."""
     path = CACHE / f"{key}.json"
     if path.exists():
         return _restored(json.loads(path.read_text(encoding="utf-8")))
@@ -61,7 +61,7 @@ def stored(key: str, make):
 
 
 def _plain(value):
-    """As JSON: bytes, tuples and named tuples as objects that name their type."""
+    """Convert to JSON values: bytes, tuples and named tuples become objects that name their type."""
     match value:
         case bytes():
             return {"type": "bytes", "value": value.hex()}
@@ -129,7 +129,7 @@ def built_library() -> Path | None:
 
 
 def native_kernels(sources: tuple[Path, ...] = ()) -> dict[str, Kernel]:
-    """The native kernels by name, of some libraries and cubins or of the built library."""
+    """The native kernels by name, from the given libraries and cubins or from the built library."""
     sources = sources or tuple(path for path in [built_library()] if path)
     if not sources:
         raise FileNotFoundError(f"{LIBRARIES} is not built: run `make setup` where nvcc is found")

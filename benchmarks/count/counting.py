@@ -1,4 +1,4 @@
-"""Counts of a launch, with the resources that it takes."""
+"""Counts of a launch, with the resources that it uses."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from benchmarks.count import machine, opcodes, sass
 from benchmarks.count.code import CACHE, digest
 from benchmarks.count.launches import Launch
 
-#: What a multiprocessor of compute capability 9.0 has.
+#: Resources of a multiprocessor of compute capability 9.0.
 REGISTERS, THREADS, BLOCKS, SHARED = 65536, 2048, 32, 233472
 #: Bytes of scratch that stay in the second-level cache until they are read.
 CACHED_SCRATCH = 32 << 20
@@ -18,7 +18,7 @@ CACHED_SCRATCH = 32 << 20
 
 @cache
 def _version() -> str:
-    """Of the interpreter: counts that another one made do not count."""
+    """A hash of the interpreter: counts that another version made are not reused."""
     return digest(
         *(Path(module.__file__).read_text(encoding="utf-8") for module in (sass, opcodes, machine)),
         Path(__file__).read_text(encoding="utf-8"),
@@ -26,7 +26,7 @@ def _version() -> str:
 
 
 def blocks_per_multiprocessor(registers: int, threads: int, shared: int) -> int:
-    """How many blocks are resident: registers come in groups of 256 a warp, shared memory in 128 bytes."""
+    """The number of resident blocks. Registers are allocated in groups of 256 per warp, shared memory in 128 bytes."""
     warps = threads // sass.WARP
     of_warp = -(-max(registers, 1) * sass.WARP // 256) * 256
     of_block = -(-max(shared, sass.SHARED_RESERVED) // 128) * 128
@@ -34,7 +34,7 @@ def blocks_per_multiprocessor(registers: int, threads: int, shared: int) -> int:
 
 
 def count(launch: Launch) -> dict:
-    """What one block of a launch does, counted, with what the launch takes. Remembered in build/count."""
+    """Counts for one block of a launch, with the resources of the launch. Cached in build/count."""
     identity = (
         launch.kernel.function.text, launch.grid, launch.threads, launch.shared, launch.cluster,
         launch.parameters.hex(), launch.regions, launch.kernel[1:],
@@ -76,7 +76,7 @@ def _count(launch: Launch) -> dict:
 
 
 def _bytes(launch, of_block: dict[int, int], read: bool) -> int:
-    """Bytes of all blocks, each tensor at most once. Scratch that fits is read from the cache it was written to."""
+    """Bytes of all blocks, each tensor at most once. Scratch that fits into the cache is read from there."""
     total = 0
     for region, size in of_block.items():
         if region < 0:

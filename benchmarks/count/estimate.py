@@ -1,4 +1,4 @@
-"""Microseconds of a kernel out of its counts, about ±30 %: the slowest of what a multiprocessor's blocks need.
+"""Estimates the time of a kernel from its counts, within about ±30 %: that of the slowest resource.
 
 A kernel takes as long as the largest of
 - **issue**: its warp instructions through the four schedulers of each multiprocessor,
@@ -16,21 +16,21 @@ from benchmarks.count.sass import MEMORY_LATENCY, SECTOR
 
 MULTIPROCESSORS = 132
 CLOCK = 1.755e9  #: cycles a second under load
-SCHEDULERS = 4  #: of a multiprocessor, an instruction a cycle each
-ISSUE = 0.8  #: of these cycles at best, with enough warps
-CHAIN_CYCLES = 3  #: between two instructions of a warp: more than 4 where one needs the other, fewer where not
+SCHEDULERS = 4  #: per multiprocessor, one instruction per cycle each
+ISSUE = 0.8  #: share of the cycles in which they issue at best, with enough warps
+CHAIN_CYCLES = 3  #: mean cycles between two instructions of a warp: more than 4 for dependent ones, fewer otherwise
 LATENCY = MEMORY_LATENCY / (SCHEDULERS * ISSUE * CLOCK)  #: seconds of a load from memory
-OVERLAPPED = 0.25  #: of the resident blocks: how much longer the last of many blocks take than their share
+OVERLAPPED = 0.25  #: how much longer the last of many blocks take than their share, as a share of the resident blocks
 BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}  #: bytes a second of a copy
-SHARE = 0.93  #: of it that a kernel reaches
+SHARE = 0.93  #: the share of it that a kernel reaches
 OF_MULTIPROCESSOR = 55e9  #: bytes a second that one multiprocessor takes at most
 L2 = 5.0e12  #: bytes a second in sectors between the multiprocessors and the second-level cache
-FILL = 0.6e-6  #: until the first bytes come and after the last have gone
-LAUNCH = 2.2e-6  #: a launch behind another one, in a graph
+FILL = 0.6e-6  #: seconds before the first bytes arrive and after the last have left
+LAUNCH = 2.2e-6  #: seconds of a launch after another one, in a graph
 
 
 class Estimate(NamedTuple):
-    """Seconds of a launch, and what they are spent on."""
+    """Seconds of a launch, by the resource that needs them."""
 
     seconds: float
     limit: str
@@ -39,7 +39,7 @@ class Estimate(NamedTuple):
 def kernel(counts: dict, device: str) -> Estimate:
     """The estimate for one launch."""
     grid, resident = counts["grid"], counts["resident"]
-    share = grid / MULTIPROCESSORS  # of the blocks on each multiprocessor
+    share = grid / MULTIPROCESSORS  # blocks per multiprocessor
     if share <= resident:
         blocks = -(-grid // MULTIPROCESSORS)
         rounds = 1.0

@@ -22,7 +22,7 @@ from benchmarks import cases
 from benchmarks.count.code import CACHE, digest, stored
 from benchmarks.count.launches import Launch, Others, Recorded, cubin_launch, inputs, nothing_filled
 
-#: What Inductor asks of a device.
+#: Properties of the device that Inductor reads.
 H100 = types.SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
     major=9,
@@ -41,7 +41,7 @@ H100 = types.SimpleNamespace(
 
 @contextlib.contextmanager
 def _pretended():
-    """PyTorch and Triton believe that there is an H100, as far as generating code goes."""
+    """While this is active, PyTorch and Triton generate code for an H100."""
     import triton
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor.runtime import triton_helpers
@@ -83,7 +83,7 @@ def _pretended():
 
 
 class _Module:
-    """In place of the module of a generated wrapper."""
+    """Replaces the module of a generated wrapper."""
 
     __file__ = "not written"
     key = "none"
@@ -129,7 +129,7 @@ def _lowered(gm, example_inputs, options) -> tuple[str, list[torch.Tensor]]:
 
 
 def _results(gm) -> list:
-    """Tensors like a graph's results; integers among them are zero."""
+    """Tensors like a graph's results; integer ones are zero."""
     (output,) = (node for node in gm.graph.nodes if node.op == "output")
     results = []
     for node in output.args[0]:
@@ -179,7 +179,7 @@ def _graphs(case: cases.Case, gradients: bool) -> dict[str, list[tuple[str, list
 
 
 class _Recorder:
-    """In place of a generated kernel; ``run`` keeps what it is launched with."""
+    """Replaces a generated kernel; ``run`` records the arguments of the launch."""
 
     def __init__(self, name, source, launched):
         from torch._inductor.async_compile import _load_triton_kernel_from_source
@@ -201,7 +201,7 @@ def _run(code: str, arguments: list) -> Recorded:
         mock.patch.object(AsyncCompile, "triton", lambda self, name, source, **_: _Recorder(name, source, launched)),
         mock.patch.object(AsyncCompile, "wait"),
     ):
-        # Not PyCodeCache.load, which keeps a module and with it the recorders of an earlier run.
+        # PyCodeCache.load would return a cached module with the recorders of an earlier run.
         spec = importlib.util.spec_from_file_location("generated", PyCodeCache.write(code)[1])
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""What a call launches on a GPU, recorded without one.
+"""Records what a call launches on a GPU, without a GPU.
 
 The public functions run with their gradients on tensors that hold nothing. The native operators are those that
 tests/cuda_on_host builds from csrc/cuda for the CPU: with ATTNKERN_HOST_RECORD they write down each launch instead of
@@ -31,12 +31,12 @@ from benchmarks.count.code import CACHE, ROOT, Kernel, demangled, native_kernels
 from benchmarks.count.sass import Region
 
 PASSES = ("forward", "backward")
-#: Where pointers go: each tensor has a place of its own, on a boundary of the allocator.
+#: Addresses for pointers: each tensor has its own region, aligned as the allocator aligns it.
 _FIRST, _APART = 1 << 40, 1 << 33
 
 
 class Launch(NamedTuple):
-    """A kernel with all that it is launched with."""
+    """A kernel and the parameters of its launch."""
 
     name: str
     kernel: Kernel
@@ -44,7 +44,7 @@ class Launch(NamedTuple):
     threads: int
     parameters: bytes
     regions: tuple[Region, ...]
-    shared: int = 0  #: bytes of a block that are asked for at the launch
+    shared: int = 0  #: dynamic bytes per block
     cluster: int = 1
 
     @property
@@ -55,7 +55,7 @@ class Launch(NamedTuple):
 class Recorded(NamedTuple):
     """What one pass of a call launches."""
 
-    launches: list[list[Launch]]  #: of each, what it may be: one, or what a tuner would choose from
+    launches: list[list[Launch]]  #: for each, the alternatives: one, or those that a tuner would choose from
     others: list[str]  #: PyTorch's own operators that launch kernels beside them
 
 
@@ -64,7 +64,7 @@ class Recorded(NamedTuple):
 
 @contextlib.contextmanager
 def nothing_filled():
-    """Uninitialised memory stays untouched."""
+    """PyTorch does not fill uninitialised memory."""
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
@@ -74,7 +74,7 @@ def nothing_filled():
 
 
 def inputs(case: cases.Case, device: str) -> dict[str, torch.Tensor]:
-    """The benchmark's inputs of a case in size, dtype and layout; they hold nothing."""
+    """Tensors with size, dtype and layout of the benchmark's inputs of a case, without data."""
     with FakeTensorMode():
         fake = cases._inputs(case, torch.device("cpu"))
     empty = {}
@@ -84,7 +84,7 @@ def inputs(case: cases.Case, device: str) -> dict[str, torch.Tensor]:
 
 
 class Others(TorchDispatchMode):
-    """Lists the operators that launch kernels: all that make or change numbers of a tensor that is not empty."""
+    """Lists the operators that launch kernels: all that write elements of a tensor that is not empty."""
 
     _ALLOCATE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias")
 
@@ -105,7 +105,7 @@ class Others(TorchDispatchMode):
 
 
 def _call(case: cases.Case, device: str, handles) -> tuple[list[str], list[str]]:
-    """Run both passes of a case on operators of our own; what PyTorch launches beside them in each."""
+    """Run both passes of a case with these operators. Returns what PyTorch launches besides in each."""
     op = OPS[case.op]
     leaves = {name: tensor.requires_grad_() for name, tensor in inputs(case, device).items()}
     used = cases._USED[case.op]
@@ -125,7 +125,7 @@ def _call(case: cases.Case, device: str, handles) -> tuple[list[str], list[str]]
 
 
 class _Handles:
-    """Operators that remember their tensors, and in which pass they run."""
+    """Operators that record their tensors and the pass in which they run."""
 
     def __init__(self, operators: dict):
         self.tensors, self.current = [], "forward"
@@ -143,7 +143,7 @@ class _Handles:
         return call
 
     def after(self):
-        """Called when an operator has launched what it launches."""
+        """Called after an operator has launched its kernels."""
 
 
 # --- native ----------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def _canonical(parameters: bytes, pointers: list[int], tensors: list[torch.Tenso
 
 
 def native(case: cases.Case, sources: tuple[Path, ...] = ()) -> dict[str, Recorded]:
-    """What a case launches natively, by pass; machine code of the built library or of other ones."""
+    """What a case launches natively, by pass, with machine code from the built library or from the given ones."""
     kernels, operators = native_kernels(sources), _host_operators()
     with (
         tempfile.NamedTemporaryFile("r", encoding="utf-8") as file,

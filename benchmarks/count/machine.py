@@ -47,14 +47,14 @@ from benchmarks.count.sass import (
 
 _32, _LOW = U64(32), U64(0xFFFFFFFF)
 
-# --- made-up data ----------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------------------------
 
 _WORDS = 4096
 
 
 @functools.cache
 def _pool(dtype: str) -> np.ndarray:
-    """Words of 32 bits that memory of a dtype holds, again and again."""
+    """The words of 32 bits with which memory of a dtype is filled repeatedly."""
     random = np.random.default_rng(1)
     if dtype in ("float16", "bfloat16", "float32", "float64"):
         numbers = random.uniform(0.0625, 1, 2 * _WORDS) * random.choice((-1, 1), 2 * _WORDS)
@@ -83,7 +83,7 @@ def _warp_sectors(first, last, warps):
 
 
 class Machine:
-    """A cluster of blocks at work. ``blocks``: the indices of its blocks; ``shared``: bytes of each."""
+    """Runs a cluster of blocks. ``blocks`` are their indices, ``shared`` the bytes of shared memory of each."""
 
     def __init__(self, function, parameters, grid, threads, blocks=(0,), shared=0, regions=()):
         self.function, self.threads, self.blocks = function, threads, list(blocks)
@@ -114,7 +114,7 @@ class Machine:
         self.alive = np.ones(n, bool)
         self.everybody = np.ones(n, bool)
         self.groups = {0: self.everybody.copy()}  # threads that can run, by the index of their next instruction
-        self.waiting = collections.defaultdict(dict)  # key of what they wait for -> {index to go on at: threads}
+        self.waiting = collections.defaultdict(dict)  # event that they wait for -> {index to continue at: threads}
         self.barriers = np.zeros((16, n), bool)  # threads that take part in each convergence barrier
         self.votes, self.vote_result = np.zeros(n, bool), np.zeros(n, U32)
         self.decoded, self.pending, self.counting = {}, {}, Counts()
@@ -199,7 +199,7 @@ class Machine:
         return lambda: value
 
     def float(self, operand):
-        """A number in single precision; half a register where the operand says so."""
+        """A number in single precision, or half a register if the operand selects one."""
         return self._signed(operand, self._single)
 
     def double(self, operand):
@@ -207,7 +207,7 @@ class Machine:
 
     @staticmethod
     def _signed(operand, read):
-        """What ``read`` makes of an operand without its sign and the bars of its magnitude, with both applied."""
+        """Reads an operand with ``read``, and applies its sign and its magnitude bars."""
         value = read(operand.lstrip("-").strip("|"))
         negative, magnitude = operand.startswith("-"), "|" in operand
         if negative:
@@ -268,7 +268,7 @@ class Machine:
 
         return total
 
-    # --- results; ``mask`` is None where every thread takes part ---
+    # --- results; ``mask`` is None if all threads are active ---
 
     def put(self, name, value, mask):
         if name in ("RZ", "URZ"):
@@ -314,7 +314,7 @@ class Machine:
         return self.result()
 
     def run_group(self, index, active):
-        """Run threads until they branch, wait or end; those that others have overtaken first."""
+        """Run threads until they branch, wait or end, the ones that are farthest behind first."""
         code, groups, decoded = self.function.code, self.groups, self.decoded
         whole = None if active.all() else active
         warps = Warps.of(active)
@@ -357,7 +357,7 @@ class Machine:
             if jump is None:
                 index += 1
                 continue
-            # A list of (next index, threads), None for those that do not go on here.
+            # A list of (next index, threads); the index is None for threads that do not continue here.
             gone = self.everybody if mask is None else mask
             rest = active & ~gone
             if rest.any():
@@ -378,14 +378,14 @@ class Machine:
         return self.issued / len(self.blocks) + self.counting.waits * MEMORY_LATENCY
 
     def loaded(self, first, width):
-        """What was just loaded from global memory is on its way to registers."""
+        """Note that a load from global memory into registers has started."""
         if first not in ("RZ", "URZ"):
             stem, number = first.rstrip("0123456789"), int(first.lstrip("UR"))
             for i in range(max(1, width // 4)):
                 self.pending[f"{stem}{number + i}"] = self.now() + self.latency
 
     def copied(self):
-        """What was just copied is on its way to shared memory."""
+        """Note that a copy to shared memory has started."""
         self.pending["copy"] = self.now() + self.latency
 
     def wait(self, sources):
@@ -433,7 +433,7 @@ class Machine:
     # --- waiting ---
 
     def release(self):
-        """Let threads go on whose last partner has come or gone."""
+        """Let threads continue whose last partner has arrived or ended."""
         for key, groups in list(self.waiting.items()):
             arrived = np.logical_or.reduce(list(groups.values()))
             kind = key[0]
@@ -461,7 +461,7 @@ class Machine:
                 del self.waiting[key]
 
     def whole_blocks(self, arrived, count):
-        """Of threads at a block's barrier those that are complete: ``count`` of a block, or all that live."""
+        """The threads at a barrier whose blocks are complete: ``count`` threads each, or all that have not ended."""
         blocks = len(self.blocks)
         there = arrived.reshape(blocks, -1)
         needed = self.alive.reshape(blocks, -1).sum(1) if count is None else np.full(blocks, count)
@@ -551,7 +551,7 @@ class Machine:
 
     def shared_access(self, name, index, width, mask):
         """Count the cycles of a request: 32 banks of 32 bits, 128 bytes at a time, a word once for all its readers."""
-        lanes = 128 // max(4, width)  # of a warp that are served together
+        lanes = 128 // max(4, width)  # threads of a warp that are served together
         phase = np.arange(self.n) // lanes
         if mask is not None:
             index, phase = index[mask], phase[mask]

@@ -1,4 +1,4 @@
-"""What the instructions do.
+"""The effects of the instructions.
 
 A handler gets the machine and an instruction, reads the operands once, and returns what runs it: a function of the mask
 of threads (None: all of them) that returns None, or where control goes, as a list of (index, threads).
@@ -25,10 +25,10 @@ from benchmarks.count.sass import (
     is_predicate,
 )
 
-#: opcode -> handler; that of a uniform one (with U in front) where it has none of its own
+#: opcode -> handler; a uniform opcode (with a leading U) without its own handler uses that of the ordinary one
 OPCODES = {}
 
-#: Nothing that counts here: hints, fences, waits for what is done at once, ends of asynchronous groups.
+#: No effect here: hints, fences, waits for work that is done at once, ends of asynchronous groups.
 NOTHING = {
     "NOP", "YIELD", "NANOSLEEP", "DEPBAR", "LDGDEPBAR", "MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "CCTLL", "FENCE",
     "ENDCOLLECTIVE", "ACQBULK", "PREEXIT", "UCGABAR_ARV", "UTMACMDFLUSH", "UTMACCTL", "UBLKPF", "PMTRIG", "BPT",
@@ -47,7 +47,7 @@ def opcode(*names):
 
 
 def _split_destinations(ins, start=1):
-    """Predicates that follow the destination, and the operands behind them."""
+    """The predicates that follow the destination, and the operands after them."""
     operands = list(ins.operands[start:])
     predicates = []
     while operands and is_predicate(operands[0]):
@@ -67,7 +67,7 @@ def _label(m, ins):
 
 @opcode("BRA")
 def branch(m, ins):
-    if ins.has("DIV"):  # for a warp whose threads have parted although they should be together
+    if ins.has("DIV"):  # for a warp whose threads have diverged although they should not
         return lambda mask: None
     target = _label(m, ins)
     if len(ins.operands) == 1:
@@ -176,7 +176,7 @@ def warpsync(m, ins):
             return None
         return m.wait_for(("warp",), m.index + 1, mask)
 
-    # Of threads that a mask names: those that are active are together.
+    # The active threads of a mask are converged.
     return run if ins.has("ALL") else lambda mask: None
 
 
@@ -231,7 +231,7 @@ def mov(m, ins):
 def r2ur(m, ins):
     to, value = ins.operands[0], m.integer(ins.operands[-1])
 
-    def run(mask):  # the mask is whole warps by now; the first thread of each speaks
+    def run(mask):  # the mask consists of whole warps; the first thread of each decides
         m.put(to, first_of_warp(value(), m.active_threads), mask)
 
     return run
@@ -402,7 +402,7 @@ def imad(m, ins):
 
         return carrying
     z = m.integer(c)
-    if a in ("RZ", "URZ"):  # how most moves are written
+    if a in ("RZ", "URZ"):  # most moves are written like this
         if not carry_in:
             return lambda mask: m.put(to, z(), mask)
     elif c in ("RZ", "URZ") and not carry_in:
@@ -488,7 +488,7 @@ _BINARY = [
 
 
 def _lookup(table):
-    """The function of three words that a table of eight bits names."""
+    """The function of three words with this truth table of eight bits."""
     zero = _BINARY[sum((table >> 2 * i & 1) << i for i in range(4))]
     one = _BINARY[sum((table >> 2 * i + 1 & 1) << i for i in range(4))]
     if zero is one:
@@ -677,7 +677,7 @@ def _comparison(ins):
 
 
 def _combine(m, ins, joined, value, mask):
-    """Put a comparison and its opposite, each joined with a predicate."""
+    """Store a comparison and its opposite, each combined with a predicate."""
     if ins.has("AND"):
         join = np.logical_and
     elif ins.has("XOR"):
@@ -748,7 +748,7 @@ def fmnmx(m, ins):
 
 
 @opcode("FCHK")
-def fchk(m, ins):  # whether a quotient needs the slow way; ordinary numbers do not
+def fchk(m, ins):  # whether a quotient needs the slow path; ordinary numbers do not
     return lambda mask: m.put_predicate(ins.operands[0], np.zeros(m.n, bool), mask)
 
 
@@ -956,7 +956,7 @@ def _halves(m, operand, bfloat):
 
 
 def _half_inputs(m, operands, bfloat):
-    """What reads the halves of each operand; two numbers stand for the halves of one, the upper one first."""
+    """Readers of the halves of each operand; two immediates are the halves of one operand, the upper one first."""
     operands, inputs = [operand for operand in operands if not is_predicate(operand)], []
     while operands:
         operand = operands.pop(0)
@@ -1136,12 +1136,12 @@ def _put_words(m, to, words, mask):
 
 
 def _registers(m, first, width):
-    """The words of a register and its followers."""
+    """The words of consecutive registers."""
     return [m.row(first) if i == 0 else m.next_row(first, i) for i in range(max(1, width // 4))]
 
 
 def _spaces(m, addresses, mask):
-    """Of generic addresses: (the space, the threads whose address lies there)."""
+    """Splits generic addresses by space: (the space, the threads whose address is in it)."""
     windows = addresses >> _32
     here = m.here(mask)
     for window, space in ((SHARED_WINDOW, "shared"), (LOCAL_WINDOW, "local"), (None, "global")):
@@ -1227,7 +1227,7 @@ def store_generic(m, ins):
 
 @opcode("ATOM", "ATOMG", "RED", "REDG", "ATOMS")
 def atomic(m, ins):
-    """Counted as a store; returns what memory holds: zero, since counters are all that is updated so."""
+    """Counted as a store. Returns zero, the content of memory: atomics here only update counters."""
     brackets = [i for i, operand in enumerate(ins.operands) if operand.endswith("]")]
     where, width = _bracketed(m, ins.operands[brackets[0]]), _width(ins)
     to = next((operand for operand in ins.operands[: brackets[0]] if REGISTER.match(operand)), None)
@@ -1256,7 +1256,7 @@ def atomic(m, ins):
 
 @opcode("LDGSTS")
 def copy_to_shared(m, ins):
-    """An asynchronous copy from global to shared memory; it is there at once, and waited for like a load."""
+    """An asynchronous copy from global to shared memory. It completes at once, and is waited for like a load."""
     to, source = _bracketed(m, ins.operands[0]), _bracketed(m, ins.operands[1])
     width = _width(ins)
 
@@ -1298,7 +1298,7 @@ def _bracketed_pair(m, operand):
 
 @opcode("SYNCS")
 def syncs(m, ins):
-    """Barriers in shared memory: what they wait for has always come."""
+    """Barriers in shared memory. The copies they wait for have always completed."""
     predicates = [operand for operand in ins.operands if is_predicate(operand)]
 
     def run(mask):
@@ -1327,7 +1327,7 @@ def matrix(m, ins):
         addresses, words = np.broadcast_to(where(), m.n), []
         registers = _registers(m, register, 4 * count)
         for i in range(count):
-            # All of the matrix goes by at once, 16 bytes of each row.
+            # The whole matrix is read at once, 16 bytes of each row.
             whole = m.shared_index(addresses[warp + 8 * i + lane // 4] + (lane % 4 * 4).astype(U64), 4, mask)
             m.shared_access(ins.name, whole, 4, mask)
             word = U32(0)

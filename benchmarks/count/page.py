@@ -1,4 +1,4 @@
-"""docs/gpu.md out of the counted rows."""
+"""Writes docs/gpu.md from the counted rows."""
 
 import json
 import math
@@ -16,7 +16,7 @@ OURS, BACKENDS = choice.OURS, (*choice.OURS, "compile")
 
 #: More positions than this make a large map.
 SMALL = 196
-#: Targets: of the time for the bytes and the launches; faster than torch.compile on small maps; seconds of device work.
+#: Goals: of the time for the bytes and the launches; faster than torch.compile on small maps; seconds of device work.
 NEAR, SMALL_MAPS, QUANTIZE = 1.15, 1.3, 3e-6
 #: Bytes a second at which the issue budget is stated.
 STATED = estimate.BANDWIDTH["H200"]
@@ -26,13 +26,13 @@ STATED = estimate.BANDWIDTH["H200"]
 
 
 def save(counted: list[dict], versions: dict[str, str]) -> None:
-    """One row a line, so that what changes shows."""
+    """Write one row a line, so that a diff shows what changes."""
     lines = ",\n".join(json.dumps(_compact(row)) for row in counted)
     COUNTS.write_text(f'{{"versions": {json.dumps(versions)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def _compact(row):
-    """Without what neither the page nor a budget needs."""
+    """The row without values that neither the page nor a budget needs."""
     dropped = ("opcodes", "shared_by", "cluster")
     launches = [
         {
@@ -49,7 +49,7 @@ def load() -> dict:
     return json.loads(COUNTS.read_text(encoding="utf-8"))
 
 
-# --- what a row comes to ---------------------------------------------------------------------------------------------
+# --- figures of a row -------------------------------------------------------------------------------------------------
 
 
 def is_large(case: Case) -> bool:
@@ -73,7 +73,7 @@ def micro(row: dict | None, device: str) -> float | None:
 
 
 def device_work(row: dict) -> float:
-    """Estimated seconds of a row's own kernels, without what lies between them."""
+    """Estimated seconds of a row's own kernels, without the gaps between them."""
     return sum(estimate.kernel(launch, "H200").seconds for launch in row["launches"])
 
 
@@ -111,7 +111,7 @@ def times_table(table, device: str) -> str:
 
 
 def widest(row: dict, kind: str) -> str:
-    """The width that most bytes of the main kernel have."""
+    """The width of the accesses that move most bytes of the main kernel."""
     return next((f"{width} ({share:.0%})" for width, share in rows.widths(row, kind).items()), "–")
 
 
@@ -140,11 +140,11 @@ def counts_table(table, backend: str) -> str:
     return markdown(head, lines)
 
 
-# --- targets ---------------------------------------------------------------------------------------------------------
+# --- goals -----------------------------------------------------------------------------------------------------------
 
 
 def _verdict(kept: int, of: int) -> str:
-    return "met" if kept == of else f"**missed**: {kept} of {of}"
+    return f"reached in all {of} rows" if kept == of else f"reached in {kept} of {of} rows"
 
 
 def _misses(misses: list[tuple[float, str]], count: int = 6) -> list[str]:
@@ -152,7 +152,7 @@ def _misses(misses: list[tuple[float, str]], count: int = 6) -> list[str]:
     return [*lines, f"    - and {len(misses) - count} more, in the table below"] if len(misses) > count else lines
 
 
-def _issue_target(table, backend):
+def _issue_goal(table, backend):
     """Large maps whose instructions fit into the time of their bytes, and whose main kernel moves whole vectors."""
     misses, count = [], 0
     for (case, which), found in table.items():
@@ -189,10 +189,10 @@ def spills(row: dict) -> float:
     return max(0, rows.main_launch(row)["stack"] - (40 if row["op"] == "window_attention" else 0))
 
 
-def targets(table, device: str = "H200") -> str:
+def goals(table, device: str = "H200") -> str:
     lines = []
     for backend in OURS:
-        count, misses = _issue_target(table, backend)
+        count, misses = _issue_goal(table, backend)
         lines.append(
             f"- Main loops on large maps, {backend}: instructions within the issue budget, vectors of 64 or 128 bits,"
             f" no spills: {_verdict(count - len(misses), count)}."
@@ -237,7 +237,7 @@ def targets(table, device: str = "H200") -> str:
             for backend in OURS:
                 if backend in found:
                     work = device_work(found[backend])
-                    verdict = "met" if work <= QUANTIZE else "**missed**"
+                    verdict = "reached" if work <= QUANTIZE else "not reached"
                     lines.append(
                         f"- {name(case)} {which}, {backend}: at most {QUANTIZE * 1e6:.0f} µs of device work: {verdict},"
                         f" {work * 1e6:.1f} µs."
@@ -308,48 +308,49 @@ from the counts, within about ±30 %. `make gpu` measures, where there is a GPU.
 
 ## What is counted, and how
 
-- **Launches are recorded.** The operators run at the benchmark's shapes on tensors that hold nothing. Native ones are
-  built for the CPU from the same sources, and write down each launch with its parameters instead of running it.
-  Triton's are recorded as their launchers start them, and compiled ahead of time. Those of torch.compile come from the
-  code that Inductor generates for the papers' literal formulas, which is run the same way.
+- **Launches are recorded.** The operators run at the benchmark's shapes on tensors without data. Native ones are
+  built for the CPU from the same sources, and record each launch with its parameters instead of running it.
+  Triton's are recorded when their launchers start them, and compiled ahead of time. Those of torch.compile come from
+  the code that Inductor generates for the papers' literal formulas, which is run the same way.
 - **Machine code is interpreted.** An interpreter runs all threads of one block in the middle of the grid (of one
   cluster, where blocks form clusters) with these parameters: registers, predicates, divergence, shuffles, barriers and
-  shared memory are the machine's. It counts executed warp instructions, those whose predicate is off included; global
-  loads and stores by width; the 32-byte sectors of each request; the cycles of shared memory with its bank conflicts.
+  shared memory behave as on the GPU. It counts executed warp instructions, those whose predicate is off included;
+  global loads and stores by width; the 32-byte sectors of each request; the cycles of shared memory with its bank
+  conflicts.
 - **Resources** (registers, shared memory, bytes of stack) are those that the compiler reports; blocks per
   multiprocessor follow from them. The stack holds spilled registers; 32 or 40 bytes of it in the window's kernels are
-  the frame of the reduction of huge angles, which no ordinary rectangle enters.
+  the frame of the reduction of huge angles, which ordinary rectangles do not use.
 - **Bytes** of a launch are the distinct sectors of the block times the blocks, at most each tensor once. Scratch that
   fits into the second-level cache is read from there.
 
-What is approximate: global memory holds made-up numbers of the right dtype, so branches on data take the way of
-ordinary data, and what a block stores there is not read back; the first and the last blocks of a grid may do more or
-less than the middle one; a "last block" that finishes the work of all is not run. Of the configurations that Inductor
-would time, the one with the smallest estimate counts, and those it tries only for kernels of many registers are left
-out. Float atomics of its kernels on one address are counted as ordinary stores, in its favour.
+Approximations: global memory holds ordinary numbers of the right dtype, so that branches on data are those of ordinary
+data, and stores to it are not read back. The first and the last blocks of a grid may do more or less than the middle
+one. A "last block" that finishes the work of all blocks is not run. Of the configurations that Inductor would time, the
+one with the smallest estimate counts; those that it tries only for kernels with many registers are left out. Float
+atomics of its kernels on one address are counted as ordinary stores, which favours Inductor.
 
 ## What is estimated, and how
 
 """
 
-ESTIMATE = """The time of a launch is the largest of these, and {fill:.1f} µs until its first bytes come and after its
-last have gone:
+ESTIMATE = """The time of a launch is the largest of these, plus {fill:.1f} µs before its first
+bytes arrive and after its last have left:
 
 - **issue**: the warp instructions of a multiprocessor's blocks, through {schedulers} schedulers that issue in
   {issue:.0%} of the cycles at {clock:.3f} GHz; {multiprocessors} multiprocessors;
-- **chain**: what a block does one thing after the other, times the blocks that follow each other on a multiprocessor:
-  loads that nothing covers ({latency:.2f} µs from memory, {l2:.2f} µs from the second-level cache), and {chain} cycles
-  for each instruction of the longest warp;
+- **chain**: the serial work of a block, times the number of blocks that follow each other on a multiprocessor:
+  loads whose latency nothing hides ({latency:.2f} µs from memory, {l2:.2f} µs from the second-level cache), and {chain}
+  cycles for each instruction of the longest warp;
 - **memory**: bytes at {share:.0%} of a copy's bandwidth, {h200:.1f} TB/s on an H200 and {h100:.1f} TB/s on an H100; one
   multiprocessor takes at most {single:.0f} GB/s;
-- **l2**: sectors at {l2_bandwidth:.1f} TB/s; what a block has read before comes from its own cache;
+- **l2**: sectors at {l2_bandwidth:.1f} TB/s; sectors that a block has read before come from its own cache;
 - **shared**: cycles of shared memory, bank conflicts included, and of requests to global memory.
 
-Where blocks are many, the last of them end {overlapped:.0%} of the resident blocks later than their share. Each launch
-of a call adds {launch:.1f} µs, and so does each kernel of PyTorch's own that the call brings along (the "+" of the
-tables). The **goal** is the time of the bytes that must be moved, features read and written once, at {share:.0%} of a
-copy's bandwidth, and {launch:.1f} µs for each launch. The **budget** of instructions per element is what all schedulers
-can issue while these bytes pass at {stated:.1f} TB/s.
+With many blocks, the last ones end later than their share, by {overlapped:.0%} of the resident blocks. Each launch of a
+call adds {launch:.1f} µs, and so does each of PyTorch's own kernels that the call starts (the "+" in the tables). The
+**goal** is the time of the bytes that must be moved, features read and written once, at {share:.0%} of a copy's
+bandwidth, and {launch:.1f} µs for each launch. The **budget** of instructions per element is what all schedulers can
+issue while these bytes pass at {stated:.1f} TB/s.
 
 """
 
@@ -359,7 +360,7 @@ def coverage(table) -> str:
     wanted = [(case, which) for case in GPU_CASES for which in PASSES]
     missing = {name: sum(name not in table.get(key, ()) for key in wanted) for name in BACKENDS}
     parts = [f"{count} of {len(wanted)} through {name}" for name, count in missing.items() if count]
-    return f"Rows that have not been counted: {', '.join(parts)}." if parts else f"All {len(wanted)} rows are counted."
+    return f"Rows that are not counted: {', '.join(parts)}." if parts else f"All {len(wanted)} rows are counted."
 
 
 def text(stored: dict) -> str:
@@ -376,16 +377,18 @@ def text(stored: dict) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in stored["versions"].items())
     parts = [
         INTRODUCTION + ESTIMATE.format(**constants) + f"Compiled with {versions}. {coverage(table)}",
-        "## Targets\n\nOn an H200; small maps have at most 196 positions. Each line names its worst rows.",
-        targets(table),
-        "## Beside torch.compile\n\nHow many times faster than torch.compile's kernels, by geometric mean, and in"
-        " brackets in the worst row; below 1 attnkern loses.",
+        "## Goals\n\nFor the estimates on an H200; small maps have at most 196 positions. Below each goal are the rows"
+        " that are farthest from it.",
+        goals(table),
+        "## Compared with torch.compile\n\nEstimated speed over torch.compile's kernels: the geometric mean, and in"
+        " brackets the worst row. Below 1 torch.compile is faster.",
         summary(table),
         "## Native or Triton\n\nOne backend runs the forward and the backward pass of a call. The simplest rules of at"
         " most two conditions that fit the estimates on an H200:",
         choices(counted),
         choice_table(counted),
-        "## Estimated microseconds\n\nWith what limits the longest launch; best is the better of native and Triton.",
+        "## Estimated microseconds\n\nEach time is followed by what limits the longest launch; best is the better of"
+        " native and Triton.",
         *(f"### {device}\n\n{times_table(table, device)}" for device in ("H200", "H100")),
         "## Counts\n\nInstructions are those of all launches; the columns from loads on are the main kernel's, which"
         " moves most bytes. Loads and stores name the width in bits that most bytes have; bank cycles are those of a"

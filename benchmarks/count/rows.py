@@ -12,7 +12,7 @@ BACKENDS = {"native": launches.native, "triton": launches.triton, "compile": ind
 
 
 def rows(case: cases.Case, backend: str, **options) -> list[dict]:
-    """The counted rows of a case, forward and backward. Of what a tuner chooses from, the fastest estimate counts."""
+    """The counted rows of a case, forward and backward. Of the alternatives of a tuner the fastest is taken."""
     found = []
     for which, recorded in BACKENDS[backend](case, **options).items():
         row = {
@@ -51,7 +51,7 @@ def per_element(row: dict) -> float:
 
 
 def main_launch(row: dict) -> dict:
-    """The launch that moves the most bytes: of the features, where an operator has some."""
+    """The launch that moves the most bytes of the features, or of all tensors if the operator has no features."""
     return max(row["launches"], key=lambda launch: launch["bytes"])
 
 

@@ -1,4 +1,4 @@
-"""Machine code of compute capability 9.0 (SASS) as ``nvdisasm -c`` prints it, and what is counted of it."""
+"""Machine code of compute capability 9.0 (SASS) as ``nvdisasm -c`` prints it, and its counts."""
 
 import functools
 import re
@@ -9,27 +9,27 @@ import numpy as np
 
 WARP = 32
 SECTOR = 32
-#: A register among the operands; a predicate.
+#: Patterns of a register and of a predicate among the operands.
 REGISTER, _PREDICATE = re.compile(r"U?R(Z|\d+)$"), re.compile(r"!?U?P(T|\d+)$")
-#: How many warp instructions a multiprocessor issues while a load is on its way: 0.75 µs from memory, 0.16 µs from the
+#: How many warp instructions a multiprocessor issues during a load: 0.75 µs from memory, 0.16 µs from the
 #: second-level cache (tensors of at most 4 MiB, which all blocks read, and scratch, which was just written), 35 cycles
 #: from the first (sectors that the block has read before).
 MEMORY_LATENCY, L2_LATENCY, L1_LATENCY = 4200, 900, 112
 IN_L2 = 4 << 20
 #: The upper halves of generic addresses of shared and of local memory.
 SHARED_WINDOW, LOCAL_WINDOW = 0x7E00, 0x7D00
-#: Kernels find their static shared memory behind what the system keeps.
+#: Static shared memory of kernels starts after the bytes that the system reserves.
 SHARED_RESERVED = 1024
 STACK_TOP, STACK = 0xFFFDC0, 1 << 14
 PARAMETERS = 0x210
-#: More steps than any kernel needs: an endless loop.
+#: More steps than this mean an endless loop.
 LIMIT = 5_000_000
 
 U32, I32, U64, I64, F32, F64 = np.uint32, np.int32, np.uint64, np.int64, np.float32, np.float64
 
 
 class SassError(Exception):
-    """The interpreter does not know an instruction, or the kernel does what no kernel should."""
+    """The interpreter does not know an instruction, or the kernel does something invalid."""
 
 
 # --- machine code ----------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ class Function(NamedTuple):
 
     name: str  #: as in the symbol table
     code: list[str]  #: instructions
-    labels: dict[str, int]  #: index of the instruction behind each label
+    labels: dict[str, int]  #: index of the instruction after each label
 
     @property
     def text(self) -> str:
@@ -66,13 +66,13 @@ def parse(listing: str) -> dict[str, Function]:
 
 
 def _split(operands: str) -> list[str]:
-    """At commas outside of brackets."""
+    """Split at commas outside of brackets."""
     return [part.strip() for part in re.split(r",(?![^\[(]*[\])])", operands) if part.strip()]
 
 
 class Instruction(NamedTuple):
     text: str
-    guard: str | None  #: predicate, maybe with "!"
+    guard: str | None  #: predicate, possibly with "!"
     name: str  #: opcode without modifiers
     modifiers: tuple[str, ...]
     operands: tuple[str, ...]
@@ -97,7 +97,7 @@ def instruction(text: str) -> Instruction:
 
 @dataclass
 class Counts:
-    """Of one block (of a cluster: the mean of its blocks)."""
+    """Counts of one block, or the mean over the blocks of a cluster."""
 
     instructions: dict[str, float] = field(default_factory=dict)  #: executed warp instructions by opcode
     warps: list[int] = field(default_factory=list)  #: executed instructions of each warp
@@ -105,12 +105,12 @@ class Counts:
     stores: dict[str, float] = field(default_factory=dict)
     load_sectors: dict[str, float] = field(default_factory=dict)  #: sectors that these requests touch
     store_sectors: dict[str, float] = field(default_factory=dict)
-    l2_sectors: float = 0.0  #: those that go to the second-level cache: not what the block has read before
+    l2_sectors: float = 0.0  #: sectors from the second-level cache: those that the block has not read before
     read: dict[int, float] = field(default_factory=dict)  #: bytes in distinct sectors by region
     written: dict[int, float] = field(default_factory=dict)
     shared: dict[str, float] = field(default_factory=dict)  #: warp requests to shared memory by opcode and width
-    shared_cycles: dict[str, float] = field(default_factory=dict)  #: what they take, conflicts included
-    waits: float = 0.0  #: waits for loads that nothing covers within the block, in latencies of memory
+    shared_cycles: dict[str, float] = field(default_factory=dict)  #: cycles of these requests, conflicts included
+    waits: float = 0.0  #: waits for loads that nothing hides within the block, in latencies of memory
 
     @property
     def total(self) -> float:

@@ -68,23 +68,10 @@ namespace attnkern {
 
 // --- features ---
 
-// (N, C, positions), positions or channels innermost.
-struct Shape {
-  int64_t images, channels, positions;
-  bool channels_inner;
-
-  explicit Shape(const Tensor& x)
-      : images(x.size(0)), channels(x.size(1)), positions(1), channels_inner(!x.is_contiguous()) {
-    for (int64_t i = 2; i < x.dim(); ++i)
-      positions *= x.size(i);
-  }
-  int64_t image_size() const { return channels * positions; }
-
-  // Whether the features are too large to stay in the caches until they are read again.
-  template <typename T> bool streams() const {
-    return images * image_size() * static_cast<int64_t>(sizeof(T)) >= int64_t(32) << 20;
-  }
-};
+// Whether features are too large to stay in the caches until they are read again.
+template <typename T> bool streams(const Shape& shape) {
+  return shape.images * shape.image_size() * static_cast<int64_t>(sizeof(T)) >= int64_t(32) << 20;
+}
 
 // --- parallelism ---
 
@@ -129,24 +116,24 @@ public:
   A operator[](int64_t i) const { return data_[i]; }
 };
 
-// A buffer of type A that is converted to a tensor with the shape and dtype of `like`.
+// The elements of a contiguous tensor as A, to be written. finish() converts them to the tensor's dtype.
 template <typename A> class Narrowed {
-  Tensor tensor_;
+  const Tensor& tensor_;
   std::vector<A> wide_;
 
 public:
-  explicit Narrowed(const Tensor& like)
-      : tensor_(empty_same(like)), wide_(like.scalar_type() == scalar_type<A>() ? 0 : like.numel()) {}
+  explicit Narrowed(const Tensor& tensor)
+      : tensor_(tensor), wide_(tensor.scalar_type() == scalar_type<A>() ? 0 : tensor.numel()) {}
 
   A* data() { return wide_.empty() ? mutable_data<A>(tensor_) : wide_.data(); }
-  Tensor tensor() {
-    if (!wide_.empty())
-      dispatch(tensor_.scalar_type(), [&](auto t) {
-        using T = decltype(t);
-        std::transform(wide_.begin(), wide_.end(), mutable_data<T>(tensor_),
-                       [](A value) { return narrow<T>(static_cast<Wide<T>>(value)); });
-      });
-    return tensor_;
+  void finish() {
+    if (wide_.empty())
+      return;
+    dispatch(tensor_.scalar_type(), [&](auto t) {
+      using T = decltype(t);
+      std::transform(wide_.begin(), wide_.end(), mutable_data<T>(tensor_),
+                     [](A value) { return narrow<T>(static_cast<Wide<T>>(value)); });
+    });
   }
 };
 

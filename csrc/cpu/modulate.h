@@ -66,7 +66,7 @@ std::vector<A> repeated_factor(const Shape& shape, const Items& items, const Ite
 template <typename T> void modulate(const Shape& shape, const T* x, const Wide<T>* map, bool residual, T* y) {
   using A = Wide<T>;
   const A one = residual ? A(1) : A(0);
-  const bool stream = shape.streams<T>();
+  const bool stream = streams<T>(shape);
   if (shape.channels_inner) {
     parallel(shape.images * shape.positions, shape.channels, [&](int64_t i) {
       const A factor = map[i] + one;
@@ -95,7 +95,7 @@ void modulate_backward(const Shape& shape, const T* dy, const T* x, const Wide<T
                        Wide<T>* partial) {
   using A = Wide<T>;
   const A one = residual ? A(1) : A(0);
-  const bool stream = shape.streams<T>();
+  const bool stream = streams<T>(shape);
   if (shape.channels_inner) {
     parallel(shape.images * shape.positions, shape.channels, [&](int64_t i) {
       const A factor = map[i] + one;

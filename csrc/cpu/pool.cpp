@@ -2,7 +2,7 @@
 // that scores and weighted sums read the features from memory once. Tiles are combined in order.
 
 #include "cpu/common.h"
-#include "pool.h"
+#include "pool_operators.h"
 
 #include <memory>
 
@@ -36,7 +36,6 @@ struct Mask {
 // Whether features are converted tile by tile, because more than one block of vectors (cpu/products.h) reads them.
 template <typename T> bool widens(int64_t queries) { return !std::is_same_v<T, Wide<T>> && queries > 4; }
 
-
 // The queries of each image, which the batch may share: (N, C), (C,), (N, M, C) or (1, M, C).
 template <typename A> struct Queries {
   Widened<A> values;
@@ -62,65 +61,40 @@ Mask mask_of(const std::optional<Tensor>& mask) {
   return {static_cast<const bool*>(mask->data_ptr()), mask->size(0) <= 1 ? 0 : mask->numel() / mask->size(0)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> pool_fwd(Tensor local, Tensor query, std::optional<Tensor> mask) {
-  make_dense(local);
-  make_contiguous(query, mask);
-  return dispatch(local.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    using A = Wide<T>;
-    constexpr bool rounds = !std::is_same_v<T, A>;
-    const Tiles tiles(local);
-    const Queries<A> queries(query);
-    std::vector<int64_t> sizes{local.size(0)}, vectors{local.size(0)};
-    if (query.dim() == 3) {
-      sizes.push_back(queries.count);
-      vectors.push_back(queries.count);
-    }
-    vectors.push_back(local.size(1));
-    for (int64_t i = 2; i < local.dim(); ++i)
-      sizes.push_back(local.size(i));
-    Tensor pooled = empty<T>(local, {vectors.data(), vectors.size()});
-    Tensor attention = empty<A>(local, {sizes.data(), sizes.size()});
-    Tensor scores = empty_same(attention);
-    Tensor pooled_wide = rounds ? empty_like<A>(pooled) : empty<A>(local, {0});
-    ATTNKERN_BY_ISA(pool_forward<T>, tiles, data<T>(local), queries, mask_of(mask), mutable_data<T>(pooled),
-                    mutable_data<A>(attention), mutable_data<A>(scores),
-                    rounds ? mutable_data<A>(pooled_wide) : nullptr);
-    return std::tuple(pooled, attention, scores, pooled_wide);
-  });
+template <typename T>
+void forward(Tensor local, const Tensor& query, const std::optional<Tensor>& mask, const Tensor& pooled,
+             const Tensor& attention, const Tensor& scores, const Tensor& pooled_wide) {
+  using A = Wide<T>;
+  ATTNKERN_BY_ISA(pool_forward<T>, Tiles(local), data<T>(local), Queries<A>(query), mask_of(mask),
+                  mutable_data<T>(pooled), mutable_data<A>(attention), mutable_data<A>(scores),
+                  std::is_same_v<T, A> ? nullptr : mutable_data<A>(pooled_wide));
 }
 
-std::tuple<Tensor, Tensor> pool_bwd(std::optional<Tensor> grad_pooled, std::optional<Tensor> grad_attention,
-                                    std::optional<Tensor> grad_scores, Tensor local, Tensor query,
-                                    std::optional<Tensor> mask, Tensor attention, Tensor pooled_wide,
-                                    bool need_grad_local) {
-  make_dense(local);
-  make_contiguous(grad_pooled, grad_attention, grad_scores, query, mask, attention, pooled_wide);
-  return dispatch(local.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    using A = Wide<T>;
-    const Tiles tiles(local);
-    const Queries<A> queries(query);
-    Tensor grad_local = features_grad<T>(local, need_grad_local);
-    const std::vector<A> zeros(grad_pooled.has_value() ? 0 : pooled_wide.numel());
-    std::optional<Widened<A>> grad;
-    if (grad_pooled.has_value())
-      grad.emplace(*grad_pooled);
-    Narrowed<A> grad_query(query);
-    const bool shared = queries.stride == 0;
-    std::vector<A> per_image(shared ? pooled_wide.numel() : 0);
-    ATTNKERN_BY_ISA(pool_backward<T>, tiles, grad ? grad->begin() : zeros.data(), data<A>(grad_attention),
-                    data<A>(grad_scores), data<T>(local), queries, mask_of(mask), data<A>(attention),
-                    data<A>(pooled_wide), need_grad_local ? mutable_data<T>(grad_local) : nullptr,
-                    shared ? per_image.data() : grad_query.data());
-    if (shared) { // summed over the batch in order
-      const int64_t size = query.numel();
-      std::fill_n(grad_query.data(), size, A(0));
-      for (size_t i = 0; i < per_image.size(); ++i)
-        grad_query.data()[i % size] += per_image[i];
-    }
-    return std::tuple(grad_local, grad_query.tensor());
-  });
+template <typename T>
+void backward(const std::optional<Tensor>& grad_pooled, const std::optional<Tensor>& grad_attention,
+              const std::optional<Tensor>& grad_scores, Tensor local, const Tensor& query,
+              const std::optional<Tensor>& mask, const Tensor& attention, const Tensor& pooled_wide, T* grad_local,
+              const Tensor& grad_query) {
+  using A = Wide<T>;
+  const Tiles tiles(local);
+  const Queries<A> queries(query);
+  const std::vector<A> zeros(grad_pooled.has_value() ? 0 : pooled_wide.numel());
+  std::optional<Widened<A>> grad;
+  if (grad_pooled.has_value())
+    grad.emplace(*grad_pooled);
+  Narrowed<A> query_grad(grad_query);
+  const bool shared = queries.stride == 0;
+  std::vector<A> per_image(shared ? pooled_wide.numel() : 0);
+  ATTNKERN_BY_ISA(pool_backward<T>, tiles, grad ? grad->begin() : zeros.data(), data<A>(grad_attention),
+                  data<A>(grad_scores), data<T>(local), queries, mask_of(mask), data<A>(attention),
+                  data<A>(pooled_wide), grad_local, shared ? per_image.data() : query_grad.data());
+  if (shared) { // summed over the batch in order
+    const int64_t size = query.numel();
+    std::fill_n(query_grad.data(), size, A(0));
+    for (size_t i = 0; i < per_image.size(); ++i)
+      query_grad.data()[i % size] += per_image[i];
+  }
+  query_grad.finish();
 }
 
 } // namespace

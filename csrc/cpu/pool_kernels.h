@@ -1,4 +1,5 @@
-// The kernels of compatibility pooling. Included once per instruction set by foreach_isa.h, after the types of pool.cpp.
+// The kernels of compatibility pooling. Included once per instruction set by foreach_isa.h, after the types of
+// pool.cpp.
 
 #include "cpu/products.h"
 
@@ -192,7 +193,7 @@ void pool_backward(const Tiles& tiles, const Wide<T>* grad_pooled, const Wide<T>
     const bool inner = tiles.shape.channels_inner;
     const Outer<A> factors = inner ? Outer<A>{weight, grad, constant(grad_score), query}
                                    : Outer<A>{grad, weight, query, constant(grad_score)};
-    outers(m, factors, tiles.shape.streams<T>(), out);
+    outers(m, factors, streams<T>(tiles.shape), out);
     if (used != nullptr)
       for (int64_t r = 0; r < m.rows; ++r)
         for (int64_t i = 0; i < m.columns; ++i)

@@ -2,7 +2,7 @@
 // number of thresholds that are not above it. Each chunk of elements has its own bins, which are added in order.
 
 #include "cpu/common.h"
-#include "quantize.h"
+#include "quantize_operators.h"
 
 #include <numeric>
 
@@ -56,119 +56,77 @@ template <typename A> struct Sums {
 namespace attnkern {
 namespace {
 
-template <typename A> struct Quantized {
-  Tensor values, indices, anchor_loss, commitment_loss, counts, residuals;
-  const A* wide_values;   // the values before rounding
-  std::vector<A> storage; // of wide_values if `values` are rounded
-};
-
+// Quantizes elements. `keep_wide` is a buffer for the values as the map has them, before rounding to the elements'
+// dtype. Returns the address of these values, which is null if they are rounded and there is no buffer.
 template <typename A>
-Quantized<A> quantized(const Tensor& a, const Tensor& anchors, int64_t divisor, bool keep_wide) {
-  Quantized<A> q{empty_same(a),   empty_like<int64_t>(a),        empty<A>(a, {}),
-                 empty<A>(a, {}), empty_like<int64_t>(anchors), empty_like<A>(anchors),
-                 nullptr,         {}};
+const A* quantize_elements(const Tensor& a, const Tensor& anchors, int64_t divisor, const Quantized<A>& q,
+                           std::vector<A>* keep_wide) {
   const Anchors<A> table{Widened<A>(anchors)};
-  dispatch(a.scalar_type(), [&](auto t) {
+  return dispatch(a.scalar_type(), [&](auto t) -> const A* {
     using T = decltype(t);
-    if constexpr (std::is_same_v<T, A>)
-      q.wide_values = data<A>(q.values);
-    else if (keep_wide)
-      q.wide_values = (q.storage.resize(a.numel()), q.storage.data());
+    constexpr bool rounds = !std::is_same_v<T, A>;
+    A* wide = nullptr;
+    if (rounds && keep_wide != nullptr)
+      wide = (keep_wide->resize(a.numel()), keep_wide->data());
     const Sums<A> sums = ATTNKERN_BY_ISA(quantize, table, data<T>(a), a.numel(), mutable_data<T>(q.values),
-                                         mutable_data<int64_t>(q.indices), q.storage.data());
+                                         mutable_data<int64_t>(q.indices), wide);
     *mutable_data<A>(q.anchor_loss) = *mutable_data<A>(q.commitment_loss) = static_cast<A>(sums.loss / divisor);
     std::copy(sums.counts.begin(), sums.counts.end(), mutable_data<int64_t>(q.counts));
     std::copy(sums.residuals.begin(), sums.residuals.end(), mutable_data<A>(q.residuals));
+    return rounds ? wide : data<A>(q.values);
   });
-  return q;
 }
 
 template <typename A> A scalar(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? Widened<A>(*tensor)[0] : A(0);
 }
 
-// The gradients of a and of the anchors; `through` as above.
-template <typename A>
-std::tuple<Tensor, Tensor> gradients(const std::optional<Tensor>& grad_values,
-                                     const std::optional<Tensor>& grad_anchor_loss,
-                                     const std::optional<Tensor>& grad_commitment_loss, const Tensor& a,
-                                     const Tensor& anchors, const Tensor& indices, const Tensor& residuals,
-                                     int64_t divisor, const A* through) {
-  Tensor grad_a = empty_same(a);
+// Writes the gradients of the elements and of the anchors; `map_grad` is the gradient that reaches the map through the
+// features, null if there are no features.
+template <typename A> void write_gradients(const QuantizedGradients& g, const A* map_grad) {
+  const Tensor &a = g.a, &anchors = g.anchors;
   dispatch(a.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    ATTNKERN_BY_ISA(quantize_backward, data<T>(a), Widened<A>(anchors), data<int64_t>(indices), a.numel(),
-                    data<T>(grad_values), through, scalar<A>(grad_commitment_loss), static_cast<A>(divisor),
-                    mutable_data<T>(grad_a));
+    ATTNKERN_BY_ISA(quantize_backward, data<T>(a), Widened<A>(anchors), data<int64_t>(g.indices), a.numel(),
+                    data<T>(g.grad_values), map_grad, scalar<A>(g.grad_commitment_loss), static_cast<A>(g.divisor),
+                    mutable_data<T>(g.grad_a));
   });
-  const A per_residual = A(2) * (scalar<A>(grad_anchor_loss) / static_cast<A>(divisor));
-  Narrowed<A> grad_anchors(anchors);
+  const A per_residual = A(2) * (scalar<A>(g.grad_anchor_loss) / static_cast<A>(g.divisor));
+  Narrowed<A> grad_anchors(g.grad_anchors);
   for (int64_t k = 0; k < anchors.numel(); ++k)
-    grad_anchors.data()[k] = grad_anchor_loss.has_value() ? per_residual * data<A>(residuals)[k] : A(0);
-  return {grad_a, grad_anchors.tensor()};
+    grad_anchors.data()[k] = g.grad_anchor_loss.has_value() ? per_residual * data<A>(g.residuals)[k] : A(0);
+  grad_anchors.finish();
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_fwd(Tensor a, Tensor anchors, int64_t divisor) {
-  make_dense(a);
-  make_contiguous(anchors);
-  return dispatch_wide(a.scalar_type(), [&](auto wide) {
-    const auto q = quantized<decltype(wide)>(a, anchors, divisor, false);
-    return std::tuple(q.values, q.indices, q.anchor_loss, q.commitment_loss, q.counts, q.residuals);
-  });
+template <typename A>
+void forward(const Tensor& a, const Tensor& anchors, int64_t divisor, const Quantized<A>& quantized) {
+  quantize_elements<A>(a, anchors, divisor, quantized, nullptr);
 }
 
-std::tuple<Tensor, Tensor> quantize_bwd(std::optional<Tensor> grad_values, std::optional<Tensor> grad_anchor_loss,
-                                        std::optional<Tensor> grad_commitment_loss, Tensor a, Tensor anchors,
-                                        Tensor indices, Tensor residuals, int64_t divisor) {
-  make_dense(a);
-  make_dense_like(a, grad_values);
-  make_dense_like(a, indices);
-  make_contiguous(grad_anchor_loss, grad_commitment_loss, anchors, residuals);
-  return dispatch_wide(residuals.scalar_type(), [&](auto wide) {
-    return gradients<decltype(wide)>(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors, indices,
-                                     residuals, divisor, nullptr);
-  });
+template <typename A> void backward(const QuantizedGradients& gradients) { write_gradients<A>(gradients, nullptr); }
+
+template <typename T>
+void forward_features(const Tensor& x, const Tensor& a, const Tensor& anchors, bool residual, int64_t divisor,
+                      const Tensor& output, const Quantized<Wide<T>>& quantized) {
+  std::vector<Wide<T>> storage;
+  const Wide<T>* map = quantize_elements<Wide<T>>(a, anchors, divisor, quantized, &storage);
+  ATTNKERN_BY_ISA(modulate<T>, Shape(x), data<T>(x), map, residual, mutable_data<T>(output));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_fwd(Tensor x, Tensor a, Tensor anchors,
-                                                                              bool residual, int64_t divisor) {
-  make_dense(x);
-  make_contiguous(a, anchors);
-  return dispatch(x.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    Tensor output = empty_same(x);
-    const auto q = quantized<Wide<T>>(a, anchors, divisor, true);
-    ATTNKERN_BY_ISA(modulate<T>, Shape(x), data<T>(x), q.wide_values, residual, mutable_data<T>(output));
-    return std::tuple(output, q.values, q.indices, q.anchor_loss, q.commitment_loss, q.counts, q.residuals);
-  });
-}
-
-std::tuple<Tensor, Tensor, Tensor> anchor_bwd(Tensor grad_output, std::optional<Tensor> grad_values,
-                                              std::optional<Tensor> grad_anchor_loss,
-                                              std::optional<Tensor> grad_commitment_loss, Tensor x, Tensor a,
-                                              Tensor anchors, Tensor indices, Tensor residuals, bool residual,
-                                              int64_t divisor, bool need_grad_x) {
-  make_dense(x);
-  make_dense_like(x, grad_output);
-  make_contiguous(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors, indices, residuals);
-  return dispatch(x.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    using A = Wide<T>;
-    // Recompute the map: the anchors' values, NaN if the element or any anchor is NaN.
-    const Widened<A> values(anchors), elements(a);
-    const bool poisoned = std::any_of(values.begin(), values.end(), [](A value) { return value != value; });
-    std::vector<A> map(elements.size());
-    for (size_t i = 0; i < map.size(); ++i)
-      map[i] = poisoned || elements[i] != elements[i] ? A(NAN)
-                                                      : values[kept_within(data<int64_t>(indices)[i], values.size())];
-    Tensor grad_x = features_grad<T>(x, need_grad_x);
-    const std::vector<A> through =
-        ATTNKERN_BY_ISA(map_gradient<T>, Shape(x), data<T>(grad_output), data<T>(x), map.data(), residual,
-                        need_grad_x ? mutable_data<T>(grad_x) : nullptr);
-    const auto [grad_a, grad_anchors] = gradients<A>(grad_values, grad_anchor_loss, grad_commitment_loss, a, anchors,
-                                                     indices, residuals, divisor, through.data());
-    return std::tuple(grad_x, grad_a, grad_anchors);
-  });
+template <typename T>
+void backward_features(const Tensor& grad_output, const Tensor& x, bool residual, const QuantizedGradients& gradients,
+                       T* grad_x) {
+  using A = Wide<T>;
+  // The map is computed again: the anchors' values, NaN if the element or any anchor is NaN.
+  const Widened<A> values(gradients.anchors), elements(gradients.a);
+  const int64_t* indices = data<int64_t>(gradients.indices);
+  const bool poisoned = std::any_of(values.begin(), values.end(), [](A value) { return value != value; });
+  std::vector<A> map(elements.size());
+  for (size_t i = 0; i < map.size(); ++i)
+    map[i] = poisoned || elements[i] != elements[i] ? A(NAN) : values[kept_within(indices[i], values.size())];
+  const std::vector<A> map_grad = ATTNKERN_BY_ISA(map_gradient<T>, Shape(x), data<T>(grad_output), data<T>(x),
+                                                  map.data(), residual, grad_x);
+  write_gradients<A>(gradients, map_grad.data());
 }
 
 } // namespace

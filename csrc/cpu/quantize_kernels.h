@@ -63,19 +63,19 @@ Sums<A> quantize(const Anchors<A>& anchors, const T* a, int64_t count, T* values
   return total;
 }
 
-// The gradient of a: that of the values plus that of the commitment loss. `through` is the gradient that reaches the
-// map through the features; it is null if there are no features.
+// The gradient of a: that of the values plus that of the commitment loss. `map_grad` is the gradient that reaches
+// the map through the features; it is null if there are no features.
 template <typename T, typename A>
 void quantize_backward(const T* a, const Widened<A>& anchors, const int64_t* indices, int64_t count,
-                       const T* grad_values, const A* through, A grad_loss, A divisor, T* grad_a) {
+                       const T* grad_values, const A* map_grad, A grad_loss, A divisor, T* grad_a) {
   bool poisoned = false;
   for (const A anchor : anchors)
     poisoned |= anchor != anchor;
   parallel((count + kBlock - 1) / kBlock, 4 * kBlock, [&](int64_t block) {
     for (int64_t i = block * kBlock; i < std::min(count, (block + 1) * kBlock); ++i) {
       A grad = grad_values == nullptr ? A(0) : static_cast<A>(widen(grad_values[i]));
-      if (through != nullptr)
-        grad += through[i];
+      if (map_grad != nullptr)
+        grad += map_grad[i];
       if (grad_loss != A(0)) {
         const A value = poisoned ? A(NAN) : anchors[kept_within(indices[i], anchors.size())];
         grad += commitment_grad(static_cast<A>(widen(a[i])), value, grad_loss, divisor);

@@ -33,10 +33,10 @@ template <typename A, typename Term> ATTNKERN_INLINE void add_lanes(int64_t coun
     return;
   if (whole > 0) {
     const int64_t last = count - kLanes;
-    const int seen = static_cast<int>(whole - last);
+    const int counted = static_cast<int>(whole - last); // lanes of the last vector that have been added
 #pragma omp simd
     for (int i = 0; i < kLanes; ++i)
-      lane[i] += i >= seen ? term(last + i) : A(0);
+      lane[i] += i >= counted ? term(last + i) : A(0);
   } else {
     for (int i = 0; i < count; ++i)
       lane[i] += term(i);
@@ -76,8 +76,8 @@ template <typename T, typename Value>
 ATTNKERN_INLINE void write_lanes(int64_t count, T* to, [[maybe_unused]] bool stream, const Value& value) {
 #if defined(ATTNKERN_X86)
   if (stream) {
-    // Short, so that the loads of one segment overlap the stores of the one before it: with 1,024 elements the same loop
-    // takes 1.5 times as long.
+    // Segments are short, so that the loads of one overlap the stores of the one before it: with 1,024 elements the
+    // same loop takes 1.5 times as long.
     constexpr int64_t segment = 128, vector = 16 / sizeof(T);
     alignas(64) T buffer[segment];
     for (int64_t first = 0; first < count; first += segment) {
@@ -90,7 +90,7 @@ ATTNKERN_INLINE void write_lanes(int64_t count, T* to, [[maybe_unused]] bool str
         _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_loadu_si128(reinterpret_cast<__m128i*>(buffer + i)));
       memcpy(out + i, buffer + i, (length - i) * sizeof(T));
     }
-    return; // parallel() has the fence
+    return; // parallel() executes the fence
   }
 #endif
   for_lanes(count, [=](int64_t i) { to[i] = value(i); });

@@ -2,15 +2,11 @@
 // (modulate.h).
 
 #include "cpu/common.h"
-#include "window.h"
-
-// The marker of the schemas that this library was built for; attnkern/_ops.py checks it before loading the library.
-extern "C" __attribute__((used, visibility("default"))) const char attnkern_schema[] =
-    "attnkern-schema:" ATTNKERN_SCHEMA_HASH;
+#include "window_operators.h"
 
 namespace attnkern {
 
-// A batch of rectangles on one grid.
+// The rectangles and coordinates in the form in which they are evaluated.
 template <typename A> struct Windows {
   Widened<A> rectangles; // (N, 5)
   int64_t height, width;
@@ -18,9 +14,9 @@ template <typename A> struct Windows {
   bool rescale, aspect;
   std::vector<A> rows, columns; // coordinates of each position
 
-  Windows(const Tensor& rectangle, int64_t height, int64_t width, double scale, bool rescale, bool aspect)
-      : rectangles(rectangle), height(height), width(width), scale(static_cast<A>(scale)),
-        rescale(rescale), aspect(aspect) {
+  explicit Windows(const Rectangles& given)
+      : rectangles(given.rectangle), height(given.height), width(given.width), scale(static_cast<A>(given.scale)),
+        rescale(given.rescale), aspect(given.aspect) {
     if (images() == 0) return;
     rows.resize(height * width), columns.resize(height * width);
     for (int64_t i = 0; i < height; ++i)
@@ -46,63 +42,28 @@ template <typename A> struct Windows {
 namespace attnkern {
 namespace {
 
-std::tuple<Tensor, Tensor> window_map_fwd(Tensor rectangle, int64_t height, int64_t width, double scale, bool rescale,
-                                          bool aspect) {
-  make_contiguous(rectangle);
-  return dispatch_wide(rectangle.scalar_type(), [&](auto a) {
-    using A = decltype(a);
-    const Windows<A> windows(rectangle, height, width, scale, rescale, aspect);
-    Tensor map = empty<A>(rectangle, {windows.images(), height, width});
-    Tensor stats = empty<A>(rectangle, {windows.images(), rescale ? kStats : 0});
-    ATTNKERN_BY_ISA(window_maps<A>, windows, mutable_data<A>(map), mutable_data<A>(stats));
-    return std::tuple(map, stats);
-  });
+template <typename T>
+void forward(const Rectangles& rectangles, const Shape& shape, const T* x, bool residual, T* output, const Tensor& map,
+             const Tensor& stats) {
+  using A = Wide<T>;
+  const Windows<A> windows(rectangles);
+  ATTNKERN_BY_ISA(window_maps<A>, windows, mutable_data<A>(map), mutable_data<A>(stats));
+  if (shape.channels > 0)
+    ATTNKERN_BY_ISA(modulate<T>, shape, x, data<A>(map), residual, output);
 }
 
-Tensor window_map_bwd(Tensor grad_map, Tensor rectangle, Tensor stats, double scale, bool rescale, bool aspect) {
-  make_contiguous(grad_map, rectangle, stats);
-  return dispatch_wide(grad_map.scalar_type(), [&](auto a) {
-    using A = decltype(a);
-    const Windows<A> windows(rectangle, grad_map.size(1), grad_map.size(2), scale, rescale, aspect);
-    Narrowed<A> gradients(rectangle);
-    ATTNKERN_BY_ISA(window_map_gradients<A>, windows, data<A>(stats), data<A>(grad_map), gradients.data());
-    return gradients.tensor();
-  });
-}
-
-std::tuple<Tensor, Tensor, Tensor> window_fwd(Tensor x, Tensor rectangle, double scale, bool rescale, bool residual,
-                                              bool aspect) {
-  make_dense(x);
-  make_contiguous(rectangle);
-  return dispatch(x.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    using A = Wide<T>;
-    const Windows<A> windows(rectangle, x.size(2), x.size(3), scale, rescale, aspect);
-    Tensor output = empty_same(x);
-    Tensor map = empty<A>(x, {windows.images(), windows.height, windows.width});
-    Tensor stats = empty<A>(x, {windows.images(), rescale ? kStats : 0});
-    ATTNKERN_BY_ISA(window_maps<A>, windows, mutable_data<A>(map), mutable_data<A>(stats));
-    ATTNKERN_BY_ISA(modulate<T>, Shape(x), data<T>(x), data<A>(map), residual, mutable_data<T>(output));
-    return std::tuple(output, map, stats);
-  });
-}
-
-std::tuple<Tensor, Tensor> window_bwd(Tensor grad_output, std::optional<Tensor> grad_map, Tensor x, Tensor rectangle,
-                                      Tensor stats, double scale, bool rescale, bool residual, bool aspect,
-                                      bool need_grad_x) {
-  make_dense(x);
-  make_dense_like(x, grad_output);
-  make_contiguous(grad_map, rectangle, stats);
-  return dispatch(x.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    using A = Wide<T>;
-    const Windows<A> windows(rectangle, x.size(2), x.size(3), scale, rescale, aspect);
-    Tensor grad_x = features_grad<T>(x, need_grad_x);
-    Narrowed<A> gradients(rectangle);
-    ATTNKERN_BY_ISA(window_backward<T>, windows, Shape(x), data<T>(grad_output), data<A>(grad_map), data<T>(x),
-                    data<A>(stats), residual, need_grad_x ? mutable_data<T>(grad_x) : nullptr, gradients.data());
-    return std::tuple(grad_x, gradients.tensor());
-  });
+template <typename T>
+void backward(const Rectangles& rectangles, const Shape& shape, const T* grad_output, const Wide<T>* grad_map,
+              const T* x, const Tensor& stats, bool residual, T* grad_x, const Tensor& grad_rectangle) {
+  using A = Wide<T>;
+  const Windows<A> windows(rectangles);
+  Narrowed<A> gradients(grad_rectangle);
+  if (shape.channels == 0 && grad_map != nullptr) // without features the map need not be computed again
+    ATTNKERN_BY_ISA(window_map_gradients<A>, windows, data<A>(stats), grad_map, gradients.data());
+  else
+    ATTNKERN_BY_ISA(window_backward<T>, windows, shape, grad_output, grad_map, x, data<A>(stats), residual, grad_x,
+                    gradients.data());
+  gradients.finish();
 }
 
 } // namespace

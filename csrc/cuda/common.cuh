@@ -204,30 +204,12 @@ template <typename Op = Sum, int K, typename A> ATTNKERN_DEVICE void block_reduc
   }
 }
 
-// --- features ---
+// --- launches ---
 
 // Quotient of non-negative numbers, in 32 bits if possible: a 64-bit division takes dozens of instructions.
 ATTNKERN_DEVICE int64_t divide(int64_t a, int64_t b) {
   return (a | b) >> 32 == 0 ? static_cast<uint32_t>(a) / static_cast<uint32_t>(b) : a / b;
 }
-
-// (N, C, positions), positions or channels innermost.
-struct Shape {
-  int64_t images, channels, positions;
-  bool channels_inner = false;
-
-  Shape(int64_t images, int64_t channels, int64_t positions)
-      : images(images), channels(channels), positions(positions) {}
-  explicit Shape(const Tensor& x)
-      : images(x.size(0)), channels(x.size(1)), positions(1), channels_inner(!x.is_contiguous()) {
-    for (int64_t i = 2; i < x.dim(); ++i)
-      positions *= x.size(i);
-  }
-  ATTNKERN_INLINE int64_t image_size() const { return channels * positions; }
-};
-
-// --- launches ---
-
 ATTNKERN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #if defined(ATTNKERN_ON_HOST)

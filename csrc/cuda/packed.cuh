@@ -61,8 +61,8 @@ template <> struct PieceOf<8> { using type = uint2; };
 template <> struct PieceOf<16> { using type = uint4; };
 template <typename T, int kWidth> using Piece = typename PieceOf<kWidth * sizeof(T)>::type;
 
-// The piece at an address, which must be a multiple of the piece's size: a GPU raises an error otherwise, and so does the
-// emulation.
+// The piece at an address, which must be a multiple of the piece's size: otherwise a GPU raises an error, and so does
+// the emulation.
 template <int kWidth, typename T> ATTNKERN_DEVICE auto& piece_at(T* address) {
   using Element = std::remove_const_t<T>;
   using P = std::conditional_t<std::is_const_v<T>, const Piece<Element, kWidth>, Piece<Element, kWidth>>;

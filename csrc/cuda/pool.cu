@@ -1,7 +1,9 @@
 // Compatibility pooling on CUDA: which kernels a pass launches.
 
+#include "cuda/pool_finish.cuh"
 #include "cuda/pool_slices.cuh"
 #include "cuda/pool_walk.cuh"
+#include "pool_operators.h"
 
 namespace attnkern {
 namespace {
@@ -50,90 +52,75 @@ void launch_slices(const Queue& queue, const Shape& shape, const Pass& pass, Ten
                partial);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> pool_fwd(Tensor local, Tensor query) {
-  make_dense(local);
-  make_contiguous(query);
+template <typename T>
+void forward(Tensor local, const Tensor& query, const Tensor& pooled, const Tensor& attention, const Tensor& scores,
+             const Tensor& pooled_wide) {
+  using A = Wide<T>;
   const Queue queue(local);
-  return dispatch(local.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    using A = Wide<T>;
-    const Shape shape(local);
-    const int64_t n = shape.images, c = shape.channels;
-    Tensor pooled = empty<T>(local, {n, c});
-    Tensor attention = local.dim() == 4 ? empty<A>(local, {n, local.size(2), local.size(3)})
-                                        : empty<A>(local, {n, local.size(2)});
-    Tensor scores = empty_like<A>(attention);
-    Tensor pooled_wide = std::is_same_v<T, A> ? empty<A>(local, {0}) : empty<A>(local, {n, c});
-    Forward<T> pass{{query, query.dim() == 1}, mutable_data<A>(scores), nullptr, nullptr, mutable_data<T>(pooled),
-                    std::is_same_v<T, A> ? nullptr : mutable_data<A>(pooled_wide), mutable_data<A>(attention)};
-    if (!PoolPlan::fits<T>(shape)) {
-      launch_slices<T>(queue, shape, pass, local, pass.query);
-      return std::tuple(pooled, attention, scores, pooled_wide);
-    }
-    const PoolPlan plan(shape, t);
-    make_aligned(local, plan.width * sizeof(T));
-    const int64_t blocks = plan.splits == 1 ? 0 : n * plan.splits;
-    Tensor scratch = empty<A>(local, {blocks * (c + 2)});
-    pass.sums = mutable_data<A>(scratch);
-    pass.moments = pass.sums + blocks * c;
-    launch_walk<T>(queue, plan, pass, local);
-    const RowSums rows(c, plan.splits);
-    const int64_t finishing = std::max(rows.blocks(), ceil_div(shape.positions, 4 * RowSums::kThreads));
-    queue.launch(pool_finish<T>, plan.splits > 1 ? n * finishing : 0, RowSums::kThreads, 0, shape, plan.splits, pass,
-                 rows, finishing);
-    return std::tuple(pooled, attention, scores, pooled_wide);
-  });
+  const Shape shape(local);
+  const int64_t n = shape.images, c = shape.channels;
+  Forward<T> pass{{query, query.dim() == 1}, mutable_data<A>(scores), nullptr, nullptr, mutable_data<T>(pooled),
+                  std::is_same_v<T, A> ? nullptr : mutable_data<A>(pooled_wide), mutable_data<A>(attention)};
+  if (!PoolPlan::fits<T>(shape))
+    return launch_slices<T>(queue, shape, pass, local, pass.query);
+  const PoolPlan plan(shape, T{});
+  make_aligned(local, plan.width * sizeof(T));
+  const int64_t blocks = plan.splits == 1 ? 0 : n * plan.splits;
+  Tensor scratch = empty<A>(local, {blocks * (c + 2)});
+  pass.sums = mutable_data<A>(scratch);
+  pass.moments = pass.sums + blocks * c;
+  launch_walk<T>(queue, plan, pass, local);
+  const RowSums rows(c, plan.splits);
+  const int64_t finishing = std::max(rows.blocks(), ceil_div(shape.positions, 4 * RowSums::kThreads));
+  queue.launch(pool_finish<T>, plan.splits > 1 ? n * finishing : 0, RowSums::kThreads, 0, shape, plan.splits, pass,
+               rows, finishing);
 }
 
-std::tuple<Tensor, Tensor> pool_bwd(std::optional<Tensor> grad_pooled, std::optional<Tensor> grad_attention,
-                                    std::optional<Tensor> grad_scores, Tensor local, Tensor query, Tensor attention,
-                                    Tensor pooled_wide, bool need_grad_local) {
-  make_dense(local);
-  make_contiguous(grad_pooled, grad_attention, grad_scores, query, attention, pooled_wide);
+template <typename T>
+void backward(const std::optional<Tensor>& grad_pooled, const std::optional<Tensor>& grad_attention,
+              const std::optional<Tensor>& grad_scores, Tensor local, const Tensor& query, const Tensor& attention,
+              const Tensor& pooled_wide, T* grad_local, const Tensor& grad_query) {
+  using A = Wide<T>;
   const Queue queue(local);
-  return dispatch(local.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    using A = Wide<T>;
-    const Shape shape(local);
-    const int64_t n = shape.images, c = shape.channels;
-    Tensor grad_local = features_grad<T>(local, need_grad_local);
-    Tensor grad_query = empty_same(query);
-    if (n == 0 || c == 0)
-      return std::tuple(grad_local, torch::stable::zero_(grad_query));
-    const bool shared_query = query.dim() == 1;
-    Backward<T> pass{data<T>(grad_pooled),
-                     data<A>(grad_attention),
-                     data<A>(grad_scores),
-                     {query, shared_query},
-                     data<A>(attention),
-                     data<A>(pooled_wide),
-                     need_grad_local ? mutable_data<T>(grad_local) : nullptr,
-                     nullptr,
-                     false,
-                     grad_query};
-    const bool fits = PoolPlan::fits<T>(shape);
-    const PoolPlan plan(shape, t);
-    const int64_t splits = fits ? plan.splits : 1;
-    pass.direct = splits == 1 && (!shared_query || n == 1);
-    Tensor sums = empty<A>(local, {pass.direct ? 0 : n * splits * c});
-    pass.sums = mutable_data<A>(sums);
-    if (fits) {
-      make_aligned(local, plan.width * sizeof(T));
-      launch_walk<T>(queue, plan, pass, local);
-    } else {
-      std::optional<Query> vector;
-      if (grad_pooled.has_value())
-        vector = Query{*grad_pooled, false};
-      launch_slices<T>(queue, shape, pass, local, vector);
-    }
-    if (!pass.direct) {
-      const int64_t groups = shared_query ? 1 : n, count = n * splits / groups;
-      const RowSums rows(c, count);
-      queue.launch(add_rows<A>, groups * rows.blocks(), RowSums::kThreads, 0, data<A>(sums), groups, count, rows,
-                   MutableCompanion(grad_query));
-    }
-    return std::tuple(grad_local, grad_query);
-  });
+  const Shape shape(local);
+  const int64_t n = shape.images, c = shape.channels;
+  if (n == 0 || c == 0) {
+    Tensor none = grad_query;
+    torch::stable::zero_(none);
+    return;
+  }
+  const bool shared_query = query.dim() == 1;
+  Backward<T> pass{data<T>(grad_pooled),
+                   data<A>(grad_attention),
+                   data<A>(grad_scores),
+                   {query, shared_query},
+                   data<A>(attention),
+                   data<A>(pooled_wide),
+                   grad_local,
+                   nullptr,
+                   false,
+                   grad_query};
+  const bool fits = PoolPlan::fits<T>(shape);
+  const PoolPlan plan(shape, T{});
+  const int64_t splits = fits ? plan.splits : 1;
+  pass.direct = splits == 1 && (!shared_query || n == 1);
+  Tensor sums = empty<A>(local, {pass.direct ? 0 : n * splits * c});
+  pass.sums = mutable_data<A>(sums);
+  if (fits) {
+    make_aligned(local, plan.width * sizeof(T));
+    launch_walk<T>(queue, plan, pass, local);
+  } else {
+    std::optional<Query> vector;
+    if (grad_pooled.has_value())
+      vector = Query{*grad_pooled, false};
+    launch_slices<T>(queue, shape, pass, local, vector);
+  }
+  if (pass.direct)
+    return;
+  const int64_t groups = shared_query ? 1 : n, count = n * splits / groups;
+  const RowSums rows(c, count);
+  queue.launch(add_rows<A>, groups * rows.blocks(), RowSums::kThreads, 0, data<A>(sums), groups, count, rows,
+               MutableCompanion(grad_query));
 }
 
 } // namespace

@@ -3,13 +3,9 @@
 // order.
 
 #include "cuda/modulate.cuh"
-#include "window.h"
+#include "window_operators.h"
 
 #include <limits>
-
-// The marker of the schemas that this library was built for; attnkern/_ops.py checks it before loading the library.
-extern "C" __attribute__((used, visibility("default"))) const char attnkern_schema[] =
-    "attnkern-schema:" ATTNKERN_SCHEMA_HASH;
 
 namespace attnkern {
 namespace {
@@ -17,13 +13,16 @@ namespace {
 constexpr int kChunk = 1024; // positions per block for the statistics; twice as many for large maps
 constexpr int kWarps = kThreads / kWarp;
 
-// A batch of rectangles on one grid.
+// The rectangles as kernels take them.
 struct Windows {
   Companion rectangle; // (N, 5)
   int64_t height, width;
   double scale;
   bool rescale, aspect;
 
+  explicit Windows(const Rectangles& given)
+      : rectangle(given.rectangle), height(given.height), width(given.width), scale(given.scale),
+        rescale(given.rescale), aspect(given.aspect) {}
   ATTNKERN_INLINE int64_t positions() const { return height * width; }
   ATTNKERN_INLINE bool large() const { return positions() >= 8 * kChunk; }
   ATTNKERN_INLINE int64_t chunk() const { return large() ? 2 * kChunk : kChunk; }
@@ -32,7 +31,7 @@ struct Windows {
   ATTNKERN_INLINE bool one_launch() const { return !rescale || positions() <= kChunk; }
 };
 
-// An image's frame and coordinates, computed own_value per block because sine, cosine and divisions are expensive.
+// An image's frame and coordinates, computed once per block because sine, cosine and divisions are expensive.
 template <typename A> struct Plane {
   Frame<A> frame;
   Axis<A> rows, columns;
@@ -290,17 +289,18 @@ __global__ void __launch_bounds__(kWarp)
       grad_rectangle.store(image * kParameters + k, static_cast<A>(rectangle_gradient(total, windows, k)));
 }
 
-// --- launches; the map alone is the map of features that have no channels ---
+// --- launches ---
 
 template <typename T>
-void forward(const Tensor& like, const Windows& windows, const Shape& shape, const T* x, bool residual, T* output,
-             const Tensor& map, const Tensor& stats) {
+void forward(const Rectangles& rectangles, const Shape& shape, const T* x, bool residual, T* output, const Tensor& map,
+             const Tensor& stats) {
   using A = Wide<T>;
-  const Queue queue(like);
+  const Windows windows(rectangles);
+  const Queue queue(map);
   const auto tiling = Tiling::of<T>(shape, x, output);
   const int64_t items = windows.one_launch() ? 0 : shape.images * windows.chunks();
-  static_assert(sizeof(Statistics<A, true>) == kStats * sizeof(A), "numbers and nothing else");
-  const Tensor scratch = empty<A>(like, {items * kStats});
+  static_assert(sizeof(Statistics<A, true>) == kStats * sizeof(A), "statistics are numbers without padding");
+  const Tensor scratch = empty<A>(map, {items * kStats});
   auto* chunks = reinterpret_cast<Statistics<A, true>*>(mutable_data<A>(scratch));
   queue.launch(window_statistics_kernel<A>, items, kThreads, 0, windows, chunks, items);
   queue.launch(window_forward_kernel<T>, shape.images * tiling.tiles(), kThreads, 0, x, windows, chunks, residual,
@@ -308,77 +308,18 @@ void forward(const Tensor& like, const Windows& windows, const Shape& shape, con
 }
 
 template <typename T>
-void backward(const Tensor& like, const Windows& windows, const Shape& shape, const T* grad_output,
-              const Wide<T>* grad_map, const T* x, const Tensor& stats, bool residual, T* grad_x,
-              const Tensor& grad_rectangle) {
+void backward(const Rectangles& rectangles, const Shape& shape, const T* grad_output, const Wide<T>* grad_map,
+              const T* x, const Tensor& stats, bool residual, T* grad_x, const Tensor& grad_rectangle) {
   using A = Wide<T>;
-  const Queue queue(like);
+  const Windows windows(rectangles);
+  const Queue queue(stats);
   const auto tiling = Tiling::of<T>(shape, grad_output, x, grad_x);
-  const int64_t items = shape.images * tiling.tiles(), shares = tiling.tiles() == 1 ? 0 : items;
-  const Tensor partial = empty<A>(like, {shares * kSums});
+  const int64_t items = shape.images * tiling.tiles(), partials = tiling.tiles() == 1 ? 0 : items;
+  const Tensor partial = empty<A>(stats, {partials * kSums});
   queue.launch(window_backward_kernel<T>, items, kThreads, 0, grad_output, grad_map, x, windows, data<A>(stats),
                residual, grad_x, mutable_data<A>(partial), MutableCompanion(grad_rectangle), tiling);
-  queue.launch(window_rectangle_kernel<A>, shares == 0 ? 0 : shape.images, kWarp, 0, data<A>(partial), windows,
+  queue.launch(window_rectangle_kernel<A>, partials == 0 ? 0 : shape.images, kWarp, 0, data<A>(partial), windows,
                MutableCompanion(grad_rectangle), shape.images, tiling.tiles());
-}
-
-std::tuple<Tensor, Tensor> window_map_fwd(Tensor rectangle, int64_t height, int64_t width, double scale, bool rescale,
-                                          bool aspect) {
-  make_contiguous(rectangle);
-  return dispatch_wide(rectangle.scalar_type(), [&](auto a) {
-    using A = decltype(a);
-    const int64_t images = rectangle.size(0);
-    Tensor map = empty<A>(rectangle, {images, height, width});
-    Tensor stats = empty<A>(rectangle, {images, rescale ? kStats : 0});
-    forward<A>(rectangle, {rectangle, height, width, scale, rescale, aspect}, Shape(images, 0, height * width), nullptr,
-               false, nullptr, map, stats);
-    return std::tuple(map, stats);
-  });
-}
-
-Tensor window_map_bwd(Tensor grad_map, Tensor rectangle, Tensor stats, double scale, bool rescale, bool aspect) {
-  make_contiguous(grad_map, rectangle, stats);
-  return dispatch_wide(grad_map.scalar_type(), [&](auto a) {
-    using A = decltype(a);
-    const int64_t height = grad_map.size(1), width = grad_map.size(2);
-    Tensor grad_rectangle = empty_same(rectangle);
-    backward<A>(rectangle, {rectangle, height, width, scale, rescale, aspect},
-                Shape(rectangle.size(0), 0, height * width), nullptr, data<A>(grad_map), nullptr, stats, false, nullptr,
-                grad_rectangle);
-    return grad_rectangle;
-  });
-}
-
-std::tuple<Tensor, Tensor, Tensor> window_fwd(Tensor x, Tensor rectangle, double scale, bool rescale, bool residual,
-                                              bool aspect) {
-  make_dense(x);
-  make_contiguous(rectangle);
-  return dispatch(x.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    using A = Wide<T>;
-    Tensor output = empty_same(x);
-    Tensor map = empty<A>(x, {x.size(0), x.size(2), x.size(3)});
-    Tensor stats = empty<A>(x, {x.size(0), rescale ? kStats : 0});
-    forward<T>(x, {rectangle, x.size(2), x.size(3), scale, rescale, aspect}, Shape(x), data<T>(x), residual,
-               mutable_data<T>(output), map, stats);
-    return std::tuple(output, map, stats);
-  });
-}
-
-std::tuple<Tensor, Tensor> window_bwd(Tensor grad_output, std::optional<Tensor> grad_map, Tensor x, Tensor rectangle,
-                                      Tensor stats, double scale, bool rescale, bool residual, bool aspect,
-                                      bool need_grad_x) {
-  make_dense(x);
-  make_dense_like(x, grad_output);
-  make_contiguous(grad_map, rectangle, stats);
-  return dispatch(x.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    Tensor grad_x = features_grad<T>(x, need_grad_x), grad_rectangle = empty_same(rectangle);
-    backward<T>(x, {rectangle, x.size(2), x.size(3), scale, rescale, aspect}, Shape(x), data<T>(grad_output),
-                data<Wide<T>>(grad_map), data<T>(x), stats, residual, need_grad_x ? mutable_data<T>(grad_x) : nullptr,
-                grad_rectangle);
-    return std::tuple(grad_x, grad_rectangle);
-  });
 }
 
 } // namespace

@@ -1,4 +1,4 @@
-"""Counting machine code: the interpreter on listings with known results, recorded launches, counted budgets."""
+"""Counted machine code: the interpreter on listings with known results, recorded launches, budgets of instructions."""
 
 import os
 import re
@@ -23,7 +23,7 @@ POINTER = struct.pack("<Q", BASE)
 
 
 def function(text):
-    """A kernel of these lines; a label stands alone."""
+    """A kernel from these lines; a label has its own line."""
     lines = [".text.kernel:"]
     for line in filter(None, map(str.strip, text.splitlines())):
         lines.append(line if line.endswith(":") else f"/*0000*/ {line} ;")
@@ -31,7 +31,7 @@ def function(text):
 
 
 def machine(text, parameters=b"", **options):
-    """A machine that has run them."""
+    """A machine that has run these lines."""
     options = {"grid": (1,), "threads": WARP, "shared": 4096} | options
     ran = Machine(function(text), parameters, **options)
     ran.counts = ran.run()
@@ -54,7 +54,7 @@ def test_a_loop_counts_each_time():
     assert ran.counts.warps == [17]
 
 
-#: Threads of the upper half take a way of their own; at .L_1 all are together again.
+#: Threads of the upper half take another branch; at .L_1 all converge again.
 PARTING = """
     S2R R0, SR_TID.X
     BSSY B0, `(.L_1)
@@ -75,12 +75,12 @@ PARTING = """
 def test_threads_part_and_meet():
     ran = machine(PARTING)
     assert ran.R[2].tolist() == [2] * 16 + [1] * 16
-    assert ran.counts.instructions["MOV"] == 2  # one after the other
+    assert ran.counts.instructions["MOV"] == 2  # in turn
     assert ran.counts.instructions["SHFL"] == 1  # together
 
 
 def test_what_lies_behind_the_kernel_is_waited_for():
-    """A cold branch comes last in the code and jumps back: the others wait at BSYNC."""
+    """A cold branch is at the end of the code and jumps back: the other threads wait at BSYNC."""
     ran = machine("""
         S2R R0, SR_TID.X
         BSSY B0, `(.L_1)
@@ -375,7 +375,7 @@ def test_shared_memory_keeps_what_is_stored():
 
 
 def test_matrices_pass_through_shared_memory():
-    """What STSM stores row by row, LDSM brings back, and transposed where it says so."""
+    """LDSM loads what STSM stored row by row, transposed if it says so."""
     rows_of = "S2R R0, SR_LANEID\nLOP3.LUT R1, R0, 0x7, RZ, 0xc0, !PT\nLEA R1, R1, 0x400, 0x4\n"
     straight = machine(f"{rows_of}STSM.16.M88 [R1], R0\nLDSM.16.M88 R3, [R1]\nEXIT")
     assert straight.R[3].tolist() == list(range(32))
@@ -388,7 +388,7 @@ def test_matrices_pass_through_shared_memory():
 
 
 def test_loads_that_depend_on_each_other_are_waited_for():
-    """Two loads of a large tensor: one after the other, or both on their way at once."""
+    """Two loads of a large tensor, in sequence or in flight at the same time."""
     load = "LDC.64 R2, c[0x0][0x210]\nLDG.E R4, desc[UR4][R2.64]\n"
     regions = [Region(BASE, 1 << 30, "float32")]
     first = f"{load}LDG.E R5, desc[UR4][R2.64+0x1000]\nFADD R6, R4, R5\nEXIT"
@@ -467,7 +467,7 @@ def counted(**changes):
 
 
 def test_estimates():
-    """A kernel takes as long as what it needs most of."""
+    """The time of a kernel is that of its scarcest resource."""
     memory = estimate.kernel(counted(bytes=4.3e9), "H200")
     assert memory.limit == "memory"
     assert memory.seconds == pytest.approx(1e-3 / 0.93, rel=0.01)
@@ -565,7 +565,7 @@ def committed():
 @pytest.mark.parametrize("backend", choice.OURS)
 @pytest.mark.parametrize("name", BUDGETED)
 def test_no_more_than_the_committed_counts(name, backend, committed):
-    """At most 5 % more instructions, no more launches or spills, vectors as wide; `make count` renews the counts."""
+    """At most 5 % more instructions, no more launches or spills, vectors as wide; `make count` updates the counts."""
     if backend == "native" and code.built_library() is None and os.environ.get("ATTNKERN_TEST_CUDA_LIBRARY") != "1":
         pytest.skip("attnkern/_C_cuda is not built; make test-all builds it")
     if backend == "triton":
@@ -587,7 +587,7 @@ def test_the_page_is_of_the_committed_counts():
 
 
 def test_losses_are_on_the_page():
-    """A row that loses to torch.compile or misses its goal is named among the targets."""
+    """A row that loses to torch.compile or misses its goal is named among the goals."""
     shape = (32, 256, 56, 56)
     found = [row_of(shape, backend, t) for backend, t in (("native", 100), ("triton", 200), ("compile", 50))]
     for row in found:
@@ -595,8 +595,8 @@ def test_losses_are_on_the_page():
             "loads_by": {"16": 8.0}, "stores_by": {"128": 1.0}, "stack": 48, "registers": 32, "kernel": "k",
         }  # fmt: skip
     text = page.text({"rows": found, "versions": {}})
-    assert "**missed**: 0 of 1" in text
-    assert f"not been counted: {2 * len(GPU_CASES) - 1} of" in text
+    assert "reached in 0 of 1 rows" in text
+    assert f"not counted: {2 * len(GPU_CASES) - 1} of" in text
     assert "window_attention 32x256x56x56 float32 NCHW forward, native: 0.51 × as fast as torch.compile" in text
     assert "loads 16 (100%) bit, 8 bytes of stack" in text
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # --- what setup.py decides -------------------------------------------------------------------------------------------
 
-#: setup.py with setup() replaced; {patches} take something away from the machine.
+#: setup.py with setup() replaced; {patches} simulate a machine that lacks something.
 DECIDE = """
 import pathlib, runpy, setuptools, torch
 {patches}
@@ -125,6 +125,32 @@ def carried(tmp_path, monkeypatch):
     return Carried(tmp_path, monkeypatch)
 
 
+@pytest.mark.skipif(not TOOLKIT, reason="needs a CUDA build of PyTorch and nvcc")
+def test_cuda_is_built_where_a_gpu_is_visible_or_it_is_asked_for(carried):
+    assert carried.setup()["missing"] is None  # a library beside the package is kept up to date
+    carried.setup()["library"]("cuda").unlink()
+    names = carried.setup()
+    assert (names["kinds"], names["missing"]) == (["cpu"], names["NO_GPU"])
+    assert carried.setup(capabilities=[(9, 0)])["kinds"] == ["cpu", "cuda"]
+    assert carried.setup(architectures="9.0")["kinds"] == ["cpu", "cuda"]
+
+
+@pytest.mark.parametrize(
+    "kind, architectures, jobs, message",
+    [
+        ("cpu", "9.0", "3", "compiling the CPU kernels: 3 files, 3 at a time, less than a minute"),
+        ("cuda", "8.0;9.0+PTX", "2",
+         "compiling the CUDA kernels for compute capability 8.0 9.0+PTX: 3 files, 2 at a time, about 6 minutes"),
+    ],
+)  # fmt: skip
+def test_building_says_what_is_compiled_and_how_long_it_takes(kind, architectures, jobs, message, carried, capsys):
+    carried.monkeypatch.setenv("MAX_JOBS", jobs)
+    names = carried.setup(architectures=architectures)
+    capsys.readouterr()
+    names["announce"](kind)
+    assert capsys.readouterr().err == f"attnkern: {message}\n"
+
+
 OTHER = "it was built from other sources"
 
 
@@ -205,7 +231,7 @@ def test_building_in_place_compiles_only_what_does_not_fit(toolkit, carried):
     (carried.folder / "csrc/cuda/pool.cu").write_text("changed", encoding="utf-8")
     code, lines = build()
     assert code != 0
-    said = "is built" if toolkit else "does not do"
+    said = "is built" if toolkit else "cannot be used"
     assert lines[-1].startswith(f"attnkern: _C_cuda.so {said}: {OTHER}")
 
 
@@ -227,7 +253,7 @@ def test_the_library_loads_and_registers_without_a_gpu():
 
 
 def cuobjdump():
-    """NVIDIA's disassembler, from the toolkit or from Triton."""
+    """The path of NVIDIA's disassembler, from the toolkit or from Triton."""
     try:
         import triton
     except ImportError:

@@ -49,7 +49,7 @@ def double(tensor):
 
 
 def assert_near(name, got, want, *dtypes):
-    """Largest error against the largest number, in steps of the coarsest of ``dtypes``."""
+    """Largest error relative to the largest number, in ε of the coarsest of ``dtypes``."""
     want = want.detach()
     assert got.shape == want.shape, name
     assert torch.equal(got.isnan(), want.isnan()), name
@@ -98,8 +98,8 @@ def test_emulation_exposes_a_race(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", [3, 4], ids=["barrier", "shuffle"])
-def test_emulation_refuses_to_wait_for_nobody(fault):
-    with pytest.raises(RuntimeError, match="waits for threads that never come"):
+def test_emulation_rejects_a_wait_for_threads_that_do_not_arrive(fault):
+    with pytest.raises(RuntimeError, match="waits for threads that do not arrive"):
         ops.faulty_sum(torch.ones(64), fault)
 
 
@@ -128,7 +128,7 @@ def test_window(case, options, kind):
     grad_output, grad_map = normal(shape, dtype, 1, channels_last), normal((shape[0], *shape[2:]), FLOAT, 2)
     wide = DOUBLE if dtype == DOUBLE else FLOAT
     grad_map = grad_map.to(wide)
-    # A map with one peak in few positions depends on coordinates that few digits remain of.
+    # A map with one peak depends on differences of coordinates that keep few digits.
     sums = wide if kind == "ordinary" else {FLOAT: BF16, DOUBLE: FLOAT}[wide]
 
     output, map, stats = ops.window_fwd(x, rectangle, scale, rescale, residual, aspect)
@@ -224,7 +224,7 @@ def test_quantize(kind, dtype, shape):
     grads = normal(shape, dtype, 6), torch.tensor(0.7, dtype=wide), torch.tensor(1.3, dtype=wide)
     wants = gradients((want[0], want[2] / divisor, want[3] / divisor), grads, (exact_a, exact_anchors))
     grad_a, grad_anchors = ops.quantize_bwd(*grads, a, anchors, got[1], got[5], divisor)
-    if kind == "infinite":  # a gradient of an infinite distance is nobody's
+    if kind == "infinite":  # an infinite distance has no defined gradient
         return
     assert_near("grad_a", grad_a, wants[0], dtype)
     if kind == "nan":  # the reference's index names an anchor that the loss does not come from
@@ -414,7 +414,7 @@ def test_at_most_two_launches(shape, channels_last, anchors, most):
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("size", [(7, 8), (7, 7), (33, 34)])
-def test_results_know_nothing_of_batch_place_or_alignment(dtype, channels_last, size):
+def test_results_do_not_depend_on_batch_place_or_alignment(dtype, channels_last, size):
     shape = (3, 16, *size)
     x, grad_output = normal(shape, dtype, 0, channels_last), normal(shape, dtype, 1, channels_last)
     rectangle, a, anchors = rectangles(3, FLOAT), normal((3, 1, *size), FLOAT, 2), torch.tensor([0.0, 1.0, -1.0])

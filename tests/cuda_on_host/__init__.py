@@ -15,10 +15,9 @@ HERE = Path(__file__).resolve().parent
 BUILD = ROOT / "build/cuda_on_host"
 TORCH = Path(torch.__file__).parent
 
-
 FLAGS = [
     "-std=c++20", "-O1", "-fPIC",
-    "-U_FORTIFY_SOURCE",  # its longjmp takes another fiber's stack for a fault
+    "-U_FORTIFY_SOURCE",  # its longjmp rejects a jump to another fiber's stack
     "-Wno-unknown-pragmas", "-DATTNKERN_ON_HOST", f'-DATTNKERN_SCHEMA_HASH="{HASH}"',
     f"-I{ROOT / 'csrc'}", f"-I{HERE}", f"-isystem{TORCH / 'include'}",
 ]  # fmt: skip

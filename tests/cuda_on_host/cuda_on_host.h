@@ -1,7 +1,7 @@
-// CUDA's language on a CPU, as much of it as csrc/cuda uses, made to expose faults: the threads of a block are fibers
-// that run until they wait for each other, in an order that ATTNKERN_HOST_ORDER chooses (forward, reverse, shuffled);
-// shared memory starts as NaN; a barrier or a shuffle that some thread never reaches is an error. With
-// ATTNKERN_HOST_RECORD launches are written down and not run (benchmarks/count/launches.py).
+// Emulates the part of CUDA that csrc/cuda uses on a CPU, and exposes errors. The threads of a block are fibers, which
+// run until they wait for each other, in an order that ATTNKERN_HOST_ORDER names (forward, reverse, shuffled). Shared
+// memory is filled with NaN. A barrier or a shuffle that not all threads reach is an error. With ATTNKERN_HOST_RECORD
+// launches are recorded and not run (benchmarks/count/launches.py).
 #pragma once
 
 #include <dlfcn.h>
@@ -23,7 +23,6 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -65,7 +64,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {c10::BFloat16(x).x};
 namespace cuda_on_host {
 
 constexpr int kLanes = 32;
-constexpr size_t kStack = 128 << 10, kSharedMemory = 48 << 10; // of shared memory what every chip has without asking
+constexpr size_t kStack = 128 << 10, kSharedMemory = 48 << 10; // what every GPU provides by default
 
 enum class State { ready, at_barrier, at_shuffle, done };
 
@@ -75,16 +74,16 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   bool started;
   State state;
-  int vote;                  // of __syncthreads_or and its like
+  int vote;                  // of __syncthreads_or
   unsigned mask;             // the lanes that a shuffle waits for
-  uint64_t sent;             // to the shuffle,
-  uint64_t received[kLanes]; // and what all lanes sent
+  uint64_t sent;             // this lane's value in the shuffle
+  uint64_t received[kLanes]; // the values of all lanes
 };
 
 struct Block {
   std::vector<Fiber> fibers{1024};
   int threads = 0, current = 0, votes = 0;
-  int64_t serial = 0; // of blocks run, so that shared memory knows when it is another one's
+  int64_t serial = 0; // number of blocks run so far; shared() compares it to find out that a new block has begun
   alignas(16) unsigned char memory[kSharedMemory];
   size_t used = 0, dynamic = 0;
   jmp_buf scheduler;
@@ -126,7 +125,7 @@ inline void resume(int index) {
   setcontext(&fiber.start);
 }
 
-// Lets through the lanes of a warp whose shuffle has everyone it waits for. False when nobody moves.
+// Completes the shuffles of a warp whose lanes have all arrived. Returns false if there is none.
 inline bool release_lanes(int warp) {
   bool moved = false;
   Fiber* lanes = &block.fibers[warp * kLanes];
@@ -150,7 +149,7 @@ inline bool release_lanes(int warp) {
   return moved;
 }
 
-// Lets the block through its barrier once all are there. False when nobody moves.
+// Completes the block's barrier once all threads have arrived. Returns false if they have not.
 inline bool release_block() {
   int alive = 0, arrived = 0, votes = 0;
   for (int i = 0; i < block.threads; ++i) {
@@ -159,7 +158,7 @@ inline bool release_block() {
     if (fiber.state == State::at_barrier)
       ++arrived, votes += fiber.vote;
   }
-  if (arrived < block.threads) // also where threads have left: then the barrier was not the whole block's
+  if (arrived < block.threads) // threads that have returned never arrive
     return false;
   block.votes = votes;
   for (int i = 0; i < block.threads; ++i)
@@ -181,8 +180,8 @@ inline void run_block(const std::vector<int>& order) {
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, run_fiber, 0);
   }
-  // Each warp runs to the block's barrier before the next one starts, so that what only a barrier keeps apart comes as
-  // far apart as it can.
+  // Each warp runs to the block's barrier before the next one starts, so that accesses which only a barrier would order
+  // are as far apart as possible.
   std::vector<std::vector<int>> warps;
   std::vector<int> place(block.threads / kLanes, -1);
   for (const int i : order) {
@@ -204,7 +203,7 @@ inline void run_block(const std::vector<int>& order) {
   while (release_block());
   for (int i = 0; i < block.threads; ++i)
     if (block.fibers[i].state != State::done)
-      throw std::runtime_error("thread " + std::to_string(i) + " waits for threads that never come");
+      throw std::runtime_error("thread " + std::to_string(i) + " waits for threads that do not arrive");
 }
 
 inline std::vector<int> ordered(int count, const std::string& order, std::mt19937& random) {
@@ -215,21 +214,20 @@ inline std::vector<int> ordered(int count, const std::string& order, std::mt1993
   else if (order == "shuffled")
     std::shuffle(indices.begin(), indices.end(), random);
   else if (order != "forward")
-    throw std::runtime_error("ATTNKERN_HOST_ORDER: forward, reverse or shuffled");
+    throw std::runtime_error("ATTNKERN_HOST_ORDER must be forward, reverse or shuffled");
   return indices;
 }
 
 inline int64_t launches = 0;
 
-// Narrow, so that grids go on in their second dimension and have blocks that are left over.
+// Narrow, so that grids need their second dimension and have surplus blocks.
 constexpr int64_t kGridWidth = 3;
 
-// Every block of the grid, one after the other, in the chosen order as well; with ATTNKERN_HOST_LAST=n the last n of
-// them alone.
+// Runs the blocks of a grid one after the other, in the chosen order; with ATTNKERN_HOST_LAST=n only the last n blocks.
 inline void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(one_kernel);
   if (threads.x % kLanes != 0 || threads.x > block.fibers.size() || shared_bytes > kSharedMemory)
-    throw std::runtime_error("a launch of whole warps, at most 1024 threads and 48 KiB of shared memory");
+    throw std::runtime_error("a launch needs whole warps, at most 1024 threads and at most 48 KiB of shared memory");
   ++launches;
   const char* chosen = std::getenv("ATTNKERN_HOST_ORDER");
   const std::string order = chosen == nullptr ? "forward" : chosen;
@@ -259,7 +257,7 @@ template <typename... Parameters> std::vector<unsigned char> packed(const Parame
   return bytes;
 }
 
-// Whether memory of this process lies there.
+// Whether an address belongs to this process's memory.
 inline bool is_mapped(uint64_t address) {
   std::ifstream maps("/proc/self/maps");
   unsigned long long begin, end;
@@ -278,10 +276,10 @@ void record(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t s
             Arguments&&... arguments) {
   Dl_info library;
   if (dladdr(reinterpret_cast<void*>(kernel), &library) == 0)
-    throw std::runtime_error("a kernel of no library");
+    throw std::runtime_error("a kernel is not in a library");
   std::FILE* file = std::fopen(record_file(), "a");
   if (file == nullptr)
-    throw std::runtime_error("ATTNKERN_HOST_RECORD cannot be written");
+    throw std::runtime_error("the file that ATTNKERN_HOST_RECORD names cannot be written");
   const size_t offset = reinterpret_cast<char*>(kernel) - static_cast<char*>(library.dli_fbase);
   std::fprintf(file, "%zu %lld %d %zu %d ", offset, static_cast<long long>(blocks), threads, shared_bytes, cluster);
   const std::vector<unsigned char> bytes = packed<std::decay_t<Parameters>...>(arguments...);
@@ -297,7 +295,7 @@ void record(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t s
   std::fclose(file);
 }
 
-// What all lanes of the mask sent.
+// The values of all lanes of the mask.
 template <typename T> const uint64_t* exchange(unsigned mask, T value) {
   static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves at most 8 bytes");
   Fiber& fiber = self();
@@ -327,25 +325,14 @@ inline int barrier(int vote) {
 } // namespace cuda_on_host
 
 inline void __syncthreads() { cuda_on_host::barrier(0); }
-inline int __syncthreads_count(int predicate) { return cuda_on_host::barrier(predicate != 0); }
-inline int __syncthreads_or(int predicate) { return __syncthreads_count(predicate) != 0; }
-inline int __syncthreads_and(int predicate) { return __syncthreads_count(predicate) == int(blockDim.x); }
+inline int __syncthreads_or(int predicate) { return cuda_on_host::barrier(predicate != 0) != 0; }
 inline void __syncwarp(unsigned mask = ~0u) { cuda_on_host::exchange(mask, 0); }
 
 template <typename T> T __shfl_xor_sync(unsigned mask, T value, int with) {
   return cuda_on_host::shuffle(mask, value, cuda_on_host::lane() ^ with);
 }
-template <typename T> T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
-  const int lane = cuda_on_host::lane();
-  return cuda_on_host::shuffle(mask, value, lane / width * width + source % width);
-}
-template <typename T> T __shfl_down_sync(unsigned mask, T value, int by, int width = 32) {
-  const int lane = cuda_on_host::lane();
-  return cuda_on_host::shuffle(mask, value, lane % width + by < width ? lane + by : lane);
-}
-template <typename T> T __shfl_up_sync(unsigned mask, T value, int by, int width = 32) {
-  const int lane = cuda_on_host::lane();
-  return cuda_on_host::shuffle(mask, value, lane % width >= by ? lane - by : lane);
+template <typename T> T __shfl_sync(unsigned mask, T value, int source) {
+  return cuda_on_host::shuffle(mask, value, source % cuda_on_host::kLanes);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   const uint64_t* received = cuda_on_host::exchange(mask, predicate != 0);
@@ -366,15 +353,9 @@ template <typename T> unsigned __match_any_sync(unsigned mask, T value) {
 inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline int __ffs(int bits) { return bits == 0 ? 0 : std::countr_zero(unsigned(bits)) + 1; }
 
-template <typename T> T atomicAdd(T* address, T value) {
-  static_assert(std::is_integral_v<T>, "floating-point atomics add in no order");
-  return std::exchange(*address, *address + value);
-}
-inline void __threadfence() {}
-
 namespace attnkern {
 
-// As in common.cuh; a block's memory is its own and starts poisoned.
+// As in common.cuh. Each block has its own memory, filled with NaN.
 template <typename S> S& shared() {
   using namespace cuda_on_host;
   static int64_t of_block = -1;

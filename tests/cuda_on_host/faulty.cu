@@ -1,10 +1,10 @@
-// A block's sum, right and with planted faults: the emulation must see each of them.
+// A block's sum, correct and with planted faults that the emulation must detect.
 #include "cuda/common.cuh"
 
 namespace attnkern {
 namespace {
 
-enum Fault { kNone, kMissingBarrier, kRace, kEarlyReturn, kLonelyShuffle };
+enum Fault { kNone, kMissingBarrier, kRace, kEarlyReturn, kPartialShuffle };
 
 struct Slots {
   float of[256];
@@ -16,7 +16,7 @@ __global__ void faulty_sum_kernel(const float* x, float* sum, int fault) {
   slots.of[fault == kRace ? thread / 2 : thread] = x[thread]; // two writers to a slot
   if (fault == kEarlyReturn && thread == 5)
     return;
-  if (fault == kLonelyShuffle && thread == 5)
+  if (fault == kPartialShuffle && thread == 5)
     warp_reduce(x[thread]);
   if (fault != kMissingBarrier)
     __syncthreads();

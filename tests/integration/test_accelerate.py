@@ -1,4 +1,4 @@
-"""attnkern.accelerate on models written as their authors' interfaces are described."""
+"""attnkern.accelerate on models written from the descriptions of public interfaces."""
 
 import contextlib
 import copy
@@ -41,14 +41,14 @@ class Shifted(Block):
 
 
 class Detached(Block):
-    """g gets no gradient from what is pooled, where ours gives zeros."""
+    """g gets no gradient from the pooled features, where attnkern gives zeros."""
 
     def forward(self, local, g):
         return super().forward(local, g)[0], super().forward(local, g.detach())[1]
 
 
 class Noisy(Block):
-    """As it should be, but for training."""
+    """Correct except in training."""
 
     def forward(self, local, g):
         score, pooled = super().forward(local, g)
@@ -151,19 +151,19 @@ def test_a_model_computes_the_same_through_our_operators(dtype):
 @pytest.mark.parametrize(
     "model, name, why",
     [
-        (lambda: Network(lambda c: Block(c, False)), "attention", "sigmoid weights are not softmax pooling"),
-        (lambda: Network(Shifted), "attention", "it computes something else than LinearAttentionBlock"),
-        (lambda: Network(quantizer=Learning), "quantizer", "it computes something else than StraightThroughQuantizer"),
-        (lambda: Network(Detached), "attention", "it computes something else than LinearAttentionBlock"),
-        (lambda: Network(Noisy).eval(), "attention", "it computes something else than LinearAttentionBlock"),
-        (lambda: Network(Listing), "attention", "it computes something else than LinearAttentionBlock"),
+        (lambda: Network(lambda c: Block(c, False)), "attention", "it weights by sigmoids"),
+        (lambda: Network(Shifted), "attention", "its results differ from those of LinearAttentionBlock"),
+        (lambda: Network(quantizer=Learning), "quantizer", "its results differ from those of StraightThroughQuantizer"),
+        (lambda: Network(Detached), "attention", "its results differ from those of LinearAttentionBlock"),
+        (lambda: Network(Noisy).eval(), "attention", "its results differ from those of LinearAttentionBlock"),
+        (lambda: Network(Listing), "attention", "its results differ from those of LinearAttentionBlock"),
         (
             lambda: Network(Masked),
             "attention",
             "it could not be compared with LinearAttentionBlock: its forward takes (local, g, mask), not (l, g)",
         ),
-        # Their values, and so the sum of their gradients, are the same: only each alone tells them apart.
-        (lambda: nn.ModuleDict({"q": Swapped(5)}), "q", "it computes something else than VectorQuantizer"),
+        # Their values and the sum of their gradients are equal: only the single gradients differ.
+        (lambda: nn.ModuleDict({"q": Swapped(5)}), "q", "its results differ from those of VectorQuantizer"),
     ],
 )
 def test_what_is_left_and_why(model, name, why):
@@ -222,7 +222,7 @@ def test_a_mapping_of_ones_own():
 
 
 def test_a_mapping_keeps_parameters_and_every_name():
-    """The same objects, frozen ones still frozen; a module under two names is replaced under both, shared as before."""
+    """Parameters are the same objects, still frozen if they were; a shared module is replaced under both names."""
 
     class Own(nn.Module):
         def __init__(self):
@@ -263,7 +263,7 @@ def test_blocks_name_what_does_not_fit():
 
 
 def test_blocks_whose_convolution_was_wrapped():
-    """A LoRA or the like in its place may have no in_channels."""
+    """An adapter such as LoRA in its place may have no in_channels."""
     torch.manual_seed(0)
     local, g = torch.randn(2, 6, 4, 5), torch.randn(2, 6, 1, 1)
     for block, arguments in [(compat.LinearAttentionBlock(6), (local, g)), (compat.ProjectorBlock(6, 4), (local,))]:
@@ -273,7 +273,7 @@ def test_blocks_whose_convolution_was_wrapped():
 
 
 class Counting(nn.Module):
-    """Straight-through, and counts which anchors are in use."""
+    """Straight-through gradient and usage counts."""
 
     def __init__(self, in_place):
         super().__init__()
@@ -291,13 +291,13 @@ class Counting(nn.Module):
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_module_that_also_counts_is_left(in_place):
     model = nn.Sequential(Counting(in_place))
-    assert attnkern.accelerate(model).left == {"0": "it computes something else than StraightThroughQuantizer"}
+    assert attnkern.accelerate(model).left == {"0": "its results differ from those of StraightThroughQuantizer"}
     assert not model[0].counts.any(), "comparing leaves no trace"
 
 
 @pytest.mark.parametrize("positions", [(1, 1), (4, 5)])
 def test_blocks_for_import(positions):
-    """The class itself: with a global vector, and with a global map, where nothing cancels."""
+    """The class itself, with a global vector and with a global map."""
     torch.manual_seed(0)
     ours, theirs = compat.LinearAttentionBlock(6), Block(6)
     ours.load_state_dict(theirs.state_dict())
@@ -313,7 +313,7 @@ def test_blocks_for_import(positions):
 
 
 def used_alone_and_together(module, *inputs):
-    """For every choice of outputs: the gradients of inputs and parameters, None included."""
+    """The gradients of inputs and parameters, None included, for every choice of outputs."""
     found = {}
     for name, backend in [("eager", None), ("compiled", "aot_eager")]:
         call = module if backend is None else torch.compile(module, fullgraph=True, backend=backend)
@@ -357,7 +357,7 @@ def test_what_had_a_gradient_has_one(theirs, ours, shapes):
 
 
 class Pays(nn.Module):
-    """A trunk behind the last locals, whose output is nothing but the query of the attention."""
+    """A trunk after the last local features, whose output is only the query of the attention."""
 
     def __init__(self):
         super().__init__()
@@ -370,7 +370,7 @@ class Pays(nn.Module):
 
 
 def test_weight_decay_and_momentum_go_on():
-    """Of parameters whose gradient is zero: an optimizer skips those whose gradient is None."""
+    """Parameters with gradient zero decay; an optimizer skips those whose gradient is None."""
     torch.manual_seed(0)
     plain, x = Pays(), torch.randn(4, 3, 9, 9)
     fast = copy.deepcopy(plain)
@@ -417,7 +417,7 @@ class Named(Block):
 
 
 def test_everything_but_the_forward_stays():
-    """Methods, attributes, isinstance and names of arguments, in copies and pickles as well."""
+    """Methods, attributes, isinstance and argument names, also in copies and pickles."""
     torch.manual_seed(0)
     model = nn.Sequential(Named(6))
     local, g = torch.randn(2, 6, 4, 5), torch.randn(2, 6, 1, 1)
@@ -476,7 +476,7 @@ def test_modules_without_data_are_compared_on_numbers_at_random(where, kind, siz
             done = attnkern.accelerate(model) if where == "inside meta" else None
         done = done or attnkern.accelerate(model)
     assert list(done.replaced) == ["0"]
-    assert all("computes something else" in why for why in done.left.values())
+    assert all("results differ" in why for why in done.left.values())
     assert list(done.left) == ["1", "2"]
     if where != "fake cuda":
         theirs = kind(size)
@@ -504,7 +504,7 @@ def test_comparing_under_any_mode(mode):
 
 
 class Latent(nn.Module):
-    """vector-quantize-pytorch's LatentQuantize, as its results show it."""
+    """Gives the results of vector-quantize-pytorch's LatentQuantize."""
 
     def __init__(self, levels):
         super().__init__()
@@ -551,7 +551,7 @@ def test_latent_quantizers_by_a_flag():
 
 
 class Codebook(nn.Module):
-    """vector-quantize-pytorch's codebook, as far as it is kept up to date by moving averages."""
+    """The codebook of vector-quantize-pytorch that is updated by moving averages."""
 
     has_dead_code_replacement = learnable_codebook = False
     ema_update = True
@@ -567,7 +567,7 @@ class Codebook(nn.Module):
 
 
 class Vectors(nn.Module):
-    """vector-quantize-pytorch's VectorQuantize of one channel, as its results show it."""
+    """Gives the results of vector-quantize-pytorch's VectorQuantize with one channel."""
 
     dim = heads = commitment_weight = 1
     freeze_codebook = learnable_codebook = accept_3d_fmap = False

@@ -1,4 +1,4 @@
-"""What only a GPU has: streams, graphs, its allocator. On a machine without one nothing here runs."""
+"""Streams, CUDA graphs and the allocator of a GPU. Skipped on a machine without one."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def inputs(function, dtype=torch.float32, **options):
 
 @every_case
 def test_on_a_stream_of_its_own(function, options, backend):
-    """Forward and backward run behind what the current stream still has to do."""
+    """Forward and backward run after the work that is queued on the current stream."""
     tensors = inputs(function)
     expected = run(function, tensors, size=SIZE, backend=backend, **options)
     late = {name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}
@@ -46,7 +46,7 @@ def test_on_a_stream_of_its_own(function, options, backend):
 
 @every_function
 def test_tensors_that_another_stream_still_reads(function, backend):
-    """`record_stream` holds for inputs and for what the functions return: their memory is the allocator's."""
+    """`record_stream` works for inputs and results, whose memory comes from PyTorch's allocator."""
     tensors = inputs(function)
     expected = call(function, tensors, size=SIZE, backend=backend)
     torch.cuda.synchronize()
@@ -60,7 +60,7 @@ def test_tensors_that_another_stream_still_reads(function, backend):
         tensor.record_stream(stream)
     shapes = [tensor.shape for tensor in given.values()]
     del given, tensor
-    for shape in shapes:  # would lie where the inputs lay
+    for shape in shapes:  # would reuse the memory of the inputs
         torch.full(shape, torch.nan, device=DEVICE)
     stream.synchronize()
     same(found, expected, "after its inputs were freed")
@@ -89,7 +89,7 @@ print("same")
 
 @every_function
 def test_a_graph_captured_cold(function, backend, tmp_path):
-    """The first call of a process, compilation and all, while a graph is captured; replayed on other numbers."""
+    """The first call of a process, with compilation, is captured in a graph and replayed on other numbers."""
     code = COLD.format(tests=str(Path(__file__).parents[1]), function=function, options={}, backend=backend)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout.strip()) == (0, "same"), done.stderr
@@ -97,7 +97,7 @@ def test_a_graph_captured_cold(function, backend, tmp_path):
 
 @every_function
 def test_memory_that_ends_midway(function, backend):
-    """PyTorch's OutOfMemoryError, forward or backward, and the next call is right."""
+    """Forward or backward raises PyTorch's OutOfMemoryError, and the next call is correct."""
     few, many = inputs(function), make(function, 16, 256, (56, 56), dtype=torch.float32, device=DEVICE)
     if function == "window_map":
         many = make(function, 4096, dtype=torch.float32, device=DEVICE)

@@ -1,4 +1,4 @@
-"""DDP, FSDP2 and DTensor in two gloo processes under torchrun; what they check stands in distributed.py."""
+"""DDP, FSDP2 and DTensor in two gloo processes under torchrun; the checks are in distributed.py."""
 
 import os
 import subprocess
@@ -12,6 +12,7 @@ from conftest import PATIENCE
 HERE = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed")
 def test_two_processes_compute_what_one_does():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -1,4 +1,4 @@
-"""What else a module of torch.nn can do: copies, transforms, lazy and fake tensors, determinism, interpretability."""
+"""Other features of torch.nn modules: copies, transforms, lazy and fake tensors, determinism, interpretability."""
 
 import copy
 import io
@@ -22,7 +22,7 @@ SIZE = (3, 4)
 
 
 def seeded(module, tensors):
-    torch.manual_seed(1)  # the bottleneck draws
+    torch.manual_seed(1)  # the bottleneck draws noise
     return run(module, tensors)
 
 
@@ -92,7 +92,7 @@ def test_swapped_and_parametrized_parameters(name, key):
     torch.utils.swap_tensors(
         getattr(swapped.get_submodule(path), leaf), nn.Parameter(getattr(build(name).get_submodule(path), leaf) + 0.5)
     )
-    # Not bitwise: a parametrized projection is called, an untouched one is folded.
+    # Not bitwise: only a projection without parametrization is folded into the query.
     torch.testing.assert_close(run(swapped, tensors)[0], after)
 
 
@@ -131,7 +131,7 @@ def test_functional_call_and_gradients_per_sample(name):
 
 @every_function
 def test_jacobians_agree(function, backend, device):
-    """Reverse over forward mode, and vmap over each argument and over two nested."""
+    """Reverse over forward mode, vmap over each argument, and nested vmap."""
     tensors = make(function, 1, 2, (2, 3), device=device, anchors=3)
     names, results = FUNCTIONS[function]
     result = results[0]
@@ -154,7 +154,7 @@ def test_jacobians_agree(function, backend, device):
 
 @every_function
 def test_fake_and_meta_tensors(function):
-    """Shapes, dtypes and strides without data, as the real call has them."""
+    """Meta and fake tensors have the shapes, dtypes and strides of real results."""
     tensors = make(function, dtype=torch.bfloat16, layout="channels_last" if function != "window_map" else "contiguous")
     real = call(function, tensors, size=SIZE)
     with FakeTensorMode() as mode:
@@ -203,7 +203,7 @@ def test_deterministic_algorithms_change_nothing(function, backend, device):
 
 @every_module
 def test_scaled_gradients_of_autocast(name):
-    """float16 with a GradScaler: a step is taken, and an overflow skips one and changes nothing."""
+    """float16 with a GradScaler takes steps, and an overflow skips a step."""
     module, tensors = build(name), inputs(name)
     if not list(module.parameters()):
         pytest.skip("has no parameters")
@@ -256,7 +256,7 @@ def classifier(name):
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_captum_attributes_to_the_map(name):
-    """Gradient times activation at ``map`` sums to Euler's share of a score that is linear in the map."""
+    """Gradient times activation at ``map`` sums to the score, which is linear in the map."""
     attributions = pytest.importorskip("captum.attr")
     model, x = classifier(name)
     found = attributions.LayerGradientXActivation(model, model.attention.map).attribute(x, target=1)
@@ -272,7 +272,7 @@ def test_captum_attributes_to_the_map(name):
 def test_grad_cam_at_the_map(name):
     cam = pytest.importorskip("pytorch_grad_cam")
     model, x = classifier(name)
-    model.head.weight.data.abs_()  # grad-cam draws what speaks for a class, not against it
+    model.head.weight.data.abs_()  # grad-cam shows positive contributions only
     target = cam.utils.model_targets.ClassifierOutputTarget
 
     class Channel(nn.Module):  # grad-cam reads (N, C, H, W): one channel
@@ -293,6 +293,7 @@ def test_grad_cam_at_the_map(name):
 # --- compilation of modules and networks -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_modes_of_compile(mode):
     module, (x,) = build("window"), inputs("window")
@@ -307,7 +308,7 @@ def test_modes_of_compile(mode):
 
 
 def test_a_deep_network_is_one_graph():
-    """Traced only: its many generated kernels take half a minute to compile, and nearly all of them are PyTorch's."""
+    """Only traced, because compiling its many generated kernels takes half a minute."""
     pytest.importorskip("torchvision")
     from attnkern.models import create_model
 
@@ -320,9 +321,10 @@ def test_a_deep_network_is_one_graph():
         torch.testing.assert_close(found, network(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg_aib_qt", "vgg_att2_concat_pc"])
 def test_networks_are_one_graph(name, capsys):
-    """No break in the whole network; what the compiled network launches is counted in its code and printed."""
+    """The whole network is one graph; the launches in the generated code are counted and printed."""
     from torch._inductor.utils import run_and_get_code
 
     from attnkern.models import create_model

@@ -1,4 +1,4 @@
-"""What a wrong call says: the argument, what came, what was expected, before any operator runs."""
+"""Wrong calls raise, before any operator runs, an error that names the argument, its value and what is expected."""
 
 from importlib import metadata
 
@@ -27,7 +27,7 @@ NAMES = "expected one of 'triton', 'native', 'reference' or None"
 
 
 def wrong(error, message, function, *args, **kwargs):
-    """A row of the table: what is raised, what it says (after the function's name), and the call."""
+    """A row of the table: the exception, its message after the function's name, and the call."""
     if not message.startswith("backend:"):
         message = f"{function.__name__}: {message}"
     return pytest.param(lambda: function(*args, **kwargs), error, message, id=message)

@@ -1,4 +1,4 @@
-"""Programs: plain ATen by decomposition, ONNX checked with onnxruntime, AOTInductor, TorchScript, torch.fx."""
+"""Exported programs: decompositions to ATen, ONNX in onnxruntime, AOTInductor, TorchScript, torch.fx."""
 
 import io
 import pickle
@@ -22,7 +22,7 @@ from attnkern._operators import OPERATORS
 
 
 class Function(nn.Module):
-    """A function of its tensors as a module, giving its results."""
+    """A function as a module that returns its results."""
 
     def __init__(self, function):
         super().__init__()
@@ -87,7 +87,7 @@ def test_nearest_anchors_at_the_edges(device):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=case_id)
 def test_nearest_anchors_by_distances_are_exact(dtype):
-    """Where distances round to a tie, and where they overflow."""
+    """Also if distances round to a tie or overflow."""
     limits = torch.finfo(dtype)
     least = limits.smallest_normal * limits.eps
     for anchors in (
@@ -104,7 +104,7 @@ def test_nearest_anchors_by_distances_are_exact(dtype):
 
 @every_function
 def test_a_decomposed_program_is_plain_aten(function):
-    """At any batch size, and, features having one, at any size of the map."""
+    """At any batch size and, with features, any map size."""
     sizes = {0: torch.export.Dim("batch", min=2, max=64)}
     if function != "window_map":
         sizes |= {2: torch.export.Dim("height", min=2, max=64), 3: torch.export.Dim("width", min=2, max=64)}
@@ -128,7 +128,7 @@ def test_a_decomposed_program_is_plain_aten(function):
 
 
 def test_a_shared_query_ties_the_batch_to_nothing():
-    """Also at N = C: whether the query is shared is asked of its number of axes."""
+    """Also at N = C, because the number of axes tells whether the query is shared."""
 
     class Shared(nn.Module):
         def forward(self, local, query):
@@ -145,7 +145,7 @@ def test_a_shared_query_ties_the_batch_to_nothing():
 
 
 def test_rigid_rectangles_at_any_size():
-    """The longer side is found when the program runs, not when it is exported."""
+    """The longer side is determined when the program runs, not when it is exported."""
 
     class Rigid(nn.Module):
         def forward(self, x, rectangle):
@@ -182,7 +182,7 @@ def test_onnx(tmp_path):
 
 
 class Attended(Everything):
-    """The same with every result of the bottleneck, losses and anchors included."""
+    """Every result of the bottleneck, losses and anchors included."""
 
     def forward(self, x):
         attended = self.bottleneck(self.window(x))
@@ -191,14 +191,14 @@ class Attended(Everything):
 
 @pytest.mark.parametrize("dynamo", [True, False])
 def test_onnx_in_one_step(dynamo, tmp_path):
-    """The model itself, at another batch and map size than it was exported with, whichever exporter is taken."""
+    """Both exporters export the model itself, which runs at other batch and map sizes."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     torch.manual_seed(0)
     module, path = Attended().eval(), tmp_path / "module.onnx"
     sizes = {"dynamic_shapes": (BATCH_AND_SIZE,)} if dynamo else {"dynamic_axes": {"x": [0, 2, 3]}}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's, about its older exporter
+        warnings.simplefilter("ignore")  # PyTorch warns about its older exporter
         torch.onnx.export(
             module, (torch.randn(2, 6, 8, 9),), path, input_names=["x"], dynamo=dynamo, verbose=False, **sizes
         )
@@ -221,6 +221,7 @@ def test_onnx_of_a_module_with_options(tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), module(x).detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_aotinductor(tmp_path):
     """A package holds the operators themselves and runs from Python."""
     torch.manual_seed(0)
@@ -240,9 +241,9 @@ def test_aotinductor(tmp_path):
 
 
 def reloaded(module, example):
-    """``module`` traced with an example, saved and loaded: it holds nothing but PyTorch's own operators."""
+    """``module`` traced with an example, saved and loaded: it contains only PyTorch's own operators."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch's, about TorchScript and about comparisons of sizes
+        warnings.simplefilter("ignore")  # PyTorch warns about TorchScript and comparisons of sizes
         traced = torch.jit.trace(module, example)
         file = io.BytesIO()
         torch.jit.save(traced, file)
@@ -255,7 +256,7 @@ def reloaded(module, example):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_traced_modules(name):
-    """Also at another batch and map size, and with the right gradients."""
+    """Also at another batch and map size, with correct gradients."""
     module, tensors = build(name).eval(), inputs(name)
     loaded = reloaded(module, tuple(torch.cat([tensor, tensor]).detach() for tensor in tensors))
     tensors[0] = torch.cat([tensors[0], tensors[0].flip(2)], 2).detach().requires_grad_()
@@ -271,7 +272,7 @@ def test_traced_modules(name):
 
 @pytest.mark.parametrize("aspect", [False, True])
 def test_traced_maps_of_any_size(aspect):
-    """Where the size is taken from features, and the longer side is another one."""
+    """With the size of the features, and with another longer side than in the example."""
 
     class Map(nn.Module):
         def forward(self, x):
@@ -289,8 +290,8 @@ def test_traced_maps_of_any_size(aspect):
 def test_kernels_in_a_trace_are_refused():
     module = ann.WindowAttention(6, (4,))
     message = (
-        "^backend: 'native' cannot run torch.float32 on cpu: a TorchScript or ONNX program holds PyTorch's own "
-        "operators only; torch.export keeps these kernels$"
+        "^backend: 'native' cannot run torch.float32 on cpu: a TorchScript or ONNX program has only PyTorch's "
+        "own operators; torch.export keeps these kernels$"
     )
     with attnkern.use_backend("native"), pytest.raises(ValueError, match=message):
         torch.jit.trace(module, torch.randn(1, 6, 4, 5))
@@ -311,7 +312,7 @@ def test_script_is_refused_in_one_sentence(kind):
 
 
 class Functions(nn.Module):
-    """Functions and modules as people call them."""
+    """Functions and modules called in the usual ways."""
 
     def __init__(self):
         super().__init__()
@@ -358,7 +359,7 @@ def test_features_after_insert(kind):
 
 
 def test_what_fx_cannot_trace_says_so():
-    message = r"^WindowAttention: torch.fx traces a module that holds it, not the module itself$"
+    message = r"^WindowAttention: torch.fx can trace a module that contains it, but not the module alone$"
     with pytest.raises(TypeError, match=message):
         torch.fx.symbolic_trace(ann.WindowAttention(6))
 

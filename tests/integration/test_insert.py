@@ -1,4 +1,4 @@
-"""attnkern.insert: attention behind a named layer of torchvision's and timm's networks."""
+"""attnkern.insert adds attention after a named layer of networks from torchvision and timm."""
 
 import copy
 import pickle
@@ -34,7 +34,7 @@ TIMM = {
 
 
 def check_inserted(model, layer, channels, module):
-    """The network computes with the module, trains it, keeps the keys of the others, and loads what it saves."""
+    """The network uses and trains the module, keeps the other keys, and loads its own state_dict."""
     plain = model.state_dict().keys()
     sequential = type(model.get_submodule(layer)) is nn.Sequential
     twin = copy.deepcopy(model)
@@ -53,7 +53,7 @@ def check_inserted(model, layer, channels, module):
     ((features, attended),) = seen
     assert attended.shape == features.shape
     assert not torch.equal(attended, features)
-    (output.square().mean() + attended.square().mean()).backward()  # some networks start with a head of zeros
+    (output.square().mean() + attended.square().mean()).backward()  # the head of some networks is initialised to zero
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in inserted.parameters())
     with torch.no_grad():
         torch.testing.assert_close(twin(x), output, rtol=1e-4, atol=1e-4)
@@ -157,7 +157,7 @@ def test_tokens_before_the_grid_pass_unchanged():
 
 
 class Laid(nn.Module):
-    """Features (N, C, H, W) that a layer returns in a layout of its own; ``size``: of the only images it takes."""
+    """Returns features (N, C, H, W) in another arrangement; ``size`` is the only image size that it accepts."""
 
     def __init__(self, channels, arrange, size=None):
         super().__init__()
@@ -229,7 +229,7 @@ def test_the_layout_is_found_or_said(case, capfd):
     inserted = attnkern.insert(model, "layer", ann.ProgressiveAttention, example=x, layout=layout)
     assert inserted.channels == expected == channels
     assert capfd.readouterr() == ("", ""), "runs that fail are answers, not news"
-    # What stands behind the layer weighs every position by the score of its own features.
+    # The layers after it weigh every position by a score of its features.
     on_positions = {"nchw": (0, 2, 3, 1), "nhwc": (0, 1, 2, 3)}.get("nhwc" if arrange is nhwc else "nchw")
     last = features if features.dim() == 3 else features.permute(on_positions)
     score = last @ inserted.score.weight.flatten() + inserted.score.bias
@@ -252,7 +252,7 @@ class Up(nn.Module):
 
 
 class Branched(nn.Module):
-    """Calls a layer with more than features, and reads layers' attributes."""
+    """Calls a layer with further arguments, and reads attributes of layers."""
 
     def __init__(self):
         super().__init__()
@@ -336,9 +336,9 @@ def test_a_model_that_does_not_run_with_the_module_stays_as_it_was(example):
 
     model = Picky()
     keys, body = set(model.state_dict()), list(model.body.named_children())
-    with pytest.raises(ValueError, match=r"the model must run.* with module behind last: AssertionError: no convolut"):
+    with pytest.raises(ValueError, match=r"the model must run.* with module after last: AssertionError: no convolut"):
         attnkern.insert(model, "last", ann.ProgressiveAttention, example=example)
-    with pytest.raises(ValueError, match="with module behind body: ValueError: ProgressiveAttention: x must be"):
+    with pytest.raises(ValueError, match="with module after body: ValueError: ProgressiveAttention: x must be"):
         attnkern.insert(model, "body", ann.ProgressiveAttention(3), example=example)
     assert set(model.state_dict()) == keys
     assert list(model.body.named_children()) == body
@@ -349,7 +349,7 @@ def test_a_model_that_does_not_run_with_the_module_stays_as_it_was(example):
 
 
 class Odd(nn.Module):
-    """Runs, but not on fake tensors; remembers what it saw."""
+    """Does not run on fake tensors; records its inputs."""
 
     def __init__(self, how):
         super().__init__()
@@ -408,7 +408,7 @@ def test_an_example_of_several_arguments():
 
 
 def test_the_module_goes_where_the_features_are():
-    """Weights that are packed or elsewhere say nothing about the features' dtype and device."""
+    """Packed or offloaded weights do not tell the dtype and device of the features."""
 
     class Packed(nn.Module):
         def __init__(self):
@@ -462,7 +462,7 @@ WRONG = {
     "losses": (lambda: attnkern.insert(small(), "1", ann.BottleneckAttention, example=EXAMPLE),
                TypeError, "must give back the features it takes .*, got BottleneckAttention"),
     "no square": (lambda: attnkern.insert(Tokens(35), "body", ann.WindowAttention, example=EXAMPLE),
-                  ValueError, "tokens must be a square grid behind at most 8 others, got 35 of them"),
+                  ValueError, "tokens must be a square grid after at most 8 others, got 35 of them"),
     "lazy": (lambda: attnkern.insert(nn.Sequential(nn.LazyConv2d(4, 1)), "0", ann.WindowAttention, example=EXAMPLE),
              ValueError, "model must have run once, got one whose lazy layers have no parameters yet"),
     "another input": (lambda: attnkern.insert(small(), "1", ann.WindowAttention, example=torch.zeros(1, 4, 9, 9)),

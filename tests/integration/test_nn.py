@@ -1,4 +1,4 @@
-"""The modules: alike on every backend, open to hooks at their map, and equal to their formulas written out."""
+"""The modules agree on every backend, support hooks at their map, and equal their formulas in plain PyTorch."""
 
 import math
 
@@ -50,7 +50,7 @@ def build(name, dtype=torch.float32):
     torch.manual_seed(0)
     module = MODULES[name][0]()
     with torch.no_grad():
-        for parameter in module.parameters():  # away from zeros, ties and symmetry
+        for parameter in module.parameters():  # to avoid zeros, ties and symmetry
             parameter += 0.3 * torch.rand_like(parameter)
     return module.to(dtype)
 
@@ -65,7 +65,7 @@ def inputs(name, dtype=torch.float32):
 
 
 def run(module, tensors):
-    """All floating outputs of a forward, with the noise of one seed."""
+    """All floating-point outputs of a forward pass, with noise from a fixed seed."""
     torch.manual_seed(2)
     results = module(*tensors)
     results = results if isinstance(results, tuple) else (results,)
@@ -73,7 +73,7 @@ def run(module, tensors):
 
 
 def scalar(outputs):
-    """A loss that weighs every element of every output differently."""
+    """A loss that gives every element of every output another weight."""
     generator = torch.Generator().manual_seed(3)
     return sum((torch.randn(out.shape, generator=generator, dtype=torch.float64) * out).sum() for out in outputs)
 
@@ -381,7 +381,7 @@ def test_what_a_module_for_the_mean_returns_is_checked():
     module = ann.BottleneckAttention(C, mean=torch.nn.Conv2d(C, 2, 1))
     with pytest.raises(
         ValueError,
-        match=rf"^BottleneckAttention: what the module mean returns must be \(2, 1, {H}, {W}\) \(as x\), got shape",
+        match=rf"^BottleneckAttention: the output of mean must be \(2, 1, {H}, {W}\) \(as x\), got shape",
     ):
         module(torch.randn(2, C, H, W))
 
@@ -405,7 +405,7 @@ def test_parametrised_pool_of_a_query_that_is_not_finite(backend):
 
 
 def _map_and_tensors(name, module, tensors):
-    """(output, map) whatever the module returns."""
+    """(output, map) from the results of any module."""
     if name.startswith("bottleneck"):
         return module(*tensors, sample=False)[:2]
     return module(*tensors, return_map=True)
@@ -434,7 +434,7 @@ def test_autocast_keeps_the_rectangle_in_float32():
         summary = module.head(x)
     assert summary.dtype == torch.bfloat16
     assert rectangle.dtype == torch.float32
-    # Nothing between the head's bfloat16 summary and the rectangle was rounded to bfloat16.
+    # The head's bfloat16 summary is not rounded to bfloat16 again before it becomes a rectangle.
     mu = (summary.float() @ module.regressor.weight.T + module.regressor.bias)[:, :2].sigmoid()
     torch.testing.assert_close(rectangle[:, :2], mu, rtol=1e-6, atol=1e-6)
 
@@ -510,6 +510,7 @@ def _count_in_a_group(rank, store, results):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_counts_add_up_over_processes(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     with context.Manager() as manager:
@@ -579,7 +580,7 @@ def literal_pool(local, scores):
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("pool")])
 @every_backend
 def test_pool_equals_the_papers_formula(name, backend):
-    """Projected tensors and ℓ + g in full, as printed; every gradient as well."""
+    """Equals the printed formula with projected tensors and ℓ + g, gradients included."""
     found = outputs_and_gradients(name, backend, torch.float32)
     module, (local, query) = build(name, torch.float64), inputs(name, torch.float64)
     g, locals = query, local
@@ -643,7 +644,7 @@ def test_progressive_attention_adds_its_query_to_every_position():
 
 
 class Adapted(nn.Module):
-    """A low-rank adapter around a layer, as adapter libraries have it."""
+    """A low-rank adapter around a layer, as in adapter libraries."""
 
     def __init__(self, layer):
         super().__init__()
@@ -659,7 +660,7 @@ class Adapted(nn.Module):
 
 
 class Packed(torch.Tensor):
-    """A weight of a type of its own that knows linear layers only, as quantized and sharded ones are."""
+    """A weight whose type supports only linear layers, like quantized and sharded weights."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -672,7 +673,7 @@ class Packed(torch.Tensor):
 
 
 def offloaded(layer):
-    """The weight comes to the device for a call only."""
+    """The weight is moved to the device only during a call."""
     weight = layer.weight.detach()
     layer.weight = nn.Parameter(weight.to("meta"))
     layer.forward = lambda x: F.linear(x, weight)
@@ -687,14 +688,14 @@ def stale_weight_norm(layer):
 
 def spectral_norm(layer):
     torch.nn.utils.spectral_norm(layer)(torch.zeros(C))
-    layer.eval()  # else each call improves the estimate of the norm
+    layer.eval()  # in training mode each call updates the estimate of the norm
 
 
 def packed(layer):
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Packed), requires_grad=False)
 
 
-#: What is done to the layer; a replacement for it, if any, is returned.
+#: Changes a layer in place or returns a replacement.
 TO_A_LAYER = {
     "forward hook": lambda layer: layer.register_forward_hook(lambda _layer, _inputs, output: 2 * output) and None,
     "pre-hook": lambda layer: layer.register_forward_pre_hook(lambda _layer, inputs: (inputs[0].relu(),)) and None,
@@ -717,7 +718,7 @@ TO_A_LAYER = {
 @pytest.mark.parametrize("compatibility", ["dot", "parametrised"])
 @pytest.mark.parametrize("how", TO_A_LAYER)
 def test_a_projection_is_called_once_anything_is_done_to_it(how, compatibility, hooked):
-    """The papers' formula over the projected locals, which the layer makes; gradients to all parameters as well."""
+    """Equals the formula over the projected local features, with the gradients of all parameters."""
     torch.manual_seed(0)
     pool = ann.CompatibilityPool(C, G, compatibility, project="local").train()
     pool.projection = TO_A_LAYER[how](pool.projection) or pool.projection
@@ -741,7 +742,7 @@ def test_a_projection_is_called_once_anything_is_done_to_it(how, compatibility, 
 
 @pytest.mark.parametrize("how", ["eager", "functional_call", "export"])
 def test_an_untouched_projection_is_folded(how):
-    """The layer is applied to a vector an image, never to every position."""
+    """The layer is applied to one vector per image, never to every position."""
     pool, (local, query) = build("pool-dot-local"), inputs("pool-dot-local")
     if how == "export":
         call = torch.export.export(pool, (local, query)).module()
@@ -771,7 +772,7 @@ def test_an_untouched_projection_is_folded(how):
 @pytest.mark.parametrize("name", ["window", "bottleneck", "bottleneck-anchors"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_layers_that_have_no_weight_to_look_at(name, autocast):
-    """Quantized layers, and adapters around them, have packed weights behind a method, or none."""
+    """Quantized layers, and adapters around them, return packed weights from a method or have none."""
 
     class Opaque(nn.Module):
         def __init__(self, layer):
@@ -798,7 +799,7 @@ def test_layers_that_have_no_weight_to_look_at(name, autocast):
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "quantizer"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_replicas_of_data_parallel(name, dtype):
-    """Their parameters are tensors in attributes, so that ``parameters()`` is empty."""
+    """Their parameters are tensors in attributes, so ``parameters()`` is empty."""
 
     def replica_of(module):
         replica = module._replicate_for_data_parallel()

@@ -1,11 +1,13 @@
-"""A PyTorch built for ROCm, whose GPUs are of type cuda: pretended in a process of its own."""
+"""Simulates, in a new process, a PyTorch built for ROCm, whose GPUs have the device type cuda."""
 
 import subprocess
 import sys
 
 import pytest
 
-#: What is asked of PyTorch on a machine with one AMD GPU; a compute capability means nothing there.
+pytestmark = pytest.mark.slow
+
+#: Replaces queries of PyTorch by those of a machine with one AMD GPU, which has no CUDA compute capability.
 MACHINE = """
 import types
 import torch

@@ -1,4 +1,4 @@
-"""What PyTorch does to functions: checks of the operators, higher derivatives, transforms, compilation, checkpoints."""
+"""Operator checks, higher derivatives, transforms, compilation and checkpointing of the functions."""
 
 from fractions import Fraction
 
@@ -22,7 +22,7 @@ SIZE = (3, 4)
 
 
 def positional(function, tensors, size=SIZE, backend=None, **options):
-    """The function of its tensors alone, giving its differentiable results, and the tensors."""
+    """A function of the tensors alone that returns the differentiable results, and the tensors."""
     names, results = FUNCTIONS[function]
 
     def f(*values):
@@ -36,7 +36,7 @@ def positional(function, tensors, size=SIZE, backend=None, **options):
 
 
 def operator_calls(device, backend, dtype, layout):
-    """Arguments of every operator, as its schema lists them: a forward and a backward call of each."""
+    """Arguments of every operator in the order of its schema, for a forward and a backward call."""
     ops = _ops.BACKENDS[backend]
     w = make("window_attention", 2, 4, SIZE, dtype=dtype, layout=layout, device=device)
     q = make("anchor_attention", 2, 4, SIZE, dtype=dtype, layout=layout, device=device)
@@ -79,14 +79,14 @@ def test_opcheck(dtype, layout, backend, device):
 
 
 class Recorder(TorchDispatchMode):
-    """Notes the names of the package's operators that run, in backward passes too."""
+    """Records the names of attnkern's operators that run, also in backward passes."""
 
     def __init__(self):
         super().__init__()
         self.names = []
 
     def __enter__(self):
-        # A GPU's backward pass would run in a thread of its own, which no mode reaches.
+        # On a GPU backward runs in another thread, where the mode is not active.
         self.one_thread = torch.autograd.set_multithreading_enabled(False)
         self.one_thread.__enter__()
         return super().__enter__()
@@ -118,7 +118,7 @@ def operators(function, backend):
 
 @every_function
 def test_argument_before_use_backend_before_environment(function, backend, device, monkeypatch):
-    """The argument wins over use_backend, and that over the environment; each runs exactly its own operators."""
+    """The argument overrides use_backend, which overrides the environment; only that backend's operators run."""
     tensors = make(function, dtype=torch.float32, device=device)
     other = "reference" if backend != "reference" else _backend.choose(None, next(iter(tensors.values())))
 
@@ -127,7 +127,7 @@ def test_argument_before_use_backend_before_environment(function, backend, devic
             run(function, tensors, size=SIZE, **options)
         return recorder.names
 
-    monkeypatch.setattr(_backend, "_current", other)  # as ATTNKERN_BACKEND would at import
+    monkeypatch.setattr(_backend, "_current", other)  # as ATTNKERN_BACKEND does at import
     assert ran() == operators(function, other)
     assert ran(backend=backend) == operators(function, backend)
     with attnkern.use_backend(backend):
@@ -137,12 +137,12 @@ def test_argument_before_use_backend_before_environment(function, backend, devic
             assert ran() == operators(function, _backend.choose(None, next(iter(tensors.values()))))
         assert ran() == operators(function, backend)
     assert _backend.current() == other
-    attnkern.use_backend(backend)  # without a block it stays
+    attnkern.use_backend(backend)  # stays in effect outside a with block
     assert ran() == operators(function, backend)
 
 
 def test_use_backend_again_and_later():
-    """An object entered again, or later than it was made, restores what stood before each block."""
+    """An object that is entered twice, or later than it was made, restores the previous choice after each block."""
     attnkern.use_backend("reference")
     again = attnkern.use_backend("native")
     with again:
@@ -185,7 +185,7 @@ def test_backward_uses_the_backend_of_its_forward(function, backend, device):
 @pytest.mark.kernels
 @every_function
 def test_backward_twice_and_after_a_change(function, backend, device):
-    """A kept graph gives the same gradients again; an input changed in between is refused, not silently used."""
+    """A second backward pass gives the same gradients, and an error if an input was changed in between."""
     f, values = positional(function, make(function, dtype=torch.float32, device=device), backend=backend)
     leaves = [value.requires_grad_() for value in values]
     results = f(*leaves)
@@ -200,7 +200,7 @@ def test_backward_twice_and_after_a_change(function, backend, device):
 
 @every_function
 def test_inference_and_autocast_change_nothing(function, backend, device):
-    """Maps and losses stay wide under autocast; features that are not half stay as they are."""
+    """Under autocast maps and losses stay float32 or float64, and features keep their dtype."""
     tensors = make(function, dtype=torch.float32, device=device)
     options = {"size": SIZE, "backend": backend}
     plain = call(function, tensors, **options)
@@ -214,7 +214,7 @@ def test_inference_and_autocast_change_nothing(function, backend, device):
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=case_id)
 @every_function
 def test_companions_made_by_autocast(function, half, backend, device):
-    """What a layer under autocast made half-precision goes with float32 features, at its own precision."""
+    """Half-precision tensors from a layer under autocast are accepted with float32 features."""
     tensors = make(function, dtype=torch.float32, device=device)
     rest = list(tensors)[1:]
     tensors |= {name: tensors[name].to(half) for name in rest}
@@ -244,7 +244,7 @@ def test_numpy_numbers_are_numbers(backend, device):
 @pytest.mark.parametrize("dtype", [torch.float64], ids=case_id)
 @smooth_case
 def test_gradcheck(function, options, dtype, backend, device):
-    """First and second derivatives against differences, through every result at once."""
+    """First and second derivatives against finite differences, for all results at once."""
     tensors = make(function, 2, 2, (2, 3), dtype=dtype, device=device)
     f, values = positional(function, tensors, (2, 3), backend=backend, **options)
     leaves = [value.requires_grad_() for value in values]
@@ -255,7 +255,7 @@ def test_gradcheck(function, options, dtype, backend, device):
 @pytest.mark.parametrize("dtype", [torch.float64], ids=case_id)
 @pytest.mark.parametrize("function", ["anchor_quantize", "anchor_attention"])
 def test_gradcheck_where_quantization_is_smooth(function, dtype, backend, device):
-    """Away from straight-through: the commitment loss by a, the anchor loss by the anchors, the output by x."""
+    """Without straight-through gradients: the commitment loss by a, the anchor loss by the anchors, the output by x."""
     tensors = make(function, 2, 3, SIZE, dtype=dtype, device=device)
     pairs = [("a", "commitment_loss"), ("anchors", "anchor_loss")] + [("x", "output")] * (
         function == "anchor_attention"
@@ -274,14 +274,14 @@ def test_gradcheck_where_quantization_is_smooth(function, dtype, backend, device
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=case_id)
 @every_case
 def test_create_graph_is_the_reference(function, options, dtype, backend, device):
-    """A backward pass that is to be differentiated again goes through the reference, also for a chain of inputs."""
+    """With create_graph the backward pass uses the reference, also if one input depends on another."""
 
     def penalty(backend, dtype):
         tensors = make(function, 2, 3, SIZE, dtype=dtype, device=device)
         f, values = positional(function, tensors, backend=backend, **options)
         leaves = [value.requires_grad_() for value in values]
         first = leaves[0]
-        # The others depend on the first as well, as a rectangle computed from the features does.
+        # The other inputs depend on the first, like a rectangle computed from the features.
         chained = [first, *(value * (1 + 0.1 * first.mean()) for value in leaves[1:])]
         total = sum((result.sin()).sum() for result in f(*chained))
         gradients = torch.autograd.grad(total, leaves, create_graph=True)
@@ -292,7 +292,7 @@ def test_create_graph_is_the_reference(function, options, dtype, backend, device
 
 
 def test_create_graph_through_a_part_of_a_tensor(backend, device):
-    """The rectangle that is saved is the one that came, not a contiguous copy of it."""
+    """The rectangle itself is saved, not a contiguous copy of it."""
 
     def second(backend):
         whole = torch.full((2, 7), 0.5, dtype=torch.float64, device=device, requires_grad=True)
@@ -306,7 +306,7 @@ def test_create_graph_through_a_part_of_a_tensor(backend, device):
 @pytest.mark.kernels
 @every_function
 def test_tangents_of_incoming_gradients_pass_through(function, backend, device):
-    """Forward over reverse, with the direction behind the function only."""
+    """Forward over reverse mode with a tangent for the output gradient only."""
 
     def tangents(backend):
         f, values = positional(function, make(function, 2, 3, SIZE, device=device), backend=backend)
@@ -324,7 +324,7 @@ def test_tangents_of_incoming_gradients_pass_through(function, backend, device):
 
 @pytest.mark.parametrize("function", ["anchor_quantize", "anchor_attention"])
 def test_what_no_gradient_reaches_has_none(function, backend, device):
-    """Else an optimizer with weight decay would move anchors that no loss asks about."""
+    """An optimizer with weight decay would otherwise move anchors that no loss depends on."""
     _, results = FUNCTIONS[function]
     for used in results:
         tensors = {k: v.requires_grad_() for k, v in make(function, 2, 3, SIZE, device=device).items()}
@@ -342,7 +342,7 @@ def test_what_no_gradient_reaches_has_none(function, backend, device):
 
 @every_function
 def test_func_grad_and_vmap(function, backend, device):
-    """Per-sample gradients by vmap(grad) are those of a loop of backward passes."""
+    """Per-sample gradients by vmap(grad) equal those of a loop of backward passes."""
     names, _ = FUNCTIONS[function]
     samples = [make(function, 2, 3, SIZE, device=device, seed=seed) for seed in range(3)]
     backend = None if backend == "triton" else backend  # Triton does not take float64
@@ -371,7 +371,7 @@ def test_forward_mode_is_the_transpose_of_backward(function, backend, device):
         duals = f(*map(torch.autograd.forward_ad.make_dual, values, tangents))
         for dual, tangent in zip(duals, pushed, strict=True):
             assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent)
-        one_plain = f(*values)  # inside a level, but no dual among them: the kernels
+        one_plain = f(*values)  # no dual tensor among the arguments: the kernels run
     assert not any(result.isnan().any() for result in one_plain)
     leaves = [value.requires_grad_() for value in values]
     u = [torch.randn_like(result) for result in results]
@@ -387,7 +387,7 @@ def test_forward_mode_is_the_transpose_of_backward(function, backend, device):
 @pytest.mark.parametrize("how", ["argument", "context_fn"])
 @every_function
 def test_checkpoint(function, how, backend, device):
-    """Recomputation runs on the backend of the first pass, named by the argument or by a context."""
+    """Recomputation runs on the backend of the first pass, set by the argument or by a context."""
     tensors = make(function, dtype=torch.float32, device=device)
     f, values = positional(function, tensors, backend=backend if how == "argument" else None)
     leaves = [value.requires_grad_() for value in values]
@@ -408,7 +408,7 @@ def test_checkpoint(function, how, backend, device):
 
 
 class Counter:
-    """A compiler that compiles nothing, but counts graphs and notes which operators they hold."""
+    """A compiler that compiles nothing, but counts graphs and records their operators."""
 
     def __init__(self):
         self.graphs, self.names = 0, []
@@ -447,7 +447,7 @@ def compare(compiled, plain, values):
 @pytest.mark.usefixtures("fresh_compiler")
 @every_case
 def test_one_graph_with_both_operators(function, options, backend, device):
-    """fullgraph: no break, and the graph holds the kernels' operators where kernels were asked for."""
+    """No graph break, and the graph has the operators of the chosen backend."""
     f, values = positional(function, make(function, dtype=torch.float32, device=device), backend=backend, **options)
     counter = Counter()
     compare(torch.compile(f, backend=counter, fullgraph=True), f, values)
@@ -469,14 +469,14 @@ def test_dynamic_shapes_do_not_recompile(function, backend, device):
         values = tuple(make(function, n, 3, size, dtype=torch.float32, device=device).values())
         compare(lambda *v, size=size: compiled(size, *v), lambda *v, size=size: f(size, *v), values)
         if n == 2:
-            first = counter.graphs  # PyTorch starts again once where it has met a float among the arguments
+            first = counter.graphs  # PyTorch recompiles once for a float argument
     assert counter.graphs == first
 
 
 @pytest.mark.usefixtures("fresh_compiler")
 @every_function
 def test_automatic_choice_adds_no_guard(function, device):
-    """Compiled without a backend, native runs where it is there, and new batch sizes add one dynamic graph at most."""
+    """Without a backend, native runs if it is built, and new batch sizes add at most one dynamic graph."""
     counter = Counter()
     tensors = make(function, dtype=torch.float32, device=device)
     f, _ = positional(function, tensors)
@@ -490,7 +490,7 @@ def test_automatic_choice_adds_no_guard(function, device):
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_use_backend_recompiles(device):
-    """A change of the process-wide choice reaches compiled code."""
+    """Compiled code follows a change of the process-wide backend."""
     counter = Counter()
     f, values = positional("compatibility_pool", make("compatibility_pool", dtype=torch.float32, device=device))
     compiled = torch.compile(f, backend=counter, fullgraph=True)
@@ -504,7 +504,7 @@ def test_use_backend_recompiles(device):
 @pytest.mark.large
 @every_function
 def test_inductor(function, backend, device):
-    """The default compiler, forward and backward, in channels_last as models run it."""
+    """The default compiler, forward and backward, in channels_last."""
     tensors = make(function, 2, 8, SIZE, dtype=torch.float32, layout="channels_last", device=device)
     f, values = positional(function, tensors, backend=backend)
     compare(torch.compile(f, fullgraph=True), f, values)

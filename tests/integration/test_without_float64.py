@@ -48,7 +48,7 @@ def test_functions(function, dtype):
         check(moved(found, "cpu"), expected)
 
 
-#: Not: modules that draw, and F.linear of a vector, where PyTorch changes a shape behind the stand-in's back.
+#: Left out: modules that draw noise, and F.linear of a vector, whose shape PyTorch changes inside the call.
 UNFIT = "bottleneck", "bottleneck-anchors", "pool-parametrised-local"
 
 
@@ -75,7 +75,7 @@ def test_decompositions():
 
 
 def evaluations():
-    """By name: a function of tensors and these. Results are the same wherever they are computed."""
+    """Functions of tensors, and the tensors, by name, whose results are the same on every device."""
     g = torch.Generator().manual_seed(0)
     images, maps = torch.rand(4, 3, 8, 8, generator=g), torch.rand(4, 4, 4, generator=g)
     masks = torch.rand(4, 8, 8, generator=g) > 0.5

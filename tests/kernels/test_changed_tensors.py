@@ -19,7 +19,7 @@ ARGUMENTS = [(function, name) for function, (names, _) in FUNCTIONS.items() for 
     ],
 )
 def test_only_one_result_used(function, used, without, backend, device):
-    """None, not zeros, for an input that the result does not depend on; the anchors' functions: test_transforms."""
+    """An input that the result does not depend on gets None, not zeros. test_transforms tests the anchor functions."""
     tensors = {k: t.requires_grad_() for k, t in make(function, dtype=torch.float32, device=device).items()}
     result = call(function, tensors, backend=backend)[used]
     grads = torch.autograd.grad(result.square().sum(), list(tensors.values()), allow_unused=True)
@@ -29,7 +29,7 @@ def test_only_one_result_used(function, used, without, backend, device):
 @pytest.mark.kernels
 @pytest.mark.parametrize("function, name", ARGUMENTS, ids=case_id)
 def test_an_input_changed_before_backward_is_refused(function, name, backend, device):
-    """Each of them, also when only another needs a gradient."""
+    """For each input, even if only another one needs a gradient."""
     tensors = make(function, dtype=torch.float32, device=device)
     for wrt in tensors:
         leaves = {k: t.clone().requires_grad_(k == wrt) for k, t in tensors.items()}
@@ -44,7 +44,7 @@ def test_an_input_changed_before_backward_is_refused(function, name, backend, de
 @pytest.mark.kernels
 @pytest.mark.parametrize("function", ["anchor_quantize", "anchor_attention"])
 def test_indices_changed_before_backward(function, backend, device):
-    """PyTorch's error; the counts are the user's."""
+    """PyTorch raises an error for the indices; the counts may be changed."""
     tensors = {k: t.requires_grad_() for k, t in make(function, dtype=torch.float32, device=device).items()}
     result = call(function, tensors, backend=backend)
     result["counts"].zero_()
@@ -57,8 +57,8 @@ def test_indices_changed_before_backward(function, backend, device):
 @pytest.mark.kernels
 @pytest.mark.parametrize("wrong", [-1, 7, 40, 10**6, -(2**40), 2**62])
 @pytest.mark.parametrize("function", ["anchor_quantize", "anchor_attention"])
-def test_indices_changed_behind_pytorchs_back(function, wrong, backend, device):
-    """By way of .data, which nobody notices: backward takes those that name no anchor for 0, and reads nothing else."""
+def test_indices_changed_through_data(function, wrong, backend, device):
+    """PyTorch does not notice a change through .data: backward treats indices out of range as 0 and stays in bounds."""
 
     def gradients(index):
         tensors = {k: t.requires_grad_() for k, t in make(function, dtype=torch.float32, device=device).items()}
@@ -82,7 +82,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("function, name", ARGUMENTS, ids=case_id)
 def test_other_data_before_backward(function, name, change, backend, device):
-    """``tensor.data = other``: RuntimeError, since PyTorch does not notice and a kernel would leave its memory."""
+    """``tensor.data = other`` raises RuntimeError: PyTorch does not notice it, and kernels would read out of bounds."""
     leaves = {k: t.requires_grad_() for k, t in make(function, dtype=torch.float32, device=device).items()}
     results = call(function, leaves, size=(4, 6), backend=backend)
     total = sum(r.square().sum() for r in results.values() if r.requires_grad)
@@ -91,10 +91,10 @@ def test_other_data_before_backward(function, name, change, backend, device):
         total.backward()
 
 
-@pytest.mark.kernels  # the reference is PyTorch's own graph, which refuses others
+@pytest.mark.kernels  # the reference is a graph of PyTorch, which refuses other changes
 @every_function
 def test_a_result_changed_before_backward(function, backend, device):
-    """relu_() behind a layer: right gradients, or PyTorch's error where the backward pass starts from that result."""
+    """relu_() after a layer: correct gradients, or PyTorch's error if the backward pass uses that result."""
     tensors = make(function, dtype=torch.float32, device=device)
 
     def gradients(name, change):

@@ -22,9 +22,9 @@ OF_AN_IMAGE = [(function, name) for function, name in ARGUMENTS if name != "anch
 @pytest.mark.parametrize("function, name", OF_AN_IMAGE, ids=case_id)
 @every_dtype
 def test_an_extreme_number_stays_in_its_image(function, name, value, dtype, backend, device):
-    """NaN, ±Inf or the largest number in one image: the other image and its gradients are as without it.
+    """NaN, ±Inf or the largest number in one image does not change the other image and its gradients.
 
-    NaN reaches exactly what it reaches in float64; so does Inf where the mathematics says what it does.
+    NaN spreads exactly as in float64, and so does Inf where the formula defines its effect.
     """
     tensors = make(function, 2, 3, SIZE, dtype=dtype, device=device)
     options = {"size": SIZE, "backend": backend} | ({"reduction": "sum"} if "anchor" in function else {})
@@ -47,7 +47,7 @@ def test_an_extreme_number_stays_in_its_image(function, name, value, dtype, back
 @pytest.mark.parametrize("function", ["anchor_quantize", "anchor_attention"])
 @every_dtype
 def test_the_largest_anchors(function, dtype, backend, device):
-    """±max among the anchors: elements choose as in exact arithmetic, and the anchors in the middle lose nothing."""
+    """With ±max among the anchors, the nearest anchor is that of exact arithmetic for all elements."""
     largest = torch.finfo(dtype).max
     a = torch.tensor([0.0, 1.0, largest, -largest, largest / 4, largest / 1.5], dtype=dtype, device=device)
     tensors = {"a": a.view(1, 1, 1, -1), "anchors": torch.tensor([largest, 0.5, -largest], dtype=dtype, device=device)}
@@ -65,7 +65,7 @@ INTERPRETER = "Triton's interpreter widens denormals of bfloat16 to other number
 @every_dtype
 @every_case
 def test_denormal_numbers(function, options, dtype, backend, device, interpreted):
-    """Every number of every argument so small that it is denormal: no flush, no division by zero."""
+    """All numbers of all arguments are denormal: nothing is flushed to zero or divided by zero."""
     if interpreted and dtype == torch.bfloat16:
         pytest.skip(INTERPRETER)
     tensors = make(function, 2, 3, SIZE, dtype=dtype, device=device)
@@ -76,17 +76,17 @@ def test_denormal_numbers(function, options, dtype, backend, device, interpreted
     grads = upstream(call(function, tensors, **options))
     found = run(function, tensors, grads=grads, backend=backend, **options)
     expected = run(function, doubles(tensors), grads=doubles(grads), backend="reference", **options)
-    if "rectangle" in tensors:  # slopes of 1e6: float16 overflows, and its denormals lie above the extents' floor
+    if "rectangle" in tensors:  # slopes of 1e6 overflow in float16, whose denormals are above the floor of the extents
         gradient, _ = (results.pop("grad_rectangle") for results in (found, expected))
         assert dtype == torch.float16 or not gradient[:, 2:4].any()
     check(found, expected)
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     tight = {"output", "pooled", "values", "grad_x", "grad_query", "grad_anchors"}
-    for name in tight & found.keys():  # check()'s tolerance is far above them
+    for name in tight & found.keys():  # the tolerance of check() is far larger than these numbers
         assert expected[name].any() or options.get("residual") is False  # v·x alone underflows
         torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-2, atol=8 * smallest)
     if function == "anchor_attention" and options.get("residual", True):
-        assert torch.equal(found["output"], tensors["x"])  # v·x is far below the last place, and x is not flushed
+        assert torch.equal(found["output"], tensors["x"])  # v·x is far below the last place of x, and x is not flushed
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_denormal_numbers(function, options, dtype, backend, device, interpreted
     ids=case_id,
 )
 def test_neighbouring_denormal_anchors(dtype, backend, device, interpreted):
-    """The smallest number and zero, in the order in which a tie would go to the former: zero is nearest to itself."""
+    """Zero chooses the anchor 0 and not the smallest number, which comes first and would win a tie."""
     if interpreted and dtype == torch.bfloat16:
         pytest.skip(INTERPRETER)
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
@@ -125,7 +125,7 @@ RECTANGLES = {  # centre row, centre column, half height, half width, angle
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("parameters", RECTANGLES.values(), ids=RECTANGLES)
 def test_rectangles_of_any_extent_and_angle(parameters, rescale, dtype, backend, device):
-    """The map and dx of float64; gradients finite; an extent below its floor has none."""
+    """Map and dx are those of float64, gradients are finite, and an extent below its floor has gradient zero."""
     r = torch.tensor([parameters], dtype=dtype, device=device)
     x = make("window_attention", 1, 3, (5, 7), dtype=dtype, device=device)["x"]
     options = {"rescale": rescale}
@@ -134,7 +134,7 @@ def test_rectangles_of_any_extent_and_angle(parameters, rescale, dtype, backend,
     floored = min(map(abs, parameters[2:4])) < 1e-6
     names = ["output", "map"] if floored else list(found)
     if dtype == torch.float64 or not floored:
-        # A gradient by an angle of 1e6 is that of the angle which float32 holds: it is in the inputs of both.
+        # The rounded angle of 1e6 is the input of both.
         check({name: found[name] for name in names}, {name: expected[name] for name in names})
     assert all(result.isfinite().all() for result in found.values())
     if floored:
@@ -145,7 +145,7 @@ def test_rectangles_of_any_extent_and_angle(parameters, rescale, dtype, backend,
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("scale", [0, 0.0, -1.0, -6.0, 1e4, -1e4])
 def test_any_scale(scale, rescale, dtype, backend, device):
-    """0 is a constant map, a negative scale turns the window inside out, a huge one is a step."""
+    """Scale 0 gives a constant map, a negative scale inverts the window, and a huge scale gives a step."""
     tensors = make("window_attention", 2, 3, SIZE, dtype=dtype, device=device)
     options = {"scale": scale, "rescale": rescale}
     found = run("window_attention", tensors, backend=backend, **options)
@@ -161,7 +161,7 @@ def test_any_scale(scale, rescale, dtype, backend, device):
 
 
 def test_a_scale_beyond_every_number(backend, device):
-    """1e30 is a step still; NaN gives NaN; neither crashes."""
+    """1e30 gives a step, NaN gives NaN, and neither crashes."""
     r = torch.tensor([[0.5, 0.5, 0.4, 0.4, 0.0]], device=device)
     step = attnkern.window_map(r, (3, 3), scale=1e30, rescale=False, backend=backend)
     assert torch.equal(step[0].cpu(), torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0]]))
@@ -171,7 +171,7 @@ def test_a_scale_beyond_every_number(backend, device):
 
 @pytest.mark.parametrize("rescale", [True, False])
 def test_an_infinite_scale(rescale, backend, device):
-    """A step, where Inf does not meet zero on an edge; the other way round every position is far outside or inside."""
+    """A step, except on an edge, where Inf times zero is NaN; with -Inf the step is inverted."""
     r = torch.tensor([[0.5, 0.5, 0.4, 0.4, 0.0]], device=device)
     for scale in (math.inf, -math.inf):
         found = attnkern.window_map(r, (3, 3), scale=scale, rescale=rescale, backend=backend)
@@ -184,7 +184,7 @@ def test_an_infinite_scale(rescale, backend, device):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=case_id)
 @pytest.mark.parametrize("function", ["anchor_quantize", "anchor_attention"])
 def test_many_anchors(function, q, order, dtype, backend, device):
-    """Unsorted, or all of them the same, far more than there are elements."""
+    """Far more anchors than elements, unsorted or all equal."""
     tensors = make(function, 2, 3, (5, 6), dtype=dtype, anchors=q, device=device)
     if order == "equal":
         tensors["anchors"].fill_(0.5)
@@ -197,7 +197,7 @@ def test_many_anchors(function, q, order, dtype, backend, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=case_id)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_scores_that_overflow_half(layout, dtype, backend, device):
-    """Scores of ±1e8, far beyond float16: float32 all the way, so the attention is a choice of one position."""
+    """Scores of ±1e8 exceed float16 but are computed in float32, so the attention chooses one position."""
     local = make("compatibility_pool", 2, 9, (5, 6), dtype=dtype, layout=layout, device=device)["local"]
     local[:, 0] = torch.arange(-15, 15, device=device).view(5, 6) * 1000
     query = torch.full((2, 9), 0.0, dtype=dtype, device=device)
@@ -217,7 +217,7 @@ def test_scores_that_overflow_half(layout, dtype, backend, device):
 
 @every_case
 def test_every_product_of_zero_and_one(function, options, backend, device):
-    """N and C of 0 give empty results and zero gradients, 1 an ordinary one; no position and no anchor raise."""
+    """N or C of 0 gives empty results and zero gradients, 1 ordinary ones; no position or no anchor is an error."""
     for n, c, height, width, q in itertools.product((0, 1), repeat=5):
         tensors = make(function, n, c, (height, width), dtype=torch.float32, anchors=q, device=device)
         if 0 in (height, width) or (q == 0 and "anchors" in tensors):

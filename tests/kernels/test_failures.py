@@ -1,4 +1,4 @@
-"""Memory that ends, and a Triton that does not compile or import: docs/reliability.md."""
+"""Failed allocations, and a Triton that does not compile or import: docs/reliability.md."""
 
 import os
 import subprocess
@@ -21,19 +21,19 @@ SIZE = (3, 4)
 
 
 def python(code, **environment):
-    """Return code and output of ``code`` in a process of its own."""
+    """Run ``code`` in a new process and return its exit code and output."""
     folders = os.pathsep.join((str(Path(__file__).parents[1]), str(Path(attnkern.__file__).parents[1])))
     inherited = {k: v for k, v in os.environ.items() if k not in ("ATTNKERN_BACKEND", "TRITON_INTERPRET")}
     done = subprocess.run(
         [sys.executable, "-c", code], env=inherited | {"PYTHONPATH": folders} | environment, capture_output=True,
         text=True, timeout=PATIENCE,
     )  # fmt: skip
-    # PyTorch writes of exceptions in its C interface to standard error, also where they are caught.
+    # PyTorch reports exceptions of its C interface on standard error even if they are caught.
     return done.returncode, (done.stdout + (done.stderr if done.returncode else "")).strip()
 
 
-#: Address space may grow by so much and no further: from nothing to nearly enough, so that one allocation after the
-#: other of a forward and a backward pass is the first that fails.
+#: Limits the address space, from no growth to nearly enough in small steps, so that each allocation of a forward and a
+#: backward pass is once the first that fails.
 SCARCE = """
 import resource, torch, attnkern
 from cases import FUNCTIONS, call, doubles, make, run, upstream
@@ -51,7 +51,7 @@ for function in FUNCTIONS:
     leaves = {{name: tensor.requires_grad_() for name, tensor in tensors.items()}}
     ends = FUNCTIONS[function][1]
     grads = upstream(call(function, leaves, size=size, backend={backend!r}))
-    ended, room = [], 0
+    ended, room = [], -(2 << 20)  # less than nothing, in case memory is returned after it was counted
     while "nowhere" not in ended:
         results = gradients = None
         where = "forward"
@@ -79,18 +79,18 @@ for function in FUNCTIONS:
 
 @large
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_that_ends_midway(backend):
-    """Forward or backward raises, on whatever thread the allocation failed, and the next call is right."""
+def test_each_allocation_fails_once(backend):
+    """Forward or backward raises, whichever thread the allocation failed on, and the next call is correct."""
     if backend == "triton":
         pytest.skip("Triton allocates on a GPU only, by PyTorch's allocator")
-    # Every block of memory from the system, none from what was freed before.
-    # The reference's blocks are MiB large; kernels have small ones, too.
+    # malloc takes every block from the system instead of reusing freed ones.
+    # The blocks of the reference have some MiB; the kernels also allocate small ones.
     code = SCARCE.format(backend=backend, step=1 << (20 if backend == "reference" else 18))
     status, found = python(code, MALLOC_MMAP_THRESHOLD_="65536")
     assert status == 0, found
     ended = {function: where for function, *where in map(str.split, found.splitlines())}
     assert ended.keys() == FUNCTIONS.keys()
-    for function, where in ended.items():  # what has no features needs nothing in backward that forward had not
+    for function, where in ended.items():  # without features, backward needs no more memory than forward
         both = ["forward", "backward", "nowhere"]
         assert where == both or (function in ("window_map", "anchor_quantize") and where == ["forward", "nowhere"])
 
@@ -110,14 +110,14 @@ except (RuntimeError, MemoryError):
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 @pytest.mark.parametrize("size", [(2**20, 2**20), (2**30, 2**29)], ids=case_id)
 def test_a_map_larger_than_any_memory(size, backend):
-    """An error, whose kind is the allocator's, and no crash; the next call is right."""
+    """The allocator's error and no crash; the next call is correct."""
     interprets = {"TRITON_INTERPRET": "1"} if backend == "triton" else {}
     assert python(IMPOSSIBLE.format(size=size, backend=backend), **interprets) == (0, "1.0")
 
 
 @pytest.mark.parametrize("function", ["window_attention", "anchor_attention", "compatibility_pool"])
 def test_features_larger_than_any_memory(function, backend, device):
-    """One number expanded to 2**50 channels: no output of that size can be had, and the next call is right."""
+    """One number expanded to 2**50 channels: the output cannot be allocated, and the next call is correct."""
     tensors = make(function, 1, 1, SIZE, dtype=torch.float32, device=device)
     expected = call(function, tensors, backend=backend)
     first, *_ = tensors
@@ -134,7 +134,7 @@ def test_features_larger_than_any_memory(function, backend, device):
 
 @pytest.fixture
 def broken_triton(monkeypatch):
-    """A Triton that may be chosen here, without native kernels, whose compiler fails."""
+    """A Triton whose compiler fails, chosen because there are no native kernels."""
 
     class Broken:
         calls = 0
@@ -153,9 +153,9 @@ def broken_triton(monkeypatch):
 
 
 def test_a_triton_that_does_not_compile(broken_triton, device):
-    """The automatic choice leaves it out after one attempt and one warning; an explicit one always gets the error."""
+    """The automatic choice skips Triton after one attempt and one warning; an explicit choice always raises."""
     tensors = make("window_attention", dtype=torch.float32, device=device)
-    with pytest.warns(RuntimeWarning, match=r"leaves out Triton.*Failed to find C compiler") as warned:
+    with pytest.warns(RuntimeWarning, match=r"does not use Triton.*Failed to find C compiler") as warned:
         found = call("window_attention", tensors, backend=None)
     assert [Path(warning.filename).name for warning in warned] == ["cases.py"], "it points at the call"
     check(found, call("window_attention", doubles(tensors), backend="reference"))
@@ -170,8 +170,8 @@ def test_a_triton_that_does_not_compile(broken_triton, device):
             call("window_attention", tensors, backend="triton")
 
 
-def test_memory_that_ends_says_nothing_of_the_compiler(broken_triton, monkeypatch, device):
-    """It comes out, and the next call asks again."""
+def test_out_of_memory_does_not_exclude_triton(broken_triton, monkeypatch, device):
+    """The error is raised, and the next call tries Triton again."""
 
     def full(self, name):
         raise torch.OutOfMemoryError("no memory left")
@@ -203,7 +203,7 @@ except Exception as error:
 
 
 def test_a_triton_that_does_not_import():
-    """Installed and broken: each call that asks for it says so, the automatic choice warns, and the others run."""
+    """A broken installation: an explicit choice raises, the automatic choice warns, and other backends run."""
     pytest.importorskip("triton")
     code = """
 import sys, torch, attnkern, warnings

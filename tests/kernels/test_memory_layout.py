@@ -14,15 +14,15 @@ SIZE = (3, 4)
 
 
 def odd(tensor, how):
-    """The same numbers in memory of another kind; ``overlapping`` gives others, whose storage is shared."""
+    """The same numbers in an odd memory layout; ``overlapping`` gives other numbers, in shared storage."""
     match how:
-        case "flipped":  # PyTorch has no negative strides: this is a copy, turned before and after
+        case "flipped":  # PyTorch has no negative strides: flip makes a copy
             return tensor.flip(-1).flip(-1)
         case "every other":
             storage = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), torch.nan).to(tensor)
             storage[..., 1::2] = tensor
             return storage[..., 1::2]
-        case "overlapping":  # each row begins one element after the one before
+        case "overlapping":  # each row starts one element after the previous one
             storage = tensor.flatten()
             strides = [1] * tensor.dim()
             return storage.as_strided(tensor.shape, strides) if storage.numel() else tensor
@@ -36,9 +36,9 @@ def odd(tensor, how):
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=large)], ids=case_id)
 @every_function
 def test_odd_strides(function, how, dtype, backend, device):
-    """Inputs and gradients; of overlapping inputs the gradient is that of the tensor which they look like."""
+    """For inputs and gradients; overlapping inputs have the gradient of a contiguous tensor of the same values."""
     tensors = make(function, 2, 3, SIZE, dtype=dtype, device=device)
-    if "rectangle" in tensors:  # numbers that may change places
+    if "rectangle" in tensors:  # all columns in the same range, because overlapping mixes them
         tensors["rectangle"] = tensors["rectangle"].abs() * 0.4 + 0.3
     tensors = {name: odd(tensor, how) for name, tensor in tensors.items()}
     options = {"size": SIZE, "backend": backend}
@@ -51,7 +51,7 @@ def test_odd_strides(function, how, dtype, backend, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=case_id)
 @every_function
 def test_storage_offsets(function, dtype, backend, device, interpreted):
-    """Every alignment that an element may have: the bits of an aligned one (the reference: its numbers)."""
+    """Every alignment of the first element gives the same bits (in the reference: the same numbers)."""
     tensors = make(function, 2, 9, (4, 5), dtype=dtype, device=device)
     options = {"size": (4, 5), "backend": backend}
     grads = upstream(call(function, tensors, **options))
@@ -68,7 +68,7 @@ def test_storage_offsets(function, dtype, backend, device, interpreted):
 
 @every_function
 def test_gradients_of_another_dtype(function, backend, device):
-    """PyTorch casts them to the result's dtype before they come."""
+    """PyTorch casts gradients to the dtype of the result before it calls backward."""
     tensors = make(function, 2, 3, SIZE, dtype=torch.float32, device=device)
     options = {"size": SIZE, "backend": backend}
     grads = upstream(call(function, tensors, **options))
@@ -81,7 +81,7 @@ def test_gradients_of_another_dtype(function, backend, device):
 
 
 def test_one_tensor_as_two_arguments(backend, device):
-    """The same tensor, or views of one storage, as features and companion: the leaf gets the sum of both gradients."""
+    """The same tensor, or views of one storage, as two arguments: its gradient is the sum of both gradients."""
     x, flat, tokens = torch.rand(2, 1, 3, 4), torch.rand(5), torch.rand(2, 3, 6)
     rows = torch.rand(2, 1, 1, 5) * 0.5 + 0.25
     calls = {
@@ -113,9 +113,9 @@ def test_one_tensor_as_two_arguments(backend, device):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("function", ["window_attention", "anchor_attention", "compatibility_pool"])
 def test_tensors_too_large_for_the_caches(function, layout, dtype, backend, device):
-    """Written past them: the bits of each image alone, which is not. Rows begin wherever they do."""
+    """Streaming stores of a large batch give the same bits as ordinary stores of each image alone, at any alignment."""
     if os.environ.get("ATTNKERN_TEST_CUDA_ON_HOST") == "1":
-        pytest.skip("only the CPU's kernels know of caches")
+        pytest.skip("only the CPU kernels choose stores by cache size")
     size = (211, 127)
     c = 40 * 2**20 // (3 * size[0] * size[1] * dtype.itemsize)
     tensors = make(function, 3, c, size, dtype=dtype, layout=layout, device=device)
@@ -136,7 +136,7 @@ def test_tensors_too_large_for_the_caches(function, layout, dtype, backend, devi
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("function", ["window_attention", "anchor_attention", "compatibility_pool"])
 def test_more_elements_than_an_int32_counts(function, layout, backend, device):
-    """Zero but for three channels, the last beyond 2**31: the results are those of the three alone."""
+    """All channels are zero except three, the last one beyond 2**31 elements: the results are those of these three."""
     c, size, picked = 2**17 + 1, (128, 128), [0, 2**16, 2**17]
     few = make(function, 1, 3, size, dtype=torch.bfloat16, device=device)
     first, *_ = few

@@ -1,4 +1,4 @@
-"""The networks on every backend there is: one state_dict, the same logits, the same gradients."""
+"""On every backend a network has the same state_dict, logits and gradients."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from conftest import BACKENDS
 import attnkern
 from attnkern.models import create_model
 
-#: One network of each kind of attention, as small as it comes.
+#: One network of each kind of attention, as small as possible.
 NETWORKS = {
     "vgg_gap": {}, "vgg_pan": {}, "vgg_att2_concat_dp": {}, "vgg_att3_concat_pc": {}, "rn164_att2": {"blocks": 1},
     "vgg_aib": {}, "vgg_aib_qt": {}, "wrn28_10_abn": {"blocks": 1}, "wrn28_10_aib_qt": {"blocks": 1},
@@ -27,7 +27,7 @@ def test_networks_agree_with_the_reference(name, backend, device):
         model = create_model(name, 4, width=0.0625, **NETWORKS[name]).to(device)
         state = state or model.state_dict()
         model.load_state_dict(state)
-        # Evaluation's statistics and no dropout: one rounding would not switch anything else.
+        # In evaluation mode, batch statistics and dropout do not amplify rounding.
         model.eval()
         with attnkern.use_backend(which):
             logits = model(images)

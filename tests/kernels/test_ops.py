@@ -86,7 +86,7 @@ def test_shapes(function, options, n, c, size, layout, dtype, backend, device):
 @pytest.mark.parametrize("c, size", [(600, (7, 7)), (4200, (3, 3)), (70, (22, 23)), (5, (47, 45))], ids=case_id)
 @every_function
 def test_images_of_several_programs(function, c, size, layout, backend, device):
-    """Blocks of channels, splits and chunks of positions, of more than one image."""
+    """Several blocks of channels, and splits and chunks of positions, with more than one image."""
     tensors = make(function, 2, c, size, dtype=torch.float32, layout=layout, device=device)
     check_run(function, tensors, backend, size)
 
@@ -97,7 +97,7 @@ def test_images_of_several_programs(function, c, size, layout, backend, device):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("n, c, size", [(3, 8, (11,)), (0, 3, (4,)), (2, 65, (49,)), (3, 5, (4, 6))], ids=case_id)
 def test_tokens_and_shared_queries(n, c, size, shared, layout, dtype, backend, device):
-    """(N, C, L), also as a transposed view of tokens (N, L, C); one query for each image or for all."""
+    """Features (N, C, L), also as a transposed view of tokens (N, L, C), with one query per image or for all."""
     tensors = make("compatibility_pool", n, c, size, dtype=dtype, layout=layout, shared=shared, device=device)
     check_run("compatibility_pool", tensors, backend)
 
@@ -114,7 +114,7 @@ def test_numbers_of_anchors(function, anchors, size, dtype, backend, device):
 
 
 def test_map_with_or_without_a_channel(backend, device):
-    """a (N, H, W) and (N, 1, H, W) are the same map."""
+    """a of shape (N, H, W) or (N, 1, H, W) is the same map."""
     tensors = make("anchor_attention", dtype=torch.float32, device=device)
     flat = tensors | {"a": tensors["a"][:, 0]}
     with_channel, without = (run("anchor_attention", inputs, backend=backend) for inputs in (tensors, flat))
@@ -137,7 +137,7 @@ MIXES = [  # (function, features, the others): each has the features' dtype or f
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("function, dtype, others", MIXES, ids=case_id)
 def test_dtypes(function, dtype, others, layout, backend, device):
-    """Features' results in their dtype, maps and losses wide, each gradient in its input's; the numbers are right."""
+    """Features keep their dtype, maps and losses are float32 or float64, each gradient has the dtype of its input."""
     tensors = make(function, 2, 9, (5, 6), dtype=dtype, companion=others, layout=layout, device=device)
     found = check_run(function, tensors, backend, (5, 6))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -159,7 +159,7 @@ def subsets(names):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=case_id)
 @every_function
 def test_any_subset_of_gradients(function, dtype, backend, device, interpreted):
-    """Any of the inputs may need a gradient and any of the results may have one: the same numbers as the reference."""
+    """For any subset of inputs that need a gradient and of results that have one, as in the reference."""
     names, differentiable = FUNCTIONS[function]
     tensors = make(function, 2, 3, (4, 3), dtype=dtype, device=device)
     results = [(name,) for name in differentiable] if interpreted else subsets(differentiable)
@@ -175,6 +175,8 @@ def test_any_subset_of_gradients(function, dtype, backend, device, interpreted):
 @pytest.mark.parametrize(
     "name, options, layout",
     [
+        ("window_map", {}, "contiguous"),
+        ("window_map", {"rescale": False, "aspect": True}, "contiguous"),
         ("window_attention", {}, "contiguous"),
         ("window_attention", {"rescale": False, "residual": False}, "channels_last"),
         pytest.param("window_attention", {"aspect": True}, "channels_last", marks=large),
@@ -198,5 +200,5 @@ def test_accuracy(name, options, layout, dtype, backend, device, interpreted):
     "shape, layout", [((2, 2048, 7, 7), "contiguous"), ((1, 8, 128, 128), "channels_last")], ids=case_id
 )
 def test_accuracy_of_long_sums(shape, layout, backend, device):
-    """Rounding must not grow with the number of summands as in a sum one by one."""
+    """The rounding error does not grow with the number of summands as it does in a sequential sum."""
     testing.check_accuracy("compatibility_pool", backend, torch.float32, shape=shape, layout=layout, device=device)

@@ -1,4 +1,4 @@
-"""Pooling where it is hard: sharp scores, no channels, one position, NaN."""
+"""Compatibility pooling in difficult cases: large scores, no channels, one position, NaN."""
 
 import math
 
@@ -12,7 +12,7 @@ import attnkern
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=case_id)
 @pytest.mark.parametrize("scale", [1e4, -1e4])
 def test_scores_of_ten_thousand(scale, dtype, backend, device):
-    """The softmax is a choice of one position there; nothing overflows and gradients are exact."""
+    """The softmax chooses one position, nothing overflows, and gradients are exact."""
     local = torch.randn(2, 3, 5, 7, dtype=dtype, device=device)
     local[:, 0] = torch.linspace(-1, 1, 35, device=device).view(5, 7)
     query = torch.tensor([[scale, 0.0, 0.0]] * 2, dtype=dtype, device=device)
@@ -27,7 +27,7 @@ def test_scores_of_ten_thousand(scale, dtype, backend, device):
 
 
 def test_equal_scores_of_any_size_share(backend, device):
-    """Equal scores, however large, are a mean; a common offset of the scores changes nothing."""
+    """Equal scores give the mean, however large they are: a common offset changes nothing."""
     local = torch.randn(2, 3, 4, 5, device=device)
     local[:, 0] = 1
     for score in (0.0, 1e4, -3e4, 1e30):
@@ -38,7 +38,7 @@ def test_equal_scores_of_any_size_share(backend, device):
 
 
 def test_one_position(backend, device):
-    """The attention is 1, so pooling is the identity and the query gets exactly no gradient from it."""
+    """With one position the attention is 1: pooling is the identity and the gradient of the query is exactly zero."""
     local, query = torch.randn(3, 4, 1, 1, device=device), torch.randn(3, 4, device=device)
     found = run("compatibility_pool", {"local": local, "query": query}, through=("pooled",), backend=backend)
     assert torch.equal(found["attention"], torch.ones(3, 1, 1, device=device))
@@ -48,7 +48,7 @@ def test_one_position(backend, device):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_no_channels(shared, backend, device):
-    """Scores of nothing are 0 and the attention is uniform."""
+    """Without channels the scores are 0 and the attention is uniform."""
     query = torch.empty(0, device=device) if shared else torch.empty(3, 0, device=device)
     tensors = {"local": torch.empty(3, 0, 2, 5, device=device), "query": query}
     found = run("compatibility_pool", tensors, backend=backend)
@@ -81,7 +81,7 @@ def test_nan_stays_in_its_image(value, shape, backend, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=case_id)
 def test_large_means_cost_no_digits(dtype, backend, device):
-    """Features after a ReLU have a mean: dq comes from pooled before rounding, not from the rounded output."""
+    """Features after a ReLU have a large mean: dq must use pooled before it is rounded to the output."""
     local = torch.rand(2, 32, 6, 6, device=device).add(3).to(dtype)
     query = torch.randn(2, 32, device=device).mul(0.2).to(dtype)
     tensors, grads = {"local": local, "query": query}, {"pooled": torch.randn(2, 32, device=device).to(dtype)}
@@ -92,7 +92,7 @@ def test_large_means_cost_no_digits(dtype, backend, device):
 
 
 def test_parametrised_compatibility_is_this_function(backend, device):
-    """⟨u, ℓ + g⟩ differs from ⟨u, ℓ⟩ by a constant: the same attention, and g gets no gradient."""
+    """⟨u, ℓ + g⟩ differs from ⟨u, ℓ⟩ by a constant: the attention is the same, and the gradient of g is zero."""
     local, u = torch.randn(2, 5, 3, 4, device=device), torch.randn(5, device=device)
     g = torch.randn(2, 5, device=device, requires_grad=True)
     attention = ((local + g[:, :, None, None]) * u[:, None, None]).sum(1).flatten(1).softmax(1)
@@ -105,8 +105,8 @@ def test_parametrised_compatibility_is_this_function(backend, device):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("channels, size", [(32, (4, 6)), (32, (128, 72)), (200, (7, 7))], ids=case_id)
 def test_parts_of_a_map_without_a_finite_score(channels, size, layout, backend, device):
-    """Scores of half of the positions overflow to -Inf, whole tiles of them: all weight lies on the others. Where there
-    are no others, nothing has a weight: NaN."""
+    """Scores of half of the positions, in whole tiles, overflow to -Inf: the other positions have all the weight. If
+    all scores are -Inf, the result is NaN."""
     local = torch.zeros(3, channels, *size, device=device)
     local[:, :, : size[0] // 2] = -1e20
     local[2] = -1e20

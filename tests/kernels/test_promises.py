@@ -1,4 +1,4 @@
-"""What every kernel promises beside its numbers: layouts, repeatability, independence of the batch, saved memory."""
+"""Promises of the kernels besides their numbers: layouts, repeatability, independence of the batch, saved memory."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ SIZE = (5, 6)
 )
 @every_case
 def test_inputs_and_gradients_in_any_layout(function, options, layout, dtype, backend, device):
-    """All inputs and all gradients sliced, transposed, expanded or misaligned: the numbers of contiguous ones."""
+    """Sliced, transposed, expanded or misaligned inputs and gradients give the numbers of contiguous ones."""
     tensors = make(function, 3, 8, SIZE, dtype=dtype, device=device)
     options = options | {"size": SIZE, "backend": backend}
     grads = upstream(call(function, tensors, **options))
@@ -46,7 +46,7 @@ def test_inputs_and_gradients_in_any_layout(function, options, layout, dtype, ba
 
 @every_function
 def test_a_gradient_in_another_format(function, backend, device):
-    """channels_last features with contiguous gradients, the reverse, and the stride-0 gradient of a sum."""
+    """channels_last features with contiguous gradients, the reverse, and the gradient of a sum, which has stride 0."""
     for layout, grad_layout in (("channels_last", "contiguous"), ("contiguous", "channels_last")):
         tensors = make(function, 2, 8, SIZE, dtype=torch.float32, layout=layout, device=device)
         options = {"size": SIZE, "backend": backend}
@@ -61,7 +61,7 @@ def test_a_gradient_in_another_format(function, backend, device):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("function", ["window_attention", "anchor_attention", "compatibility_pool"])
 def test_results_lie_as_the_features_do(function, layout, backend, device):
-    """output in the features' format, maps contiguous; the kernels write gradients in that format as well."""
+    """The output and its gradient have the memory format of the features; maps are contiguous."""
     tensors = make(function, 2, 8, SIZE, dtype=torch.float32, layout=layout, device=device)
     found = run(function, tensors, backend=backend)
     gradients = () if backend == "reference" else ("grad_x", "grad_local")
@@ -82,7 +82,7 @@ def test_quantized_maps_lie_as_the_map_does(backend, device):
 @pytest.mark.kernels
 @every_function
 def test_operators_take_any_strides(function, backend, device):
-    """An exported program hands an operator whatever it is given, not only the strides that it was traced with."""
+    """An exported program may call an operator with other strides than those it was traced with."""
     tensors = make(function, 3, 8, SIZE, dtype=torch.float32, device=device)
 
     class Module(torch.nn.Module):
@@ -98,7 +98,7 @@ def test_operators_take_any_strides(function, backend, device):
 
 @every_function
 def test_tensors_that_are_only_said_to_be_zero(function, backend, device):
-    """Forward-mode AD makes zeros without storage."""
+    """Forward-mode AD passes zero tensors without storage."""
     tensors = make(function, 2, 8, SIZE, dtype=torch.float32, device=device)
     first = next(iter(tensors))
     zeros = torch.zeros_like(tensors[first])
@@ -109,7 +109,7 @@ def test_tensors_that_are_only_said_to_be_zero(function, backend, device):
 
 @pytest.mark.kernels
 def test_tokens_are_read_where_they_lie(backend, device):
-    """The gradient of a transposed view of tokens comes back as one."""
+    """The gradient of a transposed view of tokens is a transposed view of tokens."""
     tensors = make("compatibility_pool", 2, 8, (11,), dtype=torch.float32, layout="channels_last", device=device)
     found = run("compatibility_pool", tensors, backend=backend)
     assert found["grad_local"].stride() == tensors["local"].stride() == (88, 1, 8)
@@ -129,7 +129,7 @@ ODD = {
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.parametrize("function", ["window_attention", "anchor_attention", "compatibility_pool"])
 def test_strides_that_a_compiler_was_told(function, odd, backend, device):
-    """Results lie in memory as those of the kernels that run without data, whatever lies how."""
+    """Results have the strides that the fake kernels announce, for inputs in any layout."""
 
     def run(device):
         tensors = make(function, 2, 4, SIZE, dtype=torch.float32, device=device)
@@ -166,7 +166,7 @@ class Recorded(TorchDispatchMode):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_features_in_either_layout_are_not_copied(layout):
-    """On their way into what is written in Python; the results alone would not tell."""
+    """Python code makes no copies before the kernels, which the results alone would not show."""
     x, grad, rectangle = (lay(torch.randn(2, 3, 4, 5), layout) for _ in range(3))
     seen = []
     kernel = in_layout(
@@ -187,13 +187,13 @@ every_layout = pytest.mark.parametrize("layout", ["contiguous", "channels_last"]
 
 
 def per_image(found):
-    """Results that belong to one image each."""
+    """The results that have one part per image."""
     summed = ("anchor_loss", "commitment_loss", "counts", "grad_anchors")
     return {name: result for name, result in found.items() if name not in summed}
 
 
 def without_means(options):
-    """A mean divides by the whole batch: per-image gradients are those of sums."""
+    """Options under which the gradients of an image do not depend on the batch: a mean divides by its size."""
     return options | {"reduction": "sum"} if "reduction" in options else options
 
 
@@ -203,7 +203,7 @@ def without_means(options):
 @every_shape
 @every_case
 def test_bitwise_repeatable(function, options, n, c, size, layout, dtype, backend, device):
-    """From run to run, from any storage offset, on any number of threads: the same bits."""
+    """The bits are the same in every run, at any storage offset and with any number of threads."""
     tensors = make(function, n, c, size, dtype=dtype, layout=layout, device=device)
     options = options | {"size": size, "backend": backend}
     grads = upstream(call(function, tensors, **options))
@@ -226,7 +226,7 @@ def test_bitwise_repeatable(function, options, n, c, size, layout, dtype, backen
 @every_shape
 @every_case
 def test_an_image_does_not_depend_on_its_batch(function, options, n, c, size, layout, dtype, backend, device):
-    """Alone, or elsewhere in a larger batch, an image and its gradients have the same bits."""
+    """The results and gradients of an image have the same bits alone and at any place of a larger batch."""
     options = without_means(options | ({"reduction": "sum"} if function.startswith("anchor") else {}))
     options |= {"size": size, "backend": backend}
     tensors = make(function, n, c, size, dtype=dtype, layout=layout, device=device)
@@ -251,7 +251,7 @@ def test_an_image_does_not_depend_on_its_batch(function, options, n, c, size, la
 @half_and_float
 @every_function
 def test_nothing_of_feature_size_is_saved(function, dtype, layout, backend, device):
-    """Backward keeps the inputs themselves and nothing else as large as the features."""
+    """Autograd saves the inputs and nothing else as large as the features."""
     n, c, size = 2, 64, (6, 5)
     tensors = make(function, n, c, size, dtype=dtype, layout=layout, device=device)
     inputs = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
@@ -266,5 +266,5 @@ def test_nothing_of_feature_size_is_saved(function, dtype, layout, backend, devi
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         results = call(function, leaves, size=size, backend=backend)
     assert results
-    # One map with its indices, statistics, and pooled features: a few numbers a position and one a channel.
+    # A map with its indices, statistics and pooled features: a few numbers per position and one per channel.
     assert sum(tensor.numel() for tensor in saved) <= n * (2 * size[0] * size[1] + c + 7) + 16, saved

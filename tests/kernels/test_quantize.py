@@ -13,7 +13,7 @@ import attnkern
 
 
 def check_exact(a, anchors, backend, function="anchor_quantize"):
-    """Indices, values and counts against exact arithmetic."""
+    """Compare indices, values and counts with exact arithmetic."""
     if function == "anchor_attention":
         a = a.view(1, 1, 1, -1)
         tensors = {"x": torch.ones(1, 2, 1, a.numel(), dtype=a.dtype, device=a.device), "a": a, "anchors": anchors}
@@ -74,7 +74,7 @@ def test_traps(a, anchors, function, dtype, backend, device):
 @pytest.mark.parametrize("order", ["ascending", "descending"])
 @every_dtype
 def test_anchors_one_ulp_apart(order, dtype, backend, device):
-    """Each neighbour is its own nearest; between numbers two ulps apart the midpoint is a tie."""
+    """Anchors one ulp apart are nearest to themselves; the midpoint of anchors two ulps apart is a tie."""
     chain = ulps(0.7, 9, dtype)
     for anchors in (chain, chain[::2], [0.1, *chain[::4]]):
         anchors = anchors if order == "ascending" else anchors[::-1]
@@ -102,7 +102,7 @@ def test_every_half_precision_number(companion, backend, device, interpreted):
 
 @every_dtype
 def test_random_neighbours_of_midpoints(dtype, backend, device):
-    """Elements within an ulp or two of where two random anchors meet."""
+    """Elements within two ulps of the midpoint of two random anchors."""
     anchors = torch.rand(33, dtype=torch.float64).mul(4).sub(1).to(dtype)
     ordered = anchors.sort().values
     middle = ((ordered[1:].double() + ordered[:-1].double()) / 2).to(dtype)
@@ -117,7 +117,7 @@ def test_random_neighbours_of_midpoints(dtype, backend, device):
 @pytest.mark.parametrize("function", ["anchor_quantize", "anchor_attention"])
 @every_dtype
 def test_nan_and_infinite_elements(function, dtype, backend, device):
-    """NaN: NaN value, index 0, no count. ±Inf: the extreme anchor. Finite neighbours are not touched."""
+    """NaN gives value NaN, index 0 and no count, ±Inf the extreme anchor; finite elements are not affected."""
     a = torch.tensor([0.2, math.nan, math.inf, -math.inf, 0.9, math.nan], dtype=dtype, device=device)
     found = check_exact(a, torch.tensor([0.5, 1.0, 0.0, 1.0], dtype=dtype, device=device), backend, function)
     assert found["indices"].flatten().tolist() == [2, 0, 1, 2, 1, 0]
@@ -145,7 +145,7 @@ def test_infinite_anchors_attract_only_infinities(anchors, dtype, backend, devic
 
 
 def test_nan_gradients_stay_with_their_elements(backend, device):
-    """An element that is NaN or Inf has a gradient of its own; its neighbours' are those of a clean map."""
+    """A NaN or Inf element does not change the gradients of the other elements."""
     x, a = torch.randn(1, 3, 2, 4, device=device), torch.rand(1, 1, 2, 4, device=device)
     tensors = {"x": x, "a": a, "anchors": torch.tensor([0.2, 0.8], device=device)}
     through = ("output", "values")
@@ -178,7 +178,7 @@ def test_any_shape_with_n_first(shape, backend, device):
 
 
 def test_each_loss_moves_its_own(backend, device):
-    """anchor_loss moves the anchors only, commitment_loss a only, values a only and with slope 1."""
+    """anchor_loss has a gradient for the anchors only, commitment_loss for a only, values for a only, with slope 1."""
     tensors = {"a": torch.rand(3, 7, device=device), "anchors": torch.rand(4, device=device)}
     moved = {}
     for through in ("anchor_loss", "commitment_loss", "values"):
@@ -204,7 +204,7 @@ def test_gradient_through_values_is_one_even_where_nothing_is_finite(backend, de
 
 
 def test_close_elements_cancel_no_digits(backend, device):
-    """Σ(v - a) is summed as it is: Q·v - Σa would keep few digits of residuals this small."""
+    """Σ(v - a) is summed directly: Q·v - Σa would lose most digits of such small residuals."""
     a = (0.5 + 1e-5 * torch.randn(64, 100, dtype=torch.float64)).float().to(device)
     tensors = {"a": a, "anchors": torch.tensor([0.5, 0.9], device=device)}
     grads = {"anchor_loss": torch.ones((), device=device)}
@@ -216,7 +216,7 @@ def test_close_elements_cancel_no_digits(backend, device):
 
 
 def test_every_midpoint_in_exact_arithmetic(backend, device):
-    """Anchors from denormals to the largest numbers; elements at and beside their midpoints."""
+    """Anchors from denormals to the largest numbers, with elements at and next to their midpoints."""
     if backend == "triton":
         pytest.skip("has no float64")
     random = Random(0)
@@ -234,7 +234,7 @@ def test_every_midpoint_in_exact_arithmetic(backend, device):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=case_id)
 def test_halves_round_to_even(dtype, layout, backend, device):
-    """Numbers in the middle of two of a half type, over and under, of either sign, in every binade."""
+    """Midpoints of neighbouring numbers of a half type, slightly above and below, of both signs, in every binade."""
     step = torch.finfo(dtype).eps / 2
     middle = 1 + step * torch.arange(1, 16, 2)
     beside = torch.cat([torch.nextafter(middle, torch.tensor(bound)) for bound in (0.0, 2.0)])
@@ -248,7 +248,7 @@ def test_halves_round_to_even(dtype, layout, backend, device):
 @pytest.mark.parametrize("position", [0, 1, 33, 47])
 @pytest.mark.parametrize("function", ["anchor_quantize", "anchor_attention"])
 def test_a_nan_element_reaches_the_loss_and_the_first_anchor(function, position, backend, device):
-    """Its index is 0: so is the anchor whose gradient it spoils, wherever it lies, and no other."""
+    """A NaN element has index 0, so it makes the gradient of anchor 0 NaN, and no other."""
     tensors = make(function, 2, 3, (4, 6), dtype=torch.float32, device=device)
     tensors["a"].view(-1)[position] = torch.nan
     grads = {"anchor_loss": torch.tensor(0.7, device=device)}

@@ -18,7 +18,7 @@ SIZE = (3, 4)
 
 @every_function
 def test_features_elsewhere_than_their_companions(function, backend, device):
-    """The features on meta and the rest here: named before anything runs (the other way round: test_errors)."""
+    """With the features on meta, the error names the first other argument (the reverse case: test_errors)."""
     tensors = make(function, dtype=torch.float32, device=device)
     first, *rest = tensors
     moved = tensors | {first: tensors[first].to("meta")}
@@ -35,8 +35,8 @@ def test_features_elsewhere_than_their_companions(function, backend, device):
 
 @large
 def test_eight_threads_at_once(backend, device):
-    """Forward and backward of every function in 8 Python threads, each many times: the bits of one thread alone."""
-    # Large enough that each call is threaded itself and that calls overlap.
+    """Forward and backward of every function, many times in 8 Python threads, give the bits of one thread."""
+    # Large enough that a call uses several threads and that calls overlap.
     work = [
         (case, make(case[0], 2, 24, (17, 19), dtype=torch.float32, device=device, seed=seed), {"size": (17, 19)})
         for seed, case in enumerate(CASES)
@@ -59,7 +59,7 @@ def test_eight_threads_at_once(backend, device):
 
 
 class Attended(torch.utils.data.Dataset):
-    """What data loading may do with the functions: pooled features of an image, and a gradient."""
+    """Calls every function, with a gradient, in the workers of a DataLoader."""
 
     def __init__(self, backend):
         self.backend = backend
@@ -79,7 +79,7 @@ class Attended(torch.utils.data.Dataset):
 @large
 @pytest.mark.skipif(sys.platform == "win32" or torch.cuda.is_initialized(), reason="CUDA does not survive a fork")
 def test_forked_workers_of_a_data_loader(backend):
-    """After the parent has used the functions on several threads of its own."""
+    """Workers are forked after the parent has used the functions with several threads."""
     data, threads = Attended(backend), torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -1,4 +1,4 @@
-"""The window where it is hard: vanishing and enormous rectangles, windows off the image, single rows, aspect."""
+"""The window in difficult cases: tiny and enormous rectangles, windows off the image, single rows, aspect."""
 
 import math
 
@@ -16,7 +16,7 @@ def rectangle(*parameters, dtype=torch.float64, device="cpu"):
 
 
 def attend(r, backend, size=(5, 7), **options):
-    """Everything that window_attention gives for one rectangle on ordinary features."""
+    """Results and gradients of window_attention for one rectangle and ordinary features."""
     x = torch.randn(1, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     return run("window_attention", {"x": x.to(r), "rectangle": r}, backend=backend, **options)
 
@@ -51,7 +51,7 @@ def test_hard_rectangles(parameters, dtype, backend, device):
 @every_dtype
 @pytest.mark.parametrize("extent", [0.0, 1e-7, -1e-9])
 def test_vanishing_extents_have_a_floor(extent, dtype, backend, device):
-    """|σ| below 1e-6 is 1e-6, with zero gradient; the other parameters keep theirs."""
+    """|σ| below 1e-6 is treated as 1e-6 and has gradient zero; the other gradients do not change."""
     found = attend(rectangle(0.52, 0.31, extent, 0.3, 0.2, dtype=dtype, device=device), backend)
     floored = attend(rectangle(0.52, 0.31, 1e-6, 0.3, 0.2, dtype=dtype, device=device), backend)
     assert found["map"].isfinite().all()
@@ -67,7 +67,7 @@ def test_vanishing_extents_have_a_floor(extent, dtype, backend, device):
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("mu, sigma", [(1e9, 1e-6), (-1e12, 1e-3), (1e15, 1.0)])
 def test_finite_up_to_1e15(mu, sigma, rescale, dtype, backend, device):
-    """|μ|/|σ| up to 1e15: a finite map, and it still has mean 1 when rescaled."""
+    """Up to |μ|/|σ| of 1e15 the map is finite, and has mean 1 when rescaled."""
     r = rectangle(mu, 0.5, sigma, 0.3, 0.1, dtype=dtype, device=device)
     map = attnkern.window_map(r, (4, 5), rescale=rescale, backend=backend)
     assert map.isfinite().all()
@@ -77,7 +77,7 @@ def test_finite_up_to_1e15(mu, sigma, rescale, dtype, backend, device):
 @pytest.mark.parametrize("index", range(5))
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
 def test_beyond_that_never_a_crash(value, index, backend, device):
-    """NaN and Inf stay in their image; the next image does not see them."""
+    """NaN and Inf in one image do not reach the next."""
     rectangles = torch.full((2, 5), 0.5, device=device)
     clean = attnkern.window_map(rectangles, (3, 4), backend=backend)[1]
     rectangles[0, index] = value
@@ -106,7 +106,7 @@ def test_nan_in_features_reaches_what_depends_on_it(value, backend, device):
 @every_dtype
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1)])
 def test_an_axis_of_length_one_sits_at_a_half(size, dtype, backend, device):
-    """One row is the middle row of three on the same rectangle (before rescaling), wherever the rectangle lies."""
+    """A map of one row equals the middle row of a map of three rows, before rescaling, for any rectangle."""
     r = rectangle(0.3, 0.6, 0.25, 0.4, 0.7, dtype=dtype, device=device)
     three = [3 if length == 1 else length for length in size]
     whole = attnkern.window_map(r, three, rescale=False, backend=backend)
@@ -116,7 +116,7 @@ def test_an_axis_of_length_one_sits_at_a_half(size, dtype, backend, device):
 
 @every_dtype
 def test_the_rectangle_is_rotated_rows_before_columns(dtype, backend, device):
-    """At a quarter turn the half height lies along the columns; f is Λ(6)² at the centre and Λ(0)Λ(6) on an edge."""
+    """After a quarter turn the half height is along the columns; f is Λ(6)² at the centre and Λ(0)Λ(6) on an edge."""
     r = rectangle(0.5, 0.5, 0.5, 0.25, math.pi / 2, dtype=dtype, device=device)
     map = attnkern.window_map(r, (9, 9), rescale=False, backend=backend)[0].double()
     inside, edge = 1 / (1 + math.exp(-6)), 0.5
@@ -131,7 +131,7 @@ def test_the_rectangle_is_rotated_rows_before_columns(dtype, backend, device):
 
 @every_dtype
 def test_aspect_keeps_a_rectangle_rigid(dtype, backend, device):
-    """On a map twice as wide, a quarter turn moves an edge as many pixels as there were before it."""
+    """With aspect, a quarter turn keeps the distance of an edge in pixels, on a map twice as wide as high."""
     upright = rectangle(0.5, 0.5, 0.1, 0.25, 0.0, dtype=dtype, device=device)
     turned = rectangle(0.5, 0.5, 0.1, 0.25, math.pi / 2, dtype=dtype, device=device)
     first, second = (
@@ -144,7 +144,7 @@ def test_aspect_keeps_a_rectangle_rigid(dtype, backend, device):
 
 @pytest.mark.parametrize("aspect", [False, True])
 def test_corners_lie_on_two_edges(aspect):
-    """At a corner both factors are Λ(0) = 1/2: a map so fine that corners are pixels shows f = 1/4 there."""
+    """At a corner of the rectangle both factors are Λ(0) = 1/2, so f = 1/4."""
     r, size = rectangle(0.5, 0.4, 0.15, 0.2, 0.6), (601, 401)
     map = attnkern.window_map(r, size, rescale=False, aspect=aspect)[0]
     corners = attnkern.rectangle_corners(r, size, aspect=aspect)[0]
@@ -164,8 +164,8 @@ def test_corners_on_an_axis_without_extent():
 @pytest.mark.parametrize("size", [(10, 10), (40, 45)], ids=case_id)
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 @pytest.mark.parametrize("sigma", [0.3, 0.03, 0.01, 1e-3, 1e-6])
-def test_gradients_of_thin_windows_know_nothing_of_the_mean(sigma, mean, size, backend, device, interpreted):
-    """Neither a large mean of the incoming gradient nor steep slopes may leave rounding noise behind."""
+def test_gradients_of_thin_windows_do_not_depend_on_the_mean(sigma, mean, size, backend, device, interpreted):
+    """A large mean of the incoming gradient or steep slopes do not add rounding noise."""
     g = torch.Generator().manual_seed(0)
     n = 4 if interpreted else 64
     r = torch.rand(n, 5, generator=g)
@@ -178,5 +178,5 @@ def test_gradients_of_thin_windows_know_nothing_of_the_mean(sigma, mean, size, b
         return torch.autograd.grad(map, r, upstream.to(map))[0].double()
 
     exact = gradient(r.double(), "reference")
-    # In float32 the weights of a thin window's few positions are themselves uncertain by some thousandths.
+    # In float32 the weights of the few positions of a thin window are uncertain by some thousandths.
     assert (gradient(r, backend) - exact).abs().max() <= 5e-3 * exact.abs().max() + 1e-6

@@ -1,4 +1,4 @@
-"""The CPU sources for aarch64: they compile without a warning, and QEMU computes the scalar mathematics alike."""
+"""On aarch64 the CPU sources compile without warnings, and the scalar mathematics is the same under QEMU."""
 
 import math
 import os
@@ -38,7 +38,7 @@ def test_compiles_without_warnings(source, tmp_path):
 
 @pytest.mark.skipif(QEMU is None, reason="needs qemu-aarch64-static")
 def test_scalar_mathematics(tmp_path):
-    """The same bits, but for double's elementary functions, which are the C library's."""
+    """The same bits, except for the elementary functions in double, which are those of the C library."""
     program = "tests/scalar_math/print.cpp"
     compile_for(os.environ.get("CXX", "g++"), tmp_path / "here", program)
     compile_for(COMPILER, tmp_path / "there", "-static", program)

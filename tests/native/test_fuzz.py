@@ -1,4 +1,4 @@
-"""Random calls against float64 (fuzz.py) and many random shapes (soak.py); planted faults are found.
+"""Random calls against float64 (fuzz.py) and many random shapes (soak.py), which find planted faults.
 
 ATTNKERN_FUZZ_SEED repeats a run.
 """
@@ -20,7 +20,7 @@ KERNELS = [name for name in BACKENDS if name != "reference"]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_any_call(function):
+def test_any_call(function, request):
     print(f"ATTNKERN_FUZZ_SEED={fuzz.SEED}")
     seen, totals = 0, torch.zeros(2)
 
@@ -30,10 +30,11 @@ def test_any_call(function):
             seen += 1
             totals.add_(torch.tensor(counts))
 
-    failure = fuzz.find(EXAMPLES, functions=(function,), backends=BACKENDS, watch=watch)
+    examples = EXAMPLES // 4 if request.config.getoption("quick") else EXAMPLES
+    failure = fuzz.find(examples, functions=(function,), backends=BACKENDS, watch=watch)
     if failure is not None:
         pytest.fail(f"{failure[1]}\n{fuzz.repro(failure[0])}\nATTNKERN_FUZZ_SEED={fuzz.SEED}")
-    assert seen >= EXAMPLES
+    assert seen >= examples
     assert INTERPRETED or totals[0] > 0.6 * totals.sum(), f"only {totals[0] / totals.sum():.0%} of results had a bound"
 
 
@@ -45,7 +46,7 @@ def shifted(results, at, by):
 
 
 def forgets_strides(results, x, *_):
-    """As if x were read in the order of a contiguous tensor."""
+    """A fault: x is read as if it were contiguous."""
     contiguous = torch.empty(x.shape, device="meta").stride()
     holds_all = x.untyped_storage().nbytes() >= (x.storage_offset() + x.numel()) * x.element_size()
     wrong = x.as_strided(x.shape, contiguous) if holds_all else x
@@ -53,7 +54,7 @@ def forgets_strides(results, x, *_):
 
 
 def leaks(results, *_):
-    """One image's NaN reaches the last image."""
+    """A fault: NaN in the first image reaches the last one."""
     results[0][-1:] += 0 * results[0][:1]
     return results
 
@@ -82,6 +83,7 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.skipif(INTERPRETED, reason="hundreds of interpreted calls")
 def test_planted_faults_are_found(fault, monkeypatch, capsys):
@@ -102,6 +104,7 @@ def test_planted_faults_are_found(fault, monkeypatch, capsys):
 # --- soak ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_soak():
     broken, line = soak.soak(40 if INTERPRETED else 900, backends=BACKENDS)
@@ -109,6 +112,7 @@ def test_soak():
     assert not broken, broken
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or sys.platform != "linux", reason="many calls; /proc")
 def test_soak_finds_what_is_planted(monkeypatch):
     handles = _ops.BACKENDS[KERNELS[0]]

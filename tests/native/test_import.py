@@ -22,12 +22,12 @@ PACKAGE = Path(attnkern.__file__).parent
 LIBRARY = next(PACKAGE.glob("_C.*so"), None)
 needs_library = pytest.mark.skipif(LIBRARY is None, reason="attnkern/_C is not built")
 
-#: makes a module as absent as one that was never installed
+#: hides a module as if it were not installed
 WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 
 def python(code, folder=None, **environment):
-    """Standard output of ``code`` in a process of its own, with ``attnkern`` from ``folder``."""
+    """Run ``code`` in a new process with ``attnkern`` from ``folder`` and return its output."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("ATTNKERN_") and k != "TRITON_INTERPRET"}
     inherited["PYTHONPATH"] = str(folder or PACKAGE.parent)
     done = subprocess.run(
@@ -46,7 +46,7 @@ def copy(tmp_path):
 
 # --- missing parts ---------------------------------------------------------------------------------------------------
 
-#: everything works by the reference, and asking for what is missing says so
+#: the reference runs everything, and naming a missing backend is an error
 DEGRADED = """
 import torch, attnkern
 x, rectangle = torch.ones(2, 3, 4, 5, requires_grad=True), torch.full((2, 5), 0.5)
@@ -65,11 +65,13 @@ NOT_BUILT = "backend: 'native' cannot run torch.float32 on cpu: attnkern/_C is n
 NO_TRITON = "backend: 'triton' cannot run torch.float32 on cpu: Triton is not installed: pip install triton"
 
 
+@pytest.mark.slow
 @needs_library
 def test_without_triton():
     assert python(WITHOUT_TRITON + DEGRADED).splitlines() == ["native runs", NO_TRITON]
 
 
+@pytest.mark.slow
 def test_without_the_library(copy):
     native, triton = python(DEGRADED, copy).splitlines()
     assert native.startswith(NOT_BUILT)
@@ -84,7 +86,7 @@ def test_without_both(copy):
 
 @needs_library
 def test_a_library_for_other_schemas_is_refused(copy):
-    """The same binary with another hash in it: not loaded, with a reason."""
+    """A library with another hash is not loaded, and the reason is given."""
     other = LIBRARY.read_bytes().replace(_schemas.HASH.encode(), b"0" * len(_schemas.HASH))
     (copy / "attnkern" / LIBRARY.name).write_bytes(other)
     native, _ = python(DEGRADED, copy).splitlines()
@@ -102,7 +104,7 @@ def test_a_library_that_does_not_load_says_why(copy, content):
 @pytest.mark.skipif(shutil.which("nm") is None, reason="binutils are not installed")
 @pytest.mark.parametrize("library", sorted(path.name for path in PACKAGE.glob("_C*.so")))
 def test_libraries_keep_their_symbols_to_themselves(library):
-    """PyTorch loads them into one namespace: the first would lend its functions to the second."""
+    """PyTorch loads both into one namespace, where the first would replace functions of the second."""
     listed = subprocess.run(
         ["nm", "-DC", "--defined-only", PACKAGE / library], capture_output=True, text=True, check=True
     )
@@ -131,7 +133,7 @@ except AttributeError as error:
     ]  # fmt: skip
 
 
-#: as notebooks, hosts of plugins and reloaders do it
+#: as notebooks, plugin hosts and reloaders do
 CLEAR = """
 for name in [name for name in sys.modules if name.split(".")[0] == "attnkern"]:
     del sys.modules[name]
@@ -142,7 +144,7 @@ gc.collect()
 
 @needs_library
 def test_imported_again_after_its_modules_were_cleared():
-    """What was made before goes on, and what is imported again runs on the same operators."""
+    """Objects made before still work, and the module imported again uses the same operators."""
     code = f"""
 import gc, sys, torch, attnkern
 x, rectangle = torch.rand(2, 3, 4, 5, requires_grad=True), torch.full((2, 5), 0.5)
@@ -162,6 +164,7 @@ assert type(attnkern.nn.WindowAttention(3)) is not type(module)
     python(code)
 
 
+@pytest.mark.slow
 def test_imported_again_as_another_version():
     code = f"""
 import gc, sys, torch, attnkern
@@ -172,7 +175,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    expected = "attnkern: another version of it was imported in this process before: restart the process"
+    expected = "attnkern: another version was imported earlier in this process: restart the process"
     assert python(code) == expected
 
 
@@ -180,7 +183,7 @@ except ImportError as error:
 
 
 def test_import_is_quick_and_touches_nothing():
-    """Nothing but torch is imported, no CUDA started, and at most twice as many functions are called as when 7,100 in
+    """Only torch is imported, CUDA is not initialised, and at most twice as many functions are called as when 7,100 in
     Python and 10,800 in C took 35 ms."""
     code = """
 import sys, torch
@@ -203,7 +206,7 @@ print(calls)
 
 @needs_library
 def test_denormals_and_nan_survive_in_every_thread():
-    """Importing and running leaves the floating-point mode alone: the main thread, PyTorch's threads, new ones."""
+    """Importing and running do not change the floating-point mode of the main, PyTorch's or new threads."""
     code = """
 import math, threading, torch, attnkern
 
@@ -240,7 +243,7 @@ print("intact")
 
 @needs_library
 def test_denormal_numbers_are_numbers():
-    """Not flushed by the kernels either: features of 1e-40 come out doubled, and pooled."""
+    """The kernels do not flush them either: features of 1e-40 are doubled and pooled."""
     x = torch.full((1, 4, 3, 3), 1e-40)
     output = attnkern.anchor_attention(x, torch.ones(1, 1, 3, 3), torch.ones(1), backend="native").output
     assert torch.equal(output, x + x)
@@ -254,7 +257,7 @@ SETS = {"DEFAULT": ["baseline"], "AVX2": ["baseline", "avx2"], "AVX512": ["basel
 
 
 def core():
-    """Checks every kernel's vector bodies and tails on the native backend; a digest of the bits it computed."""
+    """Check the vector bodies and tails of every CPU kernel and return a digest of their results."""
     digest = hashlib.sha256()
     for function, (c, size), layout, dtype in itertools.product(
         FUNCTIONS, ((3, (1, 1)), (67, (7, 7)), (40, (15, 17))), ("contiguous", "channels_last"), TOLERANCES
@@ -265,9 +268,10 @@ def core():
     return digest.hexdigest()
 
 
+@pytest.mark.slow
 @needs_library
 def test_each_instruction_set_is_right():
-    """ATTNKERN_CPU_ISA: the sets of this processor agree with the reference; their bits differ, so each one ran."""
+    """Each set in ATTNKERN_CPU_ISA agrees with the reference; their bits differ, which shows that each one ran."""
     code = "import test_import; print(test_import.core())"
     here = Path(__file__).parent
     folders = os.pathsep.join(map(str, (here, here.parent, PACKAGE.parent)))
@@ -282,7 +286,7 @@ def test_each_instruction_set_is_right():
 
 POLICY = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
-#: prints the ranges of memory that are advised, and the whole pages inside outputs and gradients of at least 4 MiB
+#: prints the ranges passed to madvise, and the whole pages of outputs and gradients of at least 4 MiB
 ADVISED = """
 import json, re, resource, torch, attnkern
 
@@ -324,11 +328,12 @@ print(json.dumps([joined(advised), joined(large), len(large)]))
 """
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.skipif(not POLICY.exists(), reason="this kernel has no transparent huge pages")
 @pytest.mark.parametrize("asked", [None, "0", "1"])
 def test_large_outputs_ask_for_huge_pages(asked):
-    """Every page inside one, and no other; only under the policy "madvise", and not with the variable at 0."""
+    """Exactly the whole pages are advised, only under the policy "madvise" and unless the variable is 0."""
     environment = {} if asked is None else {"ATTNKERN_HUGE_PAGES": asked}
     advised, large, count = json.loads(python(ADVISED, **environment))
     # Two of window_attention, two of anchor_attention, one of compatibility_pool, four of anchor_quantize.

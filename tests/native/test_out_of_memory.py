@@ -1,4 +1,4 @@
-"""Memory that ends in the compiled operators: PyTorch's own exception, wherever it ends, and nothing corrupted."""
+"""Each failed allocation in the compiled operators raises PyTorch's own exception and corrupts nothing."""
 
 import ctypes
 import functools
@@ -25,7 +25,7 @@ LAYOUTS = ("contiguous", "sliced")
 
 @pytest.mark.parametrize("function", ["window_attention", "anchor_attention", "compatibility_pool"])
 def test_as_pytorch_itself(function):
-    """Features that no memory holds: the exception of a PyTorch tensor of that size, with the same message."""
+    """Features too large for any memory raise the same exception and message as a PyTorch tensor of that size."""
     tensors = make(function, 1, 1, SIZE, dtype=torch.float32, device=DEVICE)
     features = next(iter(tensors))
     tensors[features] = tensors[features].expand(1, 2**44, *SIZE)
@@ -36,13 +36,13 @@ def test_as_pytorch_itself(function):
     with pytest.raises(expected.type) as found:
         call(function, tensors, backend="native")
     assert type(found.value) is type(expected.value)
-    if DEVICE.type == "cpu":  # on a GPU it counts what is allocated
+    if DEVICE.type == "cpu":  # on a GPU the message has the allocated memory
         assert str(found.value) == str(expected.value)
 
 
 @pytest.fixture(scope="module")
 def no_memory(tmp_path_factory):
-    """The library of no_memory.cpp."""
+    """no_memory.cpp, compiled."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("needs a C++ compiler")
@@ -57,7 +57,7 @@ def no_memory(tmp_path_factory):
 
 
 def scarce(library: Path) -> None:
-    """Each tensor of each function in turn is the one that there is no memory for; prints how many there are."""
+    """Let the allocation of each tensor of each function fail once; prints the number of tensors."""
     left = ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "tensors_left")
 
     def ends(compute):
@@ -96,9 +96,10 @@ def scarce(library: Path) -> None:
         print("compiled", "contiguous", ends(lambda: compiled(torch.ones(2, 3, 4, 6), torch.ones(2, 5))), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU, test_device.py takes the memory away")
 def test_every_tensor_of_every_operator(no_memory):
-    """Out of memory is torch.OutOfMemoryError, forward and backward, in compiled graphs too; the next call is right."""
+    """torch.OutOfMemoryError is raised in forward, backward and compiled graphs, and the next call is correct."""
     code = f"import ctypes; ctypes.CDLL({str(no_memory)!r}, ctypes.RTLD_GLOBAL)\n"  # before PyTorch
     code += f"from pathlib import Path; import test_out_of_memory; test_out_of_memory.scarce(Path({str(no_memory)!r}))"
     folders = os.pathsep.join(map(str, (HERE, TESTS, TESTS.parent)))
@@ -116,5 +117,5 @@ def test_every_tensor_of_every_operator(no_memory):
         forward, backward = counts[function, "contiguous"]
         assert forward >= 2
         assert backward >= 1
-        assert counts[function, "sliced"][0] > forward  # a copy of what lies otherwise
+        assert counts[function, "sliced"][0] > forward  # a copy in another layout
     assert counts["compiled", "contiguous"][0] == counts["window_attention", "contiguous"][0]

@@ -1,4 +1,4 @@
-"""The scalar mathematics that CPU and CUDA kernels share, in units in the last place and at its edges."""
+"""The scalar mathematics that CPU and CUDA kernels share: errors in units in the last place, and extreme arguments."""
 
 import importlib.util
 import math
@@ -39,7 +39,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(params=TYPES)
 def precision(request, built):
-    """The functions of one precision, and its dtype."""
+    """The functions in one precision, and its dtype."""
     return getattr(built, request.param), TYPES[request.param]
 
 
@@ -78,7 +78,7 @@ def test_log1p_unit(precision):
 
 
 def test_log_sigmoid_and_its_complement(precision):
-    """log Λ(p) and Λ(-p), without overflow, cancellation or a wrong sign anywhere."""
+    """log Λ(p) and Λ(-p) do not overflow, cancel or have a wrong sign."""
     f, dtype = precision
     p = np.concatenate([np.linspace(-80, 80, 200_001), np.linspace(-1e-3, 1e-3, 1001)]).astype(dtype)
     wide = p.astype(np.longdouble)
@@ -133,7 +133,7 @@ def test_the_floor_of_an_extent_has_no_slope(precision):
 
 
 def test_thresholds_are_the_smallest_numbers_that_prefer_hi(built):
-    """In exact arithmetic the threshold is nearer to hi, or as near where hi comes first; its predecessor is not."""
+    """In exact arithmetic the threshold is nearer to hi, or a tie that hi wins; its predecessor is not."""
     generator = np.random.default_rng(1)
     lo = generator.uniform(-1, 1, 500)
     ulp = np.spacing(np.abs(lo))
@@ -184,7 +184,7 @@ def test_softmax_weight(precision):
     assert f.softmax_weight(dtype(2), dtype(2)) == 1
     assert f.softmax_weight(dtype(-1e4), dtype(1e4)) == 0
     assert f.softmax_weight(-infinity, dtype(0)) == 0
-    assert f.softmax_weight(-infinity, -infinity) == 0  # nothing has been seen yet
+    assert f.softmax_weight(-infinity, -infinity) == 0  # before the first score
     assert math.isnan(f.softmax_weight(dtype(math.nan), dtype(0)))
     assert math.isnan(f.softmax_weight(infinity, infinity))
 

@@ -1,4 +1,4 @@
-"""Rectangles as measurements: transformed rectangles are where the transformed images show them."""
+"""Equivariance of rectangles: transformed rectangles match the transformed images."""
 
 import math
 
@@ -12,13 +12,14 @@ from attnkern.evaluation import (
     equivariance_distance,
     equivariance_errors,
     fitting_rate,
+    jaccard,
     missing_rate,
     rectangle_mask,
     transform_images,
     transform_rectangle,
 )
 
-#: Off the centre, longer than wide, turned: any wrong sign shows.
+#: Off centre, elongated and rotated, so that any wrong sign is detected.
 RECTANGLE = [0.42, 0.56, 0.2, 0.09, 0.4]
 
 
@@ -48,7 +49,7 @@ def test_a_transformed_image_shows_the_transformed_rectangle(transformation, siz
 
 
 def test_the_parts_follow_in_order():
-    """A rotation, then a scaling, then a shift: one after the other as at once."""
+    """A rotation, scaling and shift in sequence equal one combined transformation."""
     rectangle = torch.tensor([RECTANGLE], dtype=torch.float64)
     for size in (None, (7, 12)):
         steps = rectangle
@@ -134,7 +135,7 @@ def test_distances_know_the_period_of_the_angle():
 
 
 def brightness(images):
-    """Rectangle about the bright part: its mean, and ± fixed sizes; exact where nothing leaves the image."""
+    """A rectangle of fixed size around the mean of the bright part; exact if it stays on the image."""
     n, _, height, width = images.shape
     mass = images.mean(1)
     mass = mass / mass.sum((1, 2), keepdim=True)
@@ -170,7 +171,7 @@ def test_errors_in_pixels_of_dark_objects():
 
 
 def test_errors_of_rectangles_that_follow_are_nothing_else_than_zero():
-    """A network that reads where its image shows a rectangle has no error; one that does not move has this one."""
+    """A network that measures the rectangle in the image has no error; a constant one has a known error."""
     fixed = torch.tensor([[0.5, 0.5, 0.2, 0.1, 0.0]])
     images = torch.ones(3, 1, 9, 17)
     still = equivariance_errors(lambda x: fixed.expand(len(x), 5), images, aspect=True, normalise=lambda x: x - 1)
@@ -257,11 +258,10 @@ WRONG = [
     wrong(TypeError, "rectangle must be float32, bfloat16, float16 or float64, got int64",
           rectangle_mask, rectangle.long(), (2, 2)),
     wrong(ValueError, "size must be (H, W), got (2, 2, 2)", rectangle_mask, rectangle, (2, 2, 2)),
-    wrong(TypeError, "aspect must be True or False, got 1", rectangle_mask, rectangle, (2, 2), 1),
     wrong(TypeError, "predicted must be a Tensor of bool, got int64", catching_rate, masks.long(), masks),
     wrong(ValueError, "target must be (2, 3, 4) (as predicted), got shape (2, 3, 3)",
-          missing_rate, masks, masks[:, :, :3]),
-    wrong(ValueError, "predicted must be (N, H, W), got shape (3, 4)", fitting_rate, masks[0], masks[0]),
+          catching_rate, masks, masks[:, :, :3]),
+    wrong(ValueError, "predicted must be (N, H, W), got shape (3, 4)", jaccard, masks[0], masks[0]),
     wrong(ValueError, "angle must be () or (2,), got shape (3,)", transform_rectangle, rectangle, torch.ones(3)),
     wrong(ValueError, "scale must be positive and finite, got 0", transform_rectangle, rectangle, 0.1, 0),
     wrong(ValueError, "shift must be (2,) or (2, 2), got shape (3,)", transform_images, images, shift=(0, 0, 0)),
@@ -270,7 +270,6 @@ WRONG = [
     wrong(ValueError, "images must be (N, C, H, W) with H and W of at least 1, got shape (2, 5)",
           transform_images, rectangle),
     wrong(ValueError, "second must be (2, 5), got shape (1, 5)", equivariance_distance, rectangle, rectangle[:1]),
-    wrong(TypeError, "literal must be True or False, got None", equivariance_distance, rectangle, rectangle, None),
     wrong(ValueError, "rectangles_of's result must be (N, 5), got shape (2, 3)",
           equivariance_errors, lambda x: x.mean((2, 3)), images),
 ]  # fmt: skip

@@ -254,9 +254,9 @@ def test_errors_name_the_file(tmp_path, monkeypatch):
 
     fails("$none & <such>.png", "there is no image '{path}'", FileNotFoundError)
     (tmp_path / "text.jpg").write_text("text", encoding="utf-8")
-    fails("text.jpg", "'{path}' is no image that can be read")
+    fails("text.jpg", "'{path}' is not an image that can be read")
     (tmp_path / "empty.png").touch()
-    fails("empty.png", "'{path}' is no image that can be read")
+    fails("empty.png", "'{path}' is not an image that can be read")
     (tmp_path / "folder.png").mkdir()
     fails("folder.png", "'{path}' cannot be read: ")
     for suffix in ("jpg", "png"):

@@ -65,7 +65,7 @@ MODELS = {
 }
 BACKBONES = ("efficientnet", "mobilenet", "vgg16", "wrn50_2")
 every_model = pytest.mark.parametrize("name", MODELS)
-#: One of each class.
+#: One network of each class.
 each_class = pytest.mark.parametrize(
     "name",
     [
@@ -73,7 +73,7 @@ each_class = pytest.mark.parametrize(
         "wrn28_10_aib_qt", "vgg16_aib_qt", "efficientnet_b0_window",
     ],
 )  # fmt: skip
-#: Fewer of what is alike.
+#: Without similar networks.
 LESS = {"rn164": {"blocks": 2}, "wrn28_10": {"blocks": 1}}
 
 
@@ -271,7 +271,7 @@ def test_class_activation_map():
 
 
 class Wrapped(nn.Module):
-    """A layer in the place of another, without a weight to look at: what adapters and quantized layers are."""
+    """Replaces a layer and has no weight, like adapters and quantized layers."""
 
     def __init__(self, layer):
         super().__init__()
@@ -304,9 +304,9 @@ def test_a_classifier_is_called_whatever_took_its_place(name):
 
 
 def test_unknown_map():
-    with pytest.raises(ValueError, match=r"names must be of 'attention\.map', got 'map'"):
+    with pytest.raises(ValueError, match=r"among the model's attention maps \['attention\.map'\], got 'map'"):
         attention_maps(small("vgg_aib"), torch.rand(1, 3, 32, 32), ["map"])
-    with pytest.raises(ValueError, match=r"names must be of none, it has no attention map, got 'map'"):
+    with pytest.raises(ValueError, match=r"names must be among the model's attention maps \[\], got 'map'"):
         attention_maps(small("vgg"), torch.rand(1, 3, 32, 32), ["map"])
 
 
@@ -427,15 +427,14 @@ def test_wrong_options(name, options, kind, message):
     "name, options, message",
     [
         ("vgg_aib_qt", {"samples": (4, 0)}, "samples must be at least 1, got 0"),
-        ("vgg_att_pc", {"levels": (8,)}, r"levels must be different ones of 7, 10 and 13, got \(8,\)"),
-        ("vgg_att_pc", {"levels": ()}, r"levels must be different ones of 7, 10 and 13, got \(\)"),
+        ("vgg_att_pc", {"levels": (8,)}, r"levels must be one or more of 7, 10 and 13, each once, got \(8,\)"),
+        ("vgg_att_pc", {"levels": ()}, r"levels must be one or more of 7, 10 and 13, each once, got \(\)"),
         ("vgg_att_pc", {"head": "sum"}, "head must be 'concat' or 'indep', got 'sum'"),
         ("vgg_att_pc", {"compatibility": "cos"}, "compatibility must be 'pc' or 'dp', got 'cos'"),
         ("vgg_att_pc", {"combine": "max"}, "combine must be 'mean' or 'sum_logprob', got 'max'"),
-        ("vgg_pan", {"levels": (10, 13)}, r"levels must omit 10, .*, got \(10, 13\)"),
-        ("rn164", {"levels": (5,)}, r"levels must be different ones of 2, 3 and 4, got \(5,\)"),
+        ("vgg_pan", {"levels": (10, 13)}, r"levels must omit 10 when progressive is True, got \(10, 13\)"),
+        ("rn164", {"levels": (5,)}, r"levels must be among 2, 3 and 4, each once, got \(5,\)"),
         ("rn164", {"blocks": 0}, "blocks must be at least 1, got 0"),
-        ("vgg", {"first_pool": 0}, "first_pool must be at least 1, got 0"),
         *(
             (name, {"init": "keras"}, "init must be 'torch7' or 'pytorch', got 'keras'")
             for name in ("vgg", "vgg_gap", "vgg_att_pc", "rn164")
@@ -540,7 +539,7 @@ def test_poolings_of_the_form_for_cub():
     with torch.no_grad():
         model(torch.rand(1, 3, 80, 80))
     assert sides == [80, 80, 40, 40, 20, 20, 20, 10, 10, 10, 5, 5, 3, 1]
-    # It begins with the weights of the form for CIFAR.
+    # The network starts with the weights of the CIFAR variant.
     assert model.state_dict().keys() == small("vgg").state_dict().keys()
 
 

@@ -18,7 +18,7 @@ from attnkern import cli
 from attnkern.evaluation import protocols, tight_boxes, upsample
 from attnkern.evaluation.maps import map_of
 from attnkern.training.data import ImageData
-from attnkern.training.show import explain, read_image
+from attnkern.training.show import Explained, draw, explain, read_image, summary
 from attnkern.training.train import load_run, train
 
 SMALL = [
@@ -64,7 +64,12 @@ def test_every_protocol_says_numbers_or_why_not(name, checkpoints, tmp_path, cap
     assert missing == ONLY_SOME - RUNS[name] | {"transfer"} | ({"crossdomain"} & missing)
     assert (result["network"], result["images"], result["seed"]) == (name, 60, 0)
     assert result["data"]["name"] == "digits-clutter"
-    assert {"top1", "fooling", "localisation"} <= {line.strip().split()[0] for line in printed.splitlines() if line}
+    table, (omitted, details) = printed.splitlines()[:-2], printed.splitlines()[-2:]
+    assert [line.split()[0] for line in table] == ["protocol", *(n for n in protocols.PROTOCOLS if n not in missing)]
+    assert omitted == f"not applicable: {', '.join(n for n in protocols.PROTOCOLS if n in missing)}"
+    assert details == f"details: {out}"
+    assert f"accuracy {result['protocols']['top1']['accuracy']:.3f}" in printed
+    assert f"rate {result['protocols']['fooling']['rates'][3]:.3f}" in printed
     # The same once more: nothing depends on what was drawn before.
     again = tmp_path / "again.json"
     assert cli.main([*arguments[:-4], "--out", str(again), "--device", "cpu"]) == 0
@@ -107,10 +112,48 @@ def test_transfer_to_other_classes(checkpoints):
 
 
 def test_small_classes_are_named(checkpoints):
-    few = subject(checkpoints["vgg"], limit=60)
+    few = subject(checkpoints["vgg"], limit=20)
     few.images.class_names[1] = "o_$ne$"
     reason = protocols.evaluate(few, ["crossdomain"])["crossdomain"]["not applicable"]
-    assert reason == "five folds need five images of each class, got fewer of '0', 'o_$ne$'"
+    assert reason == (
+        "five folds need at least five images of each class, got fewer of '0', 'o_$ne$', '2', '3', '4' and 5 more"
+    )
+
+
+def test_a_limit_draws_from_all_classes(checkpoints):
+    labels = [0] * 60 + [1] * 30 + [2] * 9 + [3]
+    found = protocols.stratified(labels, 20, seed=1)
+    assert found == protocols.stratified(labels, 20, seed=1) == protocols.stratified(labels, 50, seed=1)[:20]
+    assert found != protocols.stratified(labels, 20, seed=2)
+    # One of each class first, then in proportion: 12, 6 and 2 of 20, one more or less.
+    assert {labels[index] for index in found[:4]} == {0, 1, 2, 3}
+    counts = [sum(labels[index] == label for index in found) for label in range(4)]
+    assert all(abs(count - expected) <= 1 for count, expected in zip(counts, (12, 6, 2, 1), strict=True))
+    assert sorted(protocols.stratified(labels, 1000)) == list(range(100))
+    few = subject(checkpoints["vgg"], limit=20)
+    assert few.labels.bincount().tolist() == [2] * 10
+    boxes, masks = few.located
+    inside = torch.stack([mask.nonzero().amin(0) for mask in masks])
+    assert torch.equal(inside, boxes[:, :2].long())  # the same images, in the same order
+
+
+def test_a_failing_protocol_does_not_end_the_others(checkpoints, tmp_path, capsys, monkeypatch):
+    def fails(subject):
+        raise torch.OutOfMemoryError("out of memory\nand more")
+
+    chosen = {"fooling": fails, "top1": protocols.PROTOCOLS["top1"], "anchors": protocols.PROTOCOLS["anchors"]}
+    monkeypatch.setattr(protocols, "PROTOCOLS", chosen)
+    out = tmp_path / "evaluation.json"
+    arguments = ["evaluate", str(checkpoints["vgg"]), "--limit", "20", "--out", str(out), "--device", "cpu"]
+    assert cli.main(arguments) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].split() == ["fooling", "failed", "OutOfMemoryError:", "out", "of", "memory"]
+    assert printed[2].split()[:2] == ["top1", "accuracy"]
+    assert printed[3:] == ["not applicable: anchors", f"details: {out}"]
+    result = json.loads(out.read_text(encoding="utf-8"))["protocols"]
+    assert result["fooling"]["error"] == "OutOfMemoryError: out of memory\nand more"
+    assert "in fails" in result["fooling"]["traceback"]
+    assert 0 <= result["top1"]["accuracy"] <= 1
 
 
 def test_anchors_are_counted(checkpoints):
@@ -152,10 +195,25 @@ def test_show(checkpoints, tmp_path, capsys):
         with Image.open(out) as drawn:
             assert min(drawn.size) > 100
     assert "Grad-CAM" in capsys.readouterr().out.splitlines()[0]
+    wide = tmp_path / "wide.png"
+    Image.effect_noise((600, 200), 50).save(wide)
+    assert explain(checkpoints["vgg"], wide).image.shape == (3, 200, 600)
+    assert cli.main(["show", str(wide), "--checkpoint", str(checkpoints["vgg"]), "--out", str(out)]) == 0
+    with Image.open(out) as drawn:
+        assert drawn.width >= 600  # the picture's own resolution, not the network's
     shown = explain(checkpoints["mobilenet_v3_large_window"], picture)
     assert shown.rectangle.shape == (5,)
     assert shown.map == "attention.map"
     assert explain(checkpoints["vgg_aib_qt"], picture).quantized
+
+
+@pytest.mark.parametrize("least, said", [(0.5, ""), (0.999, ", nearly constant: 0.999 to 1")])
+def test_show_says_when_a_map_is_nearly_constant(least, said):
+    map = torch.linspace(least, 1, 16).view(4, 4)
+    shown = Explained(torch.rand(3, 20, 30), map, None, "attention.map", "three", 0.5, False)
+    assert summary(shown) == f"three (50%), attention.map{said}"
+    (ax,) = draw(shown).axes
+    assert ax.get_xlabel() == said.removeprefix(", ")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +227,7 @@ def test_show(checkpoints, tmp_path, capsys):
         (["evaluate", "{vgg}", "--data", "imagenet"], "name must be one of .*, got 'imagenet'"),
         (["evaluate", "{vgg}", "--data", "cub", "--root", "nowhere"], "cub: .*nowhere"),
         (["show", "nowhere.png", "--checkpoint", "{vgg}"], "there is no image 'nowhere.png'"),
-        (["show", "{text}", "--checkpoint", "{vgg}"], "is no image that can be read"),
+        (["show", "{text}", "--checkpoint", "{vgg}"], "is not an image that can be read"),
         (["show", "{text}", "--checkpoint", "{text}"], "is not a checkpoint of attnkern train"),
     ],
 )

@@ -1,12 +1,15 @@
-"""Recipes and ``attnkern train``: every row is read and built, runs leave what they should and resume exactly."""
+"""Recipes and ``attnkern train``: every recipe is valid, runs write their files and resume exactly."""
 
 import csv
 import importlib.util
 import json
 import logging
 import os
+import re
+import shlex
 import subprocess
 import sys
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,7 @@ pytest.importorskip("sklearn")
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import ReduceLROnPlateau
 
+import attnkern
 from attnkern import cli, models
 from attnkern.evaluation.rectangles import equivariance_distance, transform_images, transform_rectangle
 from attnkern.training import reproduce
@@ -27,7 +31,7 @@ from attnkern.training.modules import FAMILIES, Classification, InformationBottl
 from attnkern.training.recipes import list_recipes, read_recipe
 from attnkern.training.train import _Command, load_network, load_run, train
 
-#: Few and small: what is left of a recipe on the digits still takes every step.
+#: A short run of a recipe on the digits that still takes every step.
 TINY = [
     "--data.count", "64", "--data.batch_size", "16", "--trainer.limit_val_batches", "1",
     "--trainer.limit_test_batches", "1", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu",
@@ -121,8 +125,10 @@ def test_what_a_data_set_changes():
 
 
 def test_unknown_recipe():
-    with pytest.raises(ValueError, match=r"recipe must be one of .*vgg_att2_concat_pc.*; got 'vgg_att4'"):
-        read_recipe("vgg_att4")
+    with pytest.raises(ValueError, match=r"there is no recipe 'vgg_gpa'; did you mean 'vgg_pan'\?$"):
+        read_recipe("vgg_gpa")
+    with pytest.raises(ValueError, match=r"there is no recipe 'alexnet'; attnkern train lists the recipes$"):
+        read_recipe("alexnet")
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------
@@ -253,7 +259,7 @@ def test_a_run_leaves_settings_logs_weights_and_result(name, folder):
 
 
 class Killed(Callback):
-    """Ends a run in the middle of its second epoch, as a signal would: nothing of ours runs any more."""
+    """Ends a run in the middle of its second epoch like SIGKILL: no more code of attnkern runs."""
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if trainer.current_epoch == 1 and batch_idx == 1:
@@ -275,7 +281,7 @@ def test_a_killed_run_resumed_ends_with_the_weights_of_one_not_killed(workers, f
     whole, resumed = (load_network(folder / out / "last.ckpt").state_dict() for out in ("whole", "killed"))
     for key, value in whole.items():
         assert torch.equal(value, resumed[key]), key
-    # Nothing that was logged before is lost.
+    # What was logged before is kept.
     assert len(logged(folder / "killed", "val_accuracy")) == 3
 
 
@@ -299,7 +305,7 @@ def test_half_precision_and_accumulated_gradients(folder):
 def test_nothing_is_overwritten_unasked(folder):
     tiny("vgg_gap", epochs=1)
     before = (folder / "run" / "result.json").read_text(encoding="utf-8")
-    with pytest.raises(FileExistsError, match=r"'run' holds a run; go on with --resume true, replace it"):
+    with pytest.raises(FileExistsError, match=r"'run' already contains a run; continue it with --resume true"):
         tiny("vgg_gap", epochs=1)
     assert (folder / "run" / "result.json").read_text(encoding="utf-8") == before
     assert tiny("vgg_gap", "--overwrite", "true", epochs=1)["epochs"] == 1
@@ -379,11 +385,11 @@ def test_what_is_switched_off_is_left_out(options, left, tested, folder, capsys)
     [
         (["--trainer.accelerator", "mps"], "can not run on your system"),
         (["--trainer.devices", "-1"], "`devices` selected with `CPUAccelerator` should be an int > 0"),
-        (["--trainer.strategy", "ddp_spawn"], "trainer.strategy must start processes of their own"),
+        (["--trainer.strategy", "ddp_spawn"], "trainer.strategy must start new processes"),
         (["--trainer.profiler", "nonsense"], "it can only be one of ['simple', 'advanced'"),
         (["--trainer.barebones", "true", "--trainer.logger", "true"], "disabled in barebones mode"),
         (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches must be at least 1, got 0"),
-        (["--trainer.model_registry", "name"], "trainer.model_registry does not apply"),
+        (["--trainer.model_registry", "name"], "trainer.model_registry is not supported"),
         (["--trainer.logger", "CometLogger"], "comet"),
         (
             ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=loss"],
@@ -427,7 +433,7 @@ def test_there_is_no_gpu(folder):
         tiny("vgg_gap", *NARROW, "--trainer.accelerator", "gpu")
 
 
-def test_faults_keep_their_traceback(folder):
+def test_other_errors_keep_their_traceback(folder):
     """Only what Lightning itself refuses becomes a sentence."""
     failing = ["--trainer.callbacks", json.dumps([{"class_path": f"{__name__}.Failing"}])]
     with pytest.raises(ZeroDivisionError):
@@ -521,11 +527,40 @@ def test_the_command_prints_a_result(folder, capsys):
     assert (folder / "runs" / "vgg_gap-digits-clutter" / "result.json").exists()
 
 
+def test_the_command_says_what_to_run_next(tmp_path):
+    run = tmp_path / "my run"
+    run.mkdir()
+    assert cli._next_steps(run) == f"results: {run}"
+    (run / "last.ckpt").touch()
+    for command in cli._next_steps(run).split("next:\n")[1].splitlines():
+        words = shlex.split(command, comments=True)
+        assert words[0] == "attnkern"
+        options, others = cli._parsers()[0].parse_known_args(words[1:])
+        assert others == []
+        named = vars(options).get("run", vars(options).get("checkpoint"))
+        assert named in (str(run), str(run / "last.ckpt"))
+
+
+def test_training_is_quiet(folder):
+    """Lightning's hints about settings that recipes make on purpose are not shown."""
+    command = [sys.executable, "-m", "attnkern", "train", "vgg_gap", "--data", "digits-clutter", *TINY[:-2], *NARROW]
+    inherited = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(attnkern.__file__).parents[1])}
+    done = subprocess.run(
+        [*command, "--trainer.max_epochs", "1"], cwd=folder, env=inherited, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "attnkern evaluate runs/vgg_gap-digits-clutter/last.ckpt" in done.stdout
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["vgg_att4"], "attnkern: train: recipe must be one of "),
-        (["vgg_gap", "--data", "imagenet"], "imagenet"),
+        (["vgg_att4"], "attnkern: train: there is no recipe 'vgg_att4'; did you mean 'vgg_att_"),
+        (
+            ["--model.backend", "native", "vgg_gap"],
+            "train: the name of the recipe must be the first argument: attnkern",
+        ),
+        (["vgg_gap", "--data", "digit-clutter"], "got 'digit-clutter'; did you mean 'digits-clutter'?"),
         (["vgg_gap", "--data.root", "nowhere"], "cifar10: no data under nowhere"),
     ],
 )
@@ -537,13 +572,155 @@ def test_mistakes_end_in_a_sentence(arguments, message, folder, capsys):
     assert not (folder / "runs").exists()
 
 
-def test_unknown_options_are_named(folder, capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["train", "vgg_gap", "--data", "digits-clutter", "--model.widht", "1"])
-    assert "widht" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["info", "--widht"])
-    assert "unrecognized arguments: --widht" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model.options.widht", "1"], "create_model: vgg_gap has no option 'widht'; did you mean 'width'?"),
+        (["--model.options.width", "wide"], "VggGap: width must be a number, got 'wide'"),
+        (["--model.width", "1"], "unknown option --model.width; did you mean '--model.options.width'?"),
+        (["--trainer.max_epoch", "3"], "unknown option --trainer.max_epoch; did you mean '--trainer.max_epochs'?"),
+        (["--trainer.max_epoch=3"], "unknown option --trainer.max_epoch; did you mean '--trainer.max_epochs'?"),
+        (["--trainer.max_epochs", "many"], "--trainer.max_epochs must be int or null, got 'many'"),
+        (["--resume", "maybe"], "--resume must be true or false, got 'maybe'"),
+        (["--out"], "argument --out: expected one argument"),
+        (
+            ["--model.optimizer.lrr", "1"],
+            "--model.optimizer: torch.optim.AdamW has no option 'lrr'; did you mean 'lr'?",
+        ),
+        (["--model.optimizer.lr", "high"], "--model.optimizer.lr must be float or the name of a class, got 'high'"),
+        (
+            ["--model.optimizer", "torch.optim.AdamX"],
+            "--model.optimizer: module 'torch.optim' has no attribute 'AdamX'",
+        ),
+        (
+            ["--trainer.callbacks+=EarlyStop"],
+            "--trainer.callbacks must be the name of a class or null, got 'EarlyStop'",
+        ),
+        (["stray"], "unknown argument stray"),
+    ],
+)
+def test_wrong_options_of_train_end_in_a_sentence(options, message, folder, capsys):
+    assert cli.main(["train", "vgg_gap", "--data", "digits-clutter", *options]) == 1
+    assert capsys.readouterr().err == f"attnkern: train: {message}\n"
+    assert list(folder.iterdir()) == []
+
+
+def test_wrong_options_in_a_file_of_settings(folder, capsys):
+    (folder / "settings.yaml").write_text("trainer: {max_epoch: 3}", encoding="utf-8")
+    assert cli.main(["train", "vgg_gap", "--data", "digits-clutter", "--config", "settings.yaml"]) == 1
+    expected = "unknown option --trainer.max_epoch in a file of settings; did you mean '--trainer.max_epochs'?"
+    assert capsys.readouterr().err == f"attnkern: train: {expected}\n"
+
+
+def test_pretrained_weights_must_be_asked_for(folder, capsys, monkeypatch):
+    """A recipe that starts from pretrained weights neither downloads them nor starts without them unasked."""
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: pytest.fail("nothing is to be fetched"))
+    (folder / "images").mkdir()
+    command = ["train", "efficientnet_b0_window", "--data", "folder", "--data.root", "images"]
+    assert cli.main(command) == 1
+    error = capsys.readouterr().err
+    assert "choose --model.options.weights IMAGENET1K_V1 (downloads them" in error
+    assert "Traceback" not in error
+    for chosen in (["--model.options.weights", "null"], ["--model.options.weights", "IMAGENET1K_V1"]):
+        assert cli.main([*command, *chosen]) == 1
+        assert "folder: images contains no folders of images" in capsys.readouterr().err  # the next thing missing
+    assert [path.name for path in folder.iterdir()] == ["images"]
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    expected = (
+        r"weights IMAGENET1K_V1 cannot be downloaded from https://.*\.pth \(no network\); get the file another way"
+    )
+    with pytest.raises(OSError, match=expected):
+        models.create_model("efficientnet_b0_window", 4, weights="IMAGENET1K_V1")
+
+
+class Interrupted(Callback):
+    """Ctrl-C in the second epoch."""
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.current_epoch == 1:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_says_how_to_continue(folder, capsys):
+    interrupting = ["--trainer.callbacks", json.dumps([{"class_path": f"{__name__}.Interrupted"}])]
+    options = [*TINY, *NARROW, "--trainer.max_epochs", "3", "--out", "a run"]
+    assert cli.main(["train", "vgg_gap", "--data", "digits-clutter", *options, *interrupting]) == 130
+    error = capsys.readouterr().err
+    found = re.search("continue with: attnkern (train .*)$", error.strip())
+    assert found, error
+    command = shlex.split(found[1])
+    assert command[-2:] == ["--resume", "true"]
+    for argument in interrupting:
+        command.remove(argument)
+    assert cli.main(command) == 0
+    assert json.loads((folder / "a run" / "result.json").read_text(encoding="utf-8"))["epochs"] == 3
+
+
+def test_unknown_commands_and_options(capsys):
+    for arguments, message in (
+        (["infoo"], "attnkern: there is no command 'infoo'; did you mean 'info'?"),
+        (["xyzzy"], "attnkern: there is no command 'xyzzy'; see attnkern --help"),
+        (["--versoin"], "attnkern: unknown option --versoin; did you mean '--version'?"),
+        (["info", "--widht"], "attnkern info: unknown option --widht; see attnkern info --help"),
+        (["evaluate", "x", "--limt=3"], "attnkern evaluate: unknown option --limt; did you mean '--limit'?"),
+        (["report", "x", "y"], "attnkern report: unknown argument y; see attnkern report --help"),
+        (
+            ["evaluate", "x", "--limit", "0"],
+            "attnkern evaluate: argument --limit: must be a whole number of at least 1, got '0'; see attnkern evaluate "
+            "--help",
+        ),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(arguments)
+        assert exit.value.code == 2
+        assert capsys.readouterr().err == f"{message}\n"
+
+
+def test_version_and_help(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"attnkern {attnkern.__version__}\n"
+    assert cli.main([]) == 0
+    assert "usage: attnkern" in capsys.readouterr().out
+
+
+#: Makes the packages of the extras as absent as if they were not installed.
+BARE = """
+import sys
+for package in "captum jsonargparse lightning matplotlib skimage sklearn torchmetrics torchvision tqdm yaml".split():
+    sys.modules[package] = None
+from attnkern import cli
+for command in ("train", "train vgg_gap", "evaluate x", "report x", "show x --checkpoint y"):
+    assert cli.main(command.split()) == 1
+assert cli.main(["info"]) == 0
+"""
+
+
+def test_without_the_extras_a_sentence_says_what_to_install(tmp_path):
+    inherited = {**os.environ, "PYTHONPATH": str(Path(attnkern.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", BARE], cwd=tmp_path, env=inherited, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("attnkern: ")]
+    assert [line.split()[1] for line in lines] == ["train", "train", "evaluate", "report", "show"]
+    for line in lines:
+        assert re.search(
+            r"needs \w+, which is not installed: run `pip install .*'\.\[train,viz\]'` in attnkern's", line
+        )
+    assert "Traceback" not in done.stderr
+
+
+def test_no_message_names_a_package_that_is_not_published():
+    for path in Path(attnkern.__file__).parent.rglob("*.py"):
+        assert "install attnkern" not in path.read_text(encoding="utf-8"), path
 
 
 def test_the_documented_errors_are_the_recipes():

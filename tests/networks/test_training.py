@@ -1,8 +1,8 @@
-"""The three networks at a reduced width: they learn the digits, and native trains as the reference does.
+"""Three networks at reduced width learn the digits, and train with native kernels as with the reference.
 
-Native against reference, from one seed and with the same noise: the losses of the first steps and every gradient from a
-common state agree to rounding. Later the trajectories part, because training amplifies rounding (a few digits per
-hundred steps); what must still agree is how well the networks learn, within the spread of seeds.
+From the same seed and noise, the losses of the first steps and every gradient from a common state agree to rounding.
+Later the trajectories diverge, because training amplifies rounding (by a few digits per hundred steps), but the
+accuracies agree within the spread of seeds.
 """
 
 import functools
@@ -19,8 +19,8 @@ from attnkern.training.digits import digits_clutter
 MISSING = _backend.reason("native", torch.device("cpu"), torch.float32)
 needs_native = pytest.mark.skipif(MISSING is not None, reason="the native CPU library is not built")
 
-# With the true deviation in the KL term ("correct") narrow networks keep z at pure noise at first on these images
-# for hundreds of steps; the published loss ("reference") learns at once, so it is the one that shows learning here.
+# With the correct deviation in the KL term narrow networks need hundreds of steps on these images before z is more than
+# noise; with the published loss (variant "reference") they learn at once.
 #: name -> (options, side of the images, batch, learning rate, steps, accuracy to reach; chance is 0.1)
 RECIPES = {
     "vgg_att2_concat_pc": ({"width": 1 / 16, "dropout": 0.0, "init": "pytorch"}, 32, 32, 1e-2, 200, 0.7),
@@ -57,7 +57,7 @@ def batch(data, name, generator, size=None):
 
 @pytest.fixture(scope="module")
 def trained(digits):
-    """A function of a network's name, backend and seed: the trained network, once for all tests, and its last loss."""
+    """A cached function of name, backend and seed that trains a network and returns it with its last loss."""
 
     @functools.cache
     def train(name, backend, seed):
@@ -100,8 +100,8 @@ def test_learns_the_digits(name, digits, trained, capsys):
     assert found > enough
 
 
-#: In float32 a step of this size is small enough for five of them to stay within rounding. At larger ones a value that
-#: crosses a ReLU's kink, a pooling maximum or the midpoint of two anchors on one side alone shows at once.
+#: Learning rates at which five steps in float32 agree to rounding. At larger rates a value crosses the kink of a ReLU,
+#: a maximum or the midpoint of two anchors on one backend only, which changes the loss.
 RATES = {"vgg_att2_concat_pc": 1e-4, "vgg_aib_qt": 2e-7, "efficientnet_b0_window": 1e-4}
 
 
@@ -132,9 +132,9 @@ def test_losses_of_the_first_steps_agree(name, dtype, tolerance, digits):
 @every_model
 @pytest.mark.parametrize("dtype, tolerance, counts", [(torch.float32, 1e-3, min), (torch.float64, 1e-9, max)])
 def test_every_gradient_from_a_common_state_agrees(name, dtype, tolerance, counts, digits):
-    """On four batches. In float32 the best counts: at times a rounding switches a ReLU, worth 1e-2 of a gradient."""
+    """On four batches, in float32 on the best of them, because rounding may switch a ReLU (1e-2 of a gradient)."""
     model = build(name).to(dtype)
-    if name == "efficientnet_b0_window":  # its last layer starts at zero: nothing in front of it would have a gradient
+    if name == "efficientnet_b0_window":  # its last layer starts at zero, so earlier layers would have no gradient
         torch.nn.init.normal_(model.attention.regressor.weight, std=0.05)
     generator, errors = torch.Generator().manual_seed(3), {}
     for _ in range(4):
@@ -146,7 +146,7 @@ def test_every_gradient_from_a_common_state_agrees(name, dtype, tolerance, count
             with attnkern.use_backend(backend):
                 model.loss(model(images.to(dtype)), labels).backward()
             gradients[backend] = {key: p.grad.clone() for key, p in model.named_parameters() if p.requires_grad}
-        # The bias of a convolution in front of BatchNorm has gradient zero, up to rounding of the largest gradient.
+        # The bias of a convolution before BatchNorm has gradient zero, up to rounding of the largest gradient.
         unit = max(gradient.norm() for gradient in gradients["reference"].values())
         for key, expected in gradients["reference"].items():
             error = (gradients["native"][key] - expected).norm() / (expected.norm() + 0.01 * unit)
@@ -159,7 +159,7 @@ def test_every_gradient_from_a_common_state_agrees(name, dtype, tolerance, count
 @pytest.mark.slow
 @needs_native
 def test_accuracies_lie_within_the_spread_of_seeds(digits, trained, capsys):
-    """On the cheapest network; single runs of the two backends differ by as much as runs of two seeds do."""
+    """Runs on two backends differ no more than runs with two seeds; tested on the cheapest network."""
     name = "vgg_att2_concat_pc"
     found = {}
     for backend in ("native", "reference"):

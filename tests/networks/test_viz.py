@@ -22,7 +22,7 @@ from attnkern.evaluation import QueryDriven, rectangle_mask
 
 
 def pixels(figure):
-    """The axes' own pixels of a rendered figure, (height, width, 3)."""
+    """The pixels of the axes in a rendered figure, (height, width, 3)."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     whole = numpy.asarray(Image.open(buffer).convert("RGB")).astype(float)
@@ -54,6 +54,36 @@ def test_each_map_is_rescaled():
     image = torch.rand(3, 20, 20)
     map = torch.rand(5, 5)
     assert numpy.array_equal(pixels(viz.overlay(image, map)), pixels(viz.overlay(image, 3 * map + 7)))
+
+
+def test_a_nearly_constant_map_is_not_stretched():
+    image, map = torch.zeros(3, 20, 20), torch.full((5, 5), 0.5)
+    map[2, 2] += 0.001
+    flat, varied = (pixels(viz.overlay(image, each, alpha=1.0, nearest=True)) for each in (map, torch.rand(5, 5)))
+    assert numpy.ptp(flat[2:-2, 2:-2], (0, 1)).max() <= 5
+    assert numpy.ptp(varied[2:-2, 2:-2], (0, 1)).max() > 100
+
+
+@pytest.mark.parametrize("title", [None, "a title of many words that does not fit into one line of any figure " * 3])
+def test_no_text_runs_out_of_the_picture(title):
+    image, map = torch.rand(3, 4, 4), torch.rand(2, 2)
+    rows = [{"epoch": str(e), "val_accuracy": str(e / 4), "val_loss": "1"} for e in range(3)]
+    for figure in (
+        viz.overlay(image, map, title=title, caption=title),
+        viz.grid([[{"image": image, "caption": title}]], row_titles=["first row"], column_titles=["one"], title=title),
+        viz.levels(image[None], {"a long name of\na map": map[None], "another": map[None]}, title=title),
+        viz.anchor_histogram(torch.rand(3), torch.ones(3), title=title),
+        viz.rectangle_histograms(torch.rand(2, 5), title=title),
+        viz.training_curves({"a run": rows}, title=title),
+    ):
+        figure.draw_without_rendering()
+        page = figure.bbox.padded(1)
+        # matplotlib also has labels of ticks beyond the axes, which it does not draw.
+        ticks = {label for ax in figure.axes for axis in (ax.xaxis, ax.yaxis) for label in axis.get_ticklabels()}
+        for text in set(texts(figure)) - ticks:
+            extent = text.get_window_extent()
+            assert page.x0 <= extent.x0 <= extent.x1 <= page.x1, text.get_text()
+            assert page.y0 <= extent.y0 <= extent.y1 <= page.y1, text.get_text()
 
 
 @pytest.mark.parametrize("aspect", [False, True])
@@ -190,11 +220,10 @@ def test_characters_come_from_a_font_that_has_them():
     "call, kind, message",
     [
         (lambda: viz.overlay(torch.rand(2, 4, 4)), ValueError, r"image must be \(3, H, W\) or \(1, H, W\)"),
-        (lambda: viz.overlay(torch.randn(3, 4, 4) * 9), ValueError, r"image must lie in \[0, 1\], not normalised"),
+        (lambda: viz.overlay(torch.randn(3, 4, 4) * 9), ValueError, r"image must be in \[0, 1\], not normalised"),
         (lambda: viz.overlay(torch.rand(3, 4, 4), torch.rand(1, 2, 2)), ValueError, r"map must be \(h, w\)"),
         (lambda: viz.overlay(torch.rand(3, 4, 4), torch.full((2, 2), torch.nan)), ValueError, "map must be finite"),
         (lambda: viz.overlay(torch.rand(3, 4, 4), rectangle=torch.rand(4)), ValueError, r"rectangle must be \(5,\)"),
-        (lambda: viz.overlay(torch.rand(3, 4, 4), alpha=2), ValueError, "alpha must be a number from 0 to 1, got 2"),
         (lambda: viz.overlay(torch.rand(3, 4, 4), theme="grey"), ValueError, "theme must be 'light' or 'dark'"),
         (lambda: viz.grid([["text"]]), TypeError, "must be an image"),
         (lambda: viz.sorted_corners(torch.rand(2, 3, 4, 4), torch.rand(2, 2, 2), torch.rand(2, 5), "size"), ValueError,

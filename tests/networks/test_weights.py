@@ -1,4 +1,4 @@
-"""Weights from files: published checkpoints, prefixes of wrappers, files that are no weights."""
+"""Weights from files: published checkpoints, prefixes of wrappers, invalid files."""
 
 import argparse
 import copy
@@ -256,7 +256,7 @@ def test_published_checkpoints_give_the_published_logits(name, tmp_path):
 
 def test_published_checkpoint_for_other_classes(tmp_path):
     theirs = published("vgg_aib", tmp_path / "best.tar")
-    expected = "; as initialised, for another number of classes: classifier.weight, classifier.bias$"
+    expected = "; not loaded, because the number of classes differs: classifier.weight, classifier.bias$"
     with pytest.warns(UserWarning, match=expected):
         ours = small("vgg_aib", 9, pretrained=tmp_path / "best.tar")
     assert torch.equal(ours.encoder[32].weight.double(), theirs.encode[8].weight.float().double())
@@ -314,8 +314,8 @@ def test_convert_of_other_files(tmp_path, capsys):
     torch.save(small("vgg").state_dict(), tmp_path / "own.pth")
     published("vgg_aib", tmp_path / "best.tar")
     for arguments, expected in (
-        (["own.pth"], "has the names of no published implementation that is known"),
-        (["best.tar", "--average"], "holds no average over time"),
+        (["own.pth"], "has the weight names of no published implementation that is known"),
+        (["best.tar", "--average"], "holds no average of the weights (net_ema)"),
         (["nowhere.pth"], "there is no file"),
         (["best.tar"], "with shape (2, 3, 3, 3) instead of (64, 3, 3, 3)"),  # the stand-in is small
     ):
@@ -361,7 +361,7 @@ def test_prefixes_of_wrappers_are_removed(wrap, holder, tmp_path):
 
 
 class Options:
-    """What a checkpoint must not bring along."""
+    """An object that a checkpoint must not load."""
 
 
 def damage(kind, path):
@@ -396,7 +396,7 @@ def damage(kind, path):
         torch.save({"args": argparse.Namespace(lr=0.1)}, path)
 
 
-DAMAGED = "is damaged, cut short, or no file of weights that PyTorch or safetensors wrote$"
+DAMAGED = "is damaged, cut short, or not a file of weights written by PyTorch or safetensors$"
 FAULTS = {
     "cut short": DAMAGED,
     "cut short, old format": DAMAGED,
@@ -404,7 +404,7 @@ FAULTS = {
     "empty": DAMAGED,
     "pickle": DAMAGED,
     "LFS": "is a Git LFS pointer instead of weights: run 'git lfs pull'",
-    "module": r"holds an object of attnkern\.models\.\w+\.VggGap, not weights alone, .* save the state_dict instead",
+    "module": r"holds an object of attnkern\.models\.\w+\.VggGap, not weights alone, .* save the state_dict where",
     "class": r"holds an object of \S*\.Options, not weights alone",
     "class in Namespace": r"holds an object of \S*\.Options, not weights alone",
     "TorchScript": "is a TorchScript archive: save the module's state_dict instead",
@@ -424,7 +424,7 @@ def test_files_that_are_no_weights(kind, tmp_path):
     assert message.startswith(f"create_model: pretrained: '{path}' ")
     assert "\n" not in message
     assert len(message) < len(str(path)) + 300
-    # Nothing but the one class was let through, and for that file alone.
+    # Only the one class was allowed, and only for that file.
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 

@@ -1,4 +1,4 @@
-"""Commands without a network."""
+"""Runs commands without access to the network."""
 
 import functools
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @functools.cache
 def _namespace() -> tuple[str, ...]:
-    """What starts a command in a network namespace of its own, where that is allowed: it holds compilers, too."""
+    """The prefix that runs a command and its children in an empty network namespace, if this is allowed here."""
     try:
         allowed = subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode == 0
     except FileNotFoundError:
@@ -19,7 +19,7 @@ def _namespace() -> tuple[str, ...]:
 
 
 def python(*arguments, cwd, **environment) -> str:
-    """Standard output of Python with ``arguments``; fails if it, or a Python that it starts, asks for the network."""
+    """Run Python and return its output; fails if it or a Python that it starts tries to use the network."""
     path = [str(Path(__file__).parent), environment.pop("PYTHONPATH", "")]
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as asked:
         environment |= {"ATTNKERN_TEST_NETWORK": asked.name, "PYTHONPATH": os.pathsep.join(filter(None, path))}

@@ -1,4 +1,4 @@
-"""Every Python process that finds this on its path refuses the network, and writes down who asked for it."""
+"""Makes Python processes that have this folder on their path refuse and log every use of the network."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ EVENTS = {
 
 def refuse(event, arguments):
     if event in EVENTS:
-        # Written down, too: who asks may go on in silence after the exception.
+        # Also logged, because the program may ignore the exception.
         with open(os.environ["ATTNKERN_TEST_NETWORK"], "a", encoding="utf-8") as log:
             log.write(f"{event}{arguments[-2:]}\n")
         raise OSError(f"no network here: {event}")

@@ -1,4 +1,4 @@
-"""What is shipped: a source archive that is always the same, holds every file, builds and passes tests; wheels."""
+"""The source archive is reproducible and complete, builds and passes tests; wheels."""
 
 import ast
 import hashlib
@@ -19,7 +19,7 @@ MOMENT = 1_700_000_000
 
 
 def tracked():
-    """The project's files: those that git knows, or those that a source archive lists of itself."""
+    """The files of the project: those in git, or those that a source archive lists."""
     if (ROOT / ".git").exists():
         names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     else:
@@ -32,7 +32,7 @@ def tracked():
 
 
 def without_encoding(code):
-    """The calls that open, read or write a text file in whatever encoding the locale has."""
+    """The calls that open, read or write a text file without naming an encoding."""
     for call in (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)):
         owner, _, name = ast.unparse(call.func).rpartition(".")
         if any(keyword.arg in ("encoding", None) for keyword in call.keywords):
@@ -40,9 +40,9 @@ def without_encoding(code):
         if owner and name in ("read_text", "write_text"):
             yield call
         elif name in ("open", "fdopen", "TemporaryFile", "NamedTemporaryFile"):
-            if name == "open" and owner in ("Image", "os", "tarfile"):  # of binary files
+            if name == "open" and owner in ("Image", "os", "tarfile"):  # binary files
                 continue
-            place = 1 if name == "fdopen" or (name, owner) == ("open", "") else 0  # Path.open takes the mode alone
+            place = 1 if name == "fdopen" or (name, owner) == ("open", "") else 0  # Path.open(mode)
             modes = [*call.args[place : place + 1], *(k.value for k in call.keywords if k.arg == "mode")]
             mode = ast.unparse(modes[0]) if modes else "b" if name.endswith("File") else ""
             if "b" not in mode:
@@ -50,7 +50,7 @@ def without_encoding(code):
 
 
 def test_every_text_file_names_its_encoding():
-    """Else a page that declares UTF-8 is written in the locale's encoding, and what was written is read in another."""
+    """Without a name the encoding depends on the locale, and files would not be the UTF-8 that they declare."""
     assert (
         len(list(without_encoding("p.read_text(); open(f); p.open('w'); NamedTemporaryFile('r'); p.write_text(t)")))
         == 5
@@ -67,7 +67,7 @@ def test_every_text_file_names_its_encoding():
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """The tree as it is committed, without what building leaves."""
+    """A copy of the tracked files, without files of a build."""
     folder = tmp_path_factory.mktemp("source")
     for name in tracked():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def source(tmp_path_factory):
 
 
 def pack(source, folder, umask=0o022):
-    """The source archive; building it in ``source`` leaves its metadata there, as building anywhere does."""
+    """The source archive, built in ``source``, where the build leaves its metadata."""
     arguments = ("setup.py", "--quiet", "sdist", "--dist-dir", str(folder))
     before = os.umask(umask)
     try:
@@ -94,7 +94,7 @@ def archive(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tree(archive, tmp_path_factory):
-    """The unpacked archive, in a folder that holds nothing else."""
+    """The unpacked archive in a new folder."""
     folder = tmp_path_factory.mktemp("tree")
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
@@ -114,6 +114,7 @@ def wheel(source, folder, **environment):
 # --- the source archive ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_source_archive_holds_every_tracked_file_and_nothing_else(archive):
     with tarfile.open(archive) as tar:
         shipped = {member.name.partition("/")[2] for member in tar if member.isfile()}
@@ -122,6 +123,7 @@ def test_the_source_archive_holds_every_tracked_file_and_nothing_else(archive):
     assert shipped - made == set(tracked())
 
 
+@pytest.mark.slow
 def test_the_source_archive_names_no_machine(archive):
     with tarfile.open(archive) as tar:
         members = tar.getmembers()
@@ -134,8 +136,9 @@ def test_the_source_archive_names_no_machine(archive):
     assert {m.mode for m in members} == {0o755, 0o644}
 
 
+@pytest.mark.slow
 def test_the_source_archive_is_the_same_bytes_again(archive, source, tmp_path):
-    """From another folder, at another time, with other permissions, beside what an earlier build left."""
+    """Built in another folder, at another time, with other permissions, and after an earlier build."""
     other = tmp_path / "elsewhere"
     for path in sorted(p for p in source.rglob("*") if p.is_file()):
         copy = other / path.relative_to(source)
@@ -150,11 +153,11 @@ def test_the_source_archive_is_the_same_bytes_again(archive, source, tmp_path):
 
 @pytest.mark.slow
 def test_the_unpacked_archive_builds_and_passes_tests(tree):
-    """Without git, network or CUDA: a handful of tests; `make release-check` runs those of the kernels."""
+    """Builds and passes some tests without git, network or CUDA; `make release-check` runs the kernels' tests."""
     build = "setup.py", "--quiet", "build_ext", "--inplace"
     offline.python(*build, cwd=tree, FORCE_CUDA="0")
     shutil.rmtree(tree / "build")
-    offline.python(*build, cwd=tree, FORCE_CUDA="0", CXX="/bin/false", CC="/bin/false")  # what was built stays
+    offline.python(*build, cwd=tree, FORCE_CUDA="0", CXX="/bin/false", CC="/bin/false")  # nothing is compiled again
     environment = {"PYTHONPATH": str(tree), "ATTNKERN_TEST_BACKENDS": "native,reference"}
     found = offline.python("-c", "import attnkern; print(attnkern.__file__)", cwd="/", **environment)
     assert Path(found.strip()).parent == tree / "attnkern"
@@ -178,9 +181,9 @@ def test_the_unpacked_archive_builds_a_wheel_of_any_python(tree, source, tmp_pat
     assert "any" not in found.name
     names = zipfile.ZipFile(found).namelist()
     library = zipfile.ZipFile(found).read("attnkern/_C.so")
-    for folder in (tree, Path(torch.__file__).parents[1]):  # where it was built is nobody's business
+    for folder in (tree, Path(torch.__file__).parents[1]):  # no path of the build machine is in the wheel
         assert os.fsencode(folder) not in library
-    # Every module and every file that a module reads, but for what compiling makes.
+    # Every module and every file that a module reads, except the compiled libraries.
     package = {
         f"attnkern/{p.relative_to(source / 'attnkern')}" for p in (source / "attnkern").rglob("*") if p.is_file()
     }
@@ -188,6 +191,7 @@ def test_the_unpacked_archive_builds_a_wheel_of_any_python(tree, source, tmp_pat
     assert {"attnkern/py.typed", "attnkern/report.html", "attnkern/training/recipes/rectangular/family.yaml"} <= package
 
 
+@pytest.mark.slow
 def test_a_wheel_without_a_compiler_runs_on_the_reference(source, tmp_path):
     found = wheel(source, tmp_path / "wheel", ATTNKERN_NO_NATIVE="1", CXX="/bin/false", CC="/bin/false")
     assert found.name.endswith("-py3-none-any.whl")
@@ -199,7 +203,7 @@ def test_a_wheel_without_a_compiler_runs_on_the_reference(source, tmp_path):
 
 
 def refused(source, *arguments, code="pass", **environment):
-    """The last line of what setup.py says where it refuses to build."""
+    """The last line of the message with which setup.py refuses to build."""
     code = f"import sys, runpy; {code}; sys.argv = {['setup.py', *arguments]}; runpy.run_path('setup.py')"
     environment = os.environ | environment
     done = subprocess.run([sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True)
@@ -208,14 +212,38 @@ def refused(source, *arguments, code="pass", **environment):
     return done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_building_with_an_old_setuptools_says_what_to_do(source):
-    """One as ``python3.11 -m venv`` brings it, without the command that makes wheels."""
+    """The setuptools of ``python3.11 -m venv``, which cannot build wheels."""
     code = "import setuptools; setuptools.__version__ = '65.5.0'; sys.modules['setuptools.command.bdist_wheel'] = None"
     assert refused(source, code=code) == (
         "attnkern: building needs setuptools 77 or later, this is 65.5.0: pip install --upgrade setuptools"
     )
 
 
+def test_building_with_an_old_python_says_what_to_do(source):
+    line = refused(source, code="sys.version_info = (3, 10, 13); sys.version = '3.10.13 (main)'")
+    assert line.startswith("attnkern: needs Python 3.11 or later, this is 3.10.13: ")
+
+
+def test_pip_gets_the_requirements_of_a_build_only_where_a_compiler_is(source):
+    """With build isolation: a missing compiler is found before PyTorch is downloaded."""
+    code = (
+        "import sys; sys.modules['torch'] = None; from setuptools import build_meta;"
+        "print(build_meta.get_requires_for_build_wheel())"
+    )
+    for compiler, native, found in ((None, None, True), ("/nowhere/c++", None, False), ("/nowhere/c++", "1", True)):
+        settings = {"CXX": compiler, "ATTNKERN_NO_NATIVE": native}
+        environment = {key: value for key, value in (os.environ | settings).items() if value is not None}
+        done = subprocess.run([sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, text=True)
+        if found:
+            assert "['torch>=2.11', 'ninja']" in done.stdout, done.stderr
+        else:
+            assert done.returncode == 1
+            assert done.stderr.splitlines()[-1].startswith("attnkern: building the kernels needs GCC 12 or Clang 16")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "compiler, fault",
     [
@@ -229,8 +257,9 @@ def test_building_without_a_compiler_says_what_to_do(compiler, fault, source):
     assert "or set ATTNKERN_NO_NATIVE=1" in line
 
 
+@pytest.mark.slow
 def test_what_does_not_compile_leaves_a_way_out(source, tmp_path):
-    """A compiler that knows C++20 and still fails."""
+    """A compiler that accepts C++20 but fails."""
     compiler = tmp_path / "c++"
     script = 'case " $* " in *" -c "*) exit 1;; *) exec c++ "$@";; esac'
     compiler.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
@@ -244,6 +273,7 @@ def test_what_does_not_compile_leaves_a_way_out(source, tmp_path):
     assert "ATTNKERN_NO_NATIVE=1" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_building_without_pytorch_says_what_to_do(source):
     code = "import sys, runpy; sys.modules['torch'] = None; sys.argv = ['setup.py']; runpy.run_path('setup.py')"
     done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=False)

@@ -31,10 +31,14 @@ PACKAGE = Path(attnkern.__file__).parent
 API = (PACKAGE.parent / "docs" / "api.md").read_text(encoding="utf-8")
 MODULES = ("compat", "evaluation", "models", "nn", "testing", "training", "viz")
 
-#: What is public and not walked.
+#: Public names that are not checked.
 LEFT_OUT = {
+    r"(evaluation|models)\..*": "they check what would give a wrong number or an error that is hard to read, not kinds",
     r"training\.data\.ImageData\.(prepare_data|setup|\w+_dataloader)": "called by Lightning",
+    r"training\.data\.ImageData": "made by Lightning's command line, which checks arguments by their annotations",
+    r"training\.images\.read_image": "Python's and Pillow's errors name the argument",
     r"training\.modules\..*": "made by Lightning's command line, which checks arguments by their annotations",
+    r"viz\..*": "checks what would give a wrong picture; matplotlib's errors name the rest",
 }
 
 
@@ -47,7 +51,7 @@ def resolved(name):
 
 
 def public():
-    """What is public by name, without "attnkern."."""
+    """The public names without "attnkern."."""
     names = {*attnkern.__all__, *attnkern._LATE}
     for module in MODULES:
         names |= {f"{module}.{name}" for name in resolved(module).__all__}
@@ -65,7 +69,7 @@ def methods(kind):
 
 
 def callables():
-    """By name: functions, classes (but results, which attnkern makes) and methods."""
+    """Functions, methods and classes by name, without the classes of results."""
     for name, thing in PUBLIC.items():
         if callable(thing) and not (isinstance(thing, type) and issubclass(thing, tuple)):
             yield name, thing
@@ -81,7 +85,7 @@ CALLABLES = {name: thing for name, thing in callables() if not re.fullmatch("|".
 images, maps, masks = torch.rand(2, 3, 32, 32), torch.rand(2, 4, 4), torch.ones(2, 4, 4, dtype=torch.bool)
 network = attnkern.models.create_model("vgg_att2_concat_dp", 4, width=0.03).eval()
 
-#: Of every argument without a default, by its name.
+#: A valid value of each argument without a default, by name.
 GIVEN = {
     "a": torch.rand(2, 1, 4, 4),
     "anchors": torch.rand(4),
@@ -150,33 +154,17 @@ GIVEN = {
     "width": 0.03,
     "x": torch.rand(2, 3, 4, 4),
 }
-#: Of one function's arguments, where it is another than by the name alone.
+#: Valid values that apply to one function only.
 GIVEN_TO = {
-    "evaluation.combine": {"maps": [maps]},
-    "evaluation.fooling_rate": {"eps": [0.1]},
-    "evaluation.linear_svm": {"features": torch.rand(2, 3)},
-    "evaluation.gradcam_of": {"name": "local7"},
-    "evaluation.pool_attention": {"name": "attention13"},
-    "evaluation.query_driven": {"query": images[0]},
-    "evaluation.occlude": {"size": 4},
     "insert": {"name": "local7"},
-    "models.bottleneck_loss": {"output": attnkern.models.Bottlenecked(*torch.rand(5, 2, 4))},
-    "models.create_model": {"name": "vgg", "features_only": True, "width": 0.03},
     "testing.accuracy": {"name": "window_attention"},
     "testing.check_accuracy": {"name": "window_attention"},
     "training.recipes.read_recipe": {"name": "vgg"},
     "training.train.train": {"name": "vgg"},
-    "viz.levels": {"maps": {"last": maps}},
-    "viz.query_pairs": {"query": images[0]},
     "_insert.OnTokens.grid": {"tokens": 17},
     "_insert.OnTokens": {"module": nn.Identity()},
     "_insert.OnChannelsLast": {"module": nn.Identity()},
     "_insert.Attended": {"layer": nn.Identity(), "attention": nn.Identity()},
-}
-#: Whose methods stand for those of a class that cannot be made as it is.
-INSTANCES = {
-    "evaluation.Whitening": lambda: attnkern.evaluation.Whitening(torch.zeros(3), torch.eye(3)),
-    "models.BottleneckNetwork": attnkern.models.VggBottleneck,
 }
 
 # --- wrong arguments -------------------------------------------------------------------------------------------------
@@ -200,7 +188,7 @@ VALUES = {
     "sparse tensor": torch.rand(2, 3).to_sparse(),
 }
 TENSORS = tuple(kind for kind in VALUES if kind.endswith("tensor"))
-#: Kinds that are right for an argument of this name, beside those of its annotation; for a Tensor instead of floating.
+#: Further kinds that are valid for an argument of this name; for a Tensor, instead of floating point.
 RIGHT = {
     "angles": ("bool tensor",),
     "counts": ("float tensor", "integer tensor"),
@@ -216,16 +204,15 @@ RIGHT = {
     "target": ("bool tensor",),
     "thresholds": ("bool tensor",),
 }
-#: What a message calls an argument that the command line calls so.
+#: The name of an argument in messages, by its name on the command line.
 CALLED = {
-    "evaluation.map_of.name": "map",
     "training.recipes.read_recipe.name": "recipe",
     "training.train.train.name": "recipe",
 }
 
 
 def fits(kind, value, hint, right):
-    """May an argument of this annotation have this value, a Tensor being one of the kinds ``right``?"""
+    """Whether the value is valid for the annotation; a Tensor must be one of the kinds ``right``."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(fits(kind, value, part, right) for part in parts)
@@ -239,12 +226,12 @@ def fits(kind, value, hint, right):
         return isinstance(items, (tuple, list)) and all(fits("", item, parts[0], right) for item in items)
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    # Of any Iterable the items tell, and of a Mapping the values.
+    # Compare the items of an Iterable and the values of a Mapping.
     return origin is None and hint is not collections.abc.Iterable and isinstance(value, hint or types.NoneType)
 
 
 def required(name, function):
-    """Right values of the arguments that have no default."""
+    """Valid values of the arguments that have no default."""
     parameters = inspect.signature(function).parameters.values()
     wanted = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     table = GIVEN | GIVEN_TO.get(name, {})
@@ -254,24 +241,24 @@ def required(name, function):
 
 
 def bound(name):
-    """The function of this name; a method that of an object."""
+    """The function of this name, or the bound method of an object."""
     owner, _, key = name.rpartition(".")
     if name in PUBLIC:
         return PUBLIC[name]
-    kind = INSTANCES.get(owner, PUBLIC[owner])
+    kind = PUBLIC[owner]
     options = {"width": 0.03} if "width" in inspect.signature(kind).parameters else {}
     return getattr(kind(**required(owner, kind) | options), key)
 
 
 class Unreachable:
-    """In the place of a backend's operators."""
+    """Replaces the operators of a backend."""
 
     def __getattr__(self, name):
         raise AssertionError(f"{name} was reached")
 
 
 def refusal(call, argument):
-    """None where a call ends in attnkern's own words about the argument; else what happens."""
+    """None if attnkern's error names the argument; otherwise what happens."""
     try:
         call()
     except Exception as error:

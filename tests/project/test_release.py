@@ -1,4 +1,4 @@
-"""What a release stands on: versions, the bill of materials, no network at import, no code from files."""
+"""Versions, the bill of materials, no network access at import, and no code loaded from files."""
 
 import ast
 import contextlib
@@ -28,7 +28,7 @@ DEVELOPMENT = {"bench", "dev", "docs"}
 
 
 def requirements(*lists):
-    """Of packages other than attnkern itself, whose extras ask for each other."""
+    """Requirements other than attnkern itself, whose extras include each other."""
     found = [Requirement(text) for texts in lists for text in texts]
     return [requirement for requirement in found if requirement.name != "attnkern"]
 
@@ -86,7 +86,7 @@ def test_what_the_requirements_bring_is_pinned(sbom):
 
 
 def test_users_are_asked_for_what_is_imported():
-    """Not for what happens to come along with something else."""
+    """Not only as a dependency of another package."""
     asked = {canonicalize_name(requirement.name) for requirement in USED}
     providers = packages_distributions()
     for path in (ROOT / "attnkern").rglob("*.py"):
@@ -102,7 +102,7 @@ def test_users_are_asked_for_what_is_imported():
 
 @pytest.fixture(scope="module")
 def bill(sbom, tmp_path_factory):
-    """Written twice, by processes that order sets differently."""
+    """Written by two processes with different hash seeds."""
     texts = []
     for seed in "12":
         folder = tmp_path_factory.mktemp("bill")
@@ -135,7 +135,7 @@ def test_the_bill_of_materials_says_what_pyproject_says(bill):
     assert parts["torch"]["scope"] == "required"
     assert parts["lightning"]["scope"] == "optional"
     assert all(part["version"] == version(name) and part["licenses"] for name, part in parts.items())
-    # Everything hangs together, and nothing of development is among it.
+    # Every component has a place in the graph, and none is for development only.
     assert {part["bom-ref"] for part in parts.values()} == {ref for edges in needs.values() for ref in edges}
     assert not parts.keys() & {"pytest", "ruff", "mkdocs", "hypothesis"}
 
@@ -143,6 +143,7 @@ def test_the_bill_of_materials_says_what_pyproject_says(bill):
 # --- network and files -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_importing_asks_for_no_network(tmp_path):
     for package in ("torchvision", "lightning", "matplotlib", "triton"):
         pytest.importorskip(package)
@@ -153,7 +154,7 @@ def test_importing_asks_for_no_network(tmp_path):
 
 
 def test_the_network_is_watched(tmp_path):
-    """Even where the asking code swallows the refusal."""
+    """Even if the code that uses the network ignores the exception."""
     code = "import socket, contextlib\nwith contextlib.suppress(OSError): socket.create_connection(('127.0.0.1', 9))"
     with pytest.raises(AssertionError, match=r"socket\.(getaddrinfo|connect)"):
         offline.python("-c", code, cwd=tmp_path)
@@ -167,7 +168,7 @@ UNSAFE_CALLS = {
 
 
 def unsafe(code):
-    """Lines of Python that may run what stands in a file."""
+    """Lines of Python that may run code from a file."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
@@ -214,7 +215,7 @@ def test_what_would_run_code_is_found(code):
 
 
 class Trap:
-    """Unpickled, it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path

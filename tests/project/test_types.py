@@ -1,4 +1,4 @@
-"""The public face for type checkers and for help()."""
+"""The public names as type checkers and help() see them."""
 
 import importlib.util
 import inspect

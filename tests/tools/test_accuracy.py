@@ -1,4 +1,4 @@
-"""Errors in ulp: what is measured is right, what is wrong shows, and the page is what the committed JSON says."""
+"""Errors in ulp: they are measured correctly, planted errors are found, and the page matches the committed JSON."""
 
 import math
 
@@ -14,7 +14,7 @@ SMALL = {
     for op, layout in zip(accuracy.CASES, ("contiguous", "channels_last") * 3, strict=False)
 }
 MEASURED = [(op, name, dtype) for op in SMALL for name in ("native", "reference", "eager") for dtype in accuracy.DTYPES]
-#: Compiling takes seconds: one stands for all.
+#: One is enough, because compiling takes seconds.
 MEASURED.append(("anchor_quantize", "compile", "bfloat16"))
 
 
@@ -36,7 +36,7 @@ def test_units_in_the_last_place():
 
 @pytest.mark.parametrize("op, competitor, dtype", MEASURED)
 def test_numbers_of_the_right_order(op, competitor, dtype):
-    """No more than a few dozen roundings of what a result is made of; ours in half types: one, of the result."""
+    """At most a few dozen roundings of the terms of a result; attnkern rounds half-precision results once."""
     found = rows(op, dtype, competitor)
     ours = competitor in ("native", "reference")
     results = {result for result, _ in found}
@@ -49,13 +49,13 @@ def test_numbers_of_the_right_order(op, competitor, dtype):
             assert row["wrong"] == 0 or not ours
         elif ours and (of != "itself" or result not in accuracy.MADE_OF):
             assert row["max"] <= (0.51 if "16" in dtype else 40), (result, of)
-    if dtype == "bfloat16" and competitor == "eager":  # the literal formulas round every step; fused, not all of them
+    if dtype == "bfloat16" and competitor == "eager":  # the literal formulas round each step, fused ones only some
         worst = max(row["max"] for row in found.values() if "max" in row and row["of"] == "itself")
         assert worst > 1
 
 
 def test_a_planted_error_shows(monkeypatch):
-    """Off by 8 ε the values are 8 to 16 steps away; one index is wrong; a gradient that is NaN is infinitely wrong."""
+    """Values off by 8 ε are 8 to 16 ulp away, one wrong index counts, and a NaN gradient is an infinite error."""
     right = attnkern.anchor_quantize
 
     def wrong(a, anchors, backend):
@@ -82,7 +82,7 @@ def test_a_planted_error_shows(monkeypatch):
 
 @pytest.mark.skipif(not truth.WIDER, reason="numpy's longdouble is float64 here")
 def test_truth_has_more_digits_than_float64():
-    """float64's own roundings show against it, and they are as many as float32's."""
+    """Against it float64 has as many ulp of error as float32."""
     by_dtype = [
         rows("compatibility_pool", dtype, "reference")["scores", "Σ\\|terms\\|"] for dtype in ("float32", "float64")
     ]
@@ -104,7 +104,7 @@ def test_tables_show_who_is_worse():
     assert "| 3.00 / <0.01 | 1.50 / –" in text
     assert accuracy.glance(given).splitlines()[-1].replace(" ", "") == "|pool|float32|3.00|1.50|"
     compiled = [row | {"competitor": "compile"} for row in given[2:]]
-    assert "- nothing" in accuracy.worse(given + compiled)
+    assert "- none" in accuracy.worse(given + compiled)
     given[1]["max"] = 3.01
     assert "- pool float32 pooled: native 3.01, eager 1.50, compile 1.50" in accuracy.worse(given + compiled)
 

@@ -186,7 +186,7 @@ def test_noisy_rows_are_marked():
     "load, during, spread, reasons",
     [
         (0.5, 2.2, 0.1, []),
-        (9.0, 2.2, 0.1, ["the load average was 9.0 on 2 cores before the run"]),
+        (9.0, 2.2, 0.1, []),  # from a build that has just ended
         (0.5, 9.0, 0.1, ["the load average was 9.0 on 2 cores during the run"]),
         (0.5, 2.2, 0.5, ["the times of 2 of 2 rows vary by more than 25%"]),
     ],

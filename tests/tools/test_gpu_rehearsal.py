@@ -76,6 +76,7 @@ def journal(folder):
     return [json.loads(line) for line in (folder / "gpu-run.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_rehearsal(start, tmp_path):
     folder = tmp_path / "results"
 

@@ -1,4 +1,4 @@
-"""Faults that mutate.py derives from the kernels' sources, and what its last run found."""
+"""The faults that mutate.py derives from the kernels' sources, and the published result of its last run."""
 
 import ast
 import json
@@ -11,7 +11,7 @@ FILES = mutate.kernel_files()
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(mutate.ROOT)))
 def test_faults_of_a_file(path):
-    """Each changes code, in one place; the draw repeats."""
+    """Each fault changes code in one place; the same seed draws the same faults."""
     text, code = path.read_text(encoding="utf-8"), mutate.code_of(path)
     assert len(code) == len(text)
     assert code.count("\n") == text.count("\n")
@@ -41,7 +41,7 @@ def test_every_class_has_faults_in_every_language():
     [(".cpp", '#define A 1\nint a = 0; // b + 1\nauto s = "c < d"; /* e * 2 */\n'),
      (".py", 'import os\n\n\n@jit(x=1)\ndef f(a=1):\n    """b + 1"""\n    return a  # c < d\n')],
 )  # fmt: skip
-def test_comments_strings_and_declarations_are_no_code(suffix, code, tmp_path):
+def test_comments_strings_and_declarations_are_not_code(suffix, code, tmp_path):
     path = tmp_path / f"source{suffix}"
     path.write_text(code, encoding="utf-8")
     left = mutate.code_of(path).split()
@@ -49,7 +49,7 @@ def test_comments_strings_and_declarations_are_no_code(suffix, code, tmp_path):
 
 
 def test_published_result():
-    """The page is the result's, and lists files that lack faults; whatever survived is explained."""
+    """The page matches the result, and each survivor has an explanation."""
     results = json.loads(mutate.RESULTS.read_text(encoding="utf-8"))
-    assert mutate.PAGE.read_text(encoding="utf-8") == mutate.page(results)
+    assert mutate.PAGE.read_text(encoding="utf-8") == mutate.page(results), "run tests/mutate.py --page"
     assert all(m["caught"] or m.get("why") for m in results["mutants"])

@@ -13,14 +13,14 @@ CXX = os.environ.get("CXX", "g++")
 
 
 def has(library):
-    """A compiler that lacks a library names it without a folder."""
+    """Whether the compiler has a library: it prints the path, or only the name if it has not."""
     found = shutil.which(CXX) and subprocess.run([CXX, f"-print-file-name={library}"], capture_output=True, text=True)
     return bool(found) and "/" in found.stdout
 
 
 @pytest.mark.slow
 def test_sanitizers():
-    """No report from the operators' tests; from each sanitizer one of the error that is planted for it."""
+    """The operators' tests give no report, and each sanitizer finds the error planted for it."""
     for library in ("libasan.so", "libubsan.so"):
         if not has(library):
             pytest.skip(f"{CXX} has no {library}")

@@ -1,4 +1,4 @@
-"""What a user's type checker makes of the public functions; checked by mypy --strict, never run."""
+"""The types of the public functions, checked by mypy --strict and never run."""
 
 from typing import assert_type
 

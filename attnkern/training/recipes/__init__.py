@@ -8,6 +8,7 @@ A row may also have ``published``: the top-1 errors in the paper in percent, by 
 from importlib import resources
 from typing import Any
 
+from attnkern._checks import check_kind
 from attnkern._extras import needs_extra
 from attnkern._spelling import did_you_mean
 
@@ -54,8 +55,10 @@ def read_recipe(name: str, data: str | None = None) -> tuple[str, dict[str, Any]
         the family's name; the settings of ``model``, ``data`` and ``trainer``; the errors in percent, by data set.
 
     Raises:
-        ValueError: an unknown recipe.
+        ValueError, TypeError: an unknown recipe, or an argument that is not a name.
     """
+    check_kind("train", str, recipe=name)
+    check_kind("train", str | None, data=data)
     families = _families()
     if name not in families:
         hint = did_you_mean(name, families)

@@ -39,8 +39,10 @@ import resource, torch, attnkern
 from cases import FUNCTIONS, call, doubles, make, run, upstream
 
 def allow(extra=None):
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (hard if extra is None else used + extra, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    if extra is not None:
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + extra, hard))
 
 torch.set_num_threads(2)
 hard = resource.getrlimit(resource.RLIMIT_AS)[1]

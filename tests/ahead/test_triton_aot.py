@@ -333,6 +333,7 @@ def test_fits(run, shape, launches, tmp_path):
     check_all(run, [shape], "sm_90", launches, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sm_80", "sm_100"])
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_fits_other_nvidia_gpus(run, name, launches, tmp_path):

@@ -79,6 +79,7 @@ for function in FUNCTIONS:
 """
 
 
+@pytest.mark.slow
 @large
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_each_allocation_fails_once(backend):

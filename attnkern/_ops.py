@@ -96,6 +96,10 @@ def _load(stem: str) -> str | None:
         torch.ops.load_library(path)
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         return f"{path.name} does not load: {error}"
+    key = "CUDA" if stem == "_C_cuda" else "CPU"
+    missing = [name for name in SCHEMAS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"attnkern::{name}", key)]
+    if missing:
+        return f"{path.name} has no kernels for {', '.join(missing)}: their sources may be missing in csrc/sources.txt"
     return None
 
 

@@ -15,6 +15,11 @@ def _strategies(operator, shards, args):
     found = []
     for rule in (*shards(*args), replicated):
         inputs, outputs = ([placements[mark] for mark in side.split()] for side in rule.split(" -> "))
+        if len(inputs) != sum(tensors) or len(outputs) != len(operator._schema.returns):
+            raise ValueError(
+                f"{operator}: the sharding rule {rule!r} must have {sum(tensors)} arguments and "
+                f"{len(operator._schema.returns)} results"
+            )
         marks = iter(inputs)
         wanted = [next(marks) if tensor else None for tensor in tensors]
         found.append((outputs, [place if arg is not None else None for place, arg in zip(wanted, args, strict=True)]))

@@ -1,4 +1,4 @@
-"""The oracles: the three ops in plain PyTorch, any float dtype, any device, differentiable to any order.
+"""The oracles: the functions in plain PyTorch, any float dtype, any device, differentiable to any order.
 
 Half-precision inputs are computed in float32 and rounded once at the end. These functions take validated arguments;
 formulas, shapes and sources stand at the public functions of the same names.

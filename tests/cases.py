@@ -1,4 +1,4 @@
-"""The five functions as a table, seeded inputs in any shape, dtype and layout, and how to run and compare.
+"""The functions as a table, seeded inputs in any shape, dtype and layout, and how to run and compare.
 
 Inputs, gradients of the outputs and the functions themselves are those of attnkern.testing.
 """
@@ -37,6 +37,8 @@ CASES = [
     ("anchor_attention", {"reduction": "sum"}),
     ("compatibility_pool", {}),
 ]
+
+assert FUNCTIONS.keys() == {function for function, _ in CASES} == {name.removesuffix("_shared") for name in testing.OPS}
 
 
 def case_id(value):

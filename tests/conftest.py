@@ -48,7 +48,7 @@ BACKENDS = _asked.split(",") if _asked else [name for name in _backend.NAMES if 
 
 
 #: With --quick about one in so many parametrisations of a test runs, and at least one.
-SAMPLE = 4
+SAMPLE = 5
 
 
 def pytest_addoption(parser):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cases import FUNCTIONS
 
 triton = pytest.importorskip("triton")
 
@@ -106,12 +107,13 @@ def run_pool(x, companion):
 
 
 RUNS = {
-    "window": run_window,
+    "window_attention": run_window,
     "window_map": run_window_map,
     "anchor_quantize": run_anchor_quantize,
     "anchor_attention": run_anchor_attention,
-    "pool": run_pool,
+    "compatibility_pool": run_pool,
 }
+assert RUNS.keys() == FUNCTIONS.keys()
 
 
 # --- compiling it ----------------------------------------------------------------------------------------------------
@@ -331,6 +333,7 @@ def test_fits(run, shape, launches, tmp_path):
     check_all(run, [shape], "sm_90", launches, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sm_80", "sm_100"])
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_fits_other_nvidia_gpus(run, name, launches, tmp_path):

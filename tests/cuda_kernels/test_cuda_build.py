@@ -48,6 +48,7 @@ def decide(patches, force_cuda=None):
     return done.returncode, done.stdout.strip(), [line for line in done.stderr.splitlines() if "attnkern" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "patches, reason",
     [(CPU_BUILD, "this PyTorch is a CPU build"), (NO_TOOLKIT, "no CUDA toolkit with nvcc was found")],
@@ -67,6 +68,7 @@ def test_without_cuda_the_cpu_library_is_built_and_one_line_says_why(patches, re
 TOOLKIT = torch.version.cuda and shutil.which("nvcc")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TOOLKIT, reason="needs a CUDA build of PyTorch and nvcc")
 def test_force_cuda():
     assert decide("", force_cuda="1")[:2] == (0, "extensions: attnkern._C attnkern._C_cuda")
@@ -178,6 +180,7 @@ def test_libraries_of_other_sources_are_built_again(file, reasons, carried):
     assert carried.unfit() == reasons
 
 
+@pytest.mark.slow
 def test_libraries_that_are_missing_or_damaged_are_built_again(carried):
     names = carried.setup()
     assert names["unfit"]("cpu") is None
@@ -210,6 +213,7 @@ def test_without_ptx_a_library_serves_one_major_version(carried):
     assert carried.unfit((8, 0))[1] == "it has code for compute capability 8.6, the GPU has 8.0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "toolkit", [pytest.param(True, marks=pytest.mark.skipif(not TOOLKIT, reason="needs nvcc")), False]
 )

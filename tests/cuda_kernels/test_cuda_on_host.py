@@ -5,6 +5,7 @@ import torch
 from cuda_on_host import load
 
 from attnkern import reference
+from attnkern._schemas import SCHEMAS
 
 FLOAT, HALF, BF16, DOUBLE = torch.float32, torch.float16, torch.bfloat16, torch.float64
 
@@ -402,7 +403,9 @@ def passes(shape, channels_last, anchors):
 )
 def test_at_most_two_launches(shape, channels_last, anchors, most):
     """One where the map is small enough for one block."""
-    for name, call in passes(shape, channels_last, anchors).items():
+    calls = passes(shape, channels_last, anchors)
+    assert calls.keys() == SCHEMAS.keys()
+    for name, call in calls.items():
         before = ops.launches(torch.empty(0))
         call()
         assert ops.launches(torch.empty(0)) - before <= most, name

@@ -42,6 +42,12 @@ def included(source: Path, found: set[Path]) -> set[Path]:
     return found
 
 
+def cuda_sources() -> list[Path]:
+    """The sources of the CUDA library in csrc/sources.txt, as setup.py builds them."""
+    lines = map(str.split, (ROOT / "csrc/sources.txt").read_text(encoding="utf-8").splitlines())
+    return [ROOT / line[1] for line in lines if line[:1] == ["cuda"]]
+
+
 def build(sources: list[Path]) -> Path:
     """The library of some sources."""
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -63,5 +69,5 @@ _library.define("launches(Tensor x) -> int")
 
 def load():
     """``torch.ops.attnkern_host`` with the kernels."""
-    torch.ops.load_library(build([*sorted(ROOT.glob("csrc/cuda/*.cu")), HERE / "faulty.cu"]))
+    torch.ops.load_library(build([*cuda_sources(), HERE / "faulty.cu"]))
     return torch.ops.attnkern_host

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import attnkern
-from attnkern import _backend, _ops
+from attnkern import _backend, _operators, _ops, _sharding
 
 smooth_case = pytest.mark.parametrize(
     "function, options", [case for case in CASES if "anchor" not in case[0]], ids=case_id
@@ -528,3 +528,27 @@ def test_export(function, backend, device):
     held = [target.name() for target in targets if target.namespace.startswith("attnkern")]
     assert held == operators(function, backend)[:1]
     check(dict(enumerate(exported.module()(*inputs(5)))), doubles(dict(enumerate(Module()(*inputs(5))))))
+
+
+# --- records of the operators ---
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"fake": lambda local: local}, r"pool_fwd: the arguments of its fake are \['local'\], those of its schema"),
+        ({"decomposition": lambda query, local: local}, "pool_fwd: the arguments of its decomposition are"),
+        ({"features": ("x",)}, r"pool_fwd: its features name arguments that the schema does not have: \['x'\]"),
+    ],
+    ids=["fake", "decomposition", "features"],
+)
+def test_a_record_that_does_not_fit_its_schema(change, message):
+    with pytest.raises(ImportError, match=message):
+        _operators.check_record("pool_fwd", _operators.OPERATORS["pool_fwd"]._replace(**change))
+
+
+@pytest.mark.parametrize("rule", ["0 -> 0 0 0 0", "0 0 -> 0 0"])
+def test_a_sharding_rule_that_does_not_fit_its_operator(rule):
+    arguments = torch.randn(2, 3, 4, 4), torch.randn(2, 3)
+    with pytest.raises(ValueError, match=f"the sharding rule '{rule}' must have 2 arguments and 4 results"):
+        _sharding._strategies(torch.ops.attnkern.pool_fwd.default, lambda *_: (rule,), arguments)

@@ -541,6 +541,7 @@ def test_the_command_says_what_to_run_next(tmp_path):
         assert named in (str(run), str(run / "last.ckpt"))
 
 
+@pytest.mark.slow
 def test_training_is_quiet(folder):
     """Lightning's hints about settings that recipes make on purpose are not shown."""
     command = [sys.executable, "-m", "attnkern", "train", "vgg_gap", "--data", "digits-clutter", *TINY[:-2], *NARROW]

@@ -14,6 +14,7 @@ import attnkern.nn
 HERE = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
 def test_strict_types_of_the_public_face(tmp_path):
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", f"--cache-dir={tmp_path}"]

@@ -9,6 +9,11 @@ import pytest
 FILES = mutate.kernel_files()
 
 
+def test_every_mechanism_is_judged_by_its_tests():
+    folder = mutate.ROOT / "attnkern/_operators"
+    assert mutate.OPERATORS.keys() == {path.stem for path in folder.glob("*.py")} - {"__init__", "record"}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(mutate.ROOT)))
 def test_faults_of_a_file(path):
     """Each fault changes code in one place; the same seed draws the same faults."""

@@ -9,44 +9,59 @@ from attnkern._operators.record import Operator, features_grad, pull
 # --- fake kernels ----------------------------------------------------------------------------------------------------
 
 
-def _fake_pool_fwd(local, query):
+def _fake_pool_fwd(local, query, mask):
     n, c, *positions = local.shape
+    queries = query.shape[1:2] if query.ndim == 3 else ()
     dtype = wide(local.dtype)
-    attention = local.new_empty((n, *positions), dtype=dtype)
-    pooled_wide = local.new_empty((0,) if local.dtype == dtype else (n, c), dtype=dtype)
-    return local.new_empty((n, c)), attention, torch.empty_like(attention), pooled_wide
+    attention = local.new_empty((n, *queries, *positions), dtype=dtype)
+    pooled = local.new_empty((n, *queries, c))
+    pooled_wide = local.new_empty((0,) if local.dtype == dtype else pooled.shape, dtype=dtype)
+    return pooled, attention, torch.empty_like(attention), pooled_wide
 
 
-def _fake_pool_bwd(grad_pooled, grad_attention, grad_scores, local, query, attention, pooled_wide, need_grad_local):
+def _fake_pool_bwd(
+    grad_pooled, grad_attention, grad_scores, local, query, mask, attention, pooled_wide, need_grad_local
+):  # fmt: skip
     return features_grad(local, need_grad_local), torch.empty_like(query)
 
 
 # --- decompositions --------------------------------------------------------------------------------------------------
 
 
-def _pool_fwd(local, query):
+def _pool_fwd(local, query, mask):
     dtype = wide(local.dtype)
-    pooled, attention, scores = reference.compatibility_pool(local.to(dtype), query.to(dtype))
+    pooled, attention, scores = reference.compatibility_pool(local.to(dtype), query.to(dtype), mask)
     kept = pooled if local.dtype != dtype else local.new_empty((0,), dtype=dtype)
     return pooled.to(local.dtype), attention, scores, kept
 
 
-def _pool_bwd(grad_pooled, grad_attention, grad_scores, local, query, attention, pooled_wide, need_grad_local):
+def _pool_bwd(grad_pooled, grad_attention, grad_scores, local, query, mask, attention, pooled_wide, need_grad_local):
+    def forward(local, query):
+        return reference.compatibility_pool(local, query, mask)
+
     grads = grad_pooled, grad_attention, grad_scores
-    grad_local, grad_query = pull(reference.compatibility_pool, (local, query), grads)
+    grad_local, grad_query = pull(forward, (local, query), grads)
     return grad_local if need_grad_local else local.new_empty((0,)), grad_query
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
-def _shards_fwd(local, query):
-    """A query (C,) is shared by the batch. Channels are not sharded, because a score is a sum over all channels."""
-    return ("0 R -> 0 0 0 0",) if query.ndim == 1 else ("0 0 -> 0 0 0 0",)
+def _placements(local, query, mask):
+    """Of the query and of the mask: the batch may share either. Channels are not sharded: the scores need them all."""
+    shared = query.ndim == 1 or (query.ndim == 3 and query.shape[0] == 1 < local.shape[0])
+    masked = "" if mask is None else " R" if mask.shape[0] == 1 < local.shape[0] else " 0"
+    return "R" if shared else "0", masked
 
 
-def _shards_bwd(grad_pooled, grad_attention, grad_scores, local, query, *_):
-    return ("0 0 0 0 R 0 0 -> 0 P",) if query.ndim == 1 else ("0 0 0 0 0 0 0 -> 0 0",)
+def _shards_fwd(local, query, mask):
+    placement, masked = _placements(local, query, mask)
+    return (f"0 {placement}{masked} -> 0 0 0 0",)
+
+
+def _shards_bwd(grad_pooled, grad_attention, grad_scores, local, query, mask, *_):
+    placement, masked = _placements(local, query, mask)
+    return (f"0 0 0 0 {placement}{masked} 0 0 -> 0 {'P' if placement == 'R' else '0'}",)
 
 
 OPERATORS = {

@@ -49,7 +49,7 @@ def loaded(**options):
     return data
 
 
-# Each function writes a fake data set under root. The CIFAR, SVHN and STL-10 formats store raw pixels, so these functions
+# Each function writes a fake data set under root. CIFAR, SVHN and STL-10 store raw pixels, so these functions
 # also return (images, labels) of the training and the test part, with images as (N, 3, H, W) uint8.
 
 
@@ -458,7 +458,7 @@ def test_cub_boxes_are_resized_with_the_image(tmp_path):
     assert [data.train[0][1]] == [1]
     items = [data.located()[i] for i in range(3)]
     assert [label for _, label, _, _ in items] == [0, 1, 0]
-    # 40x20 resized to 16x16: x is scaled by 0.4, so edges 5 and 15 become 2 and 6. y is scaled by 0.8, so edges 10 and 15
+    # 40x20 resized to 16x16: x is scaled by 0.4, so edges 5 and 15 become 2 and 6. y is scaled by 0.8: edges 10 and 15
     # become 8 and 12.
     # 80x80 resized to 16x16: x edges 10 and 30 become 2 and 6. y edges 4 and 36 become 0.8 and 7.2, which covers the
     # centres of rows 1 to 6.
@@ -495,7 +495,7 @@ def test_pets_trimaps_are_resized_with_the_image(tmp_path):
     assert data.class_names == ["Abyssinian", "American Bulldog"]
     image, label, box, mask = data.located()[2]
     assert label == 1
-    # 60x20 resized to 20x20: x is scaled by 1/3. The centres of columns 4 to 8 (x = 13.5 to 25.5 in the original) lie on
+    # 60x20 resized to 20x20: x is scaled by 1/3. Centres of columns 4 to 8 (x = 13.5 to 25.5 in the original) lie on
     # the animal.
     assert box.tolist() == [4, 4, 15, 8]
     assert mask.sum() == 12 * 5

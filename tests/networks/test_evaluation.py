@@ -87,7 +87,7 @@ def test_box_masks_include_edges():
 def test_pointing_game_uses_maximum():
     maps = torch.zeros(4, 2, 2)
     maps[0, 1, 0] = maps[1, 1, 0] = maps[2, 0, 1] = 1
-    # At 4 x 6 pixels the maxima are in the lower left corner (twice) and the upper right corner. The last map is constant.
+    # At 4 x 6 pixels the maxima are in the lower left corner (twice) and the upper right one. The last map is constant.
     boxes = torch.tensor([[3.0, 0.0, 3.0, 0.0], [0.0, 1.0, 3.0, 5.0], [0.0, 4.0, 1.0, 5.0], [0.0, 0.0, 3.0, 5.0]])
     hits = [pointing_game(maps[i : i + 1], boxes[i : i + 1], (4, 6)) for i in range(4)]
     assert hits == [1.0, 0.0, 1.0, 0.0]
@@ -121,7 +121,7 @@ def test_localisation_with_boxes_and_masks():
     masks[0, 1:3, :] = True
     for batch_size in (256, 1):
         found = localisation(maps, boxes, (4, 4), masks, batch_size=batch_size)
-        # The first maximum of the second map is in column 0, outside the box. The third map is constant, which is a miss.
+        # The first maximum of the second map is in column 0, outside the box. The third map is constant: a miss.
         assert found.pointing == pytest.approx(1 / 3)
         assert found.iou_box == pytest.approx((1 + 2 / 8 + 0) / 3)
         assert found.iou_mask == pytest.approx((4 / 8 + 0 + 1) / 3)

@@ -580,7 +580,7 @@ def test_tight_boxes():
     maps[1, 3, 1:4] = 0.3
     maps[1, 0, 0] = 1.0
     maps[2] = 7.0
-    maps[3, :, 0] = -torch.arange(5.0)  # only the last row's 0 becomes the minimum
+    maps[3, :, 0] = -torch.arange(5.0)  # only the minimum, -4, lies below the threshold
     expected = [[1, 2, 2, 3], [3, 1, 3, 3], [0, 0, -1, -1], [0, 0, 4, 5]]
     assert tight_boxes(maps).tolist() == expected
     assert tight_boxes(maps, 0.6)[:2].tolist() == [[1, 2, 1, 2], [0, 0, 0, 0]]

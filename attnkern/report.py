@@ -187,7 +187,10 @@ def report(subject: Subject, run: str | os.PathLike, results: dict[str, Any] | N
         title=html.escape(title),
         subtitle=html.escape(subtitle),
         numbers="".join(f"<div><b>{html.escape(v)}</b><span>{html.escape(n)}</span></div>" for v, n in shown),
-        map=html.escape(f"Map: {about['map']}. The colours of each map run from its smallest to its largest value."),
+        map=html.escape(
+            f"Map: {about['map']}. The colours of each map run from its smallest to its largest value, unless it is "
+            "nearly constant."
+        ),
         figures="".join(figures),
         protocols="".join(
             f"<details><summary>{html.escape(name)}</summary>{_table(entry)}</details>"

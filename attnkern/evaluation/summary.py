@@ -72,9 +72,15 @@ _HEADLINES = {
 }
 
 
+def _text(result: dict[str, Any], key: str) -> str | None:
+    """The text under a key. Results by class hold no text, so that a class may be called "error"."""
+    value = result.get(key)
+    return value if isinstance(value, str) else None
+
+
 def failures(results: dict[str, Any]) -> list[str]:
     """Names of the protocols that ended in an error."""
-    return [name for name, result in results.items() if "error" in result]
+    return [name for name, result in results.items() if _text(result, "error") is not None]
 
 
 def summary(results: dict[str, Any]) -> str:
@@ -89,10 +95,11 @@ def summary(results: dict[str, Any]) -> str:
     rows = [("protocol", "result", "meaning")]
     omitted = []
     for name, result in results.items():
-        if "not applicable" in result:
+        error = _text(result, "error")
+        if _text(result, "not applicable") is not None:
             omitted.append(name)
-        elif "error" in result:
-            rows.append((name, "failed", result["error"].partition("\n")[0]))
+        elif error is not None:
+            rows.append((name, "failed", error.partition("\n")[0]))
         else:
             headline = _HEADLINES[name]
             rows.append((name, headline.show(result), headline.meaning))

@@ -1,13 +1,15 @@
-"""An interpreter of machine code that counts.
+"""An interpreter of SASS that counts what a kernel executes.
 
-It runs every thread of one block, or of one cluster of blocks, with the parameters of a launch: registers, predicates,
-shared memory, barriers, shuffles and divergence are those of the machine. Global memory holds made-up numbers of the
-tensors' dtypes, so control flow that depends on loaded data is that of ordinary data; what is stored there is not read
-back.
+It runs every thread of one block, or of one cluster of blocks, with the parameters of a launch. It models registers,
+predicates, shared memory, barriers, shuffles and divergence. Loads from global memory return made-up values of the
+tensor's dtype, so that control flow that depends on data is typical; stores to global memory are not read back.
 
-Counted are executed warp instructions by opcode, an instruction whose predicate is off in every lane included; the
-widths of global loads and stores; the 32-byte sectors that each of them touches; the cycles that shared memory takes
-with its bank conflicts; and the waits for global loads, each less the instructions issued since the load.
+It counts:
+
+- executed warp instructions by opcode, including those whose predicate is off in every lane;
+- global loads and stores by width, and the 32-byte sectors that they access;
+- cycles of shared memory, including bank conflicts;
+- waits for global loads, reduced by the instructions issued since the load.
 """
 
 import bisect
@@ -54,7 +56,7 @@ _WORDS = 4096
 
 @functools.cache
 def _pool(dtype: str) -> np.ndarray:
-    """The words of 32 bits with which memory of a dtype is filled repeatedly."""
+    """The 32-bit words that are repeated to fill memory of a dtype."""
     random = np.random.default_rng(1)
     if dtype in ("float16", "bfloat16", "float32", "float64"):
         numbers = random.uniform(0.0625, 1, 2 * _WORDS) * random.choice((-1, 1), 2 * _WORDS)
@@ -75,7 +77,7 @@ def _pool(dtype: str) -> np.ndarray:
 
 
 def _warp_sectors(first, last, warps):
-    """Distinct (warp, sector) pairs of addresses in bytes, and the distinct sectors."""
+    """The number of distinct (warp, sector) pairs of these byte addresses, and the distinct sectors."""
     sectors = first // SECTOR
     if (last // SECTOR != sectors).any():
         sectors, warps = np.concatenate([sectors, last // SECTOR]), np.concatenate([warps, warps])
@@ -83,7 +85,7 @@ def _warp_sectors(first, last, warps):
 
 
 class Machine:
-    """Runs a cluster of blocks. ``blocks`` are their indices, ``shared`` the bytes of shared memory of each."""
+    """Runs a cluster of blocks with the indices ``blocks`` and ``shared`` bytes of shared memory per block."""
 
     def __init__(self, function, parameters, grid, threads, blocks=(0,), shared=0, regions=()):
         self.function, self.threads, self.blocks = function, threads, list(blocks)
@@ -113,18 +115,18 @@ class Machine:
 
         self.alive = np.ones(n, bool)
         self.everybody = np.ones(n, bool)
-        self.groups = {0: self.everybody.copy()}  # threads that can run, by the index of their next instruction
-        self.waiting = collections.defaultdict(dict)  # event that they wait for -> {index to continue at: threads}
-        self.barriers = np.zeros((16, n), bool)  # threads that take part in each convergence barrier
+        self.groups = {0: self.everybody.copy()}  # runnable threads, by the index of their next instruction
+        self.waiting = collections.defaultdict(dict)  # event -> {index of the next instruction: waiting threads}
+        self.barriers = np.zeros((16, n), bool)  # the participating threads of each convergence barrier
         self.votes, self.vote_result = np.zeros(n, bool), np.zeros(n, U32)
         self.decoded, self.pending, self.counting = {}, {}, Counts()
         self.issued, self.seen = 0, set()
         self.executed = collections.Counter()  # warp instructions by index
         self.warp_counts = np.zeros(n // WARP, np.int64)
-        self.uncounted = 0  # instructions that all warps executed, not yet in warp_counts
+        self.uncounted = 0  # instructions executed by all warps, to be added to warp_counts
         self.touched = {"read": collections.defaultdict(list), "written": collections.defaultdict(list)}
 
-    # --- operands: functions that return an array over the threads, or one number for all ---
+    # --- operands: functions that return one value per thread, or one value for all threads ---
 
     def row(self, name):
         """The array of a register."""
@@ -139,11 +141,11 @@ class Machine:
 
     def constant(self, bank, offset, size=4):
         if bank != 0:
-            return 0  # tables for the reduction of huge angles
+            return 0  # other banks hold tables for range reduction of huge angles
         return int.from_bytes(self.constants[offset : offset + size], "little")
 
     def integer(self, operand):
-        """32 bits of an operand."""
+        """Returns a reader of an operand as 32 bits."""
         if operand[0] in "-~" and not re.match(r"-\d", operand):
             inner = self.integer(operand[1:])
             return (lambda: ~inner()) if operand[0] == "~" else (lambda: ~inner() + U32(1))
@@ -186,7 +188,7 @@ class Machine:
         return gather
 
     def long(self, operand):
-        """64 bits of an operand, a register being the first of a pair."""
+        """Returns a reader of an operand as 64 bits; a register is the first of a pair."""
         if operand[0] in "-~" and not re.match(r"-\d", operand):
             inner = self.long(operand[1:])
             return (lambda: ~inner()) if operand[0] == "~" else (lambda: ~inner() + U64(1))
@@ -199,7 +201,7 @@ class Machine:
         return lambda: value
 
     def float(self, operand):
-        """A number in single precision, or half a register if the operand selects one."""
+        """Returns a reader in single precision, of a register or of the half that the operand selects."""
         return self._signed(operand, self._single)
 
     def double(self, operand):
@@ -239,7 +241,7 @@ class Machine:
         return lambda: row
 
     def address(self, expression):
-        """The sum in brackets, 64 bits."""
+        """Returns a reader of a bracketed address expression as 64 bits."""
         terms = []
         for sign, term in re.findall(r"([+-]?)([^+-]+)", expression):
             if term.endswith(".64"):
@@ -314,7 +316,7 @@ class Machine:
         return self.result()
 
     def run_group(self, index, active):
-        """Run threads until they branch, wait or end, the ones that are farthest behind first."""
+        """Run a group of threads until they branch, wait or end; merge with groups that are reached on the way."""
         code, groups, decoded = self.function.code, self.groups, self.decoded
         whole = None if active.all() else active
         warps = Warps.of(active)
@@ -357,7 +359,7 @@ class Machine:
             if jump is None:
                 index += 1
                 continue
-            # A list of (next index, threads); the index is None for threads that do not continue here.
+            # A list of (next index, threads); threads that wait or have ended are not in it.
             gone = self.everybody if mask is None else mask
             rest = active & ~gone
             if rest.any():
@@ -372,7 +374,7 @@ class Machine:
         else:
             self.groups[index] = threads.copy()
 
-    # Time within a block, in warp instructions: those issued, and the waits so far.
+    # Time is measured in warp instructions per block: instructions issued plus waits so far.
 
     def now(self):
         return self.issued / len(self.blocks) + self.counting.waits * MEMORY_LATENCY
@@ -389,7 +391,7 @@ class Machine:
         self.pending["copy"] = self.now() + self.latency
 
     def wait(self, sources):
-        """Results of loads are needed: the block waits for the last of them."""
+        """Wait until the last of the pending loads into ``sources`` has completed."""
         ready = max(self.pending.pop(register) for register in list(self.pending) if register in sources)
         self.counting.waits += max(0.0, ready - self.now()) / MEMORY_LATENCY
 
@@ -421,7 +423,7 @@ class Machine:
         except (ValueError, IndexError, AttributeError, TypeError) as error:
             raise SassError(f"{self.function.name}: cannot read {ins.text}: {error}") from error
         if ins.name != "BRA" and ins.operands and ins.operands[0].startswith(("UR", "UP")):
-            run = functools.partial(self.uniformly, run)  # uniform registers are the warp's, whoever is active
+            run = functools.partial(self.uniformly, run)  # uniform registers are shared by the warp
         return run, guard, negated, sources
 
     def uniformly(self, run, mask):
@@ -433,7 +435,7 @@ class Machine:
     # --- waiting ---
 
     def release(self):
-        """Let threads continue whose last partner has arrived or ended."""
+        """Resume waiting threads once all threads they wait for have arrived or ended."""
         for key, groups in list(self.waiting.items()):
             arrived = np.logical_or.reduce(list(groups.values()))
             kind = key[0]
@@ -461,7 +463,7 @@ class Machine:
                 del self.waiting[key]
 
     def whole_blocks(self, arrived, count):
-        """The threads at a barrier whose blocks are complete: ``count`` threads each, or all that have not ended."""
+        """Threads of the blocks where ``count`` threads, or all that have not ended, have reached the barrier."""
         blocks = len(self.blocks)
         there = arrived.reshape(blocks, -1)
         needed = self.alive.reshape(blocks, -1).sum(1) if count is None else np.full(blocks, count)
@@ -483,7 +485,7 @@ class Machine:
     # --- memory ---
 
     def global_access(self, kind, addresses, width, mask):
-        """Count a request of each warp to global memory."""
+        """Count one request to global memory per warp."""
         if mask is not None:
             addresses, warps = addresses[mask], self.warp_of[mask]
         else:
@@ -506,7 +508,7 @@ class Machine:
             self.latency = MEMORY_LATENCY
 
     def bulk(self, kind, addresses, size):
-        """Count a bulk copy of ``size`` bytes: a request of 128 bytes at a time."""
+        """Count a bulk copy of ``size`` bytes as requests of 128 bytes."""
         sectors = np.unique(addresses // U64(SECTOR))
         of, in_sectors = getattr(self.counting, kind), getattr(self.counting, kind[:-1] + "_sectors")
         of["bulk"] = of.get("bulk", 0) + size / 128
@@ -516,7 +518,7 @@ class Machine:
         self.latency = MEMORY_LATENCY
 
     def read_sectors(self, region, sectors):
-        """How long a load takes: its sectors may be in the first-level cache, if the block has read them before."""
+        """The latency of a load. Sectors that the block has read before are in the first-level cache."""
         new = set(sectors.tolist()) - self.seen
         if not new:
             return L1_LATENCY
@@ -529,7 +531,7 @@ class Machine:
         return bisect.bisect_right(self.bases, int(address)) - 1
 
     def made_up(self, addresses, width, mask):
-        """The words that a load of global memory returns."""
+        """The words that a load from global memory returns."""
         first = addresses if mask is None else addresses[mask]
         region = self.region_of(first[0])
         pool = _pool(self.regions[region].dtype if region >= 0 else "float32")
@@ -541,7 +543,7 @@ class Machine:
         return words
 
     def shared_index(self, addresses, width, mask):
-        """Bytes of the blocks' shared memory: an address's upper byte is the block's rank in its cluster."""
+        """Byte index into ``self.shared``; the upper byte of an address is the block's rank in its cluster."""
         rank = (addresses >> U64(24)).astype(I64) & 0xFF
         offset = (addresses & U64(0xFFFFFF)).astype(I64)
         wrong = (offset + width > self.block_bytes) | (rank >= len(self.blocks)) | (offset % width != 0)
@@ -550,8 +552,11 @@ class Machine:
         return np.where(wrong, 0, rank * self.block_bytes + offset)
 
     def shared_access(self, name, index, width, mask):
-        """Count the cycles of a request: 32 banks of 32 bits, 128 bytes at a time, a word once for all its readers."""
-        lanes = 128 // max(4, width)  # threads of a warp that are served together
+        """Count the cycles of a request.
+
+        Memory has 32 banks of 32 bits and serves 128 bytes at a time. Lanes that read the same word share one access.
+        """
+        lanes = 128 // max(4, width)  # lanes that are served in the same phase
         phase = np.arange(self.n) // lanes
         if mask is not None:
             index, phase = index[mask], phase[mask]
@@ -606,7 +611,7 @@ class Machine:
 
 
 class Warps(NamedTuple):
-    """Which warps a set of threads belongs to."""
+    """The warps that contain a set of threads."""
 
     active: np.ndarray
     count: int
@@ -629,7 +634,7 @@ def _number(text):
 
 
 def _sources(ins):
-    """Registers that an instruction reads: addresses in brackets, and operands of one, two or four registers."""
+    """The registers that an instruction reads, in addresses and in operands of one, two or four registers."""
     wide = 4 if ins.has("128") else 2 if ins.name[0] == "D" or ins.has("64", "WIDE", "S64", "U64", "F64") else 1
     stores = ins.name in ("STG", "ST", "STS", "STL", "STSM", "ATOM", "ATOMG", "ATOMS", "RED", "REDG", "LDGSTS", "BAR")
     for place, operand in enumerate(ins.operands):
@@ -643,7 +648,7 @@ def _sources(ins):
 
 
 def run(function, parameters, *, grid=(1,), threads=32, block=None, cluster=1, shared=0, regions=()) -> Counts:
-    """Run a block of a launch, by default one in the middle, with its cluster, and count."""
+    """Run one block of a launch and its cluster, by default in the middle of the grid, and return the counts."""
     block = math.prod(grid) // 2 if block is None else block
     first = block - block % cluster
     return Machine(function, parameters, grid, threads, range(first, first + cluster), shared, regions).run()

@@ -1,7 +1,8 @@
-"""The effects of the instructions.
+"""The implementation of each instruction.
 
-A handler gets the machine and an instruction, reads the operands once, and returns what runs it: a function of the mask
-of threads (None: all of them) that returns None, or where control goes, as a list of (index, threads).
+A handler decodes an instruction for a machine and returns a function that executes it. The function takes the mask of
+active threads (None for all of them). It returns None, or, after a jump, a list of (index of the next instruction,
+threads).
 """
 
 import operator
@@ -25,10 +26,10 @@ from benchmarks.count.sass import (
     is_predicate,
 )
 
-#: opcode -> handler; a uniform opcode (with a leading U) without its own handler uses that of the ordinary one
+#: opcode -> handler; a uniform opcode (prefix U) without a handler uses the one without the prefix
 OPCODES = {}
 
-#: No effect here: hints, fences, waits for work that is done at once, ends of asynchronous groups.
+#: Ignored: hints, fences, ends of asynchronous groups, and waits for operations that complete immediately here.
 NOTHING = {
     "NOP", "YIELD", "NANOSLEEP", "DEPBAR", "LDGDEPBAR", "MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "CCTLL", "FENCE",
     "ENDCOLLECTIVE", "ACQBULK", "PREEXIT", "UCGABAR_ARV", "UTMACMDFLUSH", "UTMACCTL", "UBLKPF", "PMTRIG", "BPT",
@@ -67,7 +68,7 @@ def _label(m, ins):
 
 @opcode("BRA")
 def branch(m, ins):
-    if ins.has("DIV"):  # for a warp whose threads have diverged although they should not
+    if ins.has("DIV"):  # taken only if the warp has diverged unexpectedly
         return lambda mask: None
     target = _label(m, ins)
     if len(ins.operands) == 1:
@@ -176,7 +177,7 @@ def warpsync(m, ins):
             return None
         return m.wait_for(("warp",), m.index + 1, mask)
 
-    # The active threads of a mask are converged.
+    # Without ALL, the mask names active threads, which have already converged.
     return run if ins.has("ALL") else lambda mask: None
 
 
@@ -231,7 +232,7 @@ def mov(m, ins):
 def r2ur(m, ins):
     to, value = ins.operands[0], m.integer(ins.operands[-1])
 
-    def run(mask):  # the mask consists of whole warps; the first thread of each decides
+    def run(mask):  # the mask covers whole warps; each takes the value of its first active thread
         m.put(to, first_of_warp(value(), m.active_threads), mask)
 
     return run
@@ -320,7 +321,7 @@ def r2p(m, ins):
 
 
 def _wide_term(m, operand):
-    """32 bits as 64, negated so that carries come out as the adder's."""
+    """Widens 32 bits to 64; negates as ~x + 1, so that the carry is that of the hardware adder."""
     if operand.startswith("-") and not operand[1:].isdigit() and not operand.startswith("-0x"):
         inner = m.integer(operand[1:])
         return lambda: (~inner()).astype(U64) + U64(1)
@@ -478,7 +479,7 @@ def shf(m, ins):
     return run
 
 
-#: of two bits a and b (bit 2a + b of the index): the functions of LOP3 where the third does not matter
+#: the LOP3 functions that ignore the third operand; bit 2a + b of the index is the result for bits a and b
 _BINARY = [
     lambda a, b: U32(0), lambda a, b: ~(a | b), lambda a, b: ~a & b, lambda a, b: ~a,
     lambda a, b: a & ~b, lambda a, b: ~b, lambda a, b: a ^ b, lambda a, b: ~(a & b),
@@ -488,7 +489,7 @@ _BINARY = [
 
 
 def _lookup(table):
-    """The function of three words with this truth table of eight bits."""
+    """The bitwise function of three words that this 8-bit truth table defines."""
     zero = _BINARY[sum((table >> 2 * i & 1) << i for i in range(4))]
     one = _BINARY[sum((table >> 2 * i + 1 & 1) << i for i in range(4))]
     if zero is one:
@@ -656,7 +657,7 @@ _COMPARE = {
 
 
 def _comparison(ins):
-    """The comparison of two numbers that a modifier names; NaNs are unordered."""
+    """The comparison that the instruction's modifier names; NaNs are unordered."""
     for name in ins.modifiers:
         if name in _COMPARE:
             if name == "NE":
@@ -707,7 +708,7 @@ def isetp(m, ins):
             value = compare(x, y)
         elif name == "NE":
             value = (x != y) | low()
-        else:  # the lower halves decide where the upper ones are equal
+        else:  # if the upper halves are equal, the lower halves decide
             value = (x == y) & low()
             if name != "EQ":
                 value = value | strict(x, y)
@@ -748,7 +749,7 @@ def fmnmx(m, ins):
 
 
 @opcode("FCHK")
-def fchk(m, ins):  # whether a quotient needs the slow path; ordinary numbers do not
+def fchk(m, ins):  # whether a division needs the slow path: never, for ordinary values
     return lambda mask: m.put_predicate(ins.operands[0], np.zeros(m.n, bool), mask)
 
 
@@ -756,7 +757,7 @@ def fchk(m, ins):  # whether a quotient needs the slow path; ordinary numbers do
 
 
 def _rounded(ins, value):
-    """From double to single precision in the instruction's direction."""
+    """Rounds double to single precision in the instruction's rounding mode."""
     single = value.astype(F32)
     if ins.has("RM", "RP", "RZ"):
         down = ins.has("RM") | (ins.has("RZ") & (value > 0))
@@ -811,7 +812,7 @@ _FUNCTIONS = {
 @opcode("MUFU")
 def mufu(m, ins):
     to = ins.operands[0]
-    if ins.has("RCP64H", "RSQ64H"):  # of a double, by its upper half
+    if ins.has("RCP64H", "RSQ64H"):  # approximates a double from its upper half
         bits = m.integer(ins.operands[1])
         root = ins.has("RSQ64H")
 
@@ -888,7 +889,7 @@ def frnd(m, ins):
 
 
 def _bfloat16(single):
-    """To the nearest bfloat16, ties to even, as 16 bits."""
+    """The bits of the nearest bfloat16, ties to even."""
     bits = np.asarray(single, F32).view(U32)
     rounded = (bits + U32(0x7FFF) + (bits >> U32(16) & U32(1))) >> U32(16)
     return np.where(np.isnan(single), U32(0x7FC0), rounded)
@@ -976,7 +977,7 @@ def _half_number(text):
 @opcode("HADD2", "HMUL2", "HFMA2", "HADD2_32", "HMNMX2")
 def half_arithmetic(m, ins):
     to = ins.operands[0]
-    if ins.has("F32"):  # one half, widened
+    if ins.has("F32"):  # one half, converted to single precision
         a, b = m.float(ins.operands[1]), m.float(ins.operands[2])
         return lambda mask: m.put(to, a() + b(), mask)
     bfloat = ins.has("BF16", "BF16_V2")
@@ -1013,7 +1014,7 @@ def hsetp2(m, ins):
     return run
 
 
-# --- between the threads of a warp -----------------------------------------------------------------------------------
+# --- warp-level instructions -----------------------------------------------------------------------------------------
 
 
 @opcode("SHFL")
@@ -1227,7 +1228,7 @@ def store_generic(m, ins):
 
 @opcode("ATOM", "ATOMG", "RED", "REDG", "ATOMS")
 def atomic(m, ins):
-    """Counted as a store. Returns zero, the content of memory: atomics here only update counters."""
+    """Counted as a store. In global memory it returns zero: the kernels use atomics only to update counters."""
     brackets = [i for i, operand in enumerate(ins.operands) if operand.endswith("]")]
     where, width = _bracketed(m, ins.operands[brackets[0]]), _width(ins)
     to = next((operand for operand in ins.operands[: brackets[0]] if REGISTER.match(operand)), None)
@@ -1256,7 +1257,7 @@ def atomic(m, ins):
 
 @opcode("LDGSTS")
 def copy_to_shared(m, ins):
-    """An asynchronous copy from global to shared memory. It completes at once, and is waited for like a load."""
+    """An asynchronous copy from global to shared memory. The data arrive immediately; the wait is that of a load."""
     to, source = _bracketed(m, ins.operands[0]), _bracketed(m, ins.operands[1])
     width = _width(ins)
 
@@ -1273,7 +1274,7 @@ def copy_to_shared(m, ins):
 
 @opcode("UBLKCP")
 def bulk_copy(m, ins):
-    """A bulk copy between global and shared memory, by one thread of the warp."""
+    """A bulk copy between global and shared memory, issued by one thread of the warp."""
     to, source, size = ins.operands
     to, source, size = _bracketed_pair(m, to), _bracketed_pair(m, source), m.integer(size)
     loads = ins.has("S") and ins.modifiers.index("S") < ins.modifiers.index("G")
@@ -1292,13 +1293,13 @@ def bulk_copy(m, ins):
 
 
 def _bracketed_pair(m, operand):
-    """A uniform register in brackets: 64 bits of address in global memory, of which shared memory takes the lower."""
+    """A uniform register in brackets. It holds a 64-bit global address, or a shared address in the lower 32 bits."""
     return m.long(operand.strip("[]"))
 
 
 @opcode("SYNCS")
 def syncs(m, ins):
-    """Barriers in shared memory. The copies they wait for have always completed."""
+    """Barriers in shared memory. The copies that they wait for have already completed here."""
     predicates = [operand for operand in ins.operands if is_predicate(operand)]
 
     def run(mask):
@@ -1312,7 +1313,7 @@ def syncs(m, ins):
 
 @opcode("LDSM", "STSM")
 def matrix(m, ins):
-    """8 x 8 matrices of 16 bits in shared memory: a row's address from each of 8 lanes, two numbers to a thread."""
+    """8 x 8 matrices of 16-bit elements in shared memory. 8 lanes give the row addresses; each lane holds two."""
     load = ins.name == "LDSM"
     register = ins.operands[0] if load else ins.operands[1]
     where = _bracketed(m, ins.operands[1] if load else ins.operands[0])

@@ -1,4 +1,4 @@
-"""Counted machine code: the interpreter on listings with known results, recorded launches, budgets of instructions."""
+"""Tests of the SASS interpreter, on listings with known results; of recorded launches; of instruction budgets."""
 
 import os
 import re
@@ -18,12 +18,12 @@ from benchmarks.count import choice, code, counting, estimate, launches, page, r
 from benchmarks.count.machine import Machine
 from benchmarks.count.sass import WARP, Region, SassError, parse
 
-BASE = 1 << 40  # of the tensor whose address is the first parameter
+BASE = 1 << 40  # address of the tensor that is the first parameter
 POINTER = struct.pack("<Q", BASE)
 
 
 def function(text):
-    """A kernel from these lines; a label has its own line."""
+    """Parses a kernel from these lines. Each label is on a line of its own."""
     lines = [".text.kernel:"]
     for line in filter(None, map(str.strip, text.splitlines())):
         lines.append(line if line.endswith(":") else f"/*0000*/ {line} ;")
@@ -31,7 +31,7 @@ def function(text):
 
 
 def machine(text, parameters=b"", **options):
-    """A machine that has run these lines."""
+    """Runs these lines and returns the machine."""
     options = {"grid": (1,), "threads": WARP, "shared": 4096} | options
     ran = Machine(function(text), parameters, **options)
     ran.counts = ran.run()
@@ -41,7 +41,7 @@ def machine(text, parameters=b"", **options):
 # --- control ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_loop_counts_each_time():
+def test_loop_counts_every_iteration():
     ran = machine("""
         MOV R0, 0x5
         .L_0:
@@ -54,7 +54,7 @@ def test_a_loop_counts_each_time():
     assert ran.counts.warps == [17]
 
 
-#: Threads of the upper half take another branch; at .L_1 all converge again.
+#: Lanes 16 to 31 take another branch; all threads reconverge at .L_1.
 PARTING = """
     S2R R0, SR_TID.X
     BSSY B0, `(.L_1)
@@ -72,15 +72,15 @@ PARTING = """
 """
 
 
-def test_threads_part_and_meet():
+def test_divergent_threads_reconverge():
     ran = machine(PARTING)
     assert ran.R[2].tolist() == [2] * 16 + [1] * 16
-    assert ran.counts.instructions["MOV"] == 2  # in turn
-    assert ran.counts.instructions["SHFL"] == 1  # together
+    assert ran.counts.instructions["MOV"] == 2  # once for each branch
+    assert ran.counts.instructions["SHFL"] == 1  # once, after reconvergence
 
 
-def test_what_lies_behind_the_kernel_is_waited_for():
-    """A cold branch is at the end of the code and jumps back: the other threads wait at BSYNC."""
+def test_reconvergence_after_a_branch_behind_exit():
+    """The compiler puts cold branches after EXIT; the other threads wait at BSYNC until they jump back."""
     ran = machine("""
         S2R R0, SR_TID.X
         BSSY B0, `(.L_1)
@@ -99,7 +99,7 @@ def test_what_lies_behind_the_kernel_is_waited_for():
     assert ran.counts.instructions["SHFL"] == 1
 
 
-def test_a_call_returns():
+def test_call_and_return():
     ran = machine("""
         MOV R10, 0x20
         CALL.REL.NOINC `(far)
@@ -112,7 +112,7 @@ def test_a_call_returns():
     assert (ran.R[2] == 9).all()
 
 
-def test_an_instruction_that_is_off_counts_and_touches_nothing():
+def test_predicated_off_instruction_is_counted_without_access():
     ran = machine(
         """
         ULDC.64 UR4, c[0x0][0x210]
@@ -127,13 +127,13 @@ def test_an_instruction_that_is_off_counts_and_touches_nothing():
     assert not ran.counts.loads
 
 
-def test_an_endless_wait_is_an_error():
+def test_deadlock_is_an_error():
     with pytest.raises(SassError, match="wait for each other"):
         machine("BAR.SYNC.DEFER_BLOCKING 0x0, 0x40\nEXIT")
 
 
 @pytest.mark.parametrize("text", ["FROBNICATE R0, R1", "LDC R0, c[0x0][R1", "S2R R0, SR_NOBODY"])
-def test_what_is_unknown_is_named(text):
+def test_error_names_the_unknown_instruction(text):
     with pytest.raises(SassError, match=text.split()[0]):
         machine(f"{text}\nEXIT")
 
@@ -154,7 +154,7 @@ def signed(value, bits=32):
 
 
 def after(text, registers):
-    """The machine after one instruction on given registers R0, R1, ..."""
+    """Runs the instructions with these values in R0, R1, ... and returns the machine."""
     made = Machine(function(f"{text}\nEXIT"), b"", (1,), WARP)
     made.R[: len(registers)] = registers
     made.run()
@@ -226,7 +226,7 @@ def test_comparison_of_64_bits(compare):
 
 
 def test_predicates_in_a_register():
-    """R2P and P2R, by a mask; the other bits stay."""
+    """R2P and P2R with a mask; the bits outside of it do not change."""
     given = words(5)
     ran = after("R2P PR, R0, 0x7f\nP2R R8, PR, R1, 0x55", given)
     for i in range(7):
@@ -248,7 +248,7 @@ def test_floating_point():
     assert np.array_equal(doubles.view(np.float32), (a.astype(float) ** 2).astype(np.float32))
 
 
-# --- between threads -------------------------------------------------------------------------------------------------
+# --- warps and blocks ------------------------------------------------------------------------------------------------
 
 
 def test_shuffles():
@@ -256,7 +256,7 @@ def test_shuffles():
     assert after("SHFL.BFLY PT, R8, R0, 0x4, 0x1f", lanes).R[8].tolist() == [i ^ 4 for i in range(32)]
     assert after("SHFL.IDX PT, R8, R0, RZ, 0x181f", lanes).R[8].tolist() == [
         i // 8 * 8 for i in range(32)
-    ]  # of 8 lanes
+    ]  # segments of 8 lanes
     down = after("SHFL.DOWN P0, R8, R0, 0x8, 0x1f", lanes)
     assert down.R[8].tolist() == [i + 8 if i < 24 else i for i in range(32)]
     assert down.P[0].tolist() == [i < 24 for i in range(32)]
@@ -283,8 +283,8 @@ def test_votes_of_a_block():
     assert (ran.R[1] == 3).all()
 
 
-def test_a_cluster_shares_memory():
-    """Each block stores its rank into the next block's memory, at an address with that block's rank in front."""
+def test_shared_memory_of_a_cluster():
+    """Each block stores its rank in the next block's memory; the upper byte of the address selects the block."""
     ran = machine(
         """
         S2UR UR4, SR_CgaCtaId
@@ -307,12 +307,12 @@ def test_a_cluster_shares_memory():
         blocks=range(4, 8),
     )
     assert ran.R[4].reshape(4, WARP)[:, 0].tolist() == [3, 0, 1, 2]
-    assert ran.counts.shared == {"LDS.32": 1, "STS.32": 1}  # of each block
+    assert ran.counts.shared == {"LDS.32": 1, "STS.32": 1}  # per block
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
-#: Threads load and store by a stride in bytes.
+#: Each thread loads and stores one element; the stride is in bytes.
 STRIDED = """
     S2R R0, SR_TID.X
     LDC.64 R2, c[0x0][0x210]
@@ -340,7 +340,7 @@ def test_bytes_by_tensor():
     assert counts.read == counts.written == {0: 128 * 16}
 
 
-def test_loads_find_numbers_of_the_dtype():
+def test_loads_return_values_of_the_dtype():
     regions = [Region(BASE, 1 << 12, "int64")]
     ran = machine(STRIDED.format(width=".64", stride=hex(8)), POINTER, regions=regions)
     assert (ran.R[4] < 7).all()
@@ -358,7 +358,7 @@ def test_bank_conflicts(width, stride, cycles):
     assert found == cycles
 
 
-def test_shared_memory_keeps_what_is_stored():
+def test_shared_memory_store_and_load():
     ran = machine(
         """
         S2R R0, SR_TID.X
@@ -374,21 +374,21 @@ def test_shared_memory_keeps_what_is_stored():
     assert ran.R[3].tolist() == [i ^ 31 for i in range(64)]
 
 
-def test_matrices_pass_through_shared_memory():
-    """LDSM loads what STSM stored row by row, transposed if it says so."""
+def test_matrix_store_and_load():
+    """LDSM reads back the rows that STSM stored; with MT88, it transposes them."""
     rows_of = "S2R R0, SR_LANEID\nLOP3.LUT R1, R0, 0x7, RZ, 0xc0, !PT\nLEA R1, R1, 0x400, 0x4\n"
     straight = machine(f"{rows_of}STSM.16.M88 [R1], R0\nLDSM.16.M88 R3, [R1]\nEXIT")
     assert straight.R[3].tolist() == list(range(32))
     turned = machine(f"{rows_of}STSM.16.M88 [R1], R0\nLDSM.16.MT88 R3, [R1]\nEXIT")
     numbers = np.zeros((8, 8), int)
-    numbers[:, ::2] = np.arange(32).reshape(8, 4)  # the lower half of each word is its thread, the upper one zero
+    numbers[:, ::2] = np.arange(32).reshape(8, 4)  # each word holds the lane in its lower half and zero above
     assert turned.R[3].tolist() == [
         int(numbers.T[lane // 4, 2 * (lane % 4)] | numbers.T[lane // 4, 2 * (lane % 4) + 1] << 16) for lane in range(32)
     ]
 
 
-def test_loads_that_depend_on_each_other_are_waited_for():
-    """Two loads of a large tensor, in sequence or in flight at the same time."""
+def test_waits_for_overlapping_and_sequential_loads():
+    """Two loads from a large tensor cost one wait if they overlap, and two if the first is used in between."""
     load = "LDC.64 R2, c[0x0][0x210]\nLDG.E R4, desc[UR4][R2.64]\n"
     regions = [Region(BASE, 1 << 30, "float32")]
     first = f"{load}LDG.E R5, desc[UR4][R2.64+0x1000]\nFADD R6, R4, R5\nEXIT"
@@ -398,7 +398,7 @@ def test_loads_that_depend_on_each_other_are_waited_for():
 
 
 def test_copies_to_shared_memory():
-    """By each thread, and in one piece that a barrier in shared memory announces."""
+    """LDGSTS copies for each thread; UBLKCP copies in bulk and signals a barrier in shared memory."""
     ran = machine(
         """
         S2R R0, SR_TID.X
@@ -432,7 +432,7 @@ def test_atomics_count_as_stores():
 # --- launches --------------------------------------------------------------------------------------------------------
 
 
-def test_a_launch_is_written_down_instead_of_run(tmp_path, monkeypatch):
+def test_launch_is_recorded_instead_of_run(tmp_path, monkeypatch):
     from cuda_on_host import load
 
     operators = load()
@@ -449,7 +449,7 @@ def test_a_launch_is_written_down_instead_of_run(tmp_path, monkeypatch):
     packed, regions = launches._canonical(bytes.fromhex(parameters), [0, 8], [x])
     assert struct.unpack("<QQi", packed)[2] == 7
     assert regions[0][1:] == (256, "float32", False)
-    assert regions[1].scratch  # not among the tensors that are known
+    assert regions[1].scratch  # an address outside of the known tensors is scratch
 
 
 def test_resident_blocks():
@@ -467,7 +467,7 @@ def counted(**changes):
 
 
 def test_estimates():
-    """The time of a kernel is that of its scarcest resource."""
+    """The resource that takes the longest determines a kernel's estimated time."""
     memory = estimate.kernel(counted(bytes=4.3e9), "H200")
     assert memory.limit == "memory"
     assert memory.seconds == pytest.approx(1e-3 / 0.93, rel=0.01)
@@ -479,7 +479,7 @@ def test_estimates():
 
 
 def test_bytes_of_a_real_kernel():
-    """A Triton kernel that is compiled ahead of time reads and writes every number once, in vectors."""
+    """The window kernel, compiled ahead of time, reads and writes each element once, in vectors."""
     pytest.importorskip("triton")
     case = Case("window_attention", (8, 64, 32, 32))
     found = {row["pass"]: row for row in rows.rows(case, "triton")}
@@ -505,7 +505,7 @@ def test_torch_compile_is_counted():
 
 
 def row_of(shape, backend, microseconds, op="window_attention", layout="contiguous", which="forward"):
-    """A counted row of one launch that takes about that long: so many bytes at the bandwidth of an H200."""
+    """A row with one launch whose bytes take ``microseconds`` at the bandwidth of an H200."""
     launch = counted(bytes=microseconds * 1e-6 * 4.3e12 * 0.93)
     return {
         "op": op, "shape": shape, "dtype": "float32", "layout": layout, "anchors": 20, "pass": which,
@@ -529,12 +529,12 @@ def test_the_simplest_rule():
     large = choice.rules(rows_where(lambda shape: shape[2] >= 16))["window_attention"]
     assert str(large) == "Triton where positions ≥ 256, else native"
     assert large.mean == 1
-    native = choice.always_native(rows_where(lambda shape: shape[2] >= 16))  # loses two calls of four
+    native = choice.always_native(rows_where(lambda shape: shape[2] >= 16))  # slower in two of the four calls
     assert native.worst > 2
     assert native.mean == pytest.approx(native.worst**0.5)
 
 
-def test_a_choice_joins_both_passes():
+def test_choice_adds_the_times_of_both_passes():
     shape = (8, 16, 8, 8)
     found = [row_of(shape, "native", 10), row_of(shape, "triton", 15)]
     found += [row_of(shape, "native", 40, which="backward"), row_of(shape, "triton", 20, which="backward")]
@@ -545,7 +545,7 @@ def test_a_choice_joins_both_passes():
 
 # --- the committed counts --------------------------------------------------------------------------------------------
 
-#: Rows that are counted again, on both backends.
+#: Rows that the tests count again, for both backends.
 BUDGETED = [
     "window_attention 32x512x14x14 bfloat16 contiguous",
     "window_attention 32x256x56x56 bfloat16 channels_last",
@@ -565,7 +565,7 @@ def committed():
 @pytest.mark.parametrize("backend", choice.OURS)
 @pytest.mark.parametrize("name", BUDGETED)
 def test_no_more_than_the_committed_counts(name, backend, committed):
-    """At most 5 % more instructions, no more launches or spills, vectors as wide; `make count` updates the counts."""
+    """At most 5 % more instructions, no more launches or stack, no narrower vectors. `make count` updates them."""
     if backend == "native" and code.built_library() is None and os.environ.get("ATTNKERN_TEST_CUDA_LIBRARY") != "1":
         pytest.skip("attnkern/_C_cuda is not built; make test-all builds it")
     if backend == "triton":
@@ -582,12 +582,12 @@ def test_no_more_than_the_committed_counts(name, backend, committed):
             assert page.wide_share(row, kind) >= page.wide_share(budget, kind) - 0.05, (where, kind)
 
 
-def test_the_page_is_of_the_committed_counts():
+def test_page_matches_the_committed_counts():
     assert page.PAGE.read_text(encoding="utf-8") == page.text(page.load()), "run `python -m benchmarks.count --page`"
 
 
-def test_losses_are_on_the_page():
-    """A row that loses to torch.compile or misses its goal is named among the goals."""
+def test_page_names_slower_rows():
+    """The page names each row that is slower than torch.compile or misses its goal."""
     shape = (32, 256, 56, 56)
     found = [row_of(shape, backend, t) for backend, t in (("native", 100), ("triton", 200), ("compile", 50))]
     for row in found:
@@ -601,8 +601,8 @@ def test_losses_are_on_the_page():
     assert "loads 16 (100%) bit, 8 bytes of stack" in text
 
 
-def test_the_readme_quotes_the_page():
-    """How many times faster than torch.compile's kernels the native ones are on an H200: the page's fourth column."""
+def test_readme_matches_the_page():
+    """README.md quotes the native kernels' speedup over torch.compile on an H200, the page's fourth column."""
     table = dict(
         re.findall(r"^\| (\w+ \w+, \w+ maps) +\| (.+) \|$", page.PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     )

@@ -1,8 +1,8 @@
-"""Triton kernels compiled ahead of time for NVIDIA and AMD, without a GPU: no spills, shared memory that the chip has,
-features loaded and stored by whole vectors, barriers between what one thread stores and another loads.
+"""Compiles the Triton kernels ahead of time for NVIDIA and AMD, without a GPU.
 
-The launchers run on meta tensors and a recorder stands in for the launch, so what is compiled here is exactly what
-they would launch: the same kernels, argument types, constants and warps.
+The tests check that no registers spill, that shared memory fits, that features are loaded and stored in full vectors,
+and that a barrier separates a store from a load of the same buffer. The launchers run on meta tensors and a recorder
+replaces the launch, so these are the kernels, argument types, constants and warps of a real launch.
 """
 
 import itertools
@@ -30,7 +30,7 @@ from attnkern._triton import common, pool, quantize, window  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
-#: what is compiled for, and the bytes of shared memory that a block may have there
+#: compilation targets, each with the limit of shared memory per block in bytes
 NVIDIA = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
@@ -45,7 +45,7 @@ TARGETS = NVIDIA | AMD
 FLOAT, HALF = torch.float32, torch.bfloat16
 
 
-# --- what is launched ------------------------------------------------------------------------------------------------
+# --- recorded launches ----------------------------------------------------------------------------------------------
 
 
 class Launch(NamedTuple):
@@ -60,7 +60,7 @@ class Launch(NamedTuple):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """What the launchers launch within a test, in order."""
+    """The launches recorded during a test, in order."""
     recorded = []
 
     def record(kernel, grid):
@@ -116,16 +116,16 @@ RUNS = {
 assert RUNS.keys() == FUNCTIONS.keys()
 
 
-# --- compiling it ----------------------------------------------------------------------------------------------------
+# --- compilation ----------------------------------------------------------------------------------------------------
 
 
 class Code(NamedTuple):
     registers: int
-    spilled: int  #: bytes of stack that something is stored to; registers, on AMD
+    spilled: int  #: bytes of stack that are stored to; on AMD, plus spilled registers
     shared: int  #: bytes
-    loads: list  #: widths in bits of the loads from global memory
-    stores: list  #: widths in bits of the stores to it
-    unordered: set  #: arguments that are loaded from after a store, with no barrier between
+    loads: list  #: width in bits of each load from global memory
+    stores: list  #: width in bits of each store to global memory
+    unordered: set  #: arguments that are stored to and then loaded from without a barrier
 
     def row(self):
         return (
@@ -142,7 +142,7 @@ POINTERS = {FLOAT: "*fp32", HALF: "*bf16", torch.float16: "*fp16", torch.int64: 
 
 
 def source(launch):
-    """What Triton's just-in-time compiler would make of the arguments: types, constants, divisibility by 16."""
+    """Specializes the arguments as Triton's JIT compiler does: types, constants, divisibility by 16."""
     values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.options
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
@@ -171,7 +171,7 @@ def nvidia_code(compiled, path):
     path.write_bytes(compiled.asm["cubin"])
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage", path)).groups()
     code = tool("nvdisasm", "-c", path)
-    stack = stack if "STL" in code else 0  # capability 10.0 reserves some for calls that are never made
+    stack = stack if "STL" in code else 0  # sm_100 code reserves stack even when it is not used
 
     def accesses(name):
         found = re.findall(rf"\b{name}\.E(?:\.([US]?\d+))?[\w.]*", code)
@@ -180,7 +180,7 @@ def nvidia_code(compiled, path):
     return int(registers), int(stack), accesses("LDG"), accesses("STG")
 
 
-#: bits of an access by what its name in AMD's assembly ends with
+#: width in bits of an AMD memory instruction, by the suffix of its name
 AMD_WIDTHS = {
     "ubyte": 8, "byte": 8, "short": 16, "ushort": 16, "short_d16": 16, "short_d16_hi": 16, "d16_b16": 16,
     "d16_hi_b16": 16, "b16": 16, "u16": 16, "dword": 32, "b32": 32, "dwordx2": 64, "b64": 64, "dwordx3": 96,
@@ -203,7 +203,7 @@ def amd_code(compiled, path):
 
 
 def code_of(launch, name, folder):
-    """What a launch's kernel is made of on a target; each distinct one is compiled once."""
+    """Compiles a launch's kernel for a target, with a cache, and returns its resource use."""
     target, _ = TARGETS[name]
     options = {k: v for k, v in launch.options.items() if k not in launch.kernel.arg_names}
     ast = source(launch)
@@ -218,15 +218,16 @@ def code_of(launch, name, folder):
 
 
 def unordered(ir):
-    """Arguments that a program may load from after storing there, with no barrier between: by then another thread's
-    store may not be seen. Outer loops are taken twice; an inner one's steps touch different channels."""
+    """Arguments that a program may store to and then load from without a barrier, so that a thread may miss another
+    thread's store. Outer loops are read twice, to cover consecutive iterations. Inner loops are read once, because
+    their iterations access different channels."""
     origin, events, loop = {}, [], 0
     for line in ir.splitlines():
         if "tt.func" in line:
             origin = {name: name for name in re.findall(r"(%\w+): !tt\.ptr", line)}
         for made, of in re.findall(r"(%\w+) = tt\.(?:addptr|splat|broadcast|expand_dims) (%\w+)", line):
             origin[made] = origin.get(of)
-        for made, of in re.findall(r"(%\w+) = (%\w+)", line):  # what a loop carries
+        for made, of in re.findall(r"(%\w+) = (%\w+)", line):  # loop-carried values
             origin[made] = origin.get(of)
         if found := re.search(r"tt\.(store|load) (%\w+)|\b(barrier)\b", line):
             events.append((found[1] or found[3], origin.get(found[2])))
@@ -244,7 +245,7 @@ def unordered(ir):
 
 @pytest.fixture(scope="module", autouse=True)
 def table(request):
-    """Prints the largest resource use of each kernel when all is compiled."""
+    """Prints the largest resource use of each kernel after the last test."""
     yield
     groups = {}
     for (kernel, target), found in sorted(_by_kernel().items()):
@@ -267,7 +268,7 @@ def _by_kernel():
 
 # --- tests -----------------------------------------------------------------------------------------------------------
 
-#: features that a kernel reads and writes; the others have maps, statistics and partial sums only
+#: feature tensors that a kernel (reads, writes); other kernels access only maps, statistics and partial sums
 FEATURES = {
     "_window_fwd_kernel": (1, 1),
     "_window_bwd_kernel": (2, 1),
@@ -279,12 +280,12 @@ FEATURES = {
     "_pool_average_kernel": (1, 0),
     "_pool_grad_kernel": (1, 1),
 }
-#: cos and sin bring a stack frame for huge arguments; whatever lies above it is spilled registers
+#: bytes of stack that cos and sin use for huge arguments; a larger stack means spilled registers
 STACK_OF_COSINE = 32
 
 
 def vector(constants, itemsize):
-    """Numbers in a vector that all rows of features are made of, as the kernel can know."""
+    """The largest vector, in elements, that the kernel's constants guarantee to divide every row."""
     if constants["CHANNELS_LAST"]:
         return constants["VEC_C"]
     return constants.get("VEC_P") or math.gcd(constants["P"], 16 // itemsize)
@@ -329,7 +330,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_fits(run, shape, launches, tmp_path):
-    """No spills, no more shared memory than there is, features loaded and stored by the widest vectors of rows."""
+    """No spills, shared memory within the limit, features loaded and stored in the widest possible vectors."""
     check_all(run, [shape], "sm_90", launches, tmp_path)
 
 
@@ -351,7 +352,7 @@ def test_fits_amd_gpus(run, name, launches, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_half_precision_companions_fit(run, launches, tmp_path):
-    """Rectangle, map, anchors and query in the features' type; channels that fill no vector."""
+    """Rectangle, map, anchors and query have the features' dtype; one shape has too few channels for a vector."""
     for shape in ((32, 320, 10, 10), (32, 512, 14, 14), (32, 512, 7, 7), (2, 3, 5, 5)):
         x = meta(*shape, dtype=torch.float16)
         run(x, torch.float16)
@@ -361,7 +362,7 @@ def test_half_precision_companions_fit(run, launches, tmp_path):
 
 @pytest.mark.parametrize("shape", [(2, 4096, 20, 20), (2, 3000, 7, 7)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_more_channels_than_a_tile_fit(shape, channels_last, launches, tmp_path):
+def test_fits_more_channels_than_a_tile(shape, channels_last, launches, tmp_path):
     x = meta(*shape, channels_last=channels_last)
     run_pool(x, FLOAT)
     for launch in launches:
@@ -369,8 +370,8 @@ def test_more_channels_than_a_tile_fit(shape, channels_last, launches, tmp_path)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_offsets_within_a_tile_have_32_bits(channels_last, launches):
-    """Of the largest images, too: 2**32 numbers."""
+def test_offsets_within_a_tile_fit_in_32_bits(channels_last, launches):
+    """Even for the largest images, of 2**32 elements."""
     for run, shape in itertools.product(
         (run_window, run_anchor_attention, run_pool), [(2048, 1 << 21), (1 << 23, 512)]
     ):
@@ -384,7 +385,7 @@ def test_offsets_within_a_tile_have_32_bits(channels_last, launches):
         launches.clear()
 
 
-def test_a_missing_barrier_shows(launches):
+def test_missing_barrier_is_detected(launches):
     run_pool(meta(2, 64, 7, 7), FLOAT)
     ir = triton.compile(source(launches[0]), target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ttir"]
     assert not unordered(ir)
@@ -392,7 +393,7 @@ def test_a_missing_barrier_shows(launches):
 
 
 def test_at_most_two_launches(launches):
-    """Of each pass; one where the map is small enough for one block."""
+    """Two launches per pass; one if a single block can process the map."""
     for run, shape, channels_last in itertools.product(RUNS.values(), [*SHAPES, (2, 64, 7, 7)], (False, True)):
         run(meta(*shape, channels_last=channels_last), FLOAT)
         small = shape == (2, 64, 7, 7)

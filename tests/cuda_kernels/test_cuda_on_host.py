@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the CPU as fibers (tests/cuda_on_host), against the reference in float64."""
+"""Compares the CUDA kernels, emulated on the CPU (tests/cuda_on_host), with the reference in float64."""
 
 import pytest
 import torch
@@ -19,11 +19,11 @@ FEATURES = [
     ((1, 700, 7, 7), False, HALF, FLOAT, True),  # several tiles of rows
     ((2, 65, 5, 6), True, FLOAT, FLOAT, False),
     ((2, 64, 7, 7), True, BF16, FLOAT, True),
-    ((1, 300, 9, 8), True, HALF, HALF, True),  # more channels than a warp's vectors
+    ((1, 300, 9, 8), True, HALF, HALF, True),  # more channels than a warp's vectors hold
     ((3, 1, 1, 9), False, FLOAT, FLOAT, True),
     ((2, 3, 6, 1), True, DOUBLE, FLOAT, True),
     ((2, 2, 1, 1), False, DOUBLE, DOUBLE, True),
-    ((2, 3, 33, 35), False, FLOAT, FLOAT, True),  # more positions than a block takes statistics of
+    ((2, 3, 33, 35), False, FLOAT, FLOAT, True),  # too many positions for one block to compute the statistics
     ((1, 5, 36, 40), True, DOUBLE, DOUBLE, False),
     ((1, 2, 61, 41), False, BF16, FLOAT, True),  # several tiles of columns
     ((46, 9, 7, 7), False, BF16, FLOAT, True),  # too many elements for one block to quantize, rows of several channels
@@ -50,7 +50,7 @@ def double(tensor):
 
 
 def assert_near(name, got, want, *dtypes):
-    """Largest error relative to the largest number, in ε of the coarsest of ``dtypes``."""
+    """Bounds the largest error, relative to the largest value, by 30 ε of the least precise of ``dtypes``."""
     want = want.detach()
     assert got.shape == want.shape, name
     assert torch.equal(got.isnan(), want.isnan()), name
@@ -85,11 +85,11 @@ def test_emulation_sums(threads):
     assert ops.faulty_sum(x, 0) == x.sum()
 
 
-def test_emulation_exposes_a_missing_barrier():
+def test_emulation_detects_a_missing_barrier():
     assert ops.faulty_sum(torch.ones(64), 1).isnan()
 
 
-def test_emulation_exposes_a_race(monkeypatch):
+def test_emulation_detects_a_race(monkeypatch):
     x = torch.arange(64, dtype=FLOAT)
     sums = set()
     for order in ("forward", "reverse"):
@@ -99,7 +99,7 @@ def test_emulation_exposes_a_race(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", [3, 4], ids=["barrier", "shuffle"])
-def test_emulation_rejects_a_wait_for_threads_that_do_not_arrive(fault):
+def test_emulation_detects_a_deadlock(fault):
     with pytest.raises(RuntimeError, match="waits for threads that do not arrive"):
         ops.faulty_sum(torch.ones(64), fault)
 
@@ -129,7 +129,7 @@ def test_window(case, options, kind):
     grad_output, grad_map = normal(shape, dtype, 1, channels_last), normal((shape[0], *shape[2:]), FLOAT, 2)
     wide = DOUBLE if dtype == DOUBLE else FLOAT
     grad_map = grad_map.to(wide)
-    # A map with one peak depends on differences of coordinates that keep few digits.
+    # The differences of coordinates behind a map with one peak lose digits to cancellation.
     sums = wide if kind == "ordinary" else {FLOAT: BF16, DOUBLE: FLOAT}[wide]
 
     output, map, stats = ops.window_fwd(x, rectangle, scale, rescale, residual, aspect)
@@ -165,7 +165,7 @@ def test_window_map(size, dtype, rescale):
     assert_near("grad", grad, *gradients((want,), (grad_map,), (exact,)), dtype, map.dtype)
 
 
-def test_window_spreads_nan_no_further_than_it_must():
+def test_window_nan_propagation():
     x, rectangle = normal((3, 5, 7, 7), FLOAT, 0), rectangles(3, FLOAT)
     x[0, 1, 2, 3] = rectangle[2, 4] = torch.nan
     output, map, stats = ops.window_fwd(x, rectangle, 6.0, True, True, False)
@@ -228,7 +228,7 @@ def test_quantize(kind, dtype, shape):
     if kind == "infinite":  # an infinite distance has no defined gradient
         return
     assert_near("grad_a", grad_a, wants[0], dtype)
-    if kind == "nan":  # the reference's index names an anchor that the loss does not come from
+    if kind == "nan":  # the reference computes the loss from another anchor than its index names
         assert grad_anchors.isnan().any() == (a.numel() > 0)
         return
     assert_near("grad_anchors", grad_anchors, wants[1], dtype)
@@ -265,7 +265,7 @@ def test_anchor(case, kind):
     assert_quantized(got, want[1:], divisor, companion)
     wide = got[2].dtype
     grads = normal(a.shape, companion, 6), torch.tensor(0.7, dtype=wide), torch.tensor(1.3, dtype=wide)
-    # The gradient of a sum over channels, each term rounded nowhere.
+    # The exact gradient of a sum over channels, without rounding.
     wants = gradients((want[0], want[1], want[3] / divisor, want[4] / divisor), (grad_output, *grads), exact)
     args = (x, a, anchors, got[1], got[5], residual, divisor)
     grad_x, grad_a, grad_anchors = ops.anchor_bwd(grad_output, *grads, *args, True)
@@ -281,7 +281,7 @@ def test_anchor(case, kind):
 
 
 @pytest.mark.parametrize("poison", ["a", "anchors"])
-def test_anchor_spreads_nan(poison):
+def test_anchor_nan_propagation(poison):
     x, a, anchors = normal((2, 5, 3, 3), FLOAT, 0), normal((2, 1, 3, 3), FLOAT, 1), torch.tensor([0.0, 1.0])
     (a[1, 0, 2] if poison == "a" else anchors)[1] = torch.nan
     output, values, index, _, _, counts, residuals = ops.anchor_fwd(x, a, anchors, True, 1)
@@ -295,7 +295,7 @@ def test_anchor_spreads_nan(poison):
 
 # --- pool ---
 
-# (N, C, H, W), channels_last, dtype of the features, dtype of the query, and what they reach
+# (N, C, H, W), channels_last, dtype of the features, dtype of the query, and what the case covers
 POOLED = [
     ((1, 96, 14, 14), False, BF16, FLOAT, "pieces of half a vector, several tiles in one split"),
     ((1, 320, 14, 14), False, HALF, HALF, "several splits"),
@@ -365,7 +365,7 @@ def test_pool_tokens():
 
 
 def passes(shape, channels_last, anchors):
-    """Every operator by name, as a call."""
+    """A call of each operator, by its name."""
     x, a, query = (
         normal(shape, FLOAT, 0, channels_last),
         normal((shape[0], 1, *shape[2:]), FLOAT, 1),
@@ -402,7 +402,7 @@ def passes(shape, channels_last, anchors):
     ],
 )
 def test_at_most_two_launches(shape, channels_last, anchors, most):
-    """One where the map is small enough for one block."""
+    """One launch if a single block can process the map."""
     calls = passes(shape, channels_last, anchors)
     assert calls.keys() == SCHEMAS.keys()
     for name, call in calls.items():
@@ -411,7 +411,7 @@ def test_at_most_two_launches(shape, channels_last, anchors, most):
         assert ops.launches(torch.empty(0)) - before <= most, name
 
 
-# --- what no result may depend on ---
+# --- independence of batch and alignment ---
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])

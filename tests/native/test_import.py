@@ -101,6 +101,17 @@ def test_a_library_that_does_not_load_says_why(copy, content):
     assert native.startswith("backend: 'native' cannot run torch.float32 on cpu: _C.so does not load: ")
 
 
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
+def test_a_library_without_an_operators_kernel_says_which(copy, tmp_path):
+    """As if the source of the operators were missing in csrc/sources.txt."""
+    source = tmp_path / "empty.c"
+    source.write_text(f'const char schema[] = "attnkern-schema:{_schemas.HASH}";\n', encoding="utf-8")
+    subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", copy / "attnkern" / LIBRARY.name], check=True)
+    native, _ = python(DEGRADED, copy).splitlines()
+    missing = f"{LIBRARY.name} has no kernels for {', '.join(_schemas.SCHEMAS)}: "
+    assert native.startswith(f"backend: 'native' cannot run torch.float32 on cpu: {missing}")
+
+
 @pytest.mark.skipif(shutil.which("nm") is None, reason="binutils are not installed")
 @pytest.mark.parametrize("library", sorted(path.name for path in PACKAGE.glob("_C*.so")))
 def test_libraries_keep_their_symbols_to_themselves(library):

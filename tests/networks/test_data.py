@@ -1,4 +1,4 @@
-"""Data sets, read from small fakes in the real formats; torchvision's checksums, which fakes cannot have, are off."""
+"""Data sets, tested on small fake files in the real formats. torchvision's checksum verification is disabled."""
 
 import importlib
 import os
@@ -49,8 +49,8 @@ def loaded(**options):
     return data
 
 
-# The fakes: each writes a data set under root and returns its training and test images as (N, 3, H, W) uint8 with their
-# labels, where the format keeps pixels exactly.
+# Each function writes a fake data set under root. CIFAR, SVHN and STL-10 store raw pixels, so these functions
+# also return (images, labels) of the training and the test part, with images as (N, 3, H, W) uint8.
 
 
 def write_cifar(root, folder, files, key, meta, meta_key, classes):
@@ -90,7 +90,7 @@ def write_stl10(root):
     written = []
     for part, labels in (("train", [1, 10, 3]), ("test", [2, 9])):
         pixels = noise(len(labels), 3, 96, 96)
-        pixels.transpose(0, 1, 3, 2).tofile(folder / f"{part}_X.bin")  # columns first
+        pixels.transpose(0, 1, 3, 2).tofile(folder / f"{part}_X.bin")  # STL-10 stores images column by column
         np.array(labels, np.uint8).tofile(folder / f"{part}_y.bin")
         written.append((pixels, [label - 1 for label in labels]))
     noise(1, 3, 96, 96).tofile(folder / "unlabeled_X.bin")
@@ -98,7 +98,7 @@ def write_stl10(root):
     return written
 
 
-#: What the animal covers of a picture 60 wide and 20 high: edges x 13 to 27, y 4 to 16.
+#: Mask of the animal in an image 60 pixels wide and 20 high: columns 13 to 26, rows 4 to 15.
 ANIMAL = np.zeros((20, 60), bool)
 ANIMAL[4:16, 13:27] = True
 
@@ -107,7 +107,7 @@ def write_pets(root, each=2):
     folder = root / "oxford-iiit-pet"
     (folder / "annotations").mkdir(parents=True)
     trimap = np.where(ANIMAL, 3, 2).astype(np.uint8)
-    trimap[6:14, 15:25] = 1  # inside its outline
+    trimap[6:14, 15:25] = 1  # 1: animal, 2: background, 3: outline
     for part in ("trainval", "test"):
         lines = []
         for label, breed in enumerate(("Abyssinian", "american_bulldog"), 1):
@@ -128,12 +128,12 @@ def write_caltech101(root, each=10):
 
 
 def write_cub(root):
-    #: file -> (class, training, x, y, width, height, width and height of the picture)
+    #: file: (class, 1 for training, box x, box y, box width, box height, image width, image height)
     birds = {
         "002.Laysan/a.jpg": (2, 1, 5.0, 10.0, 10.0, 5.0, 40, 20),
         "001.Black/b.jpg": (1, 0, 5.0, 10.0, 10.0, 5.0, 40, 20),
         "002.Laysan/c.jpg": (2, 0, 10.0, 4.0, 20.0, 32.0, 80, 80),
-        "001.Black/d.jpg": (1, 0, 38.6, 0.0, 9.0, 3.0, 40, 20),  # over the edge
+        "001.Black/d.jpg": (1, 0, 38.6, 0.0, 9.0, 3.0, 40, 20),  # extends past the right edge
     }
     tables = {name: [] for name in ("images", "image_class_labels", "train_test_split", "bounding_boxes")}
     for number, (file, (label, training, x, y, width, height, w, h)) in enumerate(birds.items(), 1):
@@ -180,7 +180,7 @@ def unchecked(monkeypatch):
         monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: os.path.isfile(path))
 
 
-def test_names():
+def test_data_set_names():
     assert data_sets() == sorted(FAKES)
 
 
@@ -198,7 +198,7 @@ def test_names():
         ("svhn", 10, (3, 2), 32),
     ],
 )
-def test_every_set(name, classes, counts, side, tmp_path):
+def test_every_data_set(name, classes, counts, side, tmp_path):
     FAKES[name](tmp_path)
     data = loaded(name=name, root=tmp_path, batch_size=2)
     assert (data.num_classes, len(data.class_names), data.in_chans) == (classes, classes, 3)
@@ -214,7 +214,7 @@ def test_every_set(name, classes, counts, side, tmp_path):
     raw, _ = default_collate([data.raw()[0], data.raw()[1]])
     assert raw.min() >= 0
     assert raw.max() <= 1
-    assert raw.max() > 0.1  # not of 0 to 255, divided twice
+    assert raw.max() > 0.1  # not divided by 255 twice
     torch.testing.assert_close(data.normalise(raw), images)
     assert not torch.equal(raw, images)
     small = loaded(name=name, root=tmp_path, size=20)
@@ -232,7 +232,7 @@ def test_every_set(name, classes, counts, side, tmp_path):
         ("svhn", (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
     ],
 )
-def test_pixels_labels_and_published_moments(name, mean, deviation, tmp_path):
+def test_pixels_labels_and_published_mean_and_std(name, mean, deviation, tmp_path):
     (train, train_labels), (test, test_labels) = FAKES[name](tmp_path)
     data = loaded(name=name, root=tmp_path)
     assert [data.train[i][1] for i in range(len(train))] == train_labels
@@ -244,7 +244,7 @@ def test_pixels_labels_and_published_moments(name, mean, deviation, tmp_path):
     torch.testing.assert_close(data.train[1][0], expected)
 
 
-def test_images_that_are_not_rgb(tmp_path):
+def test_non_rgb_images(tmp_path):
     write_folder(tmp_path / "folder")
     data = loaded(name="folder", root=tmp_path / "folder", size=8)
     assert data.class_names == ["ant", "bee"]
@@ -269,7 +269,7 @@ def test_folder_layouts(tmp_path):
     (tmp_path / "val/val/ant/1.png").unlink()
     (tmp_path / "val/val/ant").rmdir()
     data = loaded(name="folder", root=tmp_path / "val", size=8)
-    assert [data.test[i][1] for i in range(len(data.test))] == [1, 1, 1]  # the classes are the training tree's
+    assert [data.test[i][1] for i in range(len(data.test))] == [1, 1, 1]  # the training folder defines the classes
     write_folder(tmp_path / "tree", [""], each=10)
     data = loaded(name="folder", root=tmp_path / "tree", size=8)
     assert sorted(label for _, label in data.train) == [0] * 8 + [1] * 8
@@ -279,7 +279,7 @@ def test_folder_layouts(tmp_path):
 @pytest.mark.parametrize(
     "tree, classes, told",
     [
-        # folders with images in them; the classes; what the user is told
+        # folders that contain images, expected classes, expected warning or None
         ("bus car train", ["bus", "car", "train"], "as a folder of classes; 'train' are classes, too"),
         ("bus test train val", ["bus", "test", "train", "val"], "'train', 'test', 'val' are classes, too"),
         ("train/a train/b test/a test/b", ["a", "b"], None),
@@ -295,7 +295,7 @@ def test_folder_layouts(tmp_path):
         ("bus bus/small car", ["bus", "car"], None),
     ],
 )
-def test_a_split_holds_folders_of_classes(tree, classes, told, tmp_path, recwarn):
+def test_folder_split_detection(tree, classes, told, tmp_path, recwarn):
     for folder in tree.split():
         for number in range(9):
             save(tmp_path / folder / f"{number}.png", noise(3, 3))
@@ -323,14 +323,14 @@ def test_a_split_holds_folders_of_classes(tree, classes, told, tmp_path, recwarn
         ),
     ],
 )
-def test_no_split(tree, message, tmp_path):
+def test_missing_train_or_test_folder(tree, message, tmp_path):
     for folder in tree.split():
         save(tmp_path / folder / "1.png", noise(3, 3))
     with pytest.raises(FileNotFoundError, match=f"^{re.escape(message.format(root=tmp_path))}"):
         loaded(name="folder", root=tmp_path)
 
 
-def test_what_tools_leave_in_folders(tmp_path, recwarn):
+def test_hidden_and_tool_generated_files_are_ignored(tmp_path, recwarn):
     write_folder(tmp_path)
     for part in ("train", "test"):
         for folder in (".ipynb_checkpoints", ".git/x", "__MACOSX", "ant/.ipynb_checkpoints", "ant/@eaDir"):
@@ -345,7 +345,7 @@ def test_what_tools_leave_in_folders(tmp_path, recwarn):
     assert not list(recwarn)
 
 
-def test_pictures_that_are_not_read_are_counted(tmp_path):
+def test_warning_counts_unsupported_image_files(tmp_path):
     write_folder(tmp_path)
     for name in ("1.HEIC", "2.svg", "3.txt"):
         (tmp_path / "train" / "ant" / name).touch()
@@ -357,7 +357,7 @@ def test_pictures_that_are_not_read_are_counted(tmp_path):
     assert len(data.train) == 2
 
 
-def test_classes_without_images_are_named(tmp_path):
+def test_error_names_classes_without_images(tmp_path):
     write_folder(tmp_path)
     for name in ("$none", "cat_ & <dog>"):
         (tmp_path / "train" / name).mkdir()
@@ -367,7 +367,7 @@ def test_classes_without_images_are_named(tmp_path):
         loaded(name="folder", root=tmp_path)
 
 
-def test_classes_of_one_image_are_named(tmp_path):
+def test_classes_too_small_to_split(tmp_path):
     write_folder(tmp_path, [""], each=3)
     save(tmp_path / "wasp$" / "1.png", noise(3, 3))
     message = "folder: a split needs at least two images of each class, got one of 'wasp$'"
@@ -382,7 +382,7 @@ def test_classes_of_one_image_are_named(tmp_path):
         loaded(name="pets", root=tmp_path, ratio=0.1)
 
 
-def test_names_of_classes_are_kept(tmp_path):
+def test_class_names_with_special_characters(tmp_path):
     names = sorted(["$x^2$", "_hidden", "a\nb", "a b  c", "a|b", "b\\c", "cat&<dog>", "é 猫 🐈", "{x}%s"])
     for name in names:
         for part in ("train", "test"):
@@ -390,8 +390,8 @@ def test_names_of_classes_are_kept(tmp_path):
     assert loaded(name="folder", root=tmp_path, size=8).class_names == names
 
 
-def test_data_sets_and_show_read_alike(tmp_path):
-    """Deep, transparent and turned pictures."""
+def test_data_sets_and_show_read_images_identically(tmp_path):
+    """Both must handle 16-bit, transparent, rotated and GIF images in the same way."""
     ramp = np.linspace(0, 65535, 24).astype(np.uint16)[None].repeat(16, 0)
     exif = Image.Exif()
     exif[0x112] = 6
@@ -408,7 +408,7 @@ def test_data_sets_and_show_read_alike(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_is_named(workers, tmp_path):
+def test_error_names_damaged_image(workers, tmp_path):
     write_folder(tmp_path)
     damaged = tmp_path / "test" / "bee" / "0 $ & <x>.jpg"
     (tmp_path / "test" / "bee" / "0.png").unlink()
@@ -422,11 +422,11 @@ def test_a_damaged_image_is_named(workers, tmp_path):
         list(data.test_dataloader())
 
 
-# Where things are
+# Boxes and masks
 
 
 @pytest.mark.parametrize("size", [16, 33])
-def test_digits_masks_cover_the_ink(size):
+def test_digits_masks_cover_the_digit(size):
     digits = digits_clutter("test", size)
     assert digits._fields == ("images", "labels", "boxes", "masks")
     assert digits.masks.shape == (359, size, size)
@@ -451,16 +451,18 @@ def test_extents():
     assert extents(masks).tolist() == [[1, 2, 3, 4], [0, 0, 0, 5], [0, 0, 3, 5]]
 
 
-def test_boxes_of_birds_move_with_the_image(tmp_path):
+def test_cub_boxes_are_resized_with_the_image(tmp_path):
     write_cub(tmp_path)
     data = loaded(name="cub", root=tmp_path, size=16)
     assert data.class_names == ["001.Black", "002.Laysan"]
     assert [data.train[0][1]] == [1]
     items = [data.located()[i] for i in range(3)]
     assert [label for _, label, _, _ in items] == [0, 1, 0]
-    # 40x20 to 16x16: columns times 0.4, edges 5 and 15 to 2 and 6; rows times 0.8, edges 10 and 15 to 8 and 12.
-    # 80x80: all times 0.2, columns from 10 and 30 to 2 and 6, rows from 4 and 36 to 0.8 and 7.2: pixels 1 to 6.
-    # Over the edge: columns from 15.44 on, behind the centre of the last pixel: that one; rows 0 to 2.4.
+    # 40x20 resized to 16x16: x is scaled by 0.4, so edges 5 and 15 become 2 and 6. y is scaled by 0.8: edges 10 and 15
+    # become 8 and 12.
+    # 80x80 resized to 16x16: x edges 10 and 30 become 2 and 6. y edges 4 and 36 become 0.8 and 7.2, which covers the
+    # centres of rows 1 to 6.
+    # The box past the edge starts at x = 15.44 and covers the last column. y edges 0 and 2.4 cover rows 0 and 1.
     assert [box.tolist() for _, _, box, _ in items] == [[8, 2, 11, 5], [1, 2, 6, 5], [0, 15, 1, 15]]
     assert all(box.dtype == torch.float32 and mask.dtype == torch.bool for _, _, box, mask in items)
     for _, _, box, mask in items:
@@ -473,35 +475,36 @@ def test_boxes_of_birds_move_with_the_image(tmp_path):
         torch.testing.assert_close(items[item][0], data.test[item][0])
 
 
-def test_birds_cut_to_their_boxes(tmp_path):
+def test_cub_box_crop(tmp_path):
     write_cub(tmp_path)
     data = loaded(name="cub", root=tmp_path, size=16, box_crop=True)
     for part, count in ((data.raw(), 2), (data.train, 1)):
         for item in range(count):
             image = part[item][0]
             floor = 0.95 if part is not data.train else data.normalise(torch.full((3, 1, 1), 0.95))
-            assert (image > floor).all()  # white is the bird alone
+            assert (image > floor).all()  # only the bird is white
     assert data.raw()[2][0].shape == (3, 16, 16)
     _, _, box, mask = data.located()[0]
     assert box.tolist() == [0, 0, 15, 15]
     assert mask.all()
 
 
-def test_trimaps_move_with_the_image(tmp_path):
+def test_pets_trimaps_are_resized_with_the_image(tmp_path):
     write_pets(tmp_path)
     data = loaded(name="pets", root=tmp_path, size=20)
     assert data.class_names == ["Abyssinian", "American Bulldog"]
     image, label, box, mask = data.located()[2]
     assert label == 1
-    # 60x20 to 20x20: columns to a third, of pixels 4 to 8 the centres (in the picture 13.5 to 25.5) lie on the animal.
+    # 60x20 resized to 20x20: x is scaled by 1/3. Centres of columns 4 to 8 (x = 13.5 to 25.5 in the original) lie on
+    # the animal.
     assert box.tolist() == [4, 4, 15, 8]
     assert mask.sum() == 12 * 5
     assert torch.equal(mask, data.raw()[2][0].mean(0) > 0.5)
     torch.testing.assert_close(image, data.test[2][0])
 
 
-def test_regions_turn_with_the_image(tmp_path):
-    """Annotations count the stored pixels; EXIF orientation 6 turns these clockwise."""
+def test_boxes_and_masks_follow_exif_orientation(tmp_path):
+    """Annotations refer to the pixels as stored. EXIF orientation 6 rotates the image by 90 degrees clockwise."""
     write_cub(tmp_path)
     write_pets(tmp_path)
     exif = Image.Exif()
@@ -516,7 +519,8 @@ def test_regions_turn_with_the_image(tmp_path):
         assert torch.equal(mask, data.raw()[item][0].mean(0) > 0.5)
         assert torch.equal(extents(mask[None])[0], box)
         torch.testing.assert_close(image, data.test[item][0])
-    # Rows 8 to 11 and columns 2 to 5 as stored: the columns become the rows, the last row the first column.
+    # The stored box covers rows 8 to 11 and columns 2 to 5. Rotation turns columns into rows and the last row into the
+    # first column.
     assert loaded(name="cub", root=tmp_path, size=16).located()[0][2].tolist() == [2, 4, 5, 7]
     image, _ = loaded(name="cub", root=tmp_path, size=16, box_crop=True).raw()[1]
     assert (image > 0.95).all()
@@ -530,7 +534,7 @@ def paths(view):
 
 
 def test_stratified_splits(tmp_path):
-    write_pets(tmp_path, each=20)  # 20 of each of two classes in each of two parts
+    write_pets(tmp_path, each=20)  # 20 images for each of two classes and two parts
     splits = {}
     for split, seed in ((0, 0), (0, 1), (1, 0)):
         data = loaded(name="pets", root=tmp_path, ratio=0.6, split=split, seed=seed, size=16)
@@ -547,7 +551,7 @@ def test_stratified_splits(tmp_path):
     assert not any("trainval" in path for path in paths(official.test))
 
 
-def test_caltech_is_split_seven_to_three(tmp_path):
+def test_caltech101_is_split_70_30(tmp_path):
     write_caltech101(tmp_path)
     one, other = (loaded(name="caltech101", root=tmp_path, split=split, size=8) for split in (0, 1))
     for data in (one, other):
@@ -556,16 +560,16 @@ def test_caltech_is_split_seven_to_three(tmp_path):
     assert one.train.part.indices != other.train.part.indices
 
 
-# Values
+# Normalisation and augmentation
 
 
-def test_digits_are_normalised_by_their_own_moments():
+def test_digits_are_normalised_with_their_own_mean_and_std():
     data = loaded(size=16, count=300, seed=3)
     images = torch.stack([image for image, _ in data.train])
     torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(images.std((0, 2, 3)), torch.ones(3), atol=1e-4, rtol=0)
     assert len(data.train) == 300
-    torch.testing.assert_close(data.raw()[7][0], digits_clutter("test", 16).images[7])  # whatever the seed
+    torch.testing.assert_close(data.raw()[7][0], digits_clutter("test", 16).images[7])  # test images ignore the seed
     expected = data.normalise(digits_clutter("train", 16, seed=3, count=300).images[9])
     torch.testing.assert_close(data.train[9][0], expected)
 
@@ -582,13 +586,13 @@ def test_whitening():
     variances = torch.linalg.eigvalsh(covariance)
     assert 0.85 < variances[0] <= variances[-1] < 1.01
     matrix = data.normalisation.matrix
-    torch.testing.assert_close(matrix, matrix.T)  # a rotation would whiten, too, but not leave images recognisable
+    torch.testing.assert_close(matrix, matrix.T)  # symmetric: ZCA keeps images recognisable, unlike PCA whitening
     torch.testing.assert_close(data.train[4][0], images[4], atol=1e-4, rtol=1e-4)
     raw = torch.stack([image for image, _ in data.raw()])
     torch.testing.assert_close(data.normalise(raw)[8], data.test[8][0], atol=1e-4, rtol=1e-4)
 
 
-def test_augmentation_is_of_training_images_before_normalisation():
+def test_augmentation_applies_to_training_images_before_normalisation():
     seen = []
 
     def record(image):
@@ -605,10 +609,10 @@ def test_augmentation_is_of_training_images_before_normalisation():
     assert len(seen) == 1
 
 
-# Order
+# Sampling order
 
 
-def test_order_is_a_function_of_seed_and_epoch():
+def test_order_depends_only_on_seed_and_epoch():
     sampler = EpochSampler(50, seed=1)
     orders = {}
     for epoch in (0, 1, 1, 0):
@@ -623,7 +627,7 @@ def test_order_is_a_function_of_seed_and_epoch():
     list(sampler)
     assert torch.equal(torch.random.get_rng_state(), state)
     other = EpochSampler(50, seed=0)
-    other.set_epoch(2)  # a plain sum of seed and epoch would give the orders of seed 1
+    other.set_epoch(2)  # seeding with seed + epoch would repeat the orders of seed 1
     found = list(other)
     other.set_epoch(1)
     assert len({*map(tuple, (*orders.values(), found, list(other)))}) == 4
@@ -642,7 +646,7 @@ def test_order_in_several_processes():
 
 
 class Recorder(LightningModule):
-    """Keeps the batches of every epoch."""
+    """Records the training batches of every epoch."""
 
     def __init__(self):
         super().__init__()
@@ -665,8 +669,8 @@ class Recorder(LightningModule):
 
 @pytest.mark.parametrize("saved", ["after validation", "at the end of the epoch", "after the run"])
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.filterwarnings("ignore")  # Lightning's remarks on small runs
-def test_resumed_run_sees_what_an_unbroken_one_sees(workers, saved, tmp_path):
+@pytest.mark.filterwarnings("ignore")  # Lightning warns about small runs
+def test_resumed_run_sees_same_batches_as_uninterrupted_run(workers, saved, tmp_path):
     def fit(epochs, resumed=None):
         keeper = ModelCheckpoint(tmp_path, "kept", save_on_train_epoch_end=saved == "at the end of the epoch")
         data = ImageData(
@@ -692,7 +696,7 @@ def test_resumed_run_sees_what_an_unbroken_one_sees(workers, saved, tmp_path):
     assert list(unbroken) == [0, 1]
     assert (list(first), list(second)) == ([0], [1])
     for epoch, seen in ((0, first[0]), (1, second[1])):
-        assert len(seen) == 2  # of 20 images, four are left over
+        assert len(seen) == 2  # the last 4 of 20 images do not fill a batch of 8 and are dropped
         for (images, labels), (expected, expected_labels) in zip(seen, unbroken[epoch], strict=True):
             assert torch.equal(labels, expected_labels)
             assert torch.equal(images, expected)
@@ -711,16 +715,16 @@ def test_loaders():
     assert data.train_dataloader().pin_memory == torch.cuda.is_available()
 
 
-def test_located_items_make_batches(tmp_path):
+def test_located_items_can_be_batched(tmp_path):
     write_cub(tmp_path)
     for data in (loaded(name="cub", root=tmp_path, size=16), loaded(size=16)):
-        located = pickle.loads(pickle.dumps(data.located()))  # workers that are not forked receive it so
+        located = pickle.loads(pickle.dumps(data.located()))  # spawned workers receive it pickled
         images, labels, boxes, masks = next(iter(torch.utils.data.DataLoader(located, 3)))
         assert (images.shape, labels.shape, boxes.shape) == ((3, 3, 16, 16), (3,), (3, 4))
         assert torch.equal(extents(masks), boxes)
 
 
-# Downloads and failures
+# Downloads and errors
 
 
 @pytest.mark.parametrize("name", sorted(name for name, kind in SPECS.items() if kind.torchvision))
@@ -733,7 +737,7 @@ def test_only_prepare_data_downloads(name, tmp_path, monkeypatch):
 
     with monkeypatch.context() as context:
         context.setattr(sets, SPECS[name].torchvision, Spy)
-        # The data is not there: preparing looks for it, whether or not it was downloaded.
+        # The spy writes no files. prepare_data checks for the data with and without a download, so it raises.
         with pytest.raises(FileNotFoundError):
             ImageData(name=name, root=tmp_path).prepare_data()
         assert asked == []
@@ -763,7 +767,7 @@ def test_only_prepare_data_downloads(name, tmp_path, monkeypatch):
         ("svhn", "train_32x32.mat and test_32x32.mat"),
     ],
 )
-def test_missing(name, what, tmp_path):
+def test_missing_data(name, what, tmp_path):
     message = f"{name}: no data under {tmp_path}; put {what} there or pass --data.download true"
     with pytest.raises(FileNotFoundError, match=f"^{re.escape(message)}$"):
         loaded(name=name, root=tmp_path)
@@ -777,7 +781,7 @@ def test_missing(name, what, tmp_path):
         ("stl10", "stl10_binary/test_y.bin"),
     ],
 )
-def test_incomplete(name, lost, tmp_path):
+def test_incomplete_data(name, lost, tmp_path):
     FAKES[name](tmp_path)
     (tmp_path / lost).rename(tmp_path / "lost")
     place = lost.split("/")[0]
@@ -844,7 +848,7 @@ def test_missing_folder(tmp_path):
         ({"name": "stl10", "whiten": True}, "ImageData: whiten needs images of at most 3072 values, got 3·96·96"),
     ],
 )
-def test_values_out_of_range(options, message):
+def test_invalid_arguments(options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ImageData(**options)
 
@@ -871,7 +875,7 @@ def test_missing_scikit_learn(tmp_path, monkeypatch):
     assert len(loaded(name="pets", root=tmp_path).train) == 4
 
 
-def test_jsonargparse_reads_the_arguments():
+def test_jsonargparse_parses_arguments():
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ImageData, "data")

@@ -1,4 +1,4 @@
-"""The papers' protocols on cases that are worked out by hand."""
+"""The papers' evaluation protocols, compared with values computed by hand."""
 
 import functools
 import json
@@ -53,7 +53,7 @@ def uniform(*shape, seed=0):
 
 
 class Linear(nn.Module):
-    """Logits from a fixed matrix on the flattened image."""
+    """A linear classifier on the flattened image, with a fixed weight."""
 
     def __init__(self, weight):
         super().__init__()
@@ -68,15 +68,15 @@ class Linear(nn.Module):
 # --- localisation ---
 
 
-def test_upsampling_takes_positions_for_cells():
+def test_upsample_aligns_cell_centres():
     ramp = torch.tensor([[[0.0, 4.0]]])
-    # Cell centres lie at pixels 0.5 and 2.5 of four: clamped outside, a quarter and three quarters between.
+    # The cell centres lie at pixels 0.5 and 2.5. Pixels 0 and 3 are clamped; pixels 1 and 2 are at 1/4 and 3/4 between.
     assert upsample(ramp, (1, 4)).tolist() == [[[0.0, 1.0, 3.0, 4.0]]]
     assert upsample(ramp.half(), (3, 2)).shape == (1, 3, 2)
     assert upsample(ramp.half(), (3, 2)).dtype == torch.float32
 
 
-def test_box_masks_contain_their_edges():
+def test_box_masks_include_edges():
     masks = box_masks(torch.tensor([[0.0, 1.0, 1.0, 2.0], [1.5, 0.0, 2.4, 0.4]]), (3, 4))
     assert masks.int().tolist() == [
         [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]],
@@ -84,23 +84,23 @@ def test_box_masks_contain_their_edges():
     ]
 
 
-def test_the_pointing_game_looks_at_the_maximum():
+def test_pointing_game_uses_maximum():
     maps = torch.zeros(4, 2, 2)
     maps[0, 1, 0] = maps[1, 1, 0] = maps[2, 0, 1] = 1
-    # On 4 x 6 pixels that is the lower left corner, twice, the upper right one, and nowhere.
+    # At 4 x 6 pixels the maxima are in the lower left corner (twice) and the upper right one. The last map is constant.
     boxes = torch.tensor([[3.0, 0.0, 3.0, 0.0], [0.0, 1.0, 3.0, 5.0], [0.0, 4.0, 1.0, 5.0], [0.0, 0.0, 3.0, 5.0]])
     hits = [pointing_game(maps[i : i + 1], boxes[i : i + 1], (4, 6)) for i in range(4)]
     assert hits == [1.0, 0.0, 1.0, 0.0]
     assert pointing_game(maps, boxes, (4, 6)) == 0.5
 
 
-def test_binarised_maps_are_split_where_the_classes_part():
+def test_binarise_uses_otsu_threshold():
     maps = torch.tensor([[[1.0, 2.0, 1.0], [8.0, 9.0, 2.0]], [[3.0] * 3] * 2, [[-5.0, -5.0, -5.0], [-5.0, -5.0, -1.0]]])
     assert binarise(maps).int().tolist() == [[[0, 0, 0], [1, 1, 0]], [[0] * 3] * 2, [[0, 0, 0], [0, 0, 1]]]
     assert binarise(maps[1:2]).dtype == torch.bool
 
 
-def test_rescaled_maps_run_from_zero_to_one():
+def test_rescale_to_zero_one():
     maps = torch.tensor([[[2.0, 4.0], [6.0, 3.0]], [[7.0, 7.0], [7.0, 7.0]]])
     assert rescale(maps).tolist() == [[[0.0, 0.5], [1.0, 0.25]], [[0.0, 0.0], [0.0, 0.0]]]
 
@@ -114,14 +114,14 @@ def test_jaccard_counts_pixels():
 
 def test_localisation_with_boxes_and_masks():
     maps = torch.zeros(3, 4, 4)
-    maps[0, 1:3, 1:3] = 5  # the box, and half of the mask
-    maps[1, 0, :] = 2  # a row that meets the box in two of 4 + 6 - 2 pixels; nothing is there
+    maps[0, 1:3, 1:3] = 5  # equal to the box and to half of the mask
+    maps[1, 0, :] = 2  # overlaps the box in 2 of 4 + 6 - 2 pixels; the mask is empty
     boxes = torch.tensor([[1.0, 1.0, 2.0, 2.0], [0.0, 1.0, 2.0, 2.0], [0.0, 0.0, 3.0, 3.0]])
     masks = torch.zeros(3, 4, 4, dtype=torch.bool)
     masks[0, 1:3, :] = True
     for batch_size in (256, 1):
         found = localisation(maps, boxes, (4, 4), masks, batch_size=batch_size)
-        # The first maximum of the second map is at column 0, outside; the third map is constant.
+        # The first maximum of the second map is in column 0, outside the box. The third map is constant: a miss.
         assert found.pointing == pytest.approx(1 / 3)
         assert found.iou_box == pytest.approx((1 + 2 / 8 + 0) / 3)
         assert found.iou_mask == pytest.approx((4 / 8 + 0 + 1) / 3)
@@ -152,7 +152,7 @@ def test_occlusion_covers_one_square_with_one_colour():
     assert (images == 2).all()
 
 
-def test_occlusion_with_images_of_another_set():
+def test_occlusion_with_fill_images():
     images = torch.full((30, 3, 8, 8), 2.0)
     fill = torch.stack([torch.arange(12.0).view(3, 2, 2) / 12, torch.full((3, 2, 2), 1.5)])
     covered = occlude(images, 2, seeded(), fill)
@@ -162,13 +162,13 @@ def test_occlusion_with_images_of_another_set():
         patches.append(image[:, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1])
     kinds = [next(i for i in range(2) if torch.allclose(patch, fill[i])) for patch in patches]
     assert set(kinds) == {0, 1}
-    # The places do not depend on what fills them.
+    # The positions do not depend on the fill.
     assert torch.equal(covered != 2, occlude(images, 2, seeded()) != 2)
-    # A filling is resized: one value stays that value.
+    # The fill image is resized, so a constant fill stays constant.
     assert (occlude(images[:1], 5, seeded(), fill[1:]) == 1.5).sum() == 3 * 25
 
 
-def test_occlusion_repeats_and_does_not_depend_on_batches():
+def test_occlusion_is_reproducible_and_independent_of_batch_size():
     images = uniform(5, 3, 8, 8)
     whole = occlude(images, 3, seeded(1))
     torch.manual_seed(7)
@@ -185,7 +185,7 @@ def wave(cycles, length=32, other=16):
 
 
 @pytest.mark.parametrize("length", [32, 33])
-def test_frequencies_part_at_the_radius(length):
+def test_frequency_splits_at_radius(length):
     slow, limit, fast = (wave(cycles, length) for cycles in (3, 4, 9))
     image = (slow + fast)[None, None].repeat(1, 3, 1, 1)
 
@@ -193,36 +193,36 @@ def test_frequencies_part_at_the_radius(length):
         low, high = channel.min(), channel.max()
         return ((channel - low) / (high - low) * 255).round() / 255
 
-    step = 1.001 / 255  # at a tie of the rounding
+    step = 1.001 / 255  # one level of difference where the rounding is a tie
     for radius, keep, rest in ((4, "low", slow), (4, "high", fast), (3, "high", slow + fast), (12, "low", slow + fast)):
         found = frequency(image, radius, keep)
         assert (found - pictured(rest)).abs().max() <= step, (radius, keep)
-    # "Less than": what lies at the radius is high.
+    # A frequency exactly at the radius counts as high.
     assert (frequency(limit[None, None], 4, "low") == 0).all()
     assert (frequency(limit[None, None], 4, "high") - pictured(limit)).abs().max() <= step
-    # Distance over both axes: (3, 3) lies beyond 4.
+    # The distance is Euclidean: the frequency (3, 3) is at 4.24.
     product = wave(3, length) * wave(3, 16, length).T
     assert (frequency(product[None, None], 4, "low") == 0).all()
     assert frequency(product[None, None], 4.3, "low").max() == 1
 
 
-def test_a_flat_channel_has_no_frequency():
+def test_frequency_of_constant_channel_is_zero():
     flat = torch.full((1, 3, 8, 6), 0.3)
     assert (frequency(flat, 4, "high") == 0).all()
     assert (frequency(flat, 12, "low") == 0).all()
-    # All frequencies give the image back, rescaled.
+    # Keeping all frequencies returns the rescaled image.
     image = torch.arange(48.0).view(1, 1, 6, 8)
     assert (frequency(image, 100, "low") - image / 47).abs().max() <= 0.5 / 255 + 1e-6
 
 
-def test_interpretability_counts_cosines_of_unchanged_predictions():
-    # An image's four pixels: two logits, then two of the map's values.
+def test_interpretability_score_uses_unchanged_predictions():
+    # The four pixels of an image are two logits and two values of the map.
     def predict(images):
         values = images[:, 0, 0]
         return values[:, :2], values[:, None, 2:]
 
     before = [[1, 0, 1, 0], [1, 0, 1, 0], [1, 0, 1, 0], [0, 1, 3, 4], [0, 1, 1, 1]]
-    # Another prediction; the same map; cosine 0.6; cosine 24/25; constant as before.
+    # In order: changed prediction; cosine 1; cosine 0.6; cosine 24/25; constant map before and after.
     after = [[0, 1, 1, 0], [1, 0, 2, 0], [1, 0, 3, 4], [0, 1, 4, 3], [0, 1, 5, 5]]
     images = torch.tensor(before).float()[:, None, None] - 1
     changed = torch.tensor(after).float()[:, None, None] - 1
@@ -236,14 +236,14 @@ def test_interpretability_counts_cosines_of_unchanged_predictions():
     assert found.counts == {0.85: 3, 0.9: 3, 0.95: 3}
     assert found.scores == {0.85: 0.75, 0.9: 0.75, 0.95: 0.75}
     assert found.cosine == pytest.approx((1 + 0.6 + 0.96 + 1) / 4)
-    # Less their means: the same; (1, -1) and (-1, 1); (-1, 1) and (1, -1); nothing.
+    # After subtracting the means, the cosines are 1, -1 and -1. The constant map counts as 0.
     assert found.centred_counts == {0.85: 1, 0.9: 1, 0.95: 1}
     assert found.centred_scores[0.9] == 0.25
     assert found.centred_cosine == pytest.approx((1 - 1 - 1 + 0) / 4)
     json.dumps(found._asdict())
 
 
-def test_interpretability_by_threshold_and_of_no_consistent_image():
+def test_interpretability_score_thresholds_and_no_consistent_image():
     def predict(images):
         values = images[:, 0, 0]
         return values[:, :2], values[:, None, 2:]
@@ -262,10 +262,10 @@ def test_interpretability_by_threshold_and_of_no_consistent_image():
 # --- robustness ---
 
 
-def test_fgsm_steps_up_the_loss_of_the_own_prediction():
+def test_fgsm_increases_loss_of_predicted_class():
     model = Linear(torch.tensor([[1.0, -1, 0], [0, 0, 1]]))
     images = torch.tensor([[0.5, 0.1, 0.2], [0.25, 0.995, 0.9]]).view(2, 3, 1, 1)
-    # Predictions 0 and 1. ∇(logit of the other - own) is ∓(1, -1, -1), and zero nowhere.
+    # The predictions are 0 and 1. The gradient of (other logit - predicted logit) is (-1, 1, 1) and (1, -1, -1).
     found = fgsm(model, images, 0.01)
     expected = [[0.49, 0.11, 0.21], [0.26, 0.985, 0.89]]
     torch.testing.assert_close(found.flatten(1), torch.tensor(expected))
@@ -273,24 +273,24 @@ def test_fgsm_steps_up_the_loss_of_the_own_prediction():
     with torch.no_grad():
         assert torch.equal(fgsm(model, images, 0.01), found)
     assert fgsm(model, images, 0.9)[0].flatten().tolist() == [0, 1, 1]
-    # A softmax that is exactly 1 has a gradient that is exactly 0.
+    # The step must not vanish where the softmax saturates at 1 and its gradient is 0.
     sure = fgsm(Linear(1000 * model.classifier.weight.data), images, 0.01)
     torch.testing.assert_close(sure, found)
-    # The gradient goes through the normalisation.
+    # The gradient is taken through the normalisation.
     torch.testing.assert_close(fgsm(model, images, 0.01, lambda x: 0.5 - x)[0].flatten()[0], torch.tensor(0.49))
 
 
-def test_the_fooling_rate_counts_changed_predictions():
+def test_fooling_rate_counts_changed_predictions():
     model = Linear(torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]))
     margins = torch.tensor([0.01, 0.03, 0.1, 0.3])
     images = torch.full((4, 3, 1, 1), 0.4)
     images[:, 0, 0, 0] += margins
-    # A step of ε takes 2ε from the margin.
+    # A step of ε reduces the margin by 2ε.
     for data in (images, [images[:3], (images[3:], torch.zeros(1))]):
         found = fooling_rate(model, data, [0.01, 0.02, 0.1, 0.2, 0], batch_size=3)
         assert found.rates == [0.25, 0.5, 0.75, 1.0, 0.0]
         assert (found.images, found.eps[2]) == (4, 0.1)
-    # Past 1.005 the prediction would change, but no pixel is lighter than 1.
+    # The prediction would change at a pixel value above 1.005, but pixels are clamped to 1.
     bright = fooling_rate(lambda x: torch.cat((0 * x[:, 0, 0] + 1.005, x[:, 1, 0]), 1), images, [0.7])
     assert bright.rates == [0]
     assert fooling_rate(model, images).eps == [1 / 255, 2 / 255, 4 / 255, 8 / 255, 16 / 255]
@@ -299,7 +299,7 @@ def test_the_fooling_rate_counts_changed_predictions():
 # --- cross-domain ---
 
 
-def test_features_are_what_the_module_takes():
+def test_features_at_returns_module_input():
     body = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
     images = uniform(5, 3, 2, 2)
     expected = body[2](body[1](2 * images.flatten(1)))
@@ -310,7 +310,7 @@ def test_features_are_what_the_module_takes():
     assert not body[3]._forward_pre_hooks
 
 
-def test_whitened_samples_have_no_covariance_left():
+def test_zca_gives_identity_covariance():
     mixing = torch.tensor([[2.0, 0.5, 0], [0.5, 1, 0.2], [0, 0.2, 0.5]])
     samples = torch.randn(400, 3, generator=seeded()) @ mixing + 4
     whiten = zca(samples, floor=0)
@@ -318,14 +318,14 @@ def test_whitened_samples_have_no_covariance_left():
     torch.testing.assert_close(found.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(found.T @ found / 400, torch.eye(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(whiten.matrix, whiten.matrix.T)
-    # Variances 4 and 1 along the axes, and a floor of 0.4 times their mean 2.5: 1/√5 and 1/√2.
+    # The variances are 4 and 1. The floor adds 0.4 times their mean, 2.5, to both, so the scales are 1/√5 and 1/√2.
     cross = torch.tensor([[2.0, 0], [-2, 0], [0, 1], [0, -1]]) * math.sqrt(2)
     torch.testing.assert_close(zca(cross, floor=0.4).matrix, torch.diag(torch.tensor([5.0, 2]).rsqrt()))
     images = uniform(2, 3, 2, 2)
     assert zca(images)(images[:1]).shape == (1, 3, 2, 2)
 
 
-def test_the_linear_machine_in_folds():
+def test_linear_svm_cross_validation():
     noise = torch.randn(60, 2, generator=seeded())
     labels = torch.arange(60) % 3
     centres = torch.tensor([[0.0, 9], [9, 0], [-9, -9]])
@@ -339,16 +339,16 @@ def test_the_linear_machine_in_folds():
     assert mixed != linear_svm(noise + centres[labels] / 9, labels, folds=4, seed=2)
 
 
-def test_direct_transfer_by_the_names_of_the_classes():
+def test_direct_transfer_matches_class_names():
     model = Linear(torch.eye(3))
     images = torch.eye(3)[[0, 0, 1, 2, 1]].view(5, 3, 1, 1)  # airplane, airplane, automobile, frog, automobile
     classes, target = ["airplane", "automobile", "frog"], ["car", "monkey", "airplane"]
-    labels = torch.tensor([2, 0, 0, 1, 1])  # right, wrong, right, monkeys
+    labels = torch.tensor([2, 0, 0, 1, 1])  # correct, wrong, correct, two of a class that the model lacks
     run = functools.partial(direct_transfer, model, classes=classes, target_classes=target)
     for data in ((images, labels), [(images[:2], labels[:2]), [images[2:], labels[2:]]]):
         assert run(data, size=None, batch_size=2) == (2 / 5, 2 / 3, 5, 3)
     assert run((images, labels), size=None, synonyms={}) == (1 / 5, 1.0, 5, 1)
-    # Images are resized to what the network takes: here the mean of each channel.
+    # Images are resized to the network's input size. At 1 x 1 this is the mean of each channel.
     assert run((images.repeat(1, 1, 4, 6), labels), size=(1, 1)).accuracy == 2 / 5
     monkeys = run((images[3:], labels[3:]), size=None)
     assert monkeys.accuracy == 0
@@ -358,21 +358,21 @@ def test_direct_transfer_by_the_names_of_the_classes():
 # --- segmentation ---
 
 
-def test_combined_maps_are_a_rescaled_geometric_mean():
+def test_combine_is_rescaled_geometric_mean():
     unused, fine = torch.full((1, 5, 5), -1.0), torch.tensor([[[1.0, 4.0], [9.0, 16.0]]])
     coarse = torch.tensor([[[4.0]]])
-    # Products 4, 16, 36, 64; roots 2, 4, 6, 8.
+    # Only the last two maps count. Their products are 4, 16, 36, 64, with the roots 2, 4, 6, 8.
     torch.testing.assert_close(combine([unused, fine, coarse]), torch.tensor([[[0.0, 2], [4, 6]]]) / 6)
     torch.testing.assert_close(combine([coarse, fine]), torch.tensor([[[0.0, 2], [4, 6]]]) / 6)
     torch.testing.assert_close(combine([fine, coarse], root=False), torch.tensor([[[0.0, 12], [32, 60]]]) / 60)
     torch.testing.assert_close(combine([-fine]), torch.tensor([[[15.0, 12], [7, 0]]]) / 15)
 
 
-def test_segmentation_by_class_with_and_without_empty_ground_truth():
+def test_weak_segmentation_per_class_with_empty_ground_truth():
     maps, masks = torch.zeros(4, 2, 4), torch.zeros(4, 2, 4, dtype=torch.bool)
     maps[0, 0, :2] = maps[1, 0, :] = maps[3, 1, 1] = 1
     masks[0, 0, 1:3] = masks[3, 1, 1] = True
-    # 1/3; empty ground truth missed, 0; empty and found so, 1; all right.
+    # Jaccard per image: 1/3; 0, as only the ground truth is empty; 1, as both are empty; 1, an exact match.
     labels = torch.tensor([2, 2, 2, 0])
     expected = {0: (1, 1, 1, 1), 2: (pytest.approx(4 / 9), pytest.approx(1 / 3), 3, 1)}
     assert weak_segmentation(maps, masks, labels) == expected
@@ -382,10 +382,10 @@ def test_segmentation_by_class_with_and_without_empty_ground_truth():
     json.dumps(named)
 
 
-# --- query ---
+# --- query-driven attention ---
 
 
-def test_the_change_of_attention_is_relative():
+def test_query_driven_change_is_relative():
     def attend(images, queries):
         return images[:, 0] * queries[:, 1]
 
@@ -399,7 +399,7 @@ def test_the_change_of_attention_is_relative():
 
 
 class Pooled(nn.Module):
-    """Locals are the image, the query its mean."""
+    """Attention pooling with the image as local features and its mean as the query."""
 
     def __init__(self, compatibility):
         super().__init__()
@@ -413,7 +413,7 @@ class Pooled(nn.Module):
 
 
 @pytest.mark.parametrize("keyword", [False, True])
-def test_pools_under_the_query_of_another_image(keyword):
+def test_pool_attention_with_query_of_another_image(keyword):
     model = Pooled("dot")
     model.keyword = keyword
     targets, query = uniform(3, 3, 2, 5), uniform(3, 4, 4, seed=1)
@@ -432,7 +432,7 @@ def test_pools_under_the_query_of_another_image(keyword):
     assert not model.attention.map._forward_hooks
 
 
-def test_the_parametrised_compatibility_does_not_hear_the_query():
+def test_parametrised_compatibility_ignores_query():
     found = query_driven(pool_attention(Pooled("parametrised"), "attention"), uniform(2, 3, 4, 4), uniform(3, 4, 4))
     assert found.own.std() > 0
     assert (found.change == 0).all()
@@ -441,7 +441,7 @@ def test_the_parametrised_compatibility_does_not_hear_the_query():
 # --- anchors, accuracy, batches ---
 
 
-def test_usage_of_anchors():
+def test_anchor_usage():
     found = usage(torch.tensor([4, 0, 4, 0]))
     assert found == (4, 2, 0.5, pytest.approx(2), [0.5, 0, 0.5, 0])
     assert perplexity(torch.tensor([3, 1])) == pytest.approx(4 / 3**0.75)
@@ -449,15 +449,15 @@ def test_usage_of_anchors():
     assert math.isnan(perplexity(torch.tensor([0, 0])))
 
 
-def test_top1_counts_right_predictions():
+def test_top1_counts_correct_predictions():
     model = Linear(torch.eye(3))
     images, labels = torch.eye(3)[[0, 1, 2, 0]].view(4, 3, 1, 1), torch.tensor([0, 1, 0, 0])
     for data in ((images, labels), iter([[images[:1], labels[:1]], (images[1:], labels[1:])])):
         assert top1(model, data, batch_size=3) == (0.75, 3, 4)
-    assert top1(model, (images, labels), normalise=lambda x: x.roll(1, 1)).accuracy == 0.25  # the third is taken for 0
+    assert top1(model, (images, labels), normalise=lambda x: x.roll(1, 1)).accuracy == 0.25  # only the third is correct
 
 
-def test_collected_maps_are_those_of_all_batches():
+def test_collect_concatenates_batches():
     images = uniform(5, 3, 2, 4)
     weight = torch.ones((), requires_grad=True)
 
@@ -472,12 +472,12 @@ def test_collected_maps_are_those_of_all_batches():
         assert not maps.requires_grad
 
 
-def test_all_public_names_exist_and_say_what_they_are():
+def test_public_names_have_docstrings():
     for name in evaluation.__all__:
         assert getattr(evaluation, name).__doc__, name
 
 
-# --- what wrong calls say ---
+# --- error messages ---
 
 maps, images = torch.ones(2, 3, 4), torch.ones(2, 3, 4, 5)
 boxes, masks = torch.ones(2, 4), torch.ones(2, 3, 4, dtype=torch.bool)
@@ -556,31 +556,31 @@ WRONG = [
 
 
 @pytest.mark.parametrize("call, error, message", WRONG)
-def test_wrong_calls_say_what_came_and_what_was_expected(call, error, message):
+def test_error_messages(call, error, message):
     with pytest.raises(error) as raised:
         call()
     assert str(raised.value) == message
 
 
-def test_a_module_that_is_called_twice_has_no_one_input():
+def test_features_at_rejects_module_called_twice():
     shared = nn.Linear(4, 4)
     model = nn.Sequential(nn.Flatten(), shared, shared).eval()
     with pytest.raises(ValueError, match="features_at: '1' must be called once per forward pass, got 2 calls"):
         features_at(model, "1", torch.ones(2, 1, 2, 2))
 
 
-def test_a_fold_that_lacks_a_class_is_an_error():
+def test_linear_svm_rejects_too_few_samples_per_class():
     with pytest.raises(ValueError, match="n_splits=5"):
         linear_svm(uniform(4, 2), torch.tensor([0, 0, 1, 1]))
 
 
-def test_tight_boxes_by_hand():
+def test_tight_boxes():
     maps = torch.zeros(4, 5, 6)
-    maps[0, 1, 2], maps[0, 2, 3], maps[0, 4, 5] = 1.0, 0.5, 0.9  # two that touch at a corner, and one apart
+    maps[0, 1, 2], maps[0, 2, 3], maps[0, 4, 5] = 1.0, 0.5, 0.9  # two that touch at a corner and a separate one
     maps[1, 3, 1:4] = 0.3
     maps[1, 0, 0] = 1.0
     maps[2] = 7.0
-    maps[3, :, 0] = -torch.arange(5.0)  # the least value is the zero of the scale: above 0.2 from the second row up
+    maps[3, :, 0] = -torch.arange(5.0)  # only the minimum, -4, lies below the threshold
     expected = [[1, 2, 2, 3], [3, 1, 3, 3], [0, 0, -1, -1], [0, 0, 4, 5]]
     assert tight_boxes(maps).tolist() == expected
     assert tight_boxes(maps, 0.6)[:2].tolist() == [[1, 2, 1, 2], [0, 0, 0, 0]]
@@ -592,7 +592,7 @@ def test_tight_boxes_by_hand():
         tight_boxes(maps, 1)
 
 
-# Maps of networks
+# --- attention and Grad-CAM of networks ---
 
 
 def test_attention_of_networks():
@@ -616,7 +616,7 @@ def test_attention_of_networks():
         attention_of(network, ["map"])
 
 
-def test_gradcam_by_hand():
+def test_gradcam_with_linear_classifier():
     pytest.importorskip("captum")
     torch.manual_seed(0)
     features, classifier = torch.nn.Conv2d(3, 5, 3, padding=1), torch.nn.Linear(5, 4)
@@ -633,7 +633,7 @@ def test_gradcam_by_hand():
     images = torch.rand(2, 3, 6, 4)
     logits, map = gradcam_of(Network(), "features")(images)
     assert not images.requires_grad
-    # The logit is linear in the average of the features: the weights are the classifier's, over the positions.
+    # The logit is linear in the mean of the features: the weights are the classifier's, divided by 24 positions.
     weights = classifier.weight[logits.argmax(1)] / 24
     expected = torch.einsum("nk,nkhw->nhw", weights, features(images)).relu()
     torch.testing.assert_close(map, expected.detach())

@@ -1,4 +1,4 @@
-"""Image files: what is read is what a viewer shows, and every error names the file."""
+"""Image files are read as a viewer shows them, and every error names the file."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def read(path):
 
 
 def write_png(path, pixels, colour, *chunks):
-    """Pillow writes no PNG of 16 bits with colours, and no gamma."""
+    """Write a PNG file without Pillow, which writes neither 16-bit colour nor gamma."""
     rows = b"".join(b"\0" + row.astype(f">u{pixels.itemsize}").tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8 * pixels.itemsize, colour, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
@@ -44,13 +44,13 @@ def write_png(path, pixels, colour, *chunks):
         ("32-bit.tif", RAMP.astype(np.int32)),
         ("float.tif", SHARES.astype(np.float32)[None].repeat(4, 0)),
         ("float.pfm", SHARES.astype(np.float32)[None].repeat(4, 0)),
-        # Beyond the usual range: from the least to the greatest value.
+        # Values outside the usual range are scaled from their minimum to their maximum.
         ("signed.tif", RAMP.astype(np.int32) - 30_000),
         ("wide.tif", 30_000 * RAMP.astype(np.int32)),
         ("of 255.tif", 255 * SHARES.astype(np.float32)[None].repeat(4, 0)),
     ],
 )
-def test_deep_grey_values(name, pixels, tmp_path):
+def test_high_bit_depth_grey_images(name, pixels, tmp_path):
     Image.fromarray(pixels).save(tmp_path / name)
     found = read(tmp_path / name)
     assert found.shape == (4, 64, 3)
@@ -59,7 +59,7 @@ def test_deep_grey_values(name, pixels, tmp_path):
 
 
 def patched(path, tag, old, new):
-    """Change a tag of a little-endian TIFF file, a SHORT (3) or a LONG (4)."""
+    """Overwrite the value of a SHORT (3) or LONG (4) tag in a little-endian TIFF file."""
     content = path.read_bytes()
     for kind in (3, 4):
         entry = struct.pack("<HHII", tag, kind, 1, old)
@@ -69,7 +69,7 @@ def patched(path, tag, old, new):
     raise AssertionError(f"tag {tag} is not {old}")
 
 
-def test_tags_of_deep_tiff_files(tmp_path):
+def test_high_bit_depth_tiff_tags(tmp_path):
     path = tmp_path / "white is zero.tif"
     Image.fromarray(RAMP).save(path)
     patched(path, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1, 0)
@@ -82,7 +82,7 @@ def test_tags_of_deep_tiff_files(tmp_path):
     Image.fromarray(np.array([[np.nan, 0, 0.2, np.inf, -np.inf]], np.float32)).save(path)
     assert read(path)[0, :, 0].tolist() == [0, 0, 51, 255, 0]
     path = tmp_path / "12 bits.tif"
-    Image.fromarray(np.array([[0xFF, 0xFF, 0x00]], np.uint8)).save(path)  # two values of 12 bits
+    Image.fromarray(np.array([[0xFF, 0xFF, 0x00]], np.uint8)).save(path)  # two 12-bit values in three bytes
     patched(path, TiffImagePlugin.BITSPERSAMPLE, 8, 12)
     patched(path, TiffImagePlugin.IMAGEWIDTH, 3, 2)
     assert read(path)[0, :, 0].tolist() == [255, 239]
@@ -97,7 +97,7 @@ def test_tags_of_deep_tiff_files(tmp_path):
         ("LA", (77, 0), (255, 255, 255)),
         ("RGB", (200, 100, 50), (200, 100, 50)),
         ("RGBA", (200, 100, 50, 255), (200, 100, 50)),
-        ("RGBA", (200, 100, 50, 128), (227, 177, 152)),  # half of it before white
+        ("RGBA", (200, 100, 50, 128), (227, 177, 152)),  # blended half and half with white
         ("RGBA", (200, 100, 50, 0), (255, 255, 255)),
         ("CMYK", (55, 155, 205, 0), (200, 100, 50)),
         ("YCbCr", (124, 86, 182), (200, 100, 50)),
@@ -113,7 +113,7 @@ def test_modes(mode, colour, expected, tmp_path):
     assert np.abs(found - expected).max() <= 2
 
 
-def test_premultiplied_transparency(tmp_path):
+def test_premultiplied_alpha(tmp_path):
     for mode, colour, expected in (("LA", (50, 128), (177, 177, 177)), ("RGBA", (100, 50, 25, 128), (227, 177, 152))):
         Image.new(mode, (2, 3), colour).save(tmp_path / "image.tif")
         patched(tmp_path / "image.tif", TiffImagePlugin.EXTRASAMPLES, 2, 1)
@@ -130,7 +130,7 @@ def test_premultiplied_transparency(tmp_path):
         (6, [51400, 25700, 12850, 32896], (227, 177, 152), ()),
     ],
 )
-def test_png_of_16_bits(colour, pixel, expected, chunk, tmp_path):
+def test_16_bit_png(colour, pixel, expected, chunk, tmp_path):
     pixels = np.full((2, 2, len(pixel)), pixel, np.uint16)
     write_png(tmp_path / "image.png", pixels, colour, *([chunk] if chunk else []))
     assert np.abs(read(tmp_path / "image.png").astype(int) - expected).max() <= 1
@@ -148,7 +148,7 @@ def test_transparent_colours(tmp_path):
     assert read(tmp_path / "grey.png")[0, :, 0].tolist() == [0, 1, 255]
 
 
-#: What EXIF orientation 1 to 8 asks for, as the inverse of which a camera stores an upright picture.
+#: For each EXIF orientation, the function that turns an upright image into the stored pixels.
 STORED = {
     1: lambda p: p,
     2: lambda p: p[:, ::-1],
@@ -185,14 +185,14 @@ def test_orientation(orientation, suffix, tmp_path):
     assert np.abs(found - upright).max() <= (4 if suffix == ".jpg" else 0)
 
 
-def test_broken_orientation_is_ignored(tmp_path):
+def test_invalid_orientation_is_ignored(tmp_path):
     Image.new("RGB", (4, 2), (200, 100, 50)).save(tmp_path / "image.jpg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     assert read(tmp_path / "image.jpg").shape == (2, 4, 3)
     assert stored(tmp_path / "image.jpg") == ((4, 2), 1)
 
 
 def profile_of_swapped_primaries():
-    """sRGB's profile whose red and blue change their places."""
+    """An sRGB profile with the red and blue primaries swapped."""
     content = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     places = [content.index(tag, 128) for tag in (b"rXYZ", b"bXYZ")]
     content[places[0] : places[0] + 4], content[places[1] : places[1] + 4] = b"bXYZ", b"rXYZ"
@@ -209,7 +209,7 @@ def test_colour_profile(suffix, tmp_path):
     if suffix != ".jpg":
         Image.new("RGBA", (8, 8), (200, 100, 50, 0)).save(path, icc_profile=swapped)
         assert (read(path) == 255).all()
-    # sRGB's own profile, which changes nothing, and profiles that are broken, or of another colour space.
+    # The sRGB profile changes nothing. Invalid profiles and those of another colour space are ignored.
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     usual = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.fromarray(pixels).save(tmp_path / "usual.png", icc_profile=usual)
@@ -220,7 +220,7 @@ def test_colour_profile(suffix, tmp_path):
     assert np.abs(read(path).astype(int) - 77).max() <= 3
 
 
-def test_gamma_of_png(tmp_path):
+def test_png_gamma(tmp_path):
     def shown(*chunks):
         write_png(tmp_path / "image.png", np.full((1, 1, 3), [128, 64, 255], np.uint8), 2, *chunks)
         return read(tmp_path / "image.png")[0, 0].tolist()
@@ -229,12 +229,12 @@ def test_gamma_of_png(tmp_path):
         return b"gAMA", struct.pack(">I", round(100_000 * value))
 
     assert shown(gamma(0.45455)) == [128, 64, 255]
-    # Linear light: 255·(v/255)^(1/2.2).
+    # A gamma of 1 is linear light, which is encoded as 255·(v/255)^(1/2.2).
     assert shown(gamma(1)) == [186, 136, 255]
     assert shown((b"sRGB", b"\0"), gamma(1)) == [128, 64, 255]
 
 
-def test_box_is_of_the_stored_pixels(tmp_path):
+def test_box_refers_to_stored_pixels(tmp_path):
     upright = np.arange(12, dtype=np.uint8).reshape(3, 4)
     oriented(tmp_path / "image.png", upright, 6)
     pixels = STORED[6](upright)  # 4 high, 3 wide
@@ -267,14 +267,14 @@ def test_errors_name_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
     limit = "8,000 that Pillow opens (twice PIL.Image.MAX_IMAGE_PIXELS)"
     fails("whole.png", f"'{{path}}' has more pixels than the {limit}")
-    # Pillow's own measure against pictures that are small as files.
+    # Pillow's default limit protects against decompression bombs: small files with very many pixels.
     monkeypatch.undo()
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     assert os.path.getsize(tmp_path / "bomb.png") < 100_000
     fails("bomb.png", "'{path}' has more pixels than the 178,956,970 that Pillow opens")
 
 
-def test_names_are_shown_as_they_are(tmp_path):
+def test_error_shows_special_characters_unescaped(tmp_path):
     name = "a\n$b_c<&|%é\\.png"
     (tmp_path / name).touch()
     with pytest.raises(ImageError) as caught:
@@ -282,7 +282,7 @@ def test_names_are_shown_as_they_are(tmp_path):
     assert f"'{tmp_path / name}'" in str(caught.value)
 
 
-def test_reads_as_pillow_where_there_is_nothing_to_do(tmp_path):
+def test_plain_rgb_image_is_unchanged(tmp_path):
     pixels = torch.randint(256, (3, 9, 13), dtype=torch.uint8)
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
     assert torch.equal(read_image(tmp_path / "image.png"), pixels)

@@ -16,6 +16,7 @@ from PIL import Image
 
 from attnkern import cli
 from attnkern.evaluation import protocols, tight_boxes, upsample
+from attnkern.evaluation import summary as summary_module
 from attnkern.evaluation.maps import map_of
 from attnkern.training.data import ImageData
 from attnkern.training.show import Explained, draw, explain, read_image, summary
@@ -154,6 +155,18 @@ def test_a_failing_protocol_does_not_end_the_others(checkpoints, tmp_path, capsy
     assert result["fooling"]["error"] == "OutOfMemoryError: out of memory\nand more"
     assert "in fails" in result["fooling"]["traceback"]
     assert 0 <= result["top1"]["accuracy"] <= 1
+
+
+def test_the_summary_shows_classes_of_any_name():
+    """Segmentation has a result for each class, whatever its name."""
+    classes = {name: {"jaccard": share} for name, share in (("error", 0.25), ("not applicable", 0.75))}
+    results = {"segmentation": classes}
+    assert summary_module.failures(results) == []
+    assert summary_module.summary(results).splitlines()[1].split()[:3] == ["segmentation", "IoU", "0.500"]
+
+
+def test_every_protocol_has_a_headline():
+    assert summary_module._HEADLINES.keys() == protocols.PROTOCOLS.keys()
 
 
 def test_anchors_are_counted(checkpoints):

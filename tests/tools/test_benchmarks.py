@@ -1,4 +1,4 @@
-"""The benchmark's bookkeeping; no timing."""
+"""Tests of the benchmark scripts: which rows they measure, store and report. Nothing is timed here."""
 
 import itertools
 import json
@@ -21,8 +21,8 @@ ROWS = [
 ]
 
 
-def test_the_order_of_a_gpu_run():
-    """Every case in both passes, once; the most valuable first."""
+def test_order_of_a_gpu_run():
+    """Each case is measured once in both passes, and the most important cases come first."""
     work = cases.work("", gpu=True, compiled=True)
     assert len(set(work)) == len(work)
     assert set(itertools.product(GPU_CASES, PASSES)) <= set(work)
@@ -46,7 +46,7 @@ def test_a_case_is_found_by_its_name():
         assert Case.parse(str(case)) == case
 
 
-def test_losses_stay_in_the_table():
+def test_table_and_goals_keep_slower_rows():
     assert [row["times"]["compile"] for row in ROWS] == [pytest.approx(3), pytest.approx(0.5)]
     text = report.table(ROWS)
     assert "| 3.00" in text
@@ -61,7 +61,7 @@ def test_losses_stay_in_the_table():
 
 
 def cells_of(text):
-    """The cells of a table's lines, below its head."""
+    """The cells of a table's rows, without the header."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
 
@@ -70,8 +70,8 @@ def in_both(case, which, default, tuned):
     return [run.row_of(case, which, default), run.row_of(case, which, tuned, process="tuned")]
 
 
-def test_both_processes_are_side_by_side(tmp_path):
-    """A line for a case and pass; a competitor that one process could not measure keeps its place."""
+def test_table_shows_both_processes_side_by_side(tmp_path):
+    """Each case and pass has one line; a time missing in one process is shown as a dash."""
     rows = [
         *in_both("pool float32", "forward", {"eager": 9e-3, "native": 3e-3}, {"eager": 4e-3, "native": 2e-3}),
         *in_both("window float32", "forward", {"eager": 8e-3, "native": 4e-3}, {"native": 1e-3}),
@@ -95,11 +95,11 @@ def test_both_processes_are_side_by_side(tmp_path):
     report.plot(run_of(both), path)
     two = path.read_text(encoding="utf-8")
     report.plot(run_of(both[:1]), path)
-    assert two.count("<path") == path.read_text(encoding="utf-8").count("<path")  # the default process alone
+    assert two.count("<path") == path.read_text(encoding="utf-8").count("<path")  # only the default process is plotted
 
 
-def test_each_process_has_its_goals():
-    """Those of the core rows in the default process only; the slowest forward is named, and how many are below."""
+def test_goals_of_each_process():
+    """Core rows have goals in the default process only. The slowest forward pass is named."""
 
     def both(case, default, tuned):
         ours = {"eager": 7e-3, "native": 1e-3}
@@ -127,8 +127,8 @@ def test_each_process_has_its_goals():
 
 
 @pytest.mark.parametrize("codes, ran", [((0, 0), ["default", "tuned"]), ((3, 0), ["default"])])
-def test_the_environments_of_both_processes(codes, ran, tmp_path, monkeypatch):
-    """The default one keeps nothing that tunes malloc; one that leaves rows ends the run."""
+def test_environments_of_both_processes(codes, ran, tmp_path, monkeypatch):
+    """The default process has no malloc settings. If a process leaves rows unmeasured, the next one is not started."""
     found = []
 
     def start(command, env):
@@ -145,8 +145,8 @@ def test_the_environments_of_both_processes(codes, ran, tmp_path, monkeypatch):
         assert environment["PATH"]
 
 
-def test_one_thread_is_timed_by_its_own_clock(monkeypatch):
-    """What only waits takes no time there."""
+def test_single_thread_is_timed_by_cpu_time(monkeypatch):
+    """A single thread is timed by CPU time, which excludes waiting."""
     for threads, clock in ((1, run.time.process_time), (2, run.time.perf_counter)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert run.clock_of(CPU) is clock
@@ -162,8 +162,8 @@ def run_of(rows, **more):
     return {**ABOUT, "copy_gb_per_s": 10.0, "rows": rows, **more}
 
 
-def test_the_calmest_of_several_attempts_counts(monkeypatch):
-    """The first without noise ends them; if all are noisy, the one with the least spread is taken."""
+def test_attempt_with_the_least_noise_is_used(monkeypatch):
+    """Measuring stops at the first attempt without noise; if all are noisy, the one with the least spread is used."""
     calm, noisy, noisier = [1.0] * 7, [1.0, 2.0] * 4, [1.0, 9.0] * 4
     for attempts, count, kept in (
         ([noisy, calm, noisier], 2, calm), ([noisier, noisy, noisier], 3, noisy), ([calm, noisy, noisy], 1, calm)
@@ -186,19 +186,19 @@ def test_noisy_rows_are_marked():
     "load, during, spread, reasons",
     [
         (0.5, 2.2, 0.1, []),
-        (9.0, 2.2, 0.1, []),  # from a build that has just ended
+        (9.0, 2.2, 0.1, []),  # a build that has just ended still raises the load average
         (0.5, 9.0, 0.1, ["the load average was 9.0 on 2 cores during the run"]),
         (0.5, 2.2, 0.5, ["the times of 2 of 2 rows vary by more than 25%"]),
     ],
 )
-def test_doubtful_numbers_come_with_a_warning(load, during, spread, reasons):
+def test_unreliable_numbers_come_with_a_warning(load, during, spread, reasons):
     rows = [{**row, "load": during, "spread": {"eager": spread}} for row in ROWS]
     content = run_of(rows, cores=2, load=load)
     assert report.doubts(content) == reasons
     for text in (report.body(content), report.printed(content)):
         assert f"load average {load} before the run and {during} during it" in text
         assert ("Do not trust these numbers" in text) == bool(reasons)
-    assert report.doubts(run_of(ROWS)) == []  # nothing is known about runs that did not record it
+    assert report.doubts(run_of(ROWS)) == []  # runs that did not record the load get no warning
 
 
 def test_a_second_run_does_not_replace_the_first(tmp_path):
@@ -210,8 +210,8 @@ def test_a_second_run_does_not_replace_the_first(tmp_path):
     assert paths == [f"m-1-threads-2026-01-01{number}.json" for number in ("", "-2", "-3")]
 
 
-def test_a_run_is_published_when_asked(tmp_path, monkeypatch):
-    """Under a free name, once, and on the page, where the latest run of a day counts."""
+def test_publish_run(tmp_path, monkeypatch):
+    """A run is published once, under an unused name. The page shows the latest run of a day."""
     published, results = tmp_path / "published", tmp_path / "results"
     published.mkdir()
     results.mkdir()
@@ -228,7 +228,7 @@ def test_a_run_is_published_when_asked(tmp_path, monkeypatch):
     assert [cells[2] for cells in cells_of(report.page())[:2]] == ["2.000", "2.000"]
 
 
-def test_a_run_gets_a_page_of_its_own(tmp_path):
+def test_each_run_gets_its_own_page(tmp_path):
     path = tmp_path / "run.json"
     case = "window_attention 2x2x2x2 float32 contiguous"
     row = run.row_of(case, "forward+backward", {"eager": 2e-3, "compile": 1.5e-3, "native": 1e-3})
@@ -240,7 +240,7 @@ def test_a_run_gets_a_page_of_its_own(tmp_path):
 
 
 def test_store_resumes(tmp_path):
-    """By version of the code and options, whatever the date; the files of others stay."""
+    """A run resumes if code version, options and machine match, even on another date; other files are left alone."""
     first = Store(tmp_path, {**ABOUT, "key": KEY})
     first.add(ROWS[0])
     again = Store(tmp_path, {**ABOUT, "key": KEY, "date": "2026-01-02"})
@@ -257,7 +257,7 @@ def test_store_resumes(tmp_path):
     assert Store(tmp_path, {**ABOUT}).content["rows"] == []
 
 
-def test_a_row_that_is_measured_again_takes_its_place(tmp_path):
+def test_remeasured_row_replaces_the_old_one(tmp_path):
     store = Store(tmp_path, ABOUT)
     for row in (*ROWS, {**ROWS[0], "ms": {"native": 5.0}}):
         store.add(row)
@@ -265,7 +265,7 @@ def test_a_row_that_is_measured_again_takes_its_place(tmp_path):
     assert Store.of(store.path).content == store.content
 
 
-def test_the_version_of_the_code_follows_its_files(tmp_path, monkeypatch):
+def test_code_version_depends_on_the_given_files(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.store.ROOT", tmp_path)
     (tmp_path / "a").write_text("1", encoding="utf-8")
     (tmp_path / "b").write_text("2", encoding="utf-8")
@@ -286,7 +286,7 @@ def test_regressions_are_flagged():
 
 
 def test_goals_of_a_gpu():
-    """1 GB forward at 0.5 ms and 2.5 GB in all at 1.5 ms, beside a copy of 2,000 GB/s: 100 % and 75 % of it."""
+    """1 GB in 0.5 ms forward and 1.5 GB in 1 ms backward are 100 % and 75 % of a copy at 2,000 GB/s."""
 
     def row(case, which, size, device_ms):
         ms = {"eager": 4e-3, "compile": 2e-3, "native": 1e-3}
@@ -316,7 +316,7 @@ def test_host_costs_are_multiples_of_an_empty_function():
     assert "empty" not in report.host_table({"pool": {"native": 30.0}}).split("|", 1)[1]
 
 
-def test_scaling_shows_the_exponent(tmp_path):
+def test_scaling_table_shows_the_exponent(tmp_path):
     rows = [
         run.row_of(str(n), "images", {"eager": 3e-3 * n, "native": 1e-3 * n}, op="pool", bytes=n * 1000)
         for n in (1, 2, 4)
@@ -334,7 +334,7 @@ def test_every_committed_run_is_on_the_page():
 
 
 def test_plot(tmp_path, monkeypatch):
-    """Machine, date, operator, case and competitors are named, and the same rows give the same bytes."""
+    """The plot names machine, date, operator, case and competitors, and is reproducible byte for byte."""
     case = "compatibility_pool 2x3x4x5 float32 channels_last"
     row = run.row_of(case, "forward+backward", dict.fromkeys(("eager", "compile", "sdpa", "reference", "native"), 1e-3))
     texts = []
@@ -355,8 +355,8 @@ every_op = pytest.mark.parametrize("op", sorted({case.op for case in CPU_CASES})
 
 
 @every_op
-def test_every_competitor_computes_the_same(op):
-    """`calls` refuses a competitor whose result is wrong; here each of them runs."""
+def test_all_competitors_compute_the_same_result(op):
+    """`calls` raises if a competitor's result is wrong; this test also runs each competitor."""
     for which in PASSES:
         for call in calls(small(op), which, CPU, compiled=None).values():
             call()
@@ -364,16 +364,16 @@ def test_every_competitor_computes_the_same(op):
 
 @every_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_literal_formulas_compile_without_a_break(op, dtype):
-    """The competitor is one graph, forward and backward."""
+def test_literal_formulas_compile_without_graph_breaks(op, dtype):
+    """torch.compile captures the formula, forward and backward, as one graph."""
     torch._dynamo.reset()
     for which in PASSES:
         calls(small(op, dtype), which, CPU, {"fullgraph": True, "dynamic": False, "backend": "aot_eager"})["compile"]()
 
 
 @every_op
-def test_passes_of_copies_are_the_same(op):
-    """Each copy of the inputs lies elsewhere and gives the same results and gradients."""
+def test_input_copies_give_the_same_results(op):
+    """Copies of the inputs have their own memory and give the same results and gradients."""
     for call in calls(small(op), "forward+backward", CPU, compiled=None).values():
         first, second = call.run(0), call.run(1)
         assert len(first) == len(second)
@@ -383,11 +383,11 @@ def test_passes_of_copies_are_the_same(op):
         assert all(a.data_ptr() != b.data_ptr() for a, b in zip(*copies, strict=True))
 
 
-# --- what a run on a device does, counted on the CPU ----------------------------------------------------------------
+# --- the steps of a run on a GPU, tested on the CPU -----------------------------------------------------------------
 
 
 class Counted:
-    """A call that counts the copies on which it runs."""
+    """A call that records the index of the input copy of each run."""
 
     def __init__(self, size):
         self.work = types.SimpleNamespace(bytes=size)
@@ -398,7 +398,7 @@ class Counted:
 
 
 @pytest.mark.parametrize("size, copies", [(1000, 2), (100, 3), (7, 43)])
-def test_inputs_rotate_through_three_caches(size, copies, monkeypatch):
+def test_input_copies_fill_three_times_the_cache(size, copies, monkeypatch):
     monkeypatch.setattr(run, "cache_bytes", lambda device: 100)
     call = Counted(size)
     run.device_seconds(call, CPU, budget=0)
@@ -407,8 +407,8 @@ def test_inputs_rotate_through_three_caches(size, copies, monkeypatch):
     assert copies * size >= 300
 
 
-def test_device_time_is_that_of_one_call(monkeypatch):
-    """A clock that goes on by one second a call."""
+def test_device_time_is_per_call(monkeypatch):
+    """The fake clock advances by one second per call."""
     call = Counted(100)
     monkeypatch.setattr(run, "mark", lambda device: float(len(call.numbers)))
     assert run.device_seconds(call, CPU, budget=0) == 1
@@ -422,7 +422,7 @@ def fail(*arguments, **inputs):
     raise RuntimeError("no luck\nat all")
 
 
-def test_a_competitor_that_fails_leaves_its_error_in_its_cell(tmp_path, monkeypatch):
+def test_failed_competitor_is_reported_as_an_error(tmp_path, monkeypatch):
     competitors = cases.competitors
     monkeypatch.setattr(cases, "competitors", lambda *arguments: {"compile": fail, **competitors(*arguments)})
     store = Store(tmp_path, ABOUT)
@@ -431,13 +431,13 @@ def test_a_competitor_that_fails_leaves_its_error_in_its_cell(tmp_path, monkeypa
     assert row["errors"] == {"compile": "RuntimeError: no luck"}
     assert {"eager", "sdpa", "native"} <= row["ms"].keys() == row["device_ms"].keys() == row["host_us"].keys()
     text = report.tables([row])
-    assert text.count("| error ") == 0  # its columns are missing altogether
+    assert text.count("| error ") == 0  # the table has no columns for it
     assert f"- {row['case']}, forward, compile: RuntimeError: no luck" in text
     other = {**row, "errors": {}, "device_ms": {**row["device_ms"], "compile": 1.0}}
-    assert report.device_table([row, other]).count("| error ") == 2  # time and ratio
+    assert report.device_table([row, other]).count("| error ") == 2  # in the columns of the time and the ratio
 
 
-def test_a_case_without_inputs_is_an_error_and_the_run_goes_on(tmp_path, monkeypatch):
+def test_run_continues_after_a_case_whose_inputs_fail(tmp_path, monkeypatch):
     monkeypatch.setattr(cases, "workload", fail)
     store = Store(tmp_path, ABOUT)
     work = [(small(op), "forward") for op in ("window_attention", "anchor_quantize")]
@@ -448,8 +448,8 @@ def test_a_case_without_inputs_is_an_error_and_the_run_goes_on(tmp_path, monkeyp
     )
 
 
-def test_host_costs_are_stored_apart(tmp_path, monkeypatch):
-    """And what fails of them is a row."""
+def test_host_costs_are_stored_separately(tmp_path, monkeypatch):
+    """Host costs are stored outside the rows; a failure is stored as a row with its error."""
     monkeypatch.setattr(cases, "host_calls", lambda device: {"empty": {"eager": int}, "broken": {"native": fail}})
     store = Store(tmp_path, ABOUT)
     for _ in range(2):
@@ -458,7 +458,7 @@ def test_host_costs_are_stored_apart(tmp_path, monkeypatch):
     assert [row["errors"] for row in store.content["rows"]] == [{"broken": "RuntimeError: no luck"}]
 
 
-def test_a_time_limit_ends_what_does_not_end():
+def test_time_limit_interrupts_an_endless_loop():
     before = signal.getsignal(signal.SIGALRM)
     limit = run.TimeLimit(0.01)
 
@@ -474,18 +474,18 @@ def test_a_time_limit_ends_what_does_not_end():
 
 
 def reaches_its_limit(**inputs):
-    """At once, however fast the machine is: the clock's signal comes from here."""
+    """Raises the timer's signal itself, so that the test does not depend on the speed of the machine."""
     signal.raise_signal(signal.SIGALRM)
 
 
-def test_a_competitor_that_does_not_end_is_an_error(tmp_path, monkeypatch):
+def test_timeout_of_a_competitor_is_recorded_as_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(cases, "competitors", lambda *arguments: {"compile": reaches_its_limit})
     store = Store(tmp_path, ABOUT)
     assert run.measure(store, bench(), [(small("window_attention"), "forward")]) == 0
     assert store.content["rows"][0]["errors"]["compile"].startswith("TimeoutError: it took more than")
 
 
-def test_a_row_that_the_end_of_a_call_cuts_short_is_left_to_the_next(tmp_path, monkeypatch):
+def test_interrupted_row_is_left_for_the_next_run(tmp_path, monkeypatch):
     monkeypatch.setattr(cases, "competitors", lambda *arguments: {"compile": reaches_its_limit})
     store = Store(tmp_path, ABOUT)
     work = [(small("window_attention"), "forward")]
@@ -495,8 +495,8 @@ def test_a_row_that_the_end_of_a_call_cuts_short_is_left_to_the_next(tmp_path, m
     assert run.measure(store, bench(), work, end=run.time.monotonic() - 1) == run.UNFINISHED
 
 
-def test_a_row_that_ended_the_process_twice_is_given_up(tmp_path, monkeypatch):
-    """And no other is: its begin is on disk before it is measured, and gone afterwards."""
+def test_row_that_ended_the_process_twice_is_skipped(tmp_path, monkeypatch):
+    """Other rows are still measured. The start of a row is on disk while the row is measured."""
     store = Store(tmp_path, ABOUT)
     first, second = ((small(op), "forward") for op in ("window_attention", "anchor_quantize"))
 
@@ -514,7 +514,7 @@ def test_a_row_that_ended_the_process_twice_is_given_up(tmp_path, monkeypatch):
     assert store.content["begun"] == {}
 
 
-def test_stored_rows_are_measured_again_only_when_asked(tmp_path, monkeypatch):
+def test_stored_rows_are_remeasured_only_on_request(tmp_path, monkeypatch):
     store, work = Store(tmp_path, ABOUT), [(small("anchor_quantize"), "forward")]
     measured = []
 
@@ -536,8 +536,8 @@ def pair(op, shape, native, triton, which="forward+backward"):
     return run.row_of(f"{op} {shape} float32 contiguous", which, {}, device_ms={"native": native, "triton": triton})
 
 
-def test_the_choice_follows_from_the_rows():
-    """A bound on positions, one backend alone, and nothing that depends on the number of images."""
+def test_backend_choice_from_measured_rows():
+    """A rule is a bound on the positions or a single backend; it never depends on the number of images."""
     rows = [
         pair("window_attention", "32x256x7x7", 1.0, 2.0),
         pair("window_attention", "64x256x14x14", 1.0, 1.5),
@@ -564,7 +564,7 @@ def test_the_choice_follows_from_the_rows():
     assert "both native and Triton" in report.choice([])
 
 
-def test_the_simplest_choice_within_the_tolerance():
+def test_simplest_choice_within_the_tolerance_wins():
     def rows(few, many):
         return [pair("window_attention", "8x64x7x7", 1.0, few), pair("window_attention", "8x512x7x7", 1.0, many)]
 
@@ -573,7 +573,7 @@ def test_the_simplest_choice_within_the_tolerance():
 
 
 def test_the_slowest_rows():
-    """Large maps first, the farthest from a copy, one of each operator and pass, with the faster of ours."""
+    """Large maps come first, then the lowest share of a copy; one row per operator and pass, our faster backend."""
 
     def row(op, shape, share, size=2 * report.LARGE, which="forward"):
         ms = {"native": 2.0, "triton": 1.0, "eager": 0.5}
@@ -590,8 +590,8 @@ def test_the_slowest_rows():
     assert len(report.slowest(rows, 2)) == 2
 
 
-def test_what_ncu_writes_is_read():
-    """A line for each metric, among lines of its own and of the program."""
+def test_parse_ncu_output():
+    """ncu writes one line per metric, mixed with its own messages and the program's output."""
     kernels = profile.parse((Path(__file__).parents[1] / "data/ncu.csv").read_text(encoding="utf-8"))
     assert kernels == [
         {"kernel": "attnkern::window_fwd", "µs": "53.2", "MB read": "51.4", "registers": "96"},
@@ -623,7 +623,7 @@ def test_shares_of_attention():
     assert "- net: 30.0% with reference, 10.0% with native" in report.summary(run_of(rows))
 
 
-def test_a_wrong_competitor_is_refused(monkeypatch):
+def test_competitor_with_wrong_results_is_rejected(monkeypatch):
     monkeypatch.setattr(cases, "_sdpa", lambda local, query: cases.attnkern.CompatibilityPooled(query, None, None))
     with pytest.raises(AssertionError, match="sdpa computes compatibility_pool"):
         calls(small("compatibility_pool"), "forward", CPU, compiled=None)

@@ -4,8 +4,9 @@ Tensors come in any strides. Outputs and gradients of features lie as the featur
 or channels innermost (see attnkern/_layout.py); all else is contiguous.
 "Wide" means float64 for float64 features and float32 for all others; maps, statistics, losses and residuals are wide.
 
-``stats``      (N, 7): max z or a bound near it, Σ exp(z - that), and Σ π ∂z/∂β for the five rectangle parameters;
-               (N, 0) without rescale.
+``rectangle``  (N, 5), or (N, K, 5) for the union of K windows.
+``stats``      (N, 2 + 5K): max log f or a bound near it, Σ f relative to it, and Σ π ∂log f/∂β for the parameters of
+               all windows; (N, 0) without rescale.
 ``*_loss``     (): Σ (v - a)² / divisor, the same number twice: autograd needs a tensor of each.
 ``residuals``  (Q,): Σ (v - a) over the elements that chose anchor k, so that the anchors' gradient is 2·residuals.
 ``divisor``    what the sums of the two losses are divided by.
@@ -16,14 +17,16 @@ or channels innermost (see attnkern/_layout.py); all else is contiguous.
 import hashlib
 
 SCHEMAS = {
-    "window_map_fwd": "(Tensor rectangle, SymInt height, SymInt width, float scale, bool rescale, bool aspect)"
+    "window_map_fwd": "(Tensor rectangle, SymInt height, SymInt width, float scale, bool rescale, bool aspect,"
+    " bool ellipse)"
     " -> (Tensor map, Tensor stats)",
-    "window_map_bwd": "(Tensor grad_map, Tensor rectangle, Tensor stats, float scale, bool rescale, bool aspect)"
+    "window_map_bwd": "(Tensor grad_map, Tensor rectangle, Tensor stats, float scale, bool rescale, bool aspect,"
+    " bool ellipse)"
     " -> Tensor",
-    "window_fwd": "(Tensor x, Tensor rectangle, float scale, bool rescale, bool residual, bool aspect)"
+    "window_fwd": "(Tensor x, Tensor rectangle, float scale, bool rescale, bool residual, bool aspect, bool ellipse)"
     " -> (Tensor output, Tensor map, Tensor stats)",
     "window_bwd": "(Tensor grad_output, Tensor? grad_map, Tensor x, Tensor rectangle, Tensor stats,"
-    " float scale, bool rescale, bool residual, bool aspect, bool need_grad_x)"
+    " float scale, bool rescale, bool residual, bool aspect, bool ellipse, bool need_grad_x)"
     " -> (Tensor grad_x, Tensor grad_rectangle)",
     "quantize_fwd": "(Tensor a, Tensor anchors, SymInt divisor)"
     " -> (Tensor values, Tensor indices, Tensor anchor_loss, Tensor commitment_loss,"

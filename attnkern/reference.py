@@ -4,6 +4,8 @@ Half-precision inputs are computed in float32 and rounded once at the end. These
 formulas, shapes and sources stand at the public functions of the same names.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -18,25 +20,48 @@ def coordinates(length: int, like: torch.Tensor) -> torch.Tensor:
     return torch.arange(length, dtype=like.dtype, device=like.device) / (length - 1)
 
 
-def log_window(rectangle, height, width, scale, aspect):
-    """z = log Λ(p) + log Λ(q), (N, H, W), of rectangles (N, 5, 1, 1), or (N, 5, H, W): one for each position."""
+def log_window(rectangle, height, width, scale, aspect, ellipse):
+    """log f, (N, H, W), of windows (N, 5, 1, 1) or unions (N, K, 5, 1, 1), or of a window for each position (H, W)."""
     mu1, mu2, sigma1, sigma2, alpha = rectangle.unbind(-3)
     row, column = aspect_factors(height, width, aspect)
     d1 = (coordinates(height, rectangle)[:, None] - mu1) * row
     d2 = (coordinates(width, rectangle) - mu2) * column
     u = torch.cos(alpha) * d1 + torch.sin(alpha) * d2
     v = torch.cos(alpha) * d2 - torch.sin(alpha) * d1
-    z = 0
-    for offset, sigma in ((u, sigma1), (v, sigma2)):
-        sigma = torch.where(sigma.abs() < SIGMA_FLOOR, SIGMA_FLOOR, sigma)
-        z = z + F.logsigmoid(scale * (1 - (offset / sigma).square()))
-    return z
+    u, v = (
+        (offset / torch.where(sigma.abs() < SIGMA_FLOOR, SIGMA_FLOOR, sigma)).square()
+        for offset, sigma in ((u, sigma1), (v, sigma2))
+    )
+    p, q = (scale * (1 - u - v), None) if ellipse else (scale * (1 - u), scale * (1 - v))
+    z = F.logsigmoid(p)
+    if not ellipse:
+        z = z + F.logsigmoid(q)
+    if rectangle.dim() < 5:
+        return z
+    return _log_union(
+        z, F.logsigmoid(-p) if ellipse else torch.logaddexp(F.logsigmoid(-p), F.logsigmoid(p) + F.logsigmoid(-q))
+    )
 
 
-def window_map(rectangle, size, *, scale=6.0, rescale=True, aspect=False):
+def _log_union(z, outside):
+    """log f of f = 1 - Π (1 - f_k) from log f_k and log(1 - f_k), which is accurate where f_k is above one half.
+
+    Small f_k are added instead if 1 - f_k rounds to 1: the next term is below half a unit in the last place.
+    """
+    small = z < math.log(0.5)
+    outside = torch.where(small, torch.log1p(-torch.where(small, z, -1.0).exp()), outside)
+    tiny = z.detach().amax(1) < math.log(torch.finfo(z.dtype).eps / z.shape[1])
+    total = outside.sum(1)
+    shallow = ~tiny & (total > -1)
+    log = torch.log(-torch.expm1(torch.where(shallow, total, -1.0)))
+    log1p = torch.log1p(-torch.where(tiny | shallow, -1.0, total).exp())  # expm1's gradient would round to zero
+    return torch.where(tiny, z.logsumexp(1), torch.where(shallow, log, log1p))
+
+
+def window_map(rectangle, size, *, scale=6.0, rescale=True, aspect=False, ellipse=False):
     height, width = size
     rectangle = rectangle.to(wide(rectangle.dtype))[..., None, None]
-    z = log_window(rectangle, height, width, scale, aspect)
+    z = log_window(rectangle, height, width, scale, aspect, ellipse)
     if not rescale:
         return z.exp()
     # Not softmax(): its sum of a large map in float32 loses digits that sum() keeps.
@@ -44,9 +69,9 @@ def window_map(rectangle, size, *, scale=6.0, rescale=True, aspect=False):
     return f * (height * width / f.sum((1, 2), keepdim=True))
 
 
-def window_attention(x, rectangle, *, scale=6.0, rescale=True, residual=True, aspect=False):
-    dtype = wide(x.dtype)
-    map = window_map(rectangle.to(dtype), x.shape[2:], scale=scale, rescale=rescale, aspect=aspect)
+def window_attention(x, rectangle, *, scale=6.0, rescale=True, residual=True, aspect=False, ellipse=False):
+    rectangle = rectangle.to(wide(x.dtype))
+    map = window_map(rectangle, x.shape[2:], scale=scale, rescale=rescale, aspect=aspect, ellipse=ellipse)
     return modulate(x, map[:, None], residual), map
 
 
@@ -177,7 +202,9 @@ def compatibility_pool(local, query, mask=None):
         attention = scores.softmax(2)
     else:
         mask = mask.flatten(1)[:, None]
-        features = torch.where(mask, features, 0)  # so that NaN at a masked position reaches neither result nor gradient
+        features = torch.where(
+            mask, features, 0
+        )  # so that NaN at a masked position reaches neither result nor gradient
         some = mask.any(2, keepdim=True)
         logits = torch.where(mask, _scores(features, queries), -torch.inf)
         attention = torch.where(some & mask, torch.where(some, logits, 0).softmax(2), 0)

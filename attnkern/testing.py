@@ -158,7 +158,7 @@ def _rectangle_terms(rectangle, map, map_grad, rescale, scale, aspect):
     # One copy of the rectangle per position, so that the gradient of the sum of z is the slope at each position.
     rectangles = rectangle.detach()[..., None, None].repeat(1, 1, *size).requires_grad_()
     with torch.enable_grad():
-        z = reference.log_window(rectangles, *size, scale, aspect)
+        z = reference.log_window(rectangles, *size, scale, aspect, False)
     (slopes,) = torch.autograd.grad(z.sum(), rectangles)
     slopes = slopes.movedim(1, -1)
     if rescale:

@@ -7,6 +7,7 @@ import torch
 from attnkern import _backend, reference
 from attnkern._autograd import create_graph, differentiable_backward, save, saved, transformed
 from attnkern._checks import (
+    check_choice,
     check_flag,
     check_number,
     check_positions,
@@ -35,29 +36,33 @@ class _Options(NamedTuple):
     rescale: bool
     residual: bool
     aspect: bool
+    ellipse: bool
 
 
 class _WindowMap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rectangle, height, width, scale, rescale, aspect, backend):
-        map, stats = BACKENDS[backend].window_map_fwd(rectangle, height, width, scale, rescale, aspect)
+    def forward(ctx, rectangle, height, width, scale, rescale, aspect, ellipse, backend):
+        map, stats = BACKENDS[backend].window_map_fwd(rectangle, height, width, scale, rescale, aspect, ellipse)
         save(ctx, (rectangle,), stats)
-        ctx.options = height, width, scale, rescale, aspect, backend
+        ctx.options = height, width, scale, rescale, aspect, ellipse, backend
         return map
 
     @staticmethod
     def backward(ctx, grad_map):
         rectangle, stats = saved(ctx)
-        height, width, scale, rescale, aspect, backend = ctx.options
+        height, width, scale, rescale, aspect, ellipse, backend = ctx.options
         if create_graph(grad_map):
 
             def forward(rectangle):
-                return (reference.window_map(rectangle, (height, width), scale=scale, rescale=rescale, aspect=aspect),)
+                options = {"scale": scale, "rescale": rescale, "aspect": aspect, "ellipse": ellipse}
+                return (reference.window_map(rectangle, (height, width), **options),)
 
             (grad_rectangle,) = differentiable_backward(forward, (rectangle,), (grad_map,))
         else:
-            grad_rectangle = BACKENDS[backend].window_map_bwd(grad_map, rectangle, stats, scale, rescale, aspect)
-        return grad_rectangle, None, None, None, None, None, None
+            grad_rectangle = BACKENDS[backend].window_map_bwd(
+                grad_map, rectangle, stats, scale, rescale, aspect, ellipse
+            )
+        return grad_rectangle, None, None, None, None, None, None, None
 
 
 class _WindowAttention(torch.autograd.Function):
@@ -90,14 +95,20 @@ class _WindowAttention(torch.autograd.Function):
         else:
             grad_x = grad_rectangle = None
             if grad_map is not None:
-                scale, rescale, _, aspect = options
-                grad_rectangle = operators.window_map_bwd(grad_map, rectangle, stats, scale, rescale, aspect)
+                scale, rescale, _, aspect, ellipse = options
+                grad_rectangle = operators.window_map_bwd(grad_map, rectangle, stats, scale, rescale, aspect, ellipse)
         return grad_x, grad_rectangle, None, None
+
+
+def _is_ellipse(where: str, shape: str) -> bool:
+    check_choice(where, "shape", shape, ("rectangle", "ellipse"))
+    return shape == "ellipse"
 
 
 def _check_rectangle(where, rectangle):
     check_tensor(where, "rectangle", rectangle)
-    check_shape(where, "rectangle", rectangle, "(N, 5)", rectangle.dim() == 2 and rectangle.shape[1] == 5)
+    right = rectangle.dim() in (2, 3) and rectangle.shape[-1] == 5 and (rectangle.dim() == 2 or rectangle.shape[1] > 0)
+    check_shape(where, "rectangle", rectangle, "(N, 5), or (N, K, 5) with K > 0", right)
 
 
 def check_features(where: str, x: torch.Tensor, rectangle: torch.Tensor) -> torch.Tensor:
@@ -106,7 +117,8 @@ def check_features(where: str, x: torch.Tensor, rectangle: torch.Tensor) -> torc
     check_shape(where, "x", x, "(N, C, H, W)", x.dim() == 4)
     check_positions(where, "x", x.shape[2:])
     _check_rectangle(where, rectangle)
-    check_shape(where, "rectangle", rectangle, "({}, 5) (N as x)", rectangle.shape[0] == x.shape[0], x.shape[0])
+    n = x.shape[0]
+    check_shape(where, "rectangle", rectangle, "({0}, 5) or ({0}, K, 5) (N as x)", rectangle.shape[0] == n, n)
     return companion(where, "rectangle", rectangle, "x", x)
 
 
@@ -118,15 +130,19 @@ def window_map(
     scale: float = 6.0,
     rescale: bool = True,
     aspect: bool = False,
+    shape: str = "rectangle",
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Map of a rotated rectangle: f = Λ(s(1 - (u/σ₁)²)) · Λ(s(1 - (v/σ₂)²)), rescaled to mean 1.
+    """Map of rotated rectangles or ellipses: one window f per image, or the union of K, rescaled to mean 1.
+
+    Rectangle: f = Λ(s(1 - (u/σ₁)²)) · Λ(s(1 - (v/σ₂)²)). Ellipse: f = Λ(s(1 - (u/σ₁)² - (v/σ₂)²)).
+    Union: f = 1 - Π_k (1 - f_k), computed as Σ_k f_k Π_{j<k} (1 - f_j), in which nothing cancels.
 
     (u, v) is the offset from the centre, rotated by the angle: with d = t - μ, u = cos α·d₁ + sin α·d₂ and
     v = -sin α·d₁ + cos α·d₂. The rescaled map HW·f/Σf is computed as HW·softmax(log f), finite even where f underflows.
 
     Args:
-        rectangle: (N, 5): centre row μ₁, centre column μ₂, half height σ₁, half width σ₂, angle α in radians.
+        rectangle: (N, 5), or (N, K, 5) for K windows: centre row μ₁, centre column μ₂, half height σ₁, half width σ₂, angle α in radians.
             Coordinates are pixel centres that run from 0 to 1 over rows and over columns, corners aligned, row before
             column (unlike ``grid_sample``); an axis of length 1 sits at 0.5. With (row, column) axes a positive angle
             turns counter-clockwise on the screen. |σ| is floored at 1e-6, with zero gradient below.
@@ -135,6 +151,7 @@ def window_map(
         rescale: multiply by HW/Σf; otherwise the map lies in [0, 1].
         aspect: measure offsets and σ in units of the longer side, so that the rectangle stays rigid when it turns on a
             map with H ≠ W. Otherwise it is rigid in the unit square, a parallelogram in pixels.
+        shape: "rectangle" or "ellipse" with the half axes σ₁ and σ₂.
         backend: "triton", "native", "reference", or None for :func:`attnkern.use_backend`'s choice.
 
     Returns:
@@ -144,16 +161,19 @@ def window_map(
         ValueError: wrong shape or size, an unknown backend, or one that cannot run here.
         TypeError: not a floating tensor, a scale that is not a number, or a flag that is not a bool.
 
-    Source: Convolutional Rectangular Attention Module, Eqs. 1-5 and 7.
+    Source: Convolutional Rectangular Attention Module, Eqs. 1-5 and 7, and its Section on future work (ellipses, several
+    windows).
     """
     _check_rectangle("window_map", rectangle)
     height, width = check_size("window_map", size)
     check_number("window_map", scale=scale)
     check_flag("window_map", rescale=rescale, aspect=aspect)
+    ellipse = _is_ellipse("window_map", shape)
     chosen = _backend.choose(backend, rectangle)
     if chosen == "reference" or transformed(rectangle):
-        return reference.window_map(rectangle, (height, width), scale=float_of(scale), rescale=rescale, aspect=aspect)
-    return _WindowMap.apply(rectangle, height, width, float(scale), rescale, aspect, chosen)
+        options = {"scale": float_of(scale), "rescale": rescale, "aspect": aspect, "ellipse": ellipse}
+        return reference.window_map(rectangle, (height, width), **options)
+    return _WindowMap.apply(rectangle, height, width, float(scale), rescale, aspect, ellipse, chosen)
 
 
 @leaf
@@ -165,15 +185,16 @@ def window_attention(
     rescale: bool = True,
     residual: bool = True,
     aspect: bool = False,
+    shape: str = "rectangle",
     backend: str | None = None,
 ) -> WindowAttended:
     """Features under the map of :func:`window_map`: output = x + map·x, the map broadcast over channels.
 
     Args:
         x: (N, C, H, W) features, float32, bfloat16, float16 or float64, contiguous or channels_last at full speed.
-        rectangle: (N, 5), in the features' dtype or float32; units as in :func:`window_map`: fractions of the height
+        rectangle: (N, 5) or (N, K, 5), in the features' dtype or float32; units as in :func:`window_map`: fractions of the height
             and width between the centres of the corner pixels, row before column, radians.
-        scale, rescale, aspect: as in :func:`window_map`.
+        scale, rescale, aspect, shape: as in :func:`window_map`.
         residual: add x; otherwise output = map·x.
         backend: "triton", "native", "reference", or None for :func:`attnkern.use_backend`'s choice.
 
@@ -190,12 +211,13 @@ def window_attention(
     rectangle = check_features(where, x, rectangle)
     check_number(where, scale=scale)
     check_flag(where, rescale=rescale, residual=residual, aspect=aspect)
+    ellipse = _is_ellipse(where, shape)
     chosen = _backend.choose(backend, x)
     if chosen == "reference" or transformed(x, rectangle):
-        options = _Options(float_of(scale), rescale, residual, aspect)
+        options = _Options(float_of(scale), rescale, residual, aspect, ellipse)
         attended = reference.window_attention(x, rectangle, **options._asdict())
     else:
-        options = _Options(float(scale), rescale, residual, aspect)
+        options = _Options(float(scale), rescale, residual, aspect, ellipse)
         attended = _WindowAttention.apply(x, rectangle, options, chosen)
     return WindowAttended(*attended)
 

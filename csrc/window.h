@@ -1,6 +1,6 @@
 // Scalar mathematics of the rotated sigmoid window; formulas in attnkern/window.py.
 //
-// z = log Λ(p) + log Λ(q) with p = s(1 - (u/σ₁)²), q = s(1 - (v/σ₂)²) and (u, v) the offset from the centre, rotated.
+// f = Λ(p)·Λ(q) with p = s(1 - (u/σ₁)²), q = s(1 - (v/σ₂)²) and (u, v) the offset from the centre, rotated.
 #pragma once
 
 #include "elementary.h"
@@ -9,7 +9,8 @@ namespace attnkern {
 
 constexpr double kSigmaFloor = 1e-6; // |σ| is floored here, with zero gradient below
 constexpr int kParameters = 5;       // centre row, centre column, half height, half width, angle
-constexpr int kStats = 2 + kParameters; // max z, Σ exp(z - max z), Σ π ∂z/∂β
+// The largest exponent, Σ f relative to it, and Σ π ∂log f/∂β for the parameters of all windows.
+ATTNKERN_INLINE int64_t stats_of(int64_t windows) { return 2 + kParameters * windows; }
 
 // Pixel centres of an axis: from 0 to 1 with corners aligned; 0.5 for an axis of length 1.
 template <typename T> ATTNKERN_INLINE T coordinate(int64_t i, int64_t length) {
@@ -61,13 +62,6 @@ ATTNKERN_INLINE Frame<T> make_frame(const T (&rectangle)[kParameters], int64_t h
   return frame;
 }
 
-// log Λ(p), and Λ(-p) = 1 - Λ(p), its derivative.
-template <typename T> ATTNKERN_INLINE T log_sigmoid(T p, T& complement) {
-  const T e = exponential(-std::fabs(p));
-  complement = (p < T(0) ? T(1) : e) / (T(1) + e);
-  return (p < T(0) ? p : T(0)) - log1p_unit(e);
-}
-
 // A point's coordinates along the rectangle's axes, from its centre: u, v, and u/σ₁, v/σ₂.
 template <typename T> struct Offset {
   T u, v, u_sigma, v_sigma;
@@ -79,37 +73,8 @@ template <typename T> ATTNKERN_INLINE Offset<T> offset_at(const Frame<T>& frame,
   return {u, v, u * frame.inverse1, v * frame.inverse2};
 }
 
-// The derivatives of z with respect to the five parameters, from Λ(-p) and Λ(-q).
-template <typename T>
-ATTNKERN_INLINE void window_slopes(const Frame<T>& frame, const Offset<T>& at, T outside1, T outside2,
-                                   T (&slope)[kParameters]) {
-  const T by_u = T(-2) * frame.scale * outside1 * at.u_sigma * frame.inverse1; // ∂z/∂u
-  const T by_v = T(-2) * frame.scale * outside2 * at.v_sigma * frame.inverse2; // ∂z/∂v
-  slope[0] = -frame.row * (frame.cosine * by_u - frame.sine * by_v);
-  slope[1] = -frame.column * (frame.sine * by_u + frame.cosine * by_v);
-  slope[2] = -frame.sigma1_free * by_u * at.u_sigma;
-  slope[3] = -frame.sigma2_free * by_v * at.v_sigma;
-  slope[4] = by_u * at.v - by_v * at.u;
-}
-
-// z at the coordinates (t1, t2), and its derivatives.
-template <typename T>
-ATTNKERN_INLINE T log_window(const Frame<T>& frame, T t1, T t2, T (&slope)[kParameters]) {
-  const Offset<T> at = offset_at(frame, t1, t2);
-  T outside1, outside2;
-  const T z = log_sigmoid(frame.scale * (T(1) - at.u_sigma * at.u_sigma), outside1) +
-              log_sigmoid(frame.scale * (T(1) - at.v_sigma * at.v_sigma), outside2);
-  window_slopes(frame, at, outside1, outside2, slope);
-  return z;
-}
-
-template <typename T> ATTNKERN_INLINE T log_window(const Frame<T>& frame, T t1, T t2) {
-  T slope[kParameters];
-  return log_window(frame, t1, t2, slope);
-}
-
-// Λ(p) = e^exponent · fraction, and Λ(-p). This avoids a logarithm. The exponent is at most 0 and the fraction at least
-// 1/2, so a softmax over the exponents alone neither overflows nor underflows to all zeros.
+// Λ(p) = e^exponent · fraction, and Λ(-p) = 1 - Λ(p). This avoids a logarithm. The exponent is at most 0 and the
+// fraction at least 1/2, so a softmax over the exponents alone neither overflows nor underflows to all zeros.
 ATTNKERN_INLINE void split_sigmoid(float p, float& exponent, float& fraction, float& complement) {
   const float e = exponential(-std::fabs(p));
   exponent = p < 0.0f ? p : 0.0f;
@@ -118,32 +83,85 @@ ATTNKERN_INLINE void split_sigmoid(float p, float& exponent, float& fraction, fl
 }
 // In float64 time does not matter; a logarithm gives the rounding of the other backends.
 ATTNKERN_INLINE void split_sigmoid(double p, double& exponent, double& fraction, double& complement) {
-  exponent = log_sigmoid(p, complement);
+  const double e = exponential(-std::fabs(p));
+  exponent = (p < 0.0 ? p : 0.0) - log1p_unit(e);
   fraction = 1.0;
+  complement = (p < 0.0 ? 1.0 : e) / (1.0 + e);
 }
 
-// The window at a point: e^z = e^exponent · fraction.
+// The shape of the windows: Λ(p)·Λ(q), or Λ(s(1 - (u/σ₁)² - (v/σ₂)²)).
+enum class Outline { rectangle, ellipse };
+
+// The window at a point: f = e^exponent · fraction.
 template <typename T> struct Window {
   Offset<T> at;
   T exponent, fraction;
-  T outside1, outside2; // Λ(-p), Λ(-q)
+  T outside1, outside2; // Λ(-p), Λ(-q); of an ellipse both are 1 - f
 };
 
-template <typename T> ATTNKERN_INLINE Window<T> window_at(const Frame<T>& frame, T t1, T t2) {
+template <Outline kOutline, typename T> ATTNKERN_INLINE Window<T> window_at(const Frame<T>& frame, T t1, T t2) {
   Window<T> window;
   window.at = offset_at(frame, t1, t2);
-  T exponent, fraction;
-  split_sigmoid(frame.scale * (T(1) - window.at.u_sigma * window.at.u_sigma), exponent, fraction, window.outside1);
-  split_sigmoid(frame.scale * (T(1) - window.at.v_sigma * window.at.v_sigma), window.exponent, window.fraction,
-                window.outside2);
-  window.exponent = exponent + window.exponent;
-  window.fraction = fraction * window.fraction;
+  const T squared1 = window.at.u_sigma * window.at.u_sigma, squared2 = window.at.v_sigma * window.at.v_sigma;
+  if constexpr (kOutline == Outline::ellipse) {
+    split_sigmoid(frame.scale * (T(1) - squared1 - squared2), window.exponent, window.fraction, window.outside1);
+    window.outside2 = window.outside1;
+  } else {
+    T exponent, fraction;
+    split_sigmoid(frame.scale * (T(1) - squared1), exponent, fraction, window.outside1);
+    split_sigmoid(frame.scale * (T(1) - squared2), window.exponent, window.fraction, window.outside2);
+    window.exponent = exponent + window.exponent;
+    window.fraction = fraction * window.fraction;
+  }
   return window;
 }
 
+// A bound of its exponent that is near it, without exponentials.
+template <Outline kOutline, typename T> ATTNKERN_INLINE T exponent_bound(const Frame<T>& frame, T t1, T t2) {
+  const Offset<T> at = offset_at(frame, t1, t2);
+  const T squared1 = at.u_sigma * at.u_sigma, squared2 = at.v_sigma * at.v_sigma;
+  const T p = frame.scale * (T(1) - squared1 - (kOutline == Outline::ellipse ? squared2 : T(0)));
+  const T q = kOutline == Outline::ellipse ? T(0) : frame.scale * (T(1) - squared2);
+  return (p < T(0) ? p : T(0)) + (q < T(0) ? q : T(0));
+}
+
+// 1 - f as a sum of positive terms, because the difference would cancel where f is near 1. The lower limit lets a
+// product of these be divided by one of its factors.
+template <Outline kOutline, typename T> ATTNKERN_INLINE T complement(const Window<T>& window) {
+  const T outside = kOutline == Outline::ellipse ? window.outside1
+                                                 : window.outside1 + (T(1) - window.outside1) * window.outside2;
+  return outside > T(1e-30) ? outside : T(1e-30);
+}
+
+// The derivatives of log f with respect to the five parameters.
 template <typename T>
 ATTNKERN_INLINE void window_slopes(const Frame<T>& frame, const Window<T>& window, T (&slope)[kParameters]) {
-  window_slopes(frame, window.at, window.outside1, window.outside2, slope);
+  const Offset<T>& at = window.at;
+  const T by_u = T(-2) * frame.scale * window.outside1 * at.u_sigma * frame.inverse1; // ∂log f/∂u
+  const T by_v = T(-2) * frame.scale * window.outside2 * at.v_sigma * frame.inverse2; // ∂log f/∂v
+  slope[0] = -frame.row * (frame.cosine * by_u - frame.sine * by_v);
+  slope[1] = -frame.column * (frame.sine * by_u + frame.cosine * by_v);
+  slope[2] = -frame.sigma1_free * by_u * at.u_sigma;
+  slope[3] = -frame.sigma2_free * by_v * at.v_sigma;
+  slope[4] = by_u * at.v - by_v * at.u;
 }
+
+// The union of windows at a point, f = 1 - Π (1 - f_k) = Σ_k f_k Π_{j<k} (1 - f_j) = e^exponent · fraction. No term is
+// negative, so that nothing cancels, however small the windows are.
+template <typename T> struct Union {
+  T exponent;     // a bound of the windows' exponents that is near the largest
+  T fraction = 0;
+  T outside = 1;  // Π (1 - f_k)
+
+  template <Outline kOutline> ATTNKERN_INLINE void add(const Window<T>& window) {
+    fraction += outside * window.fraction * exponential(window.exponent - exponent);
+    outside *= complement<kOutline>(window);
+  }
+  // ∂log f/∂log f_k = f_k/f · Π_{j≠k} (1 - f_j)
+  template <Outline kOutline> ATTNKERN_INLINE T share(const Window<T>& window) const {
+    const T relative = window.fraction * exponential(window.exponent - exponent);
+    return relative / fraction * (outside / complement<kOutline>(window));
+  }
+};
 
 } // namespace attnkern

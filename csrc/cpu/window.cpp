@@ -8,15 +8,16 @@ namespace attnkern {
 
 // The rectangles and coordinates in the form in which they are evaluated.
 template <typename A> struct Windows {
-  Widened<A> rectangles; // (N, 5)
+  Widened<A> rectangles; // (N, count, 5)
+  int64_t count;         // windows per image
   int64_t height, width;
   A scale;
-  bool rescale, aspect;
+  bool rescale, aspect, ellipse;
   std::vector<A> rows, columns; // coordinates of each position
 
   explicit Windows(const Rectangles& given)
-      : rectangles(given.rectangle), height(given.height), width(given.width), scale(static_cast<A>(given.scale)),
-        rescale(given.rescale), aspect(given.aspect) {
+      : rectangles(given.rectangle), count(given.count()), height(given.height), width(given.width),
+        scale(static_cast<A>(given.scale)), rescale(given.rescale), aspect(given.aspect), ellipse(given.ellipse) {
     if (images() == 0) return;
     rows.resize(height * width), columns.resize(height * width);
     for (int64_t i = 0; i < height; ++i)
@@ -25,12 +26,16 @@ template <typename A> struct Windows {
         columns[i * width + j] = coordinate<A>(j, width);
       }
   }
-  int64_t images() const { return rectangles.size() / kParameters; }
+  int64_t images() const { return rectangles.size() / (count * kParameters); }
   int64_t positions() const { return height * width; }
-  Frame<A> frame(int64_t image) const {
-    A rectangle[kParameters];
-    std::copy_n(rectangles.begin() + image * kParameters, kParameters, rectangle);
-    return make_frame(rectangle, height, width, scale, aspect);
+  std::vector<Frame<A>> frames(int64_t image) const {
+    std::vector<Frame<A>> frames(count);
+    for (int64_t k = 0; k < count; ++k) {
+      A rectangle[kParameters];
+      std::copy_n(rectangles.begin() + (image * count + k) * kParameters, kParameters, rectangle);
+      frames[k] = make_frame(rectangle, height, width, scale, aspect);
+    }
+    return frames;
   }
 };
 

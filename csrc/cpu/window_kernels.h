@@ -1,4 +1,4 @@
-// The window's maps, their gradients, and features times a map backward. Included once per instruction set by
+// The windows' maps, their gradients, and features times a map backward. Included once per instruction set by
 // foreach_isa.h, after the types of window.cpp.
 
 #include "cpu/modulate.h"
@@ -8,122 +8,204 @@ namespace attnkern::ATTNKERN_ISA {
 // Positions that are summed in single precision; these sums are added in double precision.
 constexpr int64_t kBlock = 512;
 
+// Calls body(outline, one) with the outline, and whether an image has one window, as constants.
+template <typename A, typename Body> void specialised(const Windows<A>& windows, const Body& body) {
+  using Rectangle = std::integral_constant<Outline, Outline::rectangle>;
+  using Ellipse = std::integral_constant<Outline, Outline::ellipse>;
+  const auto outlined = [&](auto outline) {
+    windows.count == 1 ? body(outline, std::true_type{}) : body(outline, std::false_type{});
+  };
+  windows.ellipse ? outlined(Ellipse{}) : outlined(Rectangle{});
+}
+
+// The windows of an image at the positions of a block.
+template <Outline kOutline, bool kOne, typename A> struct Block {
+  const std::vector<Frame<A>>& frames;
+  const A *rows, *columns;
+  int64_t length;
+  // Their union, unless there is one.
+  struct Empty {};
+  std::conditional_t<kOne, Empty, A[3][kBlock]> united;
+
+  Block(const Windows<A>& windows, const std::vector<Frame<A>>& frames, int64_t begin)
+      : frames(frames), rows(windows.rows.data() + begin), columns(windows.columns.data() + begin),
+        length(std::min(kBlock, windows.positions() - begin)) {
+    if constexpr (!kOne) {
+      A *exponent = united[0], *fraction = united[1], *outside = united[2];
+      for_windows([&](int64_t k, const Frame<A>& frame) {
+#pragma omp simd
+        for (int64_t i = 0; i < length; ++i) {
+          const A found = exponent_bound<kOutline>(frame, rows[i], columns[i]);
+          exponent[i] = k == 0 || found > exponent[i] ? found : exponent[i];
+        }
+      });
+      for_windows([&](int64_t k, const Frame<A>& frame) {
+#pragma omp simd
+        for (int64_t i = 0; i < length; ++i) {
+          Union<A> sum = k == 0 ? Union<A>{exponent[i]} : at(i);
+          sum.template add<kOutline>(window_at<kOutline>(frame, rows[i], columns[i]));
+          fraction[i] = sum.fraction, outside[i] = sum.outside;
+        }
+      });
+    }
+  }
+  template <typename Use> void for_windows(const Use& use) const {
+    for (size_t k = 0; k < frames.size(); ++k)
+      use(k, frames[k]);
+  }
+  ATTNKERN_INLINE Union<A> at(int64_t i) const { return {united[0][i], united[1][i], united[2][i]}; }
+
+  // to[i] = factor · f · e^-max
+  void values(A factor, A max, A* to) const {
+    if constexpr (kOne) {
+      const Frame<A> frame = frames[0];
+#pragma omp simd
+      for (int64_t i = 0; i < length; ++i) {
+        const Window<A> window = window_at<kOutline>(frame, rows[i], columns[i]);
+        to[i] = factor * window.fraction * exponential(window.exponent - max);
+      }
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < length; ++i)
+        to[i] = factor * united[1][i] * exponential(united[0][i] - max);
+    }
+  }
+  // Adds Σ weight[i]·(∂log f/∂β - mean) to `total`, for the parameters of all windows.
+  void add_slopes(const A* weight, const A* mean, double* total) const {
+    for_windows([&](int64_t k, const Frame<A>& given) {
+      const Frame<A> frame = given;
+      const A *m = mean + k * kParameters, m0 = m[0], m1 = m[1], m2 = m[2], m3 = m[3], m4 = m[4];
+      A s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3, s4)
+      for (int64_t i = 0; i < length; ++i) {
+        const Window<A> window = window_at<kOutline>(frame, rows[i], columns[i]);
+        A slope[kParameters], share = 1;
+        window_slopes(frame, window, slope);
+        if constexpr (!kOne)
+          share = at(i).template share<kOutline>(window);
+        s0 += weight[i] * (share * slope[0] - m0), s1 += weight[i] * (share * slope[1] - m1);
+        s2 += weight[i] * (share * slope[2] - m2), s3 += weight[i] * (share * slope[3] - m3);
+        s4 += weight[i] * (share * slope[4] - m4);
+      }
+      double* to = total + k * kParameters;
+      to[0] += s0, to[1] += s1, to[2] += s2, to[3] += s3, to[4] += s4;
+    });
+  }
+};
+
+// Calls use(block, begin) for the blocks of an image.
+template <Outline kOutline, bool kOne, typename A, typename Use>
+void for_blocks(const Windows<A>& windows, const std::vector<Frame<A>>& frames, const Use& use) {
+  for (int64_t begin = 0; begin < windows.positions(); begin += kBlock)
+    use(Block<kOutline, kOne, A>(windows, frames, begin), begin);
+}
+
 // The maps, and with rescale the statistics for the backward pass.
 template <typename A> void window_maps(const Windows<A>& windows, A* map, A* stats) {
-  const int64_t positions = windows.positions();
-  parallel(windows.images(), 16 * positions, [&](int64_t image) {
-    const Frame<A> frame = windows.frame(image);
-    const A *rows = windows.rows.data(), *columns = windows.columns.data();
-    A* to = map + image * positions;
-    if (!windows.rescale) {
+  const int64_t positions = windows.positions(), parameters = windows.count * kParameters;
+  specialised(windows, [&](auto outline, auto one) {
+    parallel(windows.images(), 16 * positions * windows.count, [&](int64_t image) {
+      const auto frames = windows.frames(image);
+      A* to = map + image * positions;
+      A max = 0;
+      if (windows.rescale) {
+        max = exponent_bound<outline()>(frames[0], windows.rows[0], windows.columns[0]);
+        for (const Frame<A> frame : frames) {
+          const A *rows = windows.rows.data(), *columns = windows.columns.data();
+#pragma omp simd reduction(max : max)
+          for (int64_t i = 0; i < positions; ++i) {
+            const A found = exponent_bound<outline()>(frame, rows[i], columns[i]);
+            max = found > max ? found : max;
+          }
+        }
+      }
+      double total = 0;
+      std::vector<double> slopes(parameters);
+      const std::vector<A> zero(parameters);
+      for_blocks<outline(), one()>(windows, frames, [&](const auto& block, int64_t begin) {
+        block.values(A(1), max, to + begin);
+        if (!windows.rescale)
+          return;
+        A sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < block.length; ++i)
+          sum += to[begin + i];
+        total += sum;
+        block.add_slopes(to + begin, zero.data(), slopes.data());
+      });
+      if (!windows.rescale)
+        return;
+      const A factor = static_cast<A>(positions / total);
 #pragma omp simd
       for (int64_t i = 0; i < positions; ++i)
-        to[i] = exponential(log_window(frame, rows[i], columns[i]));
-      return;
-    }
-    std::vector<A> slopes(kParameters * positions);
-    A *d0 = slopes.data(), *d1 = d0 + positions, *d2 = d1 + positions, *d3 = d2 + positions, *d4 = d3 + positions;
-#pragma omp simd
-    for (int64_t i = 0; i < positions; ++i) {
-      A slope[kParameters];
-      to[i] = log_window(frame, rows[i], columns[i], slope);
-      d0[i] = slope[0], d1[i] = slope[1], d2[i] = slope[2], d3[i] = slope[3], d4[i] = slope[4];
-    }
-    A max = to[0];
-#pragma omp simd reduction(max : max)
-    for (int64_t i = 0; i < positions; ++i)
-      max = to[i] > max ? to[i] : max;
-    double total = 0, mean[kParameters] = {};
-    for (int64_t begin = 0; begin < positions; begin += kBlock) {
-      const int64_t end = std::min(begin + kBlock, positions);
-      A sum = 0, s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
-#pragma omp simd reduction(+ : sum, s0, s1, s2, s3, s4)
-      for (int64_t i = begin; i < end; ++i) {
-        const A weight = exponential(to[i] - max);
-        to[i] = weight;
-        sum += weight;
-        s0 += weight * d0[i], s1 += weight * d1[i], s2 += weight * d2[i], s3 += weight * d3[i], s4 += weight * d4[i];
-      }
-      total += sum;
-      mean[0] += s0, mean[1] += s1, mean[2] += s2, mean[3] += s3, mean[4] += s4;
-    }
-    const A factor = static_cast<A>(positions / total);
-#pragma omp simd
-    for (int64_t i = 0; i < positions; ++i)
-      to[i] *= factor;
-    A* stat = stats + image * kStats;
-    stat[0] = max;
-    stat[1] = static_cast<A>(total);
-    for (int k = 0; k < kParameters; ++k)
-      stat[2 + k] = static_cast<A>(mean[k] / total);
+        to[i] *= factor;
+      A* stat = stats + image * stats_of(windows.count);
+      stat[0] = max;
+      stat[1] = static_cast<A>(total);
+      for (int64_t k = 0; k < parameters; ++k)
+        stat[2 + k] = static_cast<A>(slopes[k] / total);
+    });
   });
 }
 
 // The maps, recomputed from the statistics of the forward pass.
 template <typename A> void window_maps_again(const Windows<A>& windows, const A* stats, A* map) {
   const int64_t positions = windows.positions();
-  parallel(windows.images(), 16 * positions, [&](int64_t image) {
-    const Frame<A> frame = windows.frame(image);
-    const A *rows = windows.rows.data(), *columns = windows.columns.data();
-    const A max = windows.rescale ? stats[image * kStats] : A(0);
-    const A factor = windows.rescale ? positions / stats[image * kStats + 1] : A(1);
-    A* to = map + image * positions;
-#pragma omp simd
-    for (int64_t i = 0; i < positions; ++i)
-      to[i] = factor * exponential(log_window(frame, rows[i], columns[i]) - max);
+  specialised(windows, [&](auto outline, auto one) {
+    parallel(windows.images(), 16 * positions * windows.count, [&](int64_t image) {
+      const A* stat = stats + image * stats_of(windows.count);
+      const A max = windows.rescale ? stat[0] : A(0), factor = windows.rescale ? positions / stat[1] : A(1);
+      for_blocks<outline(), one()>(windows, windows.frames(image), [&](const auto& block, int64_t begin) {
+        block.values(factor, max, map + image * positions + begin);
+      });
+    });
   });
 }
 
-// dβ = Σ G·f·∂z, or with rescale HW·Σ (G - Σ π G)·π·(∂z - Σ π ∂z): both are centred, so that neither a large
-// mean of G nor the steep slopes of a thin window cause cancellation.
+// dβ = Σ G·f·∂log f, or with rescale HW·Σ (G - Σ π G)·π·(∂log f - Σ π ∂log f): both are centred, so that neither a
+// large mean of G nor the steep slopes of a thin window cause cancellation.
 // gather(image) is the image's G.
 template <typename A, typename Gather>
-void window_gradients(const Windows<A>& windows, const A* stats, const Gather& gather, A* gradients) {
-  const int64_t positions = windows.positions();
-  parallel(windows.images(), 16 * positions, [&](int64_t image) {
-    const Frame<A> frame = windows.frame(image);
-    const A *rows = windows.rows.data(), *columns = windows.columns.data();
-    const A* stat = stats + image * kStats;
-    const A max = windows.rescale ? stat[0] : A(0);
-    const A factor = windows.rescale ? positions / stat[1] : A(1);
-    const A m0 = windows.rescale ? stat[2] : A(0), m1 = windows.rescale ? stat[3] : A(0);
-    const A m2 = windows.rescale ? stat[4] : A(0), m3 = windows.rescale ? stat[5] : A(0);
-    const A m4 = windows.rescale ? stat[6] : A(0);
-    const auto gathered = gather(image);
-    const A* g = &gathered[0];
-    A centre = 0; // Σ π G
-    if (windows.rescale) {
-      double mean = 0;
-      for (int64_t begin = 0; begin < positions; begin += kBlock) {
-        const int64_t end = std::min(begin + kBlock, positions);
-        A sum = 0;
+void window_gradients(const Windows<A>& windows, const A* stats, const A* map, const Gather& gather, A* gradients) {
+  const int64_t positions = windows.positions(), parameters = windows.count * kParameters;
+  specialised(windows, [&](auto outline, auto one) {
+    parallel(windows.images(), 16 * positions * windows.count, [&](int64_t image) {
+      const auto gathered = gather(image);
+      const A *g = &gathered[0], *f = map + image * positions;
+      std::vector<A> mean(parameters);
+      A centre = 0; // Σ π G
+      if (windows.rescale) {
+        std::copy_n(stats + image * stats_of(windows.count) + 2, parameters, mean.begin());
+        double total = 0;
+        for (int64_t begin = 0; begin < positions; begin += kBlock) {
+          const int64_t end = std::min(begin + kBlock, positions);
+          A sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = begin; i < end; ++i)
-          sum += g[i] * exponential(log_window(frame, rows[i], columns[i]) - max);
-        mean += sum;
+          for (int64_t i = begin; i < end; ++i)
+            sum += g[i] * f[i];
+          total += sum;
+        }
+        centre = static_cast<A>(total / positions);
       }
-      centre = static_cast<A>(mean / stat[1]);
-    }
-    double total[kParameters] = {};
-    for (int64_t begin = 0; begin < positions; begin += kBlock) {
-      const int64_t end = std::min(begin + kBlock, positions);
-      A s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3, s4)
-      for (int64_t i = begin; i < end; ++i) {
-        A slope[kParameters];
-        const A weight = (g[i] - centre) * (factor * exponential(log_window(frame, rows[i], columns[i], slope) - max));
-        s0 += weight * (slope[0] - m0), s1 += weight * (slope[1] - m1), s2 += weight * (slope[2] - m2);
-        s3 += weight * (slope[3] - m3), s4 += weight * (slope[4] - m4);
-      }
-      total[0] += s0, total[1] += s1, total[2] += s2, total[3] += s3, total[4] += s4;
-    }
-    for (int k = 0; k < kParameters; ++k)
-      gradients[image * kParameters + k] = static_cast<A>(total[k]);
+      std::vector<double> total(parameters);
+      for_blocks<outline(), one()>(windows, windows.frames(image), [&](const auto& block, int64_t begin) {
+        A weight[kBlock];
+#pragma omp simd
+        for (int64_t i = 0; i < block.length; ++i)
+          weight[i] = (g[begin + i] - centre) * f[begin + i];
+        block.add_slopes(weight, mean.data(), total.data());
+      });
+      for (int64_t k = 0; k < parameters; ++k)
+        gradients[image * parameters + k] = static_cast<A>(total[k]);
+    });
   });
 }
 
 template <typename A> void window_map_gradients(const Windows<A>& windows, const A* stats, const A* g, A* gradients) {
-  window_gradients(windows, stats, [&](int64_t image) { return g + image * windows.positions(); }, gradients);
+  const int64_t positions = windows.positions();
+  std::vector<A> map(windows.images() * positions);
+  window_maps_again(windows, stats, map.data());
+  window_gradients(windows, stats, map.data(), [&](int64_t image) { return g + image * positions; }, gradients);
 }
 
 template <typename T>
@@ -134,7 +216,8 @@ void window_backward(const Windows<Wide<T>>& windows, const Shape& shape, const 
   window_maps_again(windows, stats, map.data());
   modulate_backward(shape, dy, x, map.data(), residual, dx, partial.data());
   window_gradients(
-      windows, stats, [&](int64_t image) { return add_partials(shape, partial.data(), image, grad_map); }, gradients);
+      windows, stats, map.data(), [&](int64_t image) { return add_partials(shape, partial.data(), image, grad_map); },
+      gradients);
 }
 
 } // namespace attnkern::ATTNKERN_ISA

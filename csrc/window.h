@@ -79,7 +79,12 @@ ATTNKERN_INLINE void split_sigmoid(float p, float& exponent, float& fraction, fl
   const float e = exponential(-std::fabs(p));
   exponent = p < 0.0f ? p : 0.0f;
   fraction = reciprocal(1.0f + e);
+#if defined(__CUDA_ARCH__)
   complement = (p < 0.0f ? 1.0f : e) * fraction;
+#else // GCC would make a branch of it, and not vectorise the loop
+  const uint32_t negative = 0u - (bit_cast<uint32_t>(p) >> 31);
+  complement = bit_cast<float>((bit_cast<uint32_t>(1.0f) & negative) | (bit_cast<uint32_t>(e) & ~negative)) * fraction;
+#endif
 }
 // In float64 time does not matter; a logarithm gives the rounding of the other backends.
 ATTNKERN_INLINE void split_sigmoid(double p, double& exponent, double& fraction, double& complement) {
@@ -163,5 +168,28 @@ template <typename T> struct Union {
     return relative / fraction * (outside / complement<kOutline>(window));
   }
 };
+
+template <Outline kOutline, typename T>
+ATTNKERN_INLINE Union<T> with_window(const Frame<T>& frame, T t1, T t2, Union<T> sum) {
+  sum.template add<kOutline>(window_at<kOutline>(frame, t1, t2));
+  return sum;
+}
+
+// The derivatives of log f with respect to the parameters of one window: alone, where f · e^-max is returned, or in a
+// union.
+template <Outline kOutline, typename T>
+ATTNKERN_INLINE T slopes_at(const Frame<T>& frame, T t1, T t2, T max, T (&slope)[kParameters]) {
+  const Window<T> window = window_at<kOutline>(frame, t1, t2);
+  window_slopes(frame, window, slope);
+  return window.fraction * exponential(window.exponent - max);
+}
+template <Outline kOutline, typename T>
+ATTNKERN_INLINE void slopes_at(const Frame<T>& frame, T t1, T t2, Union<T> sum, T (&slope)[kParameters]) {
+  const Window<T> window = window_at<kOutline>(frame, t1, t2);
+  const T share = sum.template share<kOutline>(window);
+  window_slopes(frame, window, slope);
+  for (int k = 0; k < kParameters; ++k)
+    slope[k] *= share;
+}
 
 } // namespace attnkern

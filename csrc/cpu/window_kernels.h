@@ -18,78 +18,110 @@ template <typename A, typename Body> void specialised(const Windows<A>& windows,
   windows.ellipse ? outlined(Ellipse{}) : outlined(Rectangle{});
 }
 
-// The windows of an image at the positions of a block.
+// The windows of an image at the positions of a block. Loops read copies on the stack, so that the compiler knows that
+// their stores do not change them.
 template <Outline kOutline, bool kOne, typename A> struct Block {
   const std::vector<Frame<A>>& frames;
   const A *rows, *columns;
   int64_t length;
-  // Their union, unless there is one.
-  struct Empty {};
-  std::conditional_t<kOne, Empty, A[3][kBlock]> united;
+  // The union of the windows, unless there is only one.
+  struct Nothing {};
+  struct Unions {
+    A exponent[kBlock], fraction[kBlock], outside[kBlock];
+  };
+  std::conditional_t<kOne, Nothing, Unions> unions;
 
   Block(const Windows<A>& windows, const std::vector<Frame<A>>& frames, int64_t begin)
       : frames(frames), rows(windows.rows.data() + begin), columns(windows.columns.data() + begin),
         length(std::min(kBlock, windows.positions() - begin)) {
-    if constexpr (!kOne) {
-      A *exponent = united[0], *fraction = united[1], *outside = united[2];
-      for_windows([&](int64_t k, const Frame<A>& frame) {
-#pragma omp simd
-        for (int64_t i = 0; i < length; ++i) {
-          const A found = exponent_bound<kOutline>(frame, rows[i], columns[i]);
-          exponent[i] = k == 0 || found > exponent[i] ? found : exponent[i];
-        }
-      });
-      for_windows([&](int64_t k, const Frame<A>& frame) {
-#pragma omp simd
-        for (int64_t i = 0; i < length; ++i) {
-          Union<A> sum = k == 0 ? Union<A>{exponent[i]} : at(i);
-          sum.template add<kOutline>(window_at<kOutline>(frame, rows[i], columns[i]));
-          fraction[i] = sum.fraction, outside[i] = sum.outside;
-        }
-      });
-    }
+    if constexpr (!kOne)
+      unite();
   }
-  template <typename Use> void for_windows(const Use& use) const {
-    for (size_t k = 0; k < frames.size(); ++k)
-      use(k, frames[k]);
-  }
-  ATTNKERN_INLINE Union<A> at(int64_t i) const { return {united[0][i], united[1][i], united[2][i]}; }
 
   // to[i] = factor · f · e^-max
   void values(A factor, A max, A* to) const {
+    const int64_t count = length;
     if constexpr (kOne) {
       const Frame<A> frame = frames[0];
+      const A *row = rows, *column = columns;
 #pragma omp simd
-      for (int64_t i = 0; i < length; ++i) {
-        const Window<A> window = window_at<kOutline>(frame, rows[i], columns[i]);
+      for (int64_t i = 0; i < count; ++i) {
+        const Window<A> window = window_at<kOutline>(frame, row[i], column[i]);
         to[i] = factor * window.fraction * exponential(window.exponent - max);
       }
     } else {
+      const A *exponent = unions.exponent, *fraction = unions.fraction;
 #pragma omp simd
-      for (int64_t i = 0; i < length; ++i)
-        to[i] = factor * united[1][i] * exponential(united[0][i] - max);
+      for (int64_t i = 0; i < count; ++i)
+        to[i] = factor * fraction[i] * exponential(exponent[i] - max);
     }
+  }
+  // The same with factor 1, and adds Σ to[i]·∂log f/∂β to `total`.
+  void values_and_slopes(A max, A* to, double* total) const {
+    if constexpr (!kOne) {
+      values(A(1), max, to);
+      const std::vector<A> zero(frames.size() * kParameters);
+      return add_slopes(to, zero.data(), total);
+    }
+    const int64_t count = length;
+    const Frame<A> frame = frames[0];
+    const A *row = rows, *column = columns;
+    A s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3, s4)
+    for (int64_t i = 0; i < count; ++i) {
+      A slope[kParameters];
+      const A value = slopes_at<kOutline>(frame, row[i], column[i], max, slope);
+      to[i] = value;
+      s0 += value * slope[0], s1 += value * slope[1], s2 += value * slope[2];
+      s3 += value * slope[3], s4 += value * slope[4];
+    }
+    total[0] += s0, total[1] += s1, total[2] += s2, total[3] += s3, total[4] += s4;
   }
   // Adds Σ weight[i]·(∂log f/∂β - mean) to `total`, for the parameters of all windows.
   void add_slopes(const A* weight, const A* mean, double* total) const {
-    for_windows([&](int64_t k, const Frame<A>& given) {
-      const Frame<A> frame = given;
-      const A *m = mean + k * kParameters, m0 = m[0], m1 = m[1], m2 = m[2], m3 = m[3], m4 = m[4];
+    const int64_t count = length;
+    const A *row = rows, *column = columns;
+    const A *exponent = nullptr, *fraction = nullptr, *outside = nullptr;
+    if constexpr (!kOne)
+      exponent = unions.exponent, fraction = unions.fraction, outside = unions.outside;
+    for (const Frame<A> frame : frames) {
+      const A m0 = mean[0], m1 = mean[1], m2 = mean[2], m3 = mean[3], m4 = mean[4];
       A s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3, s4)
-      for (int64_t i = 0; i < length; ++i) {
-        const Window<A> window = window_at<kOutline>(frame, rows[i], columns[i]);
-        A slope[kParameters], share = 1;
-        window_slopes(frame, window, slope);
-        if constexpr (!kOne)
-          share = at(i).template share<kOutline>(window);
-        s0 += weight[i] * (share * slope[0] - m0), s1 += weight[i] * (share * slope[1] - m1);
-        s2 += weight[i] * (share * slope[2] - m2), s3 += weight[i] * (share * slope[3] - m3);
-        s4 += weight[i] * (share * slope[4] - m4);
+      for (int64_t i = 0; i < count; ++i) {
+        A slope[kParameters];
+        if constexpr (kOne)
+          slopes_at<kOutline>(frame, row[i], column[i], A(0), slope);
+        else
+          slopes_at<kOutline>(frame, row[i], column[i], {exponent[i], fraction[i], outside[i]}, slope);
+        s0 += weight[i] * (slope[0] - m0), s1 += weight[i] * (slope[1] - m1), s2 += weight[i] * (slope[2] - m2);
+        s3 += weight[i] * (slope[3] - m3), s4 += weight[i] * (slope[4] - m4);
       }
-      double* to = total + k * kParameters;
-      to[0] += s0, to[1] += s1, to[2] += s2, to[3] += s3, to[4] += s4;
-    });
+      total[0] += s0, total[1] += s1, total[2] += s2, total[3] += s3, total[4] += s4;
+      mean += kParameters, total += kParameters;
+    }
+  }
+
+private:
+  void unite() {
+    const int64_t count = length;
+    const A *row = rows, *column = columns;
+    A *exponent = unions.exponent, *fraction = unions.fraction, *outside = unions.outside;
+    std::fill_n(exponent, count, -std::numeric_limits<A>::infinity());
+    std::fill_n(fraction, count, A(0));
+    std::fill_n(outside, count, A(1));
+    for (const Frame<A> frame : frames)
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        const A bound = exponent_bound<kOutline>(frame, row[i], column[i]);
+        exponent[i] = bound > exponent[i] ? bound : exponent[i];
+      }
+    for (const Frame<A> frame : frames)
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        const auto sum = with_window<kOutline>(frame, row[i], column[i], {exponent[i], fraction[i], outside[i]});
+        fraction[i] = sum.fraction, outside[i] = sum.outside;
+      }
   }
 };
 
@@ -121,17 +153,15 @@ template <typename A> void window_maps(const Windows<A>& windows, A* map, A* sta
       }
       double total = 0;
       std::vector<double> slopes(parameters);
-      const std::vector<A> zero(parameters);
       for_blocks<outline(), one()>(windows, frames, [&](const auto& block, int64_t begin) {
-        block.values(A(1), max, to + begin);
         if (!windows.rescale)
-          return;
+          return block.values(A(1), max, to + begin);
+        block.values_and_slopes(max, to + begin, slopes.data());
         A sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t i = 0; i < block.length; ++i)
           sum += to[begin + i];
         total += sum;
-        block.add_slopes(to + begin, zero.data(), slopes.data());
       });
       if (!windows.rescale)
         return;

@@ -14,7 +14,7 @@ from attnkern import testing
 DATA = Path(__file__).parents[1] / "data"
 
 
-# --- golden files, made by an independent program --------------------------------------------------------------------
+# --- golden files, made by independent programs (data/make_pools.py) -------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=case_id)
@@ -36,7 +36,8 @@ def test_golden(path, dtype, backend, device):
         through = FUNCTIONS["anchor_quantize"][1]
         golden(data, "anchor_quantize", through, backend, reduction=data["reduction"])
     else:
-        golden(data, "compatibility_pool", ("pooled", "attention"), backend)
+        through = tuple(name for name in FUNCTIONS["compatibility_pool"][1] if name in data)
+        golden(data, "compatibility_pool", through, backend)
 
 
 WEIGHTS = ("anchor", "commitment")
@@ -45,9 +46,8 @@ WEIGHTS = ("anchor", "commitment")
 def golden(data, function, through, backend, **options):
     names = FUNCTIONS[function][0]
     grads = {name: data[f"grad_{name}"] for name in through}
-    found = run(
-        function, {name: data[name] for name in names}, through=through, grads=grads, backend=backend, **options
-    )
+    tensors = {name: data[name] for name in (*names, "mask") if name in data}
+    found = run(function, tensors, through=through, grads=grads, backend=backend, **options)
     expected = {name: data[name] for name in found if name in data}
     assert set(through) | {f"grad_{name}" for name in names} <= expected.keys()
     check({name: found[name] for name in expected}, expected)

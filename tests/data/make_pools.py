@@ -56,7 +56,9 @@ def write(name, seed, local, query, mask=None, scale=1.0):
     grads = {key: draw.standard_normal(value.shape) for key, value in outputs.items()}
 
     def total():
-        return sum((grad * out).sum() for grad, out in zip(grads.values(), results(*inputs.values(), mask), strict=True))
+        return sum(
+            (grad * out).sum() for grad, out in zip(grads.values(), results(*inputs.values(), mask), strict=True)
+        )
 
     data = {"local": local, "query": query, **outputs, **{f"grad_{key}": grad for key, grad in grads.items()}}
     for key, values in inputs.items():

@@ -53,7 +53,7 @@ class _CompatibilityPool(torch.autograd.Function):
         return grad_local if ctx.needs_input_grad[0] else None, grad_query, None, None
 
 
-def _check_mask(where: str, mask, local: torch.Tensor) -> None:
+def check_mask(where: str, mask, local: torch.Tensor, of: str = "local") -> None:
     """Raise unless ``mask`` is bool, on the device of ``local``, and has a value for each position."""
     check_kind(where, torch.Tensor, mask=mask)
     if mask.dtype != torch.bool or mask.layout != torch.strided:
@@ -61,9 +61,9 @@ def _check_mask(where: str, mask, local: torch.Tensor) -> None:
     n, _, *positions = local.shape
     check_shape(
         where, "mask", mask, f"({', '.join(f'{{{i}}}' for i in range(len(positions) + 1))}) or one for the batch "
-        "(N and positions as local)", is_shape(mask, n, *positions) or is_shape(mask, 1, *positions), n, *positions,
+        f"(N and positions as {of})", is_shape(mask, n, *positions) or is_shape(mask, 1, *positions), n, *positions,
     )  # fmt: skip
-    check_device(where, "mask", mask, "local", local)
+    check_device(where, "mask", mask, of, local)
 
 
 @leaf
@@ -118,7 +118,7 @@ def compatibility_pool(
         )  # fmt: skip
     query = companion(where, "query", query, "local", local)
     if mask is not None:
-        _check_mask(where, mask, local)
+        check_mask(where, mask, local)
     chosen = _backend.choose(backend, local)
     if chosen == "reference" or transformed(local, query):
         return CompatibilityPooled(*reference.compatibility_pool(local, query, mask))

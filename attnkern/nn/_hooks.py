@@ -35,6 +35,11 @@ def untouched(module: nn.Module, kind: type = nn.Identity) -> bool:
     )
 
 
-def foldable(layer: nn.Module) -> bool:
-    """Whether ``layer`` is an untouched ``nn.Linear`` without bias, whose product can be reassociated with others."""
-    return untouched(layer, nn.Linear) and layer._parameters.get("weight") is not None and layer.bias is None
+def foldable(layer: nn.Module, bias: bool = False) -> bool:
+    """Whether ``layer`` is an untouched ``nn.Linear``, whose product can be reassociated with others.
+
+    Args:
+        bias: it may have a bias.
+    """
+    plain = untouched(layer, nn.Linear) and layer._parameters.get("weight") is not None
+    return plain and (bias or layer.bias is None)

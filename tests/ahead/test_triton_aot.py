@@ -101,9 +101,13 @@ def run_anchor_attention(x, companion):
 
 def run_pool(x, companion):
     query = meta(*x.shape[:2], dtype=companion)
-    pooled, attention, scores, pooled_wide = pool.pool_fwd(x, query)
+    pool_both(x, query, None)
+
+
+def pool_both(x, query, mask):
+    pooled, attention, scores, pooled_wide = pool.pool_fwd(x, query, mask)
     pooled_wide = pooled_wide if pooled_wide.numel() else pooled
-    pool.pool_bwd(pooled, attention, scores, x, query, attention, pooled_wide, True)
+    pool.pool_bwd(pooled, attention, scores, x, query, mask, attention, pooled_wide, True)
 
 
 RUNS = {

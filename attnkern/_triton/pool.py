@@ -292,9 +292,7 @@ def _partials(local, vector, x: Features):
     return partials
 
 
-def pool_fwd(local, query, mask):
-    if query.dim() == 3 or mask is not None:
-        return pool_many.fwd(local, query, mask)
+def _fwd(local, query):
     n, c, *sizes = local.shape
     x = features(local)
     plan = _Plan.of(x, backward=False)
@@ -324,11 +322,7 @@ def pool_fwd(local, query, mask):
     return pooled, attention, scores, pooled_wide
 
 
-def pool_bwd(grad_pooled, grad_attention, grad_scores, local, query, mask, attention, pooled_wide, need_grad_local):
-    if query.dim() == 3 or mask is not None:
-        return pool_many.bwd(
-            grad_pooled, grad_attention, grad_scores, local, query, mask, attention, pooled_wide, need_grad_local
-        )
+def _bwd(grad_pooled, grad_attention, grad_scores, local, query, attention, pooled_wide, need_grad_local):
     n, c = local.shape[:2]
     x = features(local)
     plan = _Plan.of(x, backward=True)
@@ -356,3 +350,33 @@ def pool_bwd(grad_pooled, grad_attention, grad_scores, local, query, mask, atten
     if not one:
         sum_rows(sums, grad_query)
     return (grad_local if need_grad_local else local.new_empty((0,))), grad_query
+
+
+def _one(query, mask) -> bool:
+    return mask is None and (query.dim() < 3 or query.shape[1] == 1)
+
+
+def _without_axis(local, query):
+    """A query (N, 1, C) as (N, C), or (1, 1, C) as (C,) if the batch shares it."""
+    if query.dim() < 3:
+        return query
+    return query[:, 0] if query.shape[0] == local.shape[0] else query[0, 0]
+
+
+def pool_fwd(local, query, mask):
+    if not _one(query, mask):
+        return pool_many.fwd(local, query, mask)
+    pooled, attention, scores, pooled_wide = _fwd(local, _without_axis(local, query))
+    if query.dim() == 3:
+        pooled, attention, scores = pooled[:, None], attention[:, None], scores[:, None]
+        pooled_wide = pooled_wide[:, None] if pooled_wide.dim() == 2 else pooled_wide
+    return pooled, attention, scores, pooled_wide
+
+
+def pool_bwd(grad_pooled, grad_attention, grad_scores, local, query, mask, attention, pooled_wide, need_grad_local):
+    grads = grad_pooled, grad_attention, grad_scores
+    if not _one(query, mask):
+        return pool_many.bwd(*grads, local, query, mask, attention, pooled_wide, need_grad_local)
+    # Kernels use addresses, which do not change with an axis of one query.
+    grad_local, grad_query = _bwd(*grads, local, _without_axis(local, query), attention, pooled_wide, need_grad_local)
+    return grad_local, grad_query.view(query.shape)

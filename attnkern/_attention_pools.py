@@ -53,10 +53,10 @@ def _attended(x, first, positions, query, weights, heads):
         query: weight and bias of the projection of the query.
         weights: the rest of the arguments of :func:`folded_attention`, by name.
     """
-    x = x.flatten(2)
-    first = x.mean(2, keepdim=True) if first is None else first[..., None].expand(x.shape[0], -1, -1)
-    x = torch.cat([first, x], 2) + positions.t()
-    return folded_attention(x, F.linear(x[:, :, 0], *query)[:, None], heads=heads, **weights)[0]
+    x = x.flatten(2).mT
+    first = x.mean(1, keepdim=True) if first is None else first.expand(x.shape[0], 1, -1)
+    x = torch.cat([first, x], 1) + positions  # tokens: faster than (N, C, positions), whose rows are short and odd
+    return folded_attention(x.mT, F.linear(x[:, :1], *query), heads=heads, **weights)[0]
 
 
 class AttentionPool2d:

@@ -23,6 +23,11 @@ def _observed(module: nn.Module) -> bool:
     )
 
 
+def plain(parameter: torch.Tensor | None) -> bool:
+    """Whether ``parameter`` has no behaviour of its own, as those of quantized and sharded layers have."""
+    return parameter is None or type(parameter) in _PLAIN
+
+
 def untouched(module: nn.Module, kind: type = nn.Identity) -> bool:
     """Whether ``module`` is exactly a ``kind``, has no hooks, and has only plain tensors as parameters.
 
@@ -31,7 +36,7 @@ def untouched(module: nn.Module, kind: type = nn.Identity) -> bool:
     return (
         type(module) is kind
         and not _observed(module)
-        and all(type(parameter) in _PLAIN for parameter in module._parameters.values() if parameter is not None)
+        and all(plain(parameter) for parameter in module._parameters.values())
     )
 
 

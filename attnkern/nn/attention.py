@@ -9,7 +9,6 @@ from attnkern._checks import (
     check_count,
     check_device,
     check_flag,
-    check_kind,
     check_number,
     check_shape,
     check_tensor,

@@ -206,16 +206,19 @@ void window_gradients(const Windows<A>& windows, const A* stats, const A* map, c
       A centre = 0; // Σ π G
       if (windows.rescale) {
         std::copy_n(stats + image * stats_of(windows.count) + 2, parameters, mean.begin());
-        double total = 0;
-        for (int64_t begin = 0; begin < positions; begin += kBlock) {
-          const int64_t end = std::min(begin + kBlock, positions);
-          A sum = 0;
+        // The second sum removes the rounding error of the first, which steep slopes would multiply.
+        for (int times = 0; times < 2; ++times) {
+          double total = 0;
+          for (int64_t begin = 0; begin < positions; begin += kBlock) {
+            const int64_t end = std::min(begin + kBlock, positions);
+            A sum = 0;
 #pragma omp simd reduction(+ : sum)
-          for (int64_t i = begin; i < end; ++i)
-            sum += g[i] * f[i];
-          total += sum;
+            for (int64_t i = begin; i < end; ++i)
+              sum += (g[i] - centre) * f[i];
+            total += sum;
+          }
+          centre += static_cast<A>(total / positions);
         }
-        centre = static_cast<A>(total / positions);
       }
       std::vector<double> total(parameters);
       for_blocks<outline(), one()>(windows, windows.frames(image), [&](const auto& block, int64_t begin) {

@@ -142,7 +142,8 @@ def window_map(
     v = -sin α·d₁ + cos α·d₂. The rescaled map HW·f/Σf is computed as HW·softmax(log f), finite even where f underflows.
 
     Args:
-        rectangle: (N, 5), or (N, K, 5) for K windows: centre row μ₁, centre column μ₂, half height σ₁, half width σ₂, angle α in radians.
+        rectangle: (N, 5), or (N, K, 5) for K windows: centre row μ₁, centre column μ₂, half height σ₁, half width σ₂,
+            angle α in radians.
             Coordinates are pixel centres that run from 0 to 1 over rows and over columns, corners aligned, row before
             column (unlike ``grid_sample``); an axis of length 1 sits at 0.5. With (row, column) axes a positive angle
             turns counter-clockwise on the screen. |σ| is floored at 1e-6, with zero gradient below.
@@ -161,8 +162,8 @@ def window_map(
         ValueError: wrong shape or size, an unknown backend, or one that cannot run here.
         TypeError: not a floating tensor, a scale that is not a number, or a flag that is not a bool.
 
-    Source: Convolutional Rectangular Attention Module, Eqs. 1-5 and 7, and its Section on future work (ellipses, several
-    windows).
+    Source: Convolutional Rectangular Attention Module, Eqs. 1-5 and 7; its Section 7 suggests other shapes and several
+    rectangles.
     """
     _check_rectangle("window_map", rectangle)
     height, width = check_size("window_map", size)
@@ -192,8 +193,8 @@ def window_attention(
 
     Args:
         x: (N, C, H, W) features, float32, bfloat16, float16 or float64, contiguous or channels_last at full speed.
-        rectangle: (N, 5) or (N, K, 5), in the features' dtype or float32; units as in :func:`window_map`: fractions of the height
-            and width between the centres of the corner pixels, row before column, radians.
+        rectangle: (N, 5) or (N, K, 5), in the features' dtype or float32; units as in :func:`window_map`: fractions of
+            the height and width between the centres of the corner pixels, row before column, radians.
         scale, rescale, aspect, shape: as in :func:`window_map`.
         residual: add x; otherwise output = map·x.
         backend: "triton", "native", "reference", or None for :func:`attnkern.use_backend`'s choice.

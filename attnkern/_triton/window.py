@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from attnkern._numerics import SIGMA_FLOOR, aspect_factors
+from attnkern._numerics import aspect_factors
+from attnkern._triton import windows
 from attnkern._triton.common import (
     Features,
     Tile,
@@ -26,106 +27,24 @@ from attnkern._triton.common import (
     store,
     tile_last,
 )
+from attnkern._triton.window_math import columns, frame_of, gradient, log_window
 
-_SIGMA_FLOOR = tl.constexpr(SIGMA_FLOOR)
 #: Up to this many positions, every program computes the statistics of the map: 8 positions per thread.
 _SMALL = 1024
 
 
-# --- mathematics -----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _frame(rectangle, n):
-    """Image n's rectangle: μ₁, μ₂, 1/σ₁, 1/σ₂, cos α, sin α, and for each σ 1 if it is not below its floor, else 0."""
-    rectangle += n * 5
-    sigma1 = tl.load(rectangle + 2).to(tl.float32)
-    sigma2 = tl.load(rectangle + 3).to(tl.float32)
-    floored1 = tl.abs(sigma1) < _SIGMA_FLOOR
-    floored2 = tl.abs(sigma2) < _SIGMA_FLOOR
-    alpha = tl.load(rectangle + 4).to(tl.float32)
-    return (
-        tl.load(rectangle).to(tl.float32),
-        tl.load(rectangle + 1).to(tl.float32),
-        1.0 / tl.where(floored1, _SIGMA_FLOOR, sigma1),
-        1.0 / tl.where(floored2, _SIGMA_FLOOR, sigma2),
-        tl.cos(alpha),
-        tl.sin(alpha),
-        tl.where(floored1, 0.0, 1.0),
-        tl.where(floored2, 0.0, 1.0),
-    )
-
-
-@triton.jit
-def _coordinate(i, length):
-    """Pixel centres of an axis, from 0 to 1 with corners aligned; 0.5 for an axis of length 1."""
-    i, last = i.to(tl.float32), tl.maximum(length - 1, 1).to(tl.float32)
-    inverse = 1.0 / last  # the product with it and one correction round like a division, without branches
-    t = i * inverse
-    return tl.where(length == 1, 0.5, tl.fma(tl.fma(-t, last, i), inverse, t))
-
-
-@triton.jit
-def _log_sigmoids(p, q):
-    """log Λ(p) + log Λ(q) and its derivatives, 1 - Λ(p) and 1 - Λ(q)."""
-    e_p = tl.exp(-tl.abs(p))
-    e_q = tl.exp(-tl.abs(q))
-    z = tl.minimum(p, 0.0) + tl.minimum(q, 0.0) - tl.log((1.0 + e_p) * (1.0 + e_q))
-    return z, tl.where(p < 0, 1.0, e_p) / (1.0 + e_p), tl.where(q < 0, 1.0, e_q) / (1.0 + e_q)
-
-
-@triton.jit
-def _log_window(position, frame, H, W, scale, row, column):
-    """z = log Λ(p) + log Λ(q) at positions of the map, and its derivatives with respect to the five parameters."""
-    mu1, mu2, inverse1, inverse2, cosine, sine, sigma1_free, sigma2_free = frame
-    i = position.to(tl.uint32) // W.to(tl.uint32)
-    j = position.to(tl.uint32) - i * W.to(tl.uint32)
-    d1 = (_coordinate(i, H) - mu1) * row
-    d2 = (_coordinate(j, W) - mu2) * column
-    u = cosine * d1 + sine * d2
-    v = cosine * d2 - sine * d1
-    u_sigma = u * inverse1
-    v_sigma = v * inverse2
-    z, outside1, outside2 = _log_sigmoids(scale * (1.0 - u_sigma * u_sigma), scale * (1.0 - v_sigma * v_sigma))
-    by_u = -2.0 * scale * outside1 * u_sigma * inverse1  # ∂z/∂u
-    by_v = -2.0 * scale * outside2 * v_sigma * inverse2  # ∂z/∂v
-    by_mu1 = -row * (cosine * by_u - sine * by_v)
-    by_mu2 = -column * (sine * by_u + cosine * by_v)
-    by_sigma1 = -sigma1_free * by_u * u_sigma
-    by_sigma2 = -sigma2_free * by_v * v_sigma
-    return z, by_mu1, by_mu2, by_sigma1, by_sigma2, by_u * v - by_v * u
-
-
-@triton.jit
-def _columns(a, b, c, d, e, f, g):
-    """Seven vectors as the columns of a matrix (BLOCK_P, 8), zeros in the last: one reduction sums all of them."""
-    even = tl.join(tl.join(a, e), tl.join(c, g))
-    odd = tl.join(tl.join(b, f), tl.join(d, tl.zeros_like(a)))
-    return tl.reshape(tl.join(even, odd), (a.shape[0], 8))
+# --- statistics ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _statistics(position, frame, H, W, scale, row, column):
     """max z, Σ exp(z - max z) and Σ exp(z - max z) ∂z/∂β over the positions that lie on the map, (8,)."""
-    z, by_mu1, by_mu2, by_sigma1, by_sigma2, by_alpha = _log_window(position, frame, H, W, scale, row, column)
+    z, by_mu1, by_mu2, by_sigma1, by_sigma2, by_alpha = log_window(position, frame, H, W, scale, row, column)
     z = tl.where(position < H * W, z, -float("inf"))
     largest = tl.max(z)
     f = tl.exp(z - largest)
-    sums = _columns(tl.zeros_like(f), f, f * by_mu1, f * by_mu2, f * by_sigma1, f * by_sigma2, f * by_alpha)
+    sums = columns(tl.zeros_like(f), f, f * by_mu1, f * by_mu2, f * by_sigma1, f * by_sigma2, f * by_alpha)
     return tl.where(tl.arange(0, 8) == 0, largest, tl.sum(sums, 0))
-
-
-@triton.jit
-def _gradient(sums, slope_sums, HW, RESCALE: tl.constexpr):
-    """dβ (8,) from Σ G f (∂z - mean), with Σ G f in column 5, and Σ f (∂z - mean).
-
-    The last sum is zero up to rounding. A large mean of G, Σ G f / HW, multiplies this rounding error in the first sum;
-    it is subtracted.
-    """
-    if RESCALE:
-        mean = tl.sum(tl.where(tl.arange(0, 8) == 5, sums, 0.0)) / HW
-        sums = sums - mean * slope_sums
-    return sums
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -136,7 +55,7 @@ def _window_chunk_kernel(rectangle, chunks, H, W, scale, row, column, CHUNK: tl.
     per_image = tl.cdiv(H * W, CHUNK)
     n = (tl.program_id(0) // per_image).to(tl.int64)
     position = tl.program_id(0) % per_image * CHUNK + tl.arange(0, CHUNK)
-    row8 = _statistics(position, _frame(rectangle, n), H, W, scale, row, column)
+    row8 = _statistics(position, frame_of(rectangle, n), H, W, scale, row, column)
     tl.store(chunks + tl.program_id(0).to(tl.int64) * 8 + tl.arange(0, 8), row8)
 
 
@@ -151,9 +70,9 @@ def _window_fwd_kernel(
     n, group, tile = place(C, P, GROUP, BLOCK_P)
     first_p = tile * BLOCK_P
     p = first_p + tl.arange(0, BLOCK_P)
-    frame = _frame(rectangle, n)
+    frame = frame_of(rectangle, n)
     position = p % HW if FOLD > 1 else p
-    z, _, _, _, _, _ = _log_window(position, frame, H, W, scale, row, column)
+    z, _, _, _, _, _ = log_window(position, frame, H, W, scale, row, column)
     if RESCALE:
         if chunks is not None:
             s = tl.arange(0, BLOCK_S)
@@ -169,7 +88,7 @@ def _window_fwd_kernel(
                 z_s = z
             else:
                 s = tl.arange(0, BLOCK_S)
-                z_s, _, _, _, _, _ = _log_window(s, frame, H, W, scale, row, column)
+                z_s, _, _, _, _, _ = log_window(s, frame, H, W, scale, row, column)
             z_s = tl.where(s < HW, z_s, -float("inf"))
             largest = tl.max(z_s)
             total = tl.sum(tl.exp(z_s - largest))
@@ -204,8 +123,8 @@ def _window_bwd_kernel(
     first_p = tile * BLOCK_P
     p = first_p + tl.arange(0, BLOCK_P)
     position = p % HW if FOLD > 1 else p
-    frame = _frame(rectangle, n)
-    z, _, _, _, _, _ = _log_window(position, frame, H, W, scale, row, column)
+    frame = frame_of(rectangle, n)
+    z, _, _, _, _, _ = log_window(position, frame, H, W, scale, row, column)
     if RESCALE:
         stats += n * 7
         f = tl.exp(z - tl.load(stats)) * (HW / tl.load(stats + 1))
@@ -219,7 +138,7 @@ def _window_bwd_kernel(
             grad_output, x, f, grad_x, n, group, first_p, C, P, RESIDUAL, CHANNELS_LAST, BLOCK_C, BLOCK_P, GROUP
         )
     # The slopes are computed after the loop, because they would occupy registers during it.
-    _, by_mu1, by_mu2, by_sigma1, by_sigma2, by_alpha = _log_window(position, frame, H, W, scale, row, column)
+    _, by_mu1, by_mu2, by_sigma1, by_sigma2, by_alpha = log_window(position, frame, H, W, scale, row, column)
     if RESCALE:
         # The slopes are centred, so that a constant part of G cancels at each position rather than in the sums.
         by_mu1 -= tl.load(stats + 2)
@@ -230,7 +149,7 @@ def _window_bwd_kernel(
     weight = tl.where(p < P, grad_f * f, 0.0)
     zero = tl.zeros_like(weight)
     sums = tl.sum(
-        _columns(
+        columns(
             weight * by_mu1, weight * by_mu2, weight * by_sigma1, weight * by_sigma2, weight * by_alpha, weight, zero
         ),
         0,
@@ -239,11 +158,11 @@ def _window_bwd_kernel(
     if RESCALE:
         own = tl.where((p < HW) & (group == 0), f, 0.0)
         slope_sums = tl.sum(
-            _columns(own * by_mu1, own * by_mu2, own * by_sigma1, own * by_sigma2, own * by_alpha, zero, zero), 0
+            columns(own * by_mu1, own * by_mu2, own * by_sigma1, own * by_sigma2, own * by_alpha, zero, zero), 0
         )
     k = tl.arange(0, 8)
     if partials is None:
-        store(grad_rectangle + n * 5 + k, _gradient(sums, slope_sums, HW, RESCALE), k < 5)
+        store(grad_rectangle + n * 5 + k, gradient(sums, slope_sums, HW, RESCALE), k < 5)
     else:
         row16 = partials + tl.program_id(0).to(tl.int64) * 16 + k
         tl.store(row16, sums)
@@ -261,7 +180,7 @@ def _window_rectangle_kernel(partials, grad_rectangle, R, HW, RESCALE: tl.conste
         at = partials + (n * R + r)[:, None] * 16 + k[None, :]
         sums += tl.load(at, (r < R)[:, None], other=0.0)
         slope_sums += tl.load(at + 8, (r < R)[:, None], other=0.0)
-    store(grad_rectangle + n * 5 + k, _gradient(tl.sum(sums, 0), tl.sum(slope_sums, 0), HW, RESCALE), k < 5)
+    store(grad_rectangle + n * 5 + k, gradient(tl.sum(sums, 0), tl.sum(slope_sums, 0), HW, RESCALE), k < 5)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
@@ -295,8 +214,18 @@ def _bwd_tile(x: Features) -> tuple[Tile, int]:
     return share(x, min(2048 // block_p, ceil_power(x.channels)), block_p, 8192), 4
 
 
-def _forward(x, rectangle, height, width, scale, rescale, residual, aspect):
+def _is_union(rectangle, ellipse) -> bool:
+    return ellipse or (rectangle.dim() == 3 and rectangle.shape[1] > 1)
+
+
+def _forward(x, rectangle, height, width, scale, rescale, residual, aspect, ellipse):
     n = rectangle.shape[0]
+    if _is_union(rectangle, ellipse):
+        layout = _features(x, height, width)
+        return windows.forward(
+            x, rectangle, (height, width), scale, rescale, residual, aspect, ellipse,
+            layout, fwd_tile(layout), _chunk(height * width),
+        )  # fmt: skip
     output = None if x is None else torch.empty_like(x)
     map = rectangle.new_empty((n, height, width), dtype=torch.float32)
     stats = rectangle.new_empty((n, 7 if rescale else 0), dtype=torch.float32)
@@ -318,12 +247,19 @@ def _forward(x, rectangle, height, width, scale, rescale, residual, aspect):
     return output, map, stats
 
 
-def _backward(grad_output, grad_map, x, rectangle, stats, size, scale, rescale, residual, aspect, need_grad_x):
+def _backward(grad_output, grad_map, x, rectangle, stats, size, scale, rescale, residual, aspect, ellipse, need_grad_x):
     layout = _features(x, *size)
     tile, warps = _bwd_tile(layout)
     programs = tile.programs(layout)
     grad_x = torch.empty_like(x) if need_grad_x else None
     grad_rectangle = torch.empty_like(rectangle)
+    if _is_union(rectangle, ellipse):
+        sums = windows.backward(
+            grad_output, grad_map, x, rectangle, stats, size, scale, rescale, residual, aspect, ellipse, grad_x,
+            layout, tile, warps, _chunk(size[0] * size[1]),
+        )  # fmt: skip
+        _add_programs(sums, grad_rectangle, size, rescale)
+        return grad_x, grad_rectangle
     partials = None
     if programs > 1:
         partials = rectangle.new_empty((rectangle.shape[0], programs, 16), dtype=torch.float32)
@@ -334,29 +270,36 @@ def _backward(grad_output, grad_map, x, rectangle, stats, size, scale, rescale, 
         RESCALE=rescale, RESIDUAL=residual, FOLD=layout.fold, **layout.constants, **tile.constants, num_warps=warps,
     )  # fmt: skip
     if programs > 1:
-        launch(
-            _window_rectangle_kernel, rectangle.shape[0], partials, grad_rectangle, programs, size[0] * size[1],
-            RESCALE=rescale, BLOCK_R=32,
-        )  # fmt: skip
+        _add_programs(partials, grad_rectangle, size, rescale)
     return grad_x, grad_rectangle
 
 
-def window_map_fwd(rectangle, height, width, scale, rescale, aspect):
-    _, map, stats = _forward(None, rectangle, height, width, scale, rescale, False, aspect)
+def _add_programs(partials, grad_rectangle, size, rescale):
+    """The gradient of the rectangles from the sums of programs, (..., programs, 16)."""
+    launch(
+        _window_rectangle_kernel, grad_rectangle.numel() // 5, partials, grad_rectangle, partials.shape[-2],
+        size[0] * size[1], RESCALE=rescale, BLOCK_R=32,
+    )  # fmt: skip
+
+
+def window_map_fwd(rectangle, height, width, scale, rescale, aspect, ellipse):
+    _, map, stats = _forward(None, rectangle, height, width, scale, rescale, False, aspect, ellipse)
     return map, stats
 
 
-def window_map_bwd(grad_map, rectangle, stats, scale, rescale, aspect):
+def window_map_bwd(grad_map, rectangle, stats, scale, rescale, aspect, ellipse):
     size = grad_map.shape[1:]
-    return _backward(None, grad_map, None, rectangle, stats, size, scale, rescale, False, aspect, False)[1]
+    return _backward(None, grad_map, None, rectangle, stats, size, scale, rescale, False, aspect, ellipse, False)[1]
 
 
-def window_fwd(x, rectangle, scale, rescale, residual, aspect):
-    return _forward(x, rectangle, *x.shape[2:], scale, rescale, residual, aspect)
+def window_fwd(x, rectangle, scale, rescale, residual, aspect, ellipse):
+    return _forward(x, rectangle, *x.shape[2:], scale, rescale, residual, aspect, ellipse)
 
 
-def window_bwd(grad_output, grad_map, x, rectangle, stats, scale, rescale, residual, aspect, need_grad_x):
+def window_bwd(
+    grad_output, grad_map, x, rectangle, stats, scale, rescale, residual, aspect, ellipse, need_grad_x
+):  # fmt: skip
     grad_x, grad_rectangle = _backward(
-        grad_output, grad_map, x, rectangle, stats, x.shape[2:], scale, rescale, residual, aspect, need_grad_x
+        grad_output, grad_map, x, rectangle, stats, x.shape[2:], scale, rescale, residual, aspect, ellipse, need_grad_x
     )
     return (grad_x if need_grad_x else x.new_empty((0,))), grad_rectangle

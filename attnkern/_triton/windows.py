@@ -1,0 +1,240 @@
+"""Triton kernels of unions of windows and of ellipses. Formulas: attnkern/window.py; statistics: attnkern/_schemas.py.
+
+K windows are expensive to evaluate at a position. This is not repeated for each group of channels, as the kernels of
+one rectangle do. Forward, a launch evaluates the union and the statistics of chunks of the map, and another one
+multiplies the features. Backward, the first launch computes the map again, the second one the gradients of the features
+and of the map, and the third one the sums for the windows' parameters.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from attnkern._numerics import aspect_factors
+from attnkern._triton.common import Features, Tile, ceil_power, launch, modulate, modulate_backward, place
+from attnkern._triton.window_math import columns, frame_of, log_window_of_union
+
+# --- mathematics -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _union(position, rectangle, n, K, H, W, scale, row, column, ELLIPSE: tl.constexpr):
+    """log f of f = 1 - Π (1 - f_k) = Σ_k f_k Π_{j<k} (1 - f_j), in which nothing cancels, and Π (1 - f_k)."""
+    largest = tl.full(position.shape, -float("inf"), tl.float32)
+    total = tl.zeros(position.shape, tl.float32)  # f relative to the largest
+    outside = tl.full(position.shape, 1.0, tl.float32)
+    for k in range(K):
+        frame = frame_of(rectangle, n * K + k)
+        z, own, _, _, _, _, _ = log_window_of_union(position, frame, H, W, scale, row, column, ELLIPSE)
+        larger = tl.maximum(largest, z)
+        total = total * tl.exp(largest - larger) + outside * tl.exp(z - larger)
+        outside *= own
+        largest = larger
+    return largest + tl.log(total), outside
+
+
+@triton.jit
+def _slopes(position, z, outside, rectangle, row_k, H, W, scale, row, column, ELLIPSE: tl.constexpr):
+    """The derivatives of log f with respect to the parameters of window ``row_k``: its share of the union,
+    f_k/f · Π_{j≠k} (1 - f_j), times those of log f_k."""
+    frame = frame_of(rectangle, row_k)
+    z_k, own, by_mu1, by_mu2, by_sigma1, by_sigma2, by_alpha = log_window_of_union(
+        position, frame, H, W, scale, row, column, ELLIPSE
+    )
+    share = tl.exp(z_k - z) * (outside / own)
+    return share * by_mu1, share * by_mu2, share * by_sigma1, share * by_sigma2, share * by_alpha
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["K", "H", "W"])
+def _windows_log_kernel(
+    rectangle, logs, chunks, K, H, W, scale, row, column, ELLIPSE: tl.constexpr, CHUNK: tl.constexpr
+):
+    """log f of a chunk of a map; and unless ``chunks`` is None, for each window a row of max log f, Σ f and
+    Σ f ∂log f/∂β of the chunk, relative to its largest f."""
+    HW = H * W
+    per_image = tl.cdiv(HW, CHUNK)
+    n = (tl.program_id(0) // per_image).to(tl.int64)
+    chunk = tl.program_id(0) % per_image
+    position = chunk * CHUNK + tl.arange(0, CHUNK)
+    z, outside = _union(position, rectangle, n, K, H, W, scale, row, column, ELLIPSE)
+    tl.store(logs + n * HW + position, z, position < HW)
+    if chunks is not None:
+        exists = tl.where(position < HW, z, -float("inf"))
+        largest = tl.max(exists)
+        f = tl.exp(exists - largest)
+        for k in range(K):
+            a, b, c, d, e = _slopes(position, z, outside, rectangle, n * K + k, H, W, scale, row, column, ELLIPSE)
+            sums = tl.sum(columns(tl.zeros_like(f), f, f * a, f * b, f * c, f * d, f * e), 0)
+            i = tl.arange(0, 8)
+            tl.store(chunks + ((n * K + k) * per_image + chunk) * 8 + i, tl.where(i == 0, largest, sums))
+
+
+@triton.jit(do_not_specialize=["K", "H", "W"])
+def _windows_fwd_kernel(
+    x, logs, chunks, output, map, stats, K, C, P, H, W, RESIDUAL: tl.constexpr, FOLD: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, VEC_C: tl.constexpr, VEC_P: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    C, P, HW = C * VEC_C, P * VEC_P, H * W
+    n, group, tile = place(C, P, GROUP, BLOCK_P)
+    first_p = tile * BLOCK_P
+    p = first_p + tl.arange(0, BLOCK_P)
+    f = tl.load(logs + n * HW + (p % HW if FOLD > 1 else p), p < P, other=-float("inf"))
+    if chunks is None:
+        f = tl.exp(f)
+    else:
+        s = tl.arange(0, BLOCK_S)
+        per_image = tl.cdiv(HW, CHUNK)
+        chunks += n * K * per_image * 8
+        largest_s = tl.load(chunks + s * 8, s < per_image, other=-float("inf"))
+        largest = tl.max(largest_s)
+        weight = tl.exp(largest_s - largest)
+        total = tl.sum(weight * tl.load(chunks + s * 8 + 1, s < per_image, other=0.0))
+        f = tl.exp(f - largest) * (HW / total)
+        if (group == 0) & (tile == 0):
+            stats += n * (2 + 5 * K)
+            tl.store(stats, largest)
+            tl.store(stats + 1, total)
+            i = tl.arange(0, 8)
+            mask = (s < per_image)[:, None] & (i > 0)[None, :]
+            for k in range(K):
+                rows = tl.load(chunks + (k * per_image + s)[:, None] * 8 + i[None, :], mask, other=0.0)
+                means = tl.sum(weight[:, None] * rows, 0) / total
+                tl.store(stats + 5 * k + i, means, (i > 1) & (i < 7))
+    if group == 0:
+        tl.store(map + n * HW + p, f, p < HW)
+    if x is not None:
+        modulate(x, f, output, n, group, first_p, C, P, RESIDUAL, CHANNELS_LAST, BLOCK_C, BLOCK_P, GROUP)
+
+
+@triton.jit
+def _f(logs, stats, n, p, exists, K, HW, RESCALE: tl.constexpr):
+    """The map at positions p, from log f."""
+    f = tl.load(logs + n * HW + p, exists, other=-float("inf"))
+    if RESCALE:
+        stats += n * (2 + 5 * K)
+        return tl.exp(f - tl.load(stats)) * (HW / tl.load(stats + 1))
+    else:
+        return tl.exp(f)
+
+
+@triton.jit(do_not_specialize=["K", "H", "W"])
+def _windows_bwd_kernel(
+    grad_output, x, logs, stats, grad_x, partials, K, C, P, H, W,
+    RESCALE: tl.constexpr, RESIDUAL: tl.constexpr, FOLD: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, VEC_C: tl.constexpr, VEC_P: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the features, and that of the map as sums over groups of channels, (N, groups, P)."""
+    C, P, HW = C * VEC_C, P * VEC_P, H * W
+    n, group, tile = place(C, P, GROUP, BLOCK_P)
+    first_p = tile * BLOCK_P
+    p = first_p + tl.arange(0, BLOCK_P)
+    f = _f(logs, stats, n, p % HW if FOLD > 1 else p, p < P, K, HW, RESCALE)
+    grad_f = modulate_backward(
+        grad_output, x, f, grad_x, n, group, first_p, C, P, RESIDUAL, CHANNELS_LAST, BLOCK_C, BLOCK_P, GROUP
+    )
+    groups = tl.maximum(tl.cdiv(C, GROUP), 1)
+    tl.store(partials + (n * groups + group) * P + p, grad_f, p < P)
+
+
+@triton.jit(do_not_specialize=["K", "H", "W"])
+def _windows_slopes_kernel(
+    grad_map, partials, rectangle, logs, stats, sums, K, parts, H, W, scale, row, column,
+    RESCALE: tl.constexpr, ELLIPSE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Sums of a chunk for each window, as those of one rectangle: Σ G f (∂log f - mean), Σ G f, Σ f (∂log f - mean)."""
+    HW = H * W
+    per_image = tl.cdiv(HW, CHUNK)
+    n = (tl.program_id(0) // per_image).to(tl.int64)
+    chunk = tl.program_id(0) % per_image
+    position = chunk * CHUNK + tl.arange(0, CHUNK)
+    exists = position < HW
+    grad_f = tl.zeros((CHUNK,), tl.float32)
+    if grad_map is not None:
+        grad_f += tl.load(grad_map + n * HW + position, exists, other=0.0)
+    if partials is not None:
+        for part in range(parts):
+            grad_f += tl.load(partials + (n * parts + part) * HW + position, exists, other=0.0)
+    f = _f(logs, stats, n, position, exists, K, HW, RESCALE)
+    z, outside = _union(position, rectangle, n, K, H, W, scale, row, column, ELLIPSE)
+    weight = grad_f * f
+    zero = tl.zeros_like(f)
+    for k in range(K):
+        a, b, c, d, e = _slopes(position, z, outside, rectangle, n * K + k, H, W, scale, row, column, ELLIPSE)
+        at = sums + ((n * K + k) * per_image + chunk) * 16 + tl.arange(0, 8)
+        if RESCALE:
+            means = stats + n * (2 + 5 * K) + 2 + 5 * k
+            a -= tl.load(means)
+            b -= tl.load(means + 1)
+            c -= tl.load(means + 2)
+            d -= tl.load(means + 3)
+            e -= tl.load(means + 4)
+            tl.store(at + 8, tl.sum(columns(f * a, f * b, f * c, f * d, f * e, zero, zero), 0))
+        else:
+            tl.store(at + 8, tl.zeros((8,), tl.float32))
+        tl.store(at, tl.sum(columns(weight * a, weight * b, weight * c, weight * d, weight * e, weight, zero), 0))
+
+
+# --- launchers -------------------------------------------------------------------------------------------------------
+
+
+def _count(rectangle) -> int:
+    return rectangle.shape[1] if rectangle.dim() == 3 else 1
+
+
+def _logs(rectangle, size, scale, aspect, ellipse, chunk, chunks):
+    """log f (N, H, W), and the statistics of chunks unless ``chunks`` is None."""
+    n, positions = rectangle.shape[0], size[0] * size[1]
+    logs = rectangle.new_empty((n, *size), dtype=torch.float32)
+    launch(
+        _windows_log_kernel, n * triton.cdiv(positions, chunk), rectangle, logs, chunks, _count(rectangle), *size,
+        scale, *aspect_factors(*size, aspect), ELLIPSE=ellipse, CHUNK=chunk,
+    )  # fmt: skip
+    return logs
+
+
+def forward(x, rectangle, size, scale, rescale, residual, aspect, ellipse, layout: Features, tile: Tile, chunk: int):
+    n, count, positions = rectangle.shape[0], _count(rectangle), size[0] * size[1]
+    output = None if x is None else torch.empty_like(x)
+    map = rectangle.new_empty((n, *size), dtype=torch.float32)
+    stats = rectangle.new_empty((n, 2 + 5 * count if rescale else 0), dtype=torch.float32)
+    per_image = triton.cdiv(positions, chunk)
+    chunks = map.new_empty((n, count, per_image, 8)) if rescale else None
+    logs = _logs(rectangle, size, scale, aspect, ellipse, chunk, chunks)
+    launch(
+        _windows_fwd_kernel, n * tile.programs(layout),
+        x, logs, chunks, output, map, stats, count, *layout.sizes, *size,
+        RESIDUAL=residual, FOLD=layout.fold, BLOCK_S=ceil_power(per_image), CHUNK=chunk,
+        **layout.constants, **tile.constants,
+    )  # fmt: skip
+    return output, map, stats
+
+
+def backward(
+    grad_output, grad_map, x, rectangle, stats, size, scale, rescale, residual, aspect, ellipse, grad_x,
+    layout: Features, tile: Tile, warps: int, chunk: int,
+):  # fmt: skip
+    """The sums of chunks, (N, K, chunks, 16), as those of the programs of one rectangle. Writes to ``grad_x``."""
+    n, count, positions = rectangle.shape[0], _count(rectangle), size[0] * size[1]
+    logs = _logs(rectangle, size, scale, aspect, ellipse, chunk, None)
+    partials, parts = None, 0
+    if x is not None:
+        groups = max(1, triton.cdiv(layout.channels, tile.group))
+        partials, parts = logs.new_empty((n, groups, layout.positions)), groups * layout.fold
+        launch(
+            _windows_bwd_kernel, n * tile.programs(layout),
+            grad_output, x, logs, stats, grad_x, partials, count, *layout.sizes, *size,
+            RESCALE=rescale, RESIDUAL=residual, FOLD=layout.fold, **layout.constants, **tile.constants,
+            num_warps=warps,
+        )  # fmt: skip
+    chunks = triton.cdiv(positions, chunk)
+    sums = logs.new_empty((n, count, chunks, 16))
+    launch(
+        _windows_slopes_kernel, n * chunks, grad_map, partials, rectangle, logs, stats, sums, count, parts, *size,
+        scale, *aspect_factors(*size, aspect), RESCALE=rescale, ELLIPSE=ellipse, CHUNK=chunk,
+    )  # fmt: skip
+    return sums

@@ -10,7 +10,7 @@ namespace attnkern {
 constexpr double kSigmaFloor = 1e-6; // |σ| is floored here, with zero gradient below
 constexpr int kParameters = 5;       // centre row, centre column, half height, half width, angle
 // The largest exponent, Σ f relative to it, and Σ π ∂log f/∂β for the parameters of all windows.
-ATTNKERN_INLINE int64_t stats_of(int64_t windows) { return 2 + kParameters * windows; }
+constexpr ATTNKERN_INLINE int64_t stats_of(int64_t windows) { return 2 + kParameters * windows; }
 
 // Pixel centres of an axis: from 0 to 1 with corners aligned; 0.5 for an axis of length 1.
 template <typename T> ATTNKERN_INLINE T coordinate(int64_t i, int64_t length) {

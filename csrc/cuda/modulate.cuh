@@ -340,4 +340,28 @@ ATTNKERN_DEVICE void modulate_backward(const Tiling& tiling, const Tile& tile, W
   __syncthreads();
 }
 
+// Stores the sums of a tile's columns in the form of GradMap.
+template <typename T> ATTNKERN_DEVICE void store_sums(const Tiling& tiling, const Tile& tile, Wide<T>* grad_map) {
+  const int64_t row_tile = divide(tile.in_image, tiling.column_tiles);
+  Wide<T>* to = grad_map + (tile.image * tiling.row_tiles + row_tile) * tiling.columns + tile.column;
+  for (int i = threadIdx.x; i < tile.width; i += kThreads)
+    to[i] = shared<SumTile<T>>().of[i];
+}
+
+// Partial sums of the gradient of the map, (N, row tiles, columns); null if there are no features.
+template <typename A> struct GradMap {
+  const A* pointer = nullptr;
+  int64_t row_tiles = 0, columns = 0, positions = 1;
+
+  ATTNKERN_DEVICE A at(int64_t element) const {
+    const int64_t image = divide(element, positions), position = element - image * positions;
+    A sum = 0;
+#pragma unroll 4
+    for (int64_t tile = image * row_tiles; tile < (image + 1) * row_tiles; ++tile)
+      for (int64_t column = position; column < columns; column += positions)
+        sum += pointer[tile * columns + column];
+    return sum;
+  }
+};
+
 } // namespace attnkern

@@ -117,22 +117,6 @@ template <typename A> struct Gradients {
   int64_t anchor_blocks() const { return ceil_div(anchor_count, kThreads); }
 };
 
-// Partial sums of the gradient of the map, (N, row tiles, columns); null if there are no features.
-template <typename A> struct GradMap {
-  const A* pointer = nullptr;
-  int64_t row_tiles = 0, columns = 0, positions = 1;
-
-  ATTNKERN_DEVICE A at(int64_t element) const {
-    const int64_t image = divide(element, positions), position = element - image * positions;
-    A sum = 0;
-#pragma unroll 4
-    for (int64_t tile = image * row_tiles; tile < (image + 1) * row_tiles; ++tile)
-      for (int64_t column = position; column < columns; column += positions)
-        sum += pointer[tile * columns + column];
-    return sum;
-  }
-};
-
 // The gradient of the features, and Σ dy·x. If tiles have all channels of their positions, they also compute the
 // gradients of a, and blocks after the tiles compute those of the anchors. Otherwise the sums go to `grad_map`.
 template <typename T>
@@ -163,10 +147,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     }
     return;
   }
-  const int64_t row_tile = divide(tile.in_image, tiling.column_tiles);
-  A* to = grad_map + (tile.image * tiling.row_tiles + row_tile) * tiling.columns;
-  for (int i = threadIdx.x; i < tile.width; i += kThreads)
-    to[tile.column + i] = sums[i];
+  store_sums<T>(tiling, tile, grad_map);
 }
 
 // The gradients of a, one per thread; the blocks after these compute the gradients of the anchors.

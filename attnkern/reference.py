@@ -38,9 +38,12 @@ def log_window(rectangle, height, width, scale, aspect, ellipse):
         z = z + F.logsigmoid(q)
     if rectangle.dim() < 5:
         return z
-    return _log_union(
-        z, F.logsigmoid(-p) if ellipse else torch.logaddexp(F.logsigmoid(-p), F.logsigmoid(p) + F.logsigmoid(-q))
-    )
+    if rectangle.shape[1] == 1:
+        return z[:, 0]
+    outside = F.logsigmoid(-p)
+    if not ellipse:
+        outside = torch.logaddexp(outside, F.logsigmoid(p) + F.logsigmoid(-q))
+    return _log_union(z, outside)
 
 
 def _log_union(z, outside):
@@ -202,9 +205,8 @@ def compatibility_pool(local, query, mask=None):
         attention = scores.softmax(2)
     else:
         mask = mask.flatten(1)[:, None]
-        features = torch.where(
-            mask, features, 0
-        )  # so that NaN at a masked position reaches neither result nor gradient
+        # NaN at a masked position reaches neither result nor gradient.
+        features = torch.where(mask, features, 0)
         some = mask.any(2, keepdim=True)
         logits = torch.where(mask, _scores(features, queries), -torch.inf)
         attention = torch.where(some & mask, torch.where(some, logits, 0).softmax(2), 0)

@@ -33,16 +33,21 @@ def available_backends(device: torch.device | str = "cpu", dtype: torch.dtype = 
 # --- the papers' formulas, as printed: no upcasts, no softmax form --------------------------------------------------
 
 
-def literal_window_map(rectangle, size, *, scale=6.0, rescale=True, aspect=False):
-    """Eqs. 4, 5 and 7 of Convolutional Rectangular Attention Module: f·HW/Σf."""
+def literal_window_map(rectangle, size, *, scale=6.0, rescale=True, aspect=False, shape="rectangle"):
+    """Eqs. 4, 5 and 7 of Convolutional Rectangular Attention Module: f·HW/Σf; 1 - Π (1 - f_k) for several windows."""
     height, width = size
-    mu1, mu2, sigma1, sigma2, alpha = rectangle[:, :, None, None].unbind(1)
+    mu1, mu2, sigma1, sigma2, alpha = rectangle[..., None, None].unbind(-3)
     row, column = aspect_factors(height, width, aspect)
     d1 = (reference.coordinates(height, rectangle)[:, None] - mu1) * row
     d2 = (reference.coordinates(width, rectangle) - mu2) * column
     u = alpha.cos() * d1 + alpha.sin() * d2
     v = -alpha.sin() * d1 + alpha.cos() * d2
-    f = torch.sigmoid(scale * (1 - (u / sigma1) ** 2)) * torch.sigmoid(scale * (1 - (v / sigma2) ** 2))
+    if shape == "ellipse":
+        f = torch.sigmoid(scale * (1 - (u / sigma1) ** 2 - (v / sigma2) ** 2))
+    else:
+        f = torch.sigmoid(scale * (1 - (u / sigma1) ** 2)) * torch.sigmoid(scale * (1 - (v / sigma2) ** 2))
+    if rectangle.dim() == 3:
+        f = 1 - (1 - f).prod(1)
     return f * (height * width) / f.sum((1, 2), keepdim=True) if rescale else f
 
 
@@ -60,9 +65,9 @@ def literal_window_mapped(rectangle, size, **options):
     return WindowMapped(literal_window_map(rectangle, size, **options))
 
 
-def literal_window_attention(x, rectangle, *, scale=6.0, rescale=True, residual=True, aspect=False):
+def literal_window_attention(x, rectangle, *, residual=True, **options):
     """Eqs. 5-7: x + f̃·x."""
-    map = literal_window_map(rectangle, x.shape[2:], scale=scale, rescale=rescale, aspect=aspect)
+    map = literal_window_map(rectangle, x.shape[2:], **options)
     output = map[:, None] * x
     return WindowAttended(x + output if residual else output, map)
 
@@ -122,16 +127,28 @@ def features(shape, dtype, layout, generator):
     return x
 
 
-def window_inputs(shape, dtype, companion, layout, generator):
-    """Features, and rectangles that overlap the image."""
+def window_inputs(shape, dtype, companion, layout, generator, windows=()):
+    """Features, and rectangles that overlap the image: one per image, or as many as ``windows`` says."""
     low = torch.tensor([0.1, 0.1, 0.15, 0.15, -1.5], dtype=torch.float64)
     high = torch.tensor([0.9, 0.9, 0.7, 0.7, 1.5], dtype=torch.float64)
-    rectangle = low + (high - low) * torch.rand(shape[0], 5, generator=generator, dtype=torch.float64)
+    drawn = torch.rand(shape[0], *windows, 5, generator=generator, dtype=torch.float64)
+    rectangle = low + (high - low) * drawn
     return {"x": features(shape, dtype, layout, generator), "rectangle": rectangle.to(companion)}
 
 
 def map_inputs(shape, dtype, companion, layout, generator):
     return {"rectangle": window_inputs(shape, dtype, dtype, layout, generator)["rectangle"]}
+
+
+def many_window_inputs(shape, dtype, companion, layout, generator):
+    """As :func:`window_inputs`, with three rectangles of half the extent per image, which overlap each other."""
+    inputs = window_inputs(shape, dtype, torch.float64, layout, generator, windows=(3,))
+    inputs["rectangle"][..., 2:4] /= 2
+    return {**inputs, "rectangle": inputs["rectangle"].to(companion)}
+
+
+def many_map_inputs(shape, dtype, companion, layout, generator):
+    return {"rectangle": many_window_inputs(shape, dtype, dtype, layout, generator)["rectangle"]}
 
 
 def anchor_inputs(shape, dtype, companion, layout, generator):
@@ -177,26 +194,28 @@ def masked_pool_inputs(shape, dtype, companion, layout, generator):
 # `x`, `g` and the like are dictionaries of float64 tensors: inputs, outputs, and gradients of the outputs by name.
 
 
-def _rectangle_terms(rectangle, map, map_grad, rescale, scale, aspect):
+def _rectangle_terms(rectangle, map, map_grad, *, rescale=True, scale=6.0, aspect=False, shape="rectangle"):
     """Σ|terms| of the rectangles' gradient; ``map_grad`` is Σ|terms| of the gradient at each position of the map."""
     size = map.shape[1:]
     # One copy of the rectangle per position, so that the gradient of the sum of z is the slope at each position.
-    rectangles = rectangle.detach()[..., None, None].repeat(1, 1, *size).requires_grad_()
+    rectangles = rectangle.detach()[..., None, None].expand(*rectangle.shape, *size).clone().requires_grad_()
     with torch.enable_grad():
-        z = reference.log_window(rectangles, *size, scale, aspect, False)
+        z = reference.log_window(rectangles, *size, scale, aspect, shape == "ellipse")
     (slopes,) = torch.autograd.grad(z.sum(), rectangles)
-    slopes = slopes.movedim(1, -1)
+    map, map_grad = (tensor.view(len(tensor), *[1] * (rectangle.dim() - 1), *size) for tensor in (map, map_grad))
     if rescale:
-        slopes = slopes - (slopes * map[..., None]).mean((1, 2), keepdim=True)
-    return (map_grad[..., None] * map[..., None] * slopes.abs()).sum((1, 2))
+        slopes = slopes - (slopes * map).mean((-2, -1), keepdim=True)
+    return (map_grad * map * slopes.abs()).sum((-2, -1))
 
 
-def _map_terms(x, out, g, size, rescale=True, scale=6.0, aspect=False):
-    gradient = _rectangle_terms(x["rectangle"], out["map"], g["map"].abs(), rescale, scale, aspect)
-    return {"map": out["map"], "grad_rectangle": gradient}
+def _map_terms(x, out, g, size, **options):
+    return {
+        "map": out["map"],
+        "grad_rectangle": _rectangle_terms(x["rectangle"], out["map"], g["map"].abs(), **options),
+    }
 
 
-def _window_terms(x, out, g, rescale=True, residual=True, scale=6.0, aspect=False):
+def _window_terms(x, out, g, residual=True, **options):
     map = out["map"]
     map_grad = (g["output"] * x["x"]).abs().sum(1) + g["map"].abs()
     factor = map + (1 if residual else 0)
@@ -204,7 +223,7 @@ def _window_terms(x, out, g, rescale=True, residual=True, scale=6.0, aspect=Fals
         "output": x["x"].abs() * factor[:, None],
         "map": map,
         "grad_x": g["output"].abs() * factor[:, None],
-        "grad_rectangle": _rectangle_terms(x["rectangle"], map, map_grad, rescale, scale, aspect),
+        "grad_rectangle": _rectangle_terms(x["rectangle"], map, map_grad, **options),
     }
 
 
@@ -266,6 +285,8 @@ class Op(NamedTuple):
 OPS = {
     "window_map": Op(window_map, literal_window_mapped, map_inputs, _map_terms),
     "window_attention": Op(window_attention, literal_window_attention, window_inputs, _window_terms),
+    "window_map_many": Op(window_map, literal_window_mapped, many_map_inputs, _map_terms),
+    "window_attention_many": Op(window_attention, literal_window_attention, many_window_inputs, _window_terms),
     "anchor_quantize": Op(anchor_quantize, literal_anchor_quantize, quantize_inputs, _quantize_terms),
     "anchor_attention": Op(anchor_attention, literal_anchor_attention, anchor_inputs, _anchor_terms),
     "compatibility_pool": Op(compatibility_pool, literal_compatibility_pool, pool_inputs, _pool_terms),
@@ -331,6 +352,8 @@ class Budget(NamedTuple):
 def accuracy(name, backend, dtype, *, shape=(2, 24, 6, 7), layout="contiguous", device="cpu", **options):
     """Error budget of each output and gradient of an op over the seeded set; indices and counts must be equal.
 
+    ``shape`` is that of the features; ``ellipse=True`` stands for the windows' option shape="ellipse".
+
     Raises:
         AssertionError: an index or a count differs from the exact one.
         ValueError, TypeError: an unknown name, dtype, layout or backend, or an invalid shape.
@@ -344,7 +367,9 @@ def accuracy(name, backend, dtype, *, shape=(2, 24, 6, 7), layout="contiguous", 
     check_choice(where, "layout", layout, ("contiguous", "channels_last", "tokens"))
     device = device_of(where, device)
     op, budgets = OPS[name], {}
-    if name == "window_map":
+    if options.pop("ellipse", False):
+        options["shape"] = "ellipse"
+    if name.startswith("window_map"):
         options["size"] = tuple(shape[2:])
     for seed in SEEDS:
         inputs = make_inputs(name, shape, dtype, layout=layout, seed=seed, device=device)

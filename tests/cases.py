@@ -11,13 +11,14 @@ import torch
 from attnkern import testing
 from attnkern._numerics import loss_divisor
 
+MAPS, WINDOWS = ("window_map", "window_map_many"), ("window_attention", "window_attention_many")
 POOLS = ("compatibility_pool", "compatibility_pool_many", "compatibility_pool_masked")
 POOLED = ("pooled", "attention", "scores")
 
 #: function -> names of its differentiable tensors and results. A mask comes with the tensors of `make`.
 FUNCTIONS = {
-    "window_map": (("rectangle",), ("map",)),
-    "window_attention": (("x", "rectangle"), ("output", "map")),
+    **{function: (("rectangle",), ("map",)) for function in MAPS},
+    **{function: (("x", "rectangle"), ("output", "map")) for function in WINDOWS},
     "anchor_quantize": (("a", "anchors"), ("values", "anchor_loss", "commitment_loss")),
     "anchor_attention": (("x", "a", "anchors"), ("output", "values", "anchor_loss", "commitment_loss")),
 }
@@ -28,10 +29,17 @@ CASES = [
     ("window_map", {}),
     ("window_map", {"rescale": False, "scale": 10.0}),
     ("window_map", {"aspect": True}),
+    ("window_map", {"shape": "ellipse"}),
+    ("window_map_many", {}),
+    ("window_map_many", {"shape": "ellipse", "rescale": False, "aspect": True}),
     ("window_attention", {}),
     ("window_attention", {"rescale": False, "scale": 10.0}),
     ("window_attention", {"residual": False, "aspect": True}),
     ("window_attention", {"rescale": False, "residual": False, "aspect": True}),
+    ("window_attention", {"shape": "ellipse", "aspect": True}),
+    ("window_attention_many", {}),
+    ("window_attention_many", {"rescale": False, "residual": False}),
+    ("window_attention_many", {"shape": "ellipse"}),
     ("anchor_quantize", {}),
     ("anchor_quantize", {"reduction": "batchmean"}),
     ("anchor_quantize", {"reduction": "sum"}),
@@ -113,8 +121,8 @@ doubles = testing.doubles
 
 
 def call(function, tensors, size=None, **options):
-    """The results of a function by name. Only window_map takes a size, because it has no features."""
-    if function == "window_map":
+    """The results of a function by name. Only maps of windows take a size, because they have no features."""
+    if function in MAPS:
         options["size"] = size
     return testing.OPS[function].function(**tensors, **options)._asdict()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import call, check, check_run, doubles, make, run, same, upstream
+from cases import MAPS, call, check, check_run, doubles, make, run, same, upstream
 from conftest import DEVICE, PATIENCE, every_case, every_function
 from test_accelerate import Network
 
@@ -69,7 +69,7 @@ def test_tensors_that_another_stream_still_reads(function, backend):
 COLD = """
 import sys, torch
 sys.path.insert(0, {tests!r})
-from cases import call, make, run, same, upstream
+from cases import MAPS, call, make, run, same, upstream
 function, options, backend, size = {function!r}, {options!r}, {backend!r}, (14, 14)
 tensors, others = (make(function, 4, 64, size, dtype=torch.float32, device="cuda", seed=seed) for seed in (0, 1))
 like = call(function, tensors, size=size, backend="reference", **options)
@@ -99,9 +99,9 @@ def test_a_graph_captured_cold(function, backend, tmp_path):
 def test_memory_that_ends_midway(function, backend):
     """Forward or backward raises PyTorch's OutOfMemoryError, and the next call is correct."""
     few, many = inputs(function), make(function, 16, 256, (56, 56), dtype=torch.float32, device=DEVICE)
-    if function == "window_map":
+    if function in MAPS:
         many = make(function, 4096, dtype=torch.float32, device=DEVICE)
-    size = (256, 256) if function == "window_map" else (56, 56)
+    size = (256, 256) if function in MAPS else (56, 56)
     expected = run(function, few, size=SIZE, backend=backend)
     grads = upstream(call(function, many, size=size, backend=backend))
     torch.cuda.synchronize()

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from cases import FUNCTIONS, call, leaves_of, make
+from cases import FUNCTIONS, MAPS, call, leaves_of, make
 from conftest import every_function
 from test_nn import MODULES, build, inputs, run, scalar
 from torch import nn
@@ -155,7 +155,7 @@ def test_jacobians_agree(function, backend, device):
 @every_function
 def test_fake_and_meta_tensors(function):
     """Meta and fake tensors have the shapes, dtypes and strides of real results."""
-    tensors = make(function, dtype=torch.bfloat16, layout="channels_last" if function != "window_map" else "contiguous")
+    tensors = make(function, dtype=torch.bfloat16, layout="channels_last" if function not in MAPS else "contiguous")
     real = call(function, tensors, size=SIZE)
     with FakeTensorMode() as mode:
         fake = call(function, {k: mode.from_tensor(v) for k, v in tensors.items()}, size=SIZE)

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.fx
-from cases import call, case_id, check, doubles, make, nearest, same
+from cases import MAPS, call, case_id, check, doubles, make, nearest, same
 from conftest import every_function
 from test_nn import MODULES, build, inputs
 from test_nn import run as run_module
@@ -30,7 +30,7 @@ class Function(nn.Module):
 
     def forward(self, *tensors):
         named = dict(zip(make(self.function), tensors, strict=True))
-        size = (5, 6) if self.function == "window_map" else None
+        size = (5, 6) if self.function in MAPS else None
         return tuple(call(self.function, named, size=size).values())
 
 
@@ -106,7 +106,7 @@ def test_nearest_anchors_by_distances_are_exact(dtype):
 def test_a_decomposed_program_is_plain_aten(function):
     """At any batch size and, with features, any map size."""
     sizes = {0: torch.export.Dim("batch", min=2, max=64)}
-    if function != "window_map":
+    if function not in MAPS:
         sizes |= {2: torch.export.Dim("height", min=2, max=64), 3: torch.export.Dim("width", min=2, max=64)}
     names = list(make(function))
     dynamic = {

@@ -1,10 +1,11 @@
 """Operator checks, higher derivatives, transforms, compilation and checkpointing of the functions."""
 
+import itertools
 from fractions import Fraction
 
 import pytest
 import torch
-from cases import CASES, FUNCTIONS, POOLS, call, case_id, check, doubles, leaves_of, make, run, same
+from cases import CASES, FUNCTIONS, MAPS, POOLS, WINDOWS, call, case_id, check, doubles, leaves_of, make, run, same
 from conftest import every_case, every_function
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -43,18 +44,18 @@ def positional(function, tensors, size=SIZE, backend=None, names=None, **options
 def operator_calls(device, backend, dtype, layout):
     """Arguments of every operator in the order of its schema, for a forward and a backward call."""
     ops = _ops.BACKENDS[backend]
-    w = make("window_attention", 2, 4, SIZE, dtype=dtype, layout=layout, device=device)
+    w, several = (make(window, 2, 4, SIZE, dtype=dtype, layout=layout, device=device) for window in WINDOWS)
     q = make("anchor_attention", 2, 4, SIZE, dtype=dtype, layout=layout, device=device)
     p, many, masked = (make(pool, 3, 4, SIZE, dtype=dtype, layout=layout, device=device) for pool in POOLS)
     x, rectangle, a, anchors = (*w.values(), *list(q.values())[1:])
-    for rescale in (True, False):
-        window = (6.0, rescale)
-        map, stats = ops.window_map_fwd(rectangle, *SIZE, *window, False)
-        yield "window_map_fwd", (rectangle, *SIZE, *window, False)
-        yield "window_map_bwd", (torch.ones_like(map), rectangle, stats, *window, False)
-        yield "window_fwd", (x, rectangle, *window, True, False)
+    for rescale, ellipse, r in itertools.product((True, False), (False, True), (rectangle, several["rectangle"])):
+        window, shape = (6.0, rescale), (False, ellipse)
+        map, stats = ops.window_map_fwd(r, *SIZE, *window, *shape)
+        yield "window_map_fwd", (r, *SIZE, *window, *shape)
+        yield "window_map_bwd", (torch.ones_like(map), r, stats, *window, *shape)
+        yield "window_fwd", (x, r, *window, True, *shape)
         for grad_map, need in ((torch.ones_like(map), True), (None, False)):
-            yield "window_bwd", (x, grad_map, x, rectangle, stats, *window, True, False, need)
+            yield "window_bwd", (x, grad_map, x, r, stats, *window, True, *shape, need)
     yield "quantize_fwd", (a, anchors, 24)
     values, indices, loss, _, _, residuals = ops.quantize_fwd(a, anchors, 24)
     one = torch.ones_like(loss)
@@ -116,8 +117,9 @@ def operators(function, backend):
     """The forward and the backward operator of a function."""
     if backend == "reference":
         return []
-    stem = {"window_attention": "window", **dict.fromkeys(POOLS, "pool")}.get(function, function)
-    stem = stem.replace("anchor_quantize", "quantize").replace("anchor_attention", "anchor")
+    groups = {WINDOWS: "window", MAPS: "window_map", POOLS: "pool"}
+    groups |= {("anchor_quantize",): "quantize", ("anchor_attention",): "anchor"}
+    (stem,) = (stem for functions, stem in groups.items() if function in functions)
     return [f"{NAMESPACE[backend]}::{stem}_{pass_}" for pass_ in ("fwd", "bwd")]
 
 

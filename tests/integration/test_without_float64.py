@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from cases import call, check, doubles, make, run, upstream
+from cases import MAPS, call, check, doubles, make, run, upstream
 from conftest import every_function
 from test_nn import MODULES, build, inputs
 from test_nn import run as run_module
@@ -38,7 +38,7 @@ def test_the_stand_in_refuses_float64():
 @every_function
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_functions(function, dtype):
-    options = {"size": (4, 6)} if function == "window_map" else {}
+    options = {"size": (4, 6)} if function in MAPS else {}
     tensors = make(function, dtype=dtype)
     results = call(function, tensors, backend="reference", **options)
     grads = {name: grad.to(results[name].dtype) for name, grad in upstream(results).items()}

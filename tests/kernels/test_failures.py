@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import FUNCTIONS, POOLS, call, case_id, check, doubles, make, same
+from cases import FUNCTIONS, MAPS, POOLS, WINDOWS, call, case_id, check, doubles, make, same
 from conftest import DEVICE, PATIENCE, large
 
 import attnkern
@@ -97,7 +97,7 @@ def test_each_allocation_fails_once(backend):
     assert ended.keys() == FUNCTIONS.keys()
     for function, where in ended.items():  # without features, backward needs no more memory than forward
         both = ["forward", "backward", "nowhere"]
-        assert where == both or (function in ("window_map", "anchor_quantize") and where == ["forward", "nowhere"])
+        assert where == both or (function in (*MAPS, "anchor_quantize") and where == ["forward", "nowhere"])
 
 
 IMPOSSIBLE = """
@@ -120,7 +120,7 @@ def test_a_map_larger_than_any_memory(size, backend):
     assert python(IMPOSSIBLE.format(size=size, backend=backend), **interprets) == (0, "1.0")
 
 
-@pytest.mark.parametrize("function", ["window_attention", "anchor_attention", *POOLS])
+@pytest.mark.parametrize("function", [*WINDOWS, "anchor_attention", *POOLS])
 def test_features_larger_than_any_memory(function, backend, device):
     """One number expanded to 2**50 channels: the output cannot be allocated, and the next call is correct."""
     tensors = make(function, 1, 1, SIZE, dtype=torch.float32, device=device)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from cases import FUNCTIONS, POOLS, call, case_id, check, doubles, make, run, same, upstream
+from cases import FUNCTIONS, POOLS, WINDOWS, call, case_id, check, doubles, make, run, same, upstream
 from conftest import every_function, large
 
 SIZE = (3, 4)
@@ -111,7 +111,7 @@ def test_one_tensor_as_two_arguments(backend, device):
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("function", ["window_attention", "anchor_attention", *POOLS])
+@pytest.mark.parametrize("function", [*WINDOWS, "anchor_attention", *POOLS])
 def test_tensors_too_large_for_the_caches(function, layout, dtype, backend, device):
     """Streaming stores of a large batch give the same bits as ordinary stores of each image alone, at any alignment."""
     if os.environ.get("ATTNKERN_TEST_CUDA_ON_HOST") == "1":
@@ -134,7 +134,7 @@ def test_tensors_too_large_for_the_caches(function, layout, dtype, backend, devi
 @large
 @pytest.mark.skipif(os.environ.get("ATTNKERN_TEST_LARGE") != "1", reason="needs 14 GiB: set ATTNKERN_TEST_LARGE=1")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("function", ["window_attention", "anchor_attention", "compatibility_pool"])
+@pytest.mark.parametrize("function", [*WINDOWS, "anchor_attention", "compatibility_pool"])
 def test_more_elements_than_an_int32_counts(function, layout, backend, device):
     """All channels are zero except three, the last one beyond 2**31 elements: the results are those of these three."""
     c, size, picked = 2**17 + 1, (128, 128), [0, 2**16, 2**17]

@@ -133,8 +133,9 @@ template <Outline kOutline, typename T> ATTNKERN_INLINE T exponent_bound(const F
 // 1 - f as a sum of positive terms, because the difference would cancel where f is near 1. The lower limit lets a
 // product of these be divided by one of its factors.
 template <Outline kOutline, typename T> ATTNKERN_INLINE T complement(const Window<T>& window) {
-  const T outside = kOutline == Outline::ellipse ? window.outside1
-                                                 : window.outside1 + (T(1) - window.outside1) * window.outside2;
+  T outside = window.outside1;
+  if constexpr (kOutline == Outline::rectangle)
+    outside += (T(1) - window.outside1) * window.outside2;
   return outside > T(1e-30) ? outside : T(1e-30);
 }
 

@@ -44,20 +44,21 @@ std::tuple<Tensor, Tensor> window_map_fwd(Tensor rectangle, int64_t height, int6
     const Rectangles rectangles{rectangle, height, width, scale, rescale, aspect, ellipse};
     Tensor map = empty<A>(rectangle, {images, height, width});
     Tensor stats = empty<A>(rectangle, {images, rectangles.stats()});
-    forward<A>(rectangles, Shape(images, 0, height * width), nullptr, false,
-               nullptr, map, stats);
+    forward<A>(rectangles, Shape(images, 0, height * width), nullptr, false, nullptr, map, stats);
     return std::tuple(map, stats);
   });
 }
 
-Tensor window_map_bwd(Tensor grad_map, Tensor rectangle, Tensor stats, double scale, bool rescale, bool aspect, bool ellipse) {
+Tensor window_map_bwd(Tensor grad_map, Tensor rectangle, Tensor stats, double scale, bool rescale, bool aspect,
+                      bool ellipse) {
   make_contiguous(grad_map, rectangle, stats);
   return dispatch_wide(grad_map.scalar_type(), [&](auto a) {
     using A = decltype(a);
     const int64_t height = grad_map.size(1), width = grad_map.size(2);
     Tensor grad_rectangle = empty_same(rectangle);
-    backward<A>({rectangle, height, width, scale, rescale, aspect, ellipse}, Shape(rectangle.size(0), 0, height * width),
-                nullptr, data<A>(grad_map), nullptr, stats, false, nullptr, grad_rectangle);
+    const Rectangles rectangles{rectangle, height, width, scale, rescale, aspect, ellipse};
+    backward<A>(rectangles, Shape(rectangle.size(0), 0, height * width), nullptr, data<A>(grad_map), nullptr, stats,
+                false, nullptr, grad_rectangle);
     return grad_rectangle;
   });
 }
@@ -74,15 +75,14 @@ std::tuple<Tensor, Tensor, Tensor> window_fwd(Tensor x, Tensor rectangle, double
     Tensor output = empty_same(x);
     Tensor map = empty<A>(x, {images, height, width});
     Tensor stats = empty<A>(x, {images, rectangles.stats()});
-    forward<T>(rectangles, Shape(x), data<T>(x), residual,
-               mutable_data<T>(output), map, stats);
+    forward<T>(rectangles, Shape(x), data<T>(x), residual, mutable_data<T>(output), map, stats);
     return std::tuple(output, map, stats);
   });
 }
 
 std::tuple<Tensor, Tensor> window_bwd(Tensor grad_output, std::optional<Tensor> grad_map, Tensor x, Tensor rectangle,
-                                      Tensor stats, double scale, bool rescale, bool residual, bool aspect, bool ellipse,
-                                      bool need_grad_x) {
+                                      Tensor stats, double scale, bool rescale, bool residual, bool aspect,
+                                      bool ellipse, bool need_grad_x) {
   make_dense(x);
   make_dense_like(x, grad_output);
   make_contiguous(grad_map, rectangle, stats);

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import hypothesis
 import torch
-from cases import FUNCTIONS, call, doubles, run
+from cases import FUNCTIONS, MAPS, WINDOWS, call, doubles, run
 from hypothesis import HealthCheck, Phase, Verbosity
 from hypothesis import strategies as st
 
@@ -52,9 +52,11 @@ VALUES |= {"local": VALUES["x"], "query": VALUES["x"]}
 flag = st.booleans()
 scale = st.one_of(st.floats(0.5, 12, width=16), st.sampled_from((0.0, -2.0, 60.0)))
 reduction = st.sampled_from(("mean", "batchmean", "sum"))
+shape = st.sampled_from(("rectangle", "ellipse"))
+WINDOW = {"scale": scale, "rescale": flag, "aspect": flag, "shape": shape}
 OPTIONS = {
-    "window_map": {"scale": scale, "rescale": flag, "aspect": flag},
-    "window_attention": {"scale": scale, "rescale": flag, "aspect": flag, "residual": flag},
+    **dict.fromkeys(MAPS, WINDOW),
+    **dict.fromkeys(WINDOWS, WINDOW | {"residual": flag}),
     "anchor_quantize": {"reduction": reduction},
     "anchor_attention": {"reduction": reduction, "residual": flag},
     "compatibility_pool": {},
@@ -96,7 +98,8 @@ def cases(draw, functions=tuple(FUNCTIONS), backends=("native",), largest=20000)
     if fast and draw(st.integers(0, 15)) == 15:  # blocks of channels
         c = draw(st.integers(70, 2500))
     c = min(c, largest // (max(1, n) * math.prod(size)))
-    shapes = {"rectangle": [n, 5], "anchors": [draw(st.integers(1, 70))]}
+    windows = [draw(st.integers(1, 6))] if function in (MAPS[1], WINDOWS[1]) else []
+    shapes = {"rectangle": [n, *windows, 5], "anchors": [draw(st.integers(1, 70))]}
     if function == "anchor_quantize":
         shapes["a"] = [
             n,
@@ -154,7 +157,7 @@ def values(kind, shape, dtype, generator, others):
 
     def rectangles(centre=(0.1, 0.9), extent=(0.15, 0.6), angle=(-1.5, 1.5)):
         ranges = (centre, centre, extent, extent, angle)
-        return torch.cat([uniform(*limits, shape[0], 1) for limits in ranges], 1)
+        return torch.cat([uniform(*limits, *shape[:-1], 1) for limits in ranges], -1)
 
     base = rectangles() if "rectangle" in kind else uniform(0, 1, shape) if "unit" in kind else normal(shape)
     base = {
@@ -175,7 +178,7 @@ def values(kind, shape, dtype, generator, others):
         "far": lambda: rectangles(centre=(-1e12, 1e12), extent=(2e-3, 1)),
         "neighbours": lambda: base,
         "ties": lambda: base,
-    }.get(kind, lambda: rectangles() if len(shape) == 2 and shape[1] == 5 else base)()
+    }.get(kind, lambda: rectangles() if len(shape) in (2, 3) and shape[-1] == 5 else base)()
     made = base.to(dtype)
     if kind == "neighbours":  # one unit in the last place apart, unsorted
         chain = [torch.tensor(0.7, dtype=dtype)]
@@ -251,7 +254,7 @@ def _bytes(tensor):
 def run_plain(function, tensors, grads, size, options, arithmetic, literal=False):
     """Results, all gradients and Σ|terms| of the reference or of the literal formula, in the tensors' dtype."""
     op = testing.OPS[function]
-    if function == "window_map":
+    if function in MAPS:
         options = options | {"size": size}
     keywords = options if literal else options | {"backend": "reference"}
     found = testing.evaluate(op.literal if literal else op.function, tensors, grads, **keywords)
@@ -266,6 +269,14 @@ def run_plain(function, tensors, grads, size, options, arithmetic, literal=False
         # Two factors of a rescaled gradient are differences, whose rounding errors are those of their terms. Autograd,
         # also in float64, sums the terms before it subtracts.
         plain = op.terms(tensors, found, g, **options | {"rescale": False})["grad_rectangle"]
+        if tensors["rectangle"].dim() == 3:
+            # Kernels raise 1 - f of a window to 1e-30, which the slopes of the others in the union are multiplied by.
+            count = tensors["rectangle"].shape[1]
+            alone = [{k: v.repeat_interleave(count, 0) for k, v in d.items()} for d in (tensors, found, g)]
+            alone[0]["rectangle"] = tensors["rectangle"].flatten(0, 1)
+            alone = op.terms(*alone, **options | {"rescale": False})["grad_rectangle"].view_as(plain)
+            plain = plain + alone * (1e-30 / torch.finfo(arithmetic).eps)
+            terms["grad_rectangle"] = terms["grad_rectangle"] + alone * (1e-30 / torch.finfo(arithmetic).eps)
         terms["uncentred"] = plain
         terms["grad_rectangle"] += plain * (
             1 if arithmetic == torch.float64 else ROUNDINGS * torch.finfo(arithmetic).eps
@@ -281,8 +292,8 @@ def exponent_error(function, exact, other, size, options, epsilon):
         if function == "compatibility_pool":
             query = tensors["query"]
             return torch.einsum("ncl,nc->nl", tensors["local"].flatten(2), query.expand(len(tensors["local"]), -1))
-        window = testing.reference.log_window
-        return window(tensors["rectangle"][..., None, None], *size, options["scale"], options["aspect"]).flatten(1)
+        given = options["scale"], options["aspect"], options["shape"] == "ellipse"
+        return testing.reference.log_window(tensors["rectangle"][..., None, None], *size, *given).flatten(1)
 
     z, shifted = logarithm(exact), logarithm(other)
     seen = z >= z.amax(1, keepdim=True) - 16
@@ -293,7 +304,7 @@ def moved(name, tensor, epsilon, generator):
     """The tensor with each number changed by up to one rounding."""
     by = epsilon * tensor.abs()
     if name == "rectangle":  # positions and angles are rounded in sums with numbers of size 1
-        by[:, [0, 1, 4]] += epsilon
+        by[..., [0, 1, 4]] += epsilon
     return tensor + by * torch.randint(0, 2, tensor.shape, generator=generator).mul(2).sub(1)
 
 

@@ -77,18 +77,26 @@ def test_log1p_unit(precision):
     assert math.isnan(f.log1p_unit(dtype(math.nan)))
 
 
-def test_log_sigmoid_and_its_complement(precision):
-    """log Λ(p) and Λ(-p) do not overflow, cancel or have a wrong sign."""
+def test_split_sigmoid(precision):
+    """Λ(p) = e^exponent · fraction, and Λ(-p), to a few units in the last place, where they would overflow as well."""
     f, dtype = precision
     p = np.concatenate([np.linspace(-80, 80, 200_001), np.linspace(-1e-3, 1e-3, 1001)]).astype(dtype)
     wide = p.astype(np.longdouble)
-    assert ulps(f.log_sigmoid(p), -np.log1p(np.exp(-np.abs(wide))) + np.minimum(wide, 0)) <= 4
-    assert ulps(f.complement(p), np.exp(-np.maximum(wide, 0)) / (1 + np.exp(-np.abs(wide)))) <= 4
+    exponent, fraction = f.sigmoid_exponent(p), f.sigmoid_fraction(p)
+    found = np.exp(exponent.astype(np.longdouble)) * fraction
+    error = np.abs(found * (1 + np.exp(-wide)) - 1) / np.finfo(dtype).eps
+    assert (error <= (2 if dtype == np.float32 else 2 + np.abs(exponent))).all()  # in float64 the exponent is rounded
+    assert (exponent <= 0).all()
+    assert (exponent >= np.minimum(p, 0) - math.log(2) * (1 + np.finfo(dtype).eps)).all()
+    assert (fraction >= 0.5).all()
+    assert (fraction <= 1).all()
+    assert ulps(f.sigmoid_complement(p), np.exp(-np.maximum(wide, 0)) / (1 + np.exp(-np.abs(wide)))) <= 4
     huge = np.array([1e30, -1e30, np.inf, -np.inf], dtype)
-    assert f.log_sigmoid(huge).tolist() == [0, dtype(-1e30), 0, -math.inf]
-    assert f.complement(huge).tolist() == [0, 1, 0, 1]
-    assert math.isnan(f.log_sigmoid(dtype(math.nan)))
-    assert math.isnan(f.complement(dtype(math.nan)))
+    assert f.sigmoid_exponent(huge).tolist() == [0, dtype(-1e30), 0, -math.inf]
+    assert f.sigmoid_fraction(huge).tolist() == [1, 1, 1, 1]
+    assert f.sigmoid_complement(huge).tolist() == [0, 1, 0, 1]
+    assert math.isnan(f.sigmoid_fraction(dtype(math.nan)) * f.sigmoid_exponent(dtype(math.nan)))
+    assert math.isnan(f.sigmoid_complement(dtype(math.nan)))
 
 
 # --- window ----------------------------------------------------------------------------------------------------------
@@ -100,33 +108,77 @@ def test_coordinates(precision):
     assert f.coordinate(0, 1) == 0.5
 
 
-@pytest.mark.parametrize("aspect", [False, True])
-def test_log_window_and_its_derivatives(aspect, precision):
-    """z and ∂z/∂β at pixels of a 7 x 4 map, against autograd of the reference in float64."""
-    f, dtype = precision
-    height, width, scale, count = 7, 4, 6.0, 500
-    generator = np.random.default_rng(0)
-    rectangles = generator.uniform([-0.2, -0.2, 0.1, 0.1, -3], [1.2, 1.2, 0.8, 0.8, 3], (count, 5)).astype(dtype)
-    rows, columns = generator.integers(0, height, count), generator.integers(0, width, count)
-    points = np.stack([rows / (height - 1), columns / (width - 1)], 1).astype(dtype)
-    found = f.log_windows(rectangles, points, height, width, scale, aspect)
+OUTLINES = ("rectangles", "ellipses")
+HEIGHT, WIDTH, SCALE = 7, 4, 6.0
 
+
+def points(count, windows, dtype):
+    """Rectangles (count, windows, 5), pixels of the map, and their coordinates."""
+    generator = np.random.default_rng(windows)
+    low, high = [-0.2, -0.2, 0.1, 0.1, -3], [1.2, 1.2, 0.8, 0.8, 3]
+    rectangles = generator.uniform(low, high, (count, windows, 5)).astype(dtype)
+    rows, columns = generator.integers(0, HEIGHT, count), generator.integers(0, WIDTH, count)
+    return rectangles, rows, columns, np.stack([rows / (HEIGHT - 1), columns / (WIDTH - 1)], 1).astype(dtype)
+
+
+def logarithm_and_slopes(rectangles, rows, columns, aspect, outline):
+    """log f and ∂log f/∂β of windows or unions at pixels, by autograd of the reference in float64."""
     beta = torch.from_numpy(rectangles).double().requires_grad_()
-    z = reference.log_window(beta[..., None, None], height, width, scale, aspect)[torch.arange(count), rows, columns]
+    z = reference.log_window(beta[..., None, None], HEIGHT, WIDTH, SCALE, aspect, outline == "ellipses")
+    z = z[torch.arange(len(rectangles)), rows, columns]
     (slopes,) = torch.autograd.grad(z.sum(), beta)
-    want = torch.cat([z.detach()[:, None], slopes], 1).numpy()
-    tolerance = 1e-11 if dtype == np.float64 else 3e-5
-    scales = np.maximum(1, np.abs(want).max(1, keepdims=True))
-    assert (np.abs(found - want) <= tolerance * scales).all()
+    return torch.cat([z.detach()[:, None], slopes.flatten(1)], 1).numpy()
 
 
-def test_the_floor_of_an_extent_has_no_slope(precision):
+@pytest.mark.parametrize("outline", OUTLINES)
+@pytest.mark.parametrize("aspect", [False, True])
+@pytest.mark.parametrize("windows", [1, 2, 5])
+def test_logarithms_and_their_derivatives(windows, aspect, outline, precision):
+    """log f, 1 - f and ∂log f/∂β of a window and of unions at pixels of a map."""
     f, dtype = precision
-    rectangles = np.array([[0.5, 0.5, s, 0.3, 0.2] for s in (0, 1e-9, -1e-7, 1e-6)], dtype)
-    found = f.log_windows(rectangles, np.full((4, 2), 0.25, dtype), 5, 5, 6.0, False)
+    rectangles, rows, columns, at = points(500, windows, dtype)
+    functions = [f"unions_of_{outline}"] + [f"windows_of_{outline}"] * (windows == 1)
+    want = logarithm_and_slopes(rectangles, rows, columns, aspect, outline)
+    for name in functions:
+        found = getattr(f, name)(rectangles, at, HEIGHT, WIDTH, SCALE, aspect).astype(np.float64)
+        logarithm, outside = found[:, 0] + np.log(found[:, 1]), found[:, 2]
+        tolerance = 1e-11 if dtype == np.float64 else 3e-5
+        scales = np.maximum(1, np.abs(want).max(1, keepdims=True))
+        assert (np.abs(np.column_stack([logarithm, found[:, 3:]]) - want) <= tolerance * scales).all(), name
+        np.testing.assert_allclose(outside, -np.expm1(want[:, 0]), rtol=tolerance * 10, atol=tolerance, err_msg=name)
+        assert (found[:, 0] <= 0).all()
+
+
+@pytest.mark.parametrize("outline", OUTLINES)
+def test_shares_of_a_union(outline, precision):
+    """Where windows are almost 1 or almost 0: ∂log f/∂log f_k = f_k/f · Π_{j≠k} (1 - f_j)."""
+    f, dtype = precision
+    row = [0.5, 0.5, 0.3, 0.2, 0.3]
+    far, wide = [40.0, 0.5, 0.3, 0.2, 0.3], [0.5, 0.5, 50.0, 60.0, 0.3]
+    for windows, scale in (([row, row], 60.0), ([far, far], 6.0), ([wide, row], 6.0), ([far, wide, row], -2.0)):
+        rectangles = np.array([windows], dtype)
+        at = np.full((1, 2), 0.4, dtype)
+        found = getattr(f, f"unions_of_{outline}")(rectangles, at, HEIGHT, WIDTH, scale, False)[0]
+        assert np.isfinite(found).all()
+        beta = torch.tensor([windows], dtype=torch.float64, requires_grad=True)
+        at = [torch.full((), float(dtype(0.4)), dtype=torch.float64)] * 2
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, "coordinates", lambda length, like, at=at: at[0][None])
+            z = reference.log_window(beta[..., None, None], 1, 1, scale, False, outline == "ellipses")
+        (slopes,) = torch.autograd.grad(z.sum(), beta)
+        want = slopes.numpy().ravel()
+        # In float32 exponents of some thousand are wrong in the fourth digit.
+        np.testing.assert_allclose(found[3:], want, rtol=2e-3 if dtype == np.float32 else 1e-9, atol=1e-25)
+
+
+@pytest.mark.parametrize("outline", OUTLINES)
+def test_the_floor_of_an_extent_has_no_slope(outline, precision):
+    f, dtype = precision
+    rectangles = np.array([[[0.5, 0.5, s, 0.3, 0.2]] for s in (0, 1e-9, -1e-7, 1e-6)], dtype)
+    found = getattr(f, f"windows_of_{outline}")(rectangles, np.full((4, 2), 0.25, dtype), 5, 5, 6.0, False)
     assert np.isfinite(found).all()
-    assert (found[:3, 3] == 0).all()
-    assert (found[:, 0] == found[0, 0]).all()
+    assert (found[:3, 5] == 0).all()
+    assert (found[:, :3] == found[0, :3]).all()
 
 
 # --- quantize --------------------------------------------------------------------------------------------------------

@@ -21,26 +21,37 @@ template <typename T> constexpr const char* kType = sizeof(T) == 4 ? "float32 " 
 template <typename T> void elementary() {
   for (int i = -1000; i <= 1000; ++i) {
     const T x = T(i) / T(9);
-    T complement;
+    T exponent, fraction, complement;
+    split_sigmoid(x, exponent, fraction, complement);
     print(kType<T>, "exponential", exponential(x));
-    print(kType<T>, "log_sigmoid", log_sigmoid(x, complement));
-    print(kType<T>, "complement", complement);
+    print(kType<T>, "sigmoid exponent", exponent);
+    print(kType<T>, "sigmoid fraction", fraction);
+    print(kType<T>, "sigmoid complement", complement);
     print(kType<T>, "log1p_unit", log1p_unit(T(i + 1000) / T(2000)));
     print(kType<T>, "softmax_weight", softmax_weight(x, T(112)));
   }
 }
 
-template <typename T> void windows() {
+template <Outline kOutline, typename T> void windows() {
   for (bool aspect : {false, true})
     for (int k = 0; k < 40; ++k) {
-      const T rectangle[kParameters] = {T(k) / 40, T(40 - k) / 40, T(k + 1) / 50, T(-0.3), T(k - 20) / 12};
-      const Frame<T> frame = make_frame(rectangle, 7, 11, T(6), aspect);
+      const T first[kParameters] = {T(k) / 40, T(40 - k) / 40, T(k + 1) / 50, T(-0.3), T(k - 20) / 12};
+      const T second[kParameters] = {T(40 - k) / 50, T(k) / 30, T(0.2), T(41 - k) / 60, T(k) / 9};
+      const Frame<T> frames[] = {make_frame(first, 7, 11, T(6), aspect), make_frame(second, 7, 11, T(6), aspect)};
       for (int row = 0; row < 7; ++row)
         for (int column = 0; column < 11; ++column) {
-          T slope[kParameters];
-          print(kType<T>, "log_window", log_window(frame, coordinate<T>(row, 7), coordinate<T>(column, 11), slope));
-          for (T each : slope)
-            print(kType<T>, "slope", each);
+          const T t1 = coordinate<T>(row, 7), t2 = coordinate<T>(column, 11);
+          Union<T> sum;
+          sum.exponent = T(0);
+          for (const Frame<T>& frame : frames) {
+            T slope[kParameters];
+            print(kType<T>, "window", slopes_at<kOutline>(frame, t1, t2, T(0), slope));
+            for (T each : slope)
+              print(kType<T>, "slope", each);
+            sum = with_window<kOutline>(frame, t1, t2, sum);
+          }
+          print(kType<T>, "union", sum.fraction);
+          print(kType<T>, "outside", sum.outside);
         }
     }
 }
@@ -72,7 +83,9 @@ void exact() {
 int main() {
   elementary<float>();
   elementary<double>();
-  windows<float>();
-  windows<double>();
+  windows<Outline::rectangle, float>();
+  windows<Outline::rectangle, double>();
+  windows<Outline::ellipse, float>();
+  windows<Outline::ellipse, double>();
   exact();
 }

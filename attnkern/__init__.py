@@ -19,7 +19,7 @@ from attnkern._decompositions import decompositions
 from attnkern._version import __version__
 from attnkern.pool import CompatibilityPooled, compatibility_pool
 from attnkern.quantize import AnchorAttended, AnchorQuantized, anchor_attention, anchor_quantize
-from attnkern.window import WindowAttended, rectangle_corners, window_attention, window_map
+from attnkern.window import WindowAttended, ellipse_outline, rectangle_corners, window_attention, window_map
 
 if TYPE_CHECKING:  # the names that __getattr__ resolves
     from attnkern import compat as compat
@@ -44,6 +44,7 @@ __all__ = [
     "anchor_quantize",
     "compatibility_pool",
     "decompositions",
+    "ellipse_outline",
     "rectangle_corners",
     "use_backend",
     "window_attention",

@@ -1,5 +1,6 @@
 """The rotated sigmoid window of rectangular attention, alone and applied to features."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from attnkern import _backend, reference
 from attnkern._autograd import create_graph, differentiable_backward, save, saved, transformed
 from attnkern._checks import (
     check_choice,
+    check_count,
     check_flag,
     check_number,
     check_positions,
@@ -20,6 +22,9 @@ from attnkern._checks import (
 from attnkern._numerics import aspect_factors, wide
 from attnkern._ops import BACKENDS
 from attnkern._tracing import leaf
+
+#: The shapes of windows.
+SHAPES = ("rectangle", "ellipse")
 
 
 class WindowAttended(NamedTuple):
@@ -101,14 +106,14 @@ class _WindowAttention(torch.autograd.Function):
 
 
 def _is_ellipse(where: str, shape: str) -> bool:
-    check_choice(where, "shape", shape, ("rectangle", "ellipse"))
+    check_choice(where, "shape", shape, SHAPES)
     return shape == "ellipse"
 
 
 def _check_rectangle(where, rectangle):
     check_tensor(where, "rectangle", rectangle)
     right = rectangle.dim() in (2, 3) and rectangle.shape[-1] == 5 and (rectangle.dim() == 2 or rectangle.shape[1] > 0)
-    check_shape(where, "rectangle", rectangle, "(N, 5), or (N, K, 5) with K > 0", right)
+    check_shape(where, "rectangle", rectangle, "(N, 5), or (N, K, 5) with K of at least 1", right)
 
 
 def check_features(where: str, x: torch.Tensor, rectangle: torch.Tensor) -> torch.Tensor:
@@ -142,11 +147,11 @@ def window_map(
     v = -sin α·d₁ + cos α·d₂. The rescaled map HW·f/Σf is computed as HW·softmax(log f), finite even where f underflows.
 
     Args:
-        rectangle: (N, 5), or (N, K, 5) for K windows: centre row μ₁, centre column μ₂, half height σ₁, half width σ₂,
-            angle α in radians.
-            Coordinates are pixel centres that run from 0 to 1 over rows and over columns, corners aligned, row before
-            column (unlike ``grid_sample``); an axis of length 1 sits at 0.5. With (row, column) axes a positive angle
-            turns counter-clockwise on the screen. |σ| is floored at 1e-6, with zero gradient below.
+        rectangle: (N, 5), or (N, K, 5) for K windows, of which there may be any number: centre row μ₁, centre column
+            μ₂, half height σ₁, half width σ₂, angle α in radians. Coordinates are pixel centres that run from 0 to 1
+            over rows and over columns, corners aligned, row before column (unlike ``grid_sample``); an axis of length 1
+            sits at 0.5. With (row, column) axes a positive angle turns counter-clockwise on the screen. |σ| is floored
+            at 1e-6, with zero gradient below.
         size: (H, W) of the map, at least 1 x 1.
         scale: steepness s of the edges.
         rescale: multiply by HW/Σf; otherwise the map lies in [0, 1].
@@ -230,27 +235,62 @@ def rectangle_corners(rectangle: torch.Tensor, size: tuple[int, int], *, aspect:
     The corners go around the rectangle, starting at (-, -). Pixel centres are integers; the first one is (0, 0).
 
     Args:
-        rectangle: (N, 5) as in :func:`window_map`.
+        rectangle: (N, 5) or (N, K, 5) as in :func:`window_map`.
         size: (H, W) of the image or map to draw on.
         aspect: as in :func:`window_map`.
 
     Returns:
-        (N, 4, 2), row before column, float32 (float64 for a float64 rectangle).
+        (N, 4, 2) or (N, K, 4, 2), row before column, float32 (float64 for a float64 rectangle).
 
     Raises:
         ValueError, TypeError: as :func:`window_map`.
 
     Source: Convolutional Rectangular Attention Module, Eqs. 3-5.
     """
-    _check_rectangle("rectangle_corners", rectangle)
-    height, width = check_size("rectangle_corners", size)
-    check_flag("rectangle_corners", aspect=aspect)
-    mu1, mu2, sigma1, sigma2, alpha = rectangle.to(wide(rectangle.dtype)).unbind(1)
-    u = torch.stack((-sigma1, -sigma1, sigma1, sigma1), 1)
-    v = torch.stack((-sigma2, sigma2, sigma2, -sigma2), 1)
-    cos, sin = torch.cos(alpha)[:, None], torch.sin(alpha)[:, None]
+    return _outline("rectangle_corners", rectangle, size, aspect, [(-1, -1), (-1, 1), (1, 1), (1, -1)])
+
+
+@leaf
+def ellipse_outline(
+    rectangle: torch.Tensor, size: tuple[int, int], *, points: int = 64, aspect: bool = False
+) -> torch.Tensor:
+    """Points on the outlines of ellipses in pixels, for drawing: (u, v) = (σ₁ cos t, σ₂ sin t) for equally spaced t.
+
+    They become pixels as in :func:`rectangle_corners`. On the outline f is one half, unless other windows overlap it.
+
+    Args:
+        rectangle: (N, 5) or (N, K, 5) as in :func:`window_map` with shape="ellipse".
+        size: (H, W) of the image or map to draw on.
+        points: how many, at least 3.
+        aspect: as in :func:`window_map`.
+
+    Returns:
+        (N, points, 2) or (N, K, points, 2), row before column, float32 (float64 for a float64 rectangle).
+
+    Raises:
+        ValueError, TypeError: as :func:`window_map`, or fewer than 3 points.
+
+    Source: Convolutional Rectangular Attention Module, Eqs. 3-5; its Section 7 suggests other shapes.
+    """
+    check_count("ellipse_outline", points=points)
+    if points < 3:
+        raise ValueError(f"ellipse_outline: points must be at least 3, got {points}")
+    turns = [2 * math.pi * i / points for i in range(points)]
+    ends = [(math.cos(turn), math.sin(turn)) for turn in turns]
+    return _outline("ellipse_outline", rectangle, size, aspect, ends)
+
+
+def _outline(where, rectangle, size, aspect, ends):
+    """The points of windows at (u, v) = ends·(σ₁, σ₂), (..., points, 2) in pixels."""
+    _check_rectangle(where, rectangle)
+    height, width = check_size(where, size)
+    check_flag(where, aspect=aspect)
+    mu1, mu2, sigma1, sigma2, alpha = rectangle.to(wide(rectangle.dtype))[..., None].unbind(-2)
+    u = torch.cat([end * sigma1 for end, _ in ends], -1)
+    v = torch.cat([end * sigma2 for _, end in ends], -1)
+    cos, sin = torch.cos(alpha), torch.sin(alpha)
     row, column = aspect_factors(height, width, aspect)
-    # On an axis of length 1 the factor is 0 and all corners have the same coordinate.
+    # On an axis of length 1 the factor is 0 and all points have the same coordinate.
     d1 = (cos * u - sin * v) / row if row else torch.zeros_like(u)
     d2 = (sin * u + cos * v) / column if column else torch.zeros_like(u)
-    return torch.stack(((mu1[:, None] + d1) * (height - 1), (mu2[:, None] + d2) * (width - 1)), 2)
+    return torch.stack(((mu1 + d1) * (height - 1), (mu2 + d2) * (width - 1)), -1)

@@ -13,6 +13,7 @@ from attnkern import (
     anchor_attention,
     anchor_quantize,
     compatibility_pool,
+    ellipse_outline,
     rectangle_corners,
     use_backend,
     window_attention,
@@ -73,10 +74,20 @@ WRONG = [
     wrong(TypeError, "query must be float32 (as local), got float16", compatibility_pool, x, query.half()),
     wrong(TypeError, "query must be float32 (as local), got float64", compatibility_pool, x, query.double()[:, None]),
     # --- shapes ---
-    wrong(ValueError, "rectangle must be (N, 5), got shape (5,)", window_map, rectangle[0], (3, 3)),
-    wrong(ValueError, "rectangle must be (N, 5), got shape (2, 4)", window_map, rectangle[:, :4], (3, 3)),
+    *(
+        wrong(ValueError, f"rectangle must be (N, 5), or (N, K, 5) with K of at least 1, got shape {shape}",
+              function, torch.ones(shape), (3, 3))
+        for function in (window_map, rectangle_corners, ellipse_outline)
+        for shape in [(5,), (2, 4), (2, 3, 4), (2, 0, 5), (2, 1, 3, 5)]
+    ),
     wrong(ValueError, "x must be (N, C, H, W), got shape (3, 4, 5)", window_attention, x[0], rectangle),
-    wrong(ValueError, "rectangle must be (2, 5) (N as x), got shape (1, 5)", window_attention, x, rectangle[:1]),
+    *(
+        wrong(ValueError, f"rectangle must be (2, 5) or (2, K, 5) (N as x), got shape {shape}",
+              window_attention, x, torch.ones(shape))
+        for shape in [(1, 5), (1, 2, 5), (3, 5), (0, 1, 5)]
+    ),
+    wrong(ValueError, "rectangle must be (N, 5), or (N, K, 5) with K of at least 1, got shape (2, 0, 5)",
+          window_attention, x, torch.ones(2, 0, 5)),
     wrong(ValueError, "a must be (N, ...), got shape ()", anchor_quantize, torch.tensor(1.0), anchors),
     wrong(ValueError, "anchors must be (Q,) with Q of at least 1, got shape (0,)", anchor_quantize, a, anchors[:0]),
     wrong(ValueError, "anchors must be (Q,) with Q of at least 1, got shape (1, 4)", anchor_quantize, a, anchors[None]),
@@ -143,6 +154,13 @@ WRONG = [
     wrong(TypeError, "aspect must be True or False, got 'w'", rectangle_corners, rectangle, (3, 3), aspect="w"),
     wrong(TypeError, "scale must be a number, got '6'", window_map, rectangle, (3, 3), scale="6"),
     wrong(TypeError, "scale must be a number, got Tensor", window_attention, x, rectangle, scale=torch.tensor(1.0)),
+    *(
+        wrong(ValueError, f"shape must be 'rectangle' or 'ellipse', got {got}", *call, shape=shape)
+        for got, shape in (("'ellipsis'; did you mean 'ellipse'?", "ellipsis"), ("None", None), ("3", 3))
+        for call in ((window_map, rectangle, (3, 3)), (window_attention, x, rectangle))
+    ),
+    wrong(TypeError, "points must be an integer, got 4.0", ellipse_outline, rectangle, (3, 3), points=4.0),
+    wrong(ValueError, "points must be at least 3, got 2", ellipse_outline, rectangle, (3, 3), points=2),
     wrong(ValueError, "reduction must be 'mean', 'batchmean' or 'sum', got 'none'",
           anchor_quantize, a, anchors, reduction="none"),
     wrong(ValueError, "reduction must be 'mean', 'batchmean' or 'sum', got None",

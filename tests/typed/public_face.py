@@ -17,6 +17,7 @@ assert_type(attnkern.anchor_attention(x, a, anchors), attnkern.AnchorAttended)
 pooled, attention, scores = attnkern.compatibility_pool(x, query)
 assert_type(pooled, torch.Tensor)
 assert_type(attnkern.rectangle_corners(rectangle, (3, 4)), torch.Tensor)
+assert_type(attnkern.ellipse_outline(rectangle, (3, 4), points=8), torch.Tensor)
 with attnkern.use_backend("reference") as chosen:
     assert_type(chosen, attnkern.use_backend)
 assert_type(attnkern.insert(torch.nn.Linear(1, 1), "", torch.nn.Linear), torch.nn.Module)

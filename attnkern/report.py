@@ -102,9 +102,10 @@ def _examples(subject, count):
     with torch.no_grad():
         logits, maps = subject.predict(inputs)
         try:
-            rectangles = subject.rectangles_of(inputs).cpu()
+            rectangles = subject.rectangles_of(inputs).cpu()[:, None]
+            shape = subject.network.attention.shape
         except NotApplicableError:
-            rectangles = [None] * len(raw)
+            rectangles, shape = [None] * len(raw), "rectangle"
     nearest = any(isinstance(module, AnchorQuantizer) for module in subject.network.modules())
     names, examples = subject.class_names, []
     for index, (image, map) in enumerate(zip(raw, maps.cpu(), strict=True)):
@@ -115,7 +116,7 @@ def _examples(subject, count):
         examples.append(
             {
                 "image": _picture(image),
-                "overlay": _picture(image, map, nearest=nearest, rectangle=rectangles[index]),
+                "overlay": _picture(image, map, nearest=nearest, rectangle=rectangles[index], shape=shape),
                 "caption": f"{index + 1} of {len(raw)}: {names[best]} ({probability:.0%}), {verdict}",
             }
         )

@@ -108,7 +108,7 @@ class Subject:
         return tuple(self._load(data)[2:])
 
     def rectangles_of(self, images: torch.Tensor) -> torch.Tensor:
-        """Rectangles (N, 5) of normalised images."""
+        """Rectangles (N, 5) of normalised images, or (N, K, 5) if the network has several windows."""
         attention = getattr(self.network, "attention", None)
         if not isinstance(attention, WindowAttention):
             raise NotApplicableError("the network has no rectangles")
@@ -210,10 +210,14 @@ def _rectangles(subject):
         ]
     )
     names = ("row", "column", "half height", "half width", "angle")
-    result = {
-        name: {"mean": values.mean().item(), "std": values.std().item()}
-        for name, values in zip(names, found.unbind(1), strict=True)
-    }
+
+    def moments(numbers):
+        parts = zip(names, numbers.unbind(-1), strict=True)
+        return {name: {"mean": values.mean().item(), "std": values.std().item()} for name, values in parts}
+
+    result = moments(found)  # over all images and windows
+    if found.dim() == 3:
+        result |= {f"window {k}": moments(numbers) for k, numbers in enumerate(found.unbind(1))}
     for by in ("column", "row", "both", "height", "width", "angle"):
         order = descriptive_order(found, by)
         result[f"sorted by {by}"] = {"first": order[:5].tolist(), "last": order[-5:].tolist()}
@@ -222,7 +226,7 @@ def _rectangles(subject):
 
 @torch.no_grad()
 def _rates(subject):
-    """Catching, missing and fitting rate of the rectangles against the filled boxes."""
+    """Catching, missing and fitting rate of the union of the windows against the filled boxes."""
     boxes, _ = subject.located
     size = subject.raw.shape[2:]
     rates = {"catching": [], "missing": [], "fitting": []}
@@ -230,7 +234,8 @@ def _rates(subject):
     for images, box in pieces:
         normalised = subject.normalise(images.to(subject.device))
         found = subject.rectangles_of(normalised).cpu()
-        mask = rectangle_mask(found, subject.network.local_features(normalised).shape[2:])
+        cells = subject.network.local_features(normalised).shape[2:]
+        mask = rectangle_mask(found, cells, shape=subject.network.attention.shape)
         mask, truth = upsample(mask.float(), size) > 0.5, box_masks(box, size)
         for name, rate in (("catching", catching_rate), ("missing", missing_rate), ("fitting", fitting_rate)):
             rates[name].append(rate(mask, truth))

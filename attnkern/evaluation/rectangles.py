@@ -1,7 +1,9 @@
 """Measurements on rectangles: order, masks, rates against masks, and equivariance to rotation, scaling and shift.
 
 Coordinates are those of :func:`attnkern.window_map`: pixel i of H lies at i/(H - 1), row before column, and the centre
-at (0.5, 0.5). The two transformations and the distance are differentiable, so that they can be used in a loss.
+at (0.5, 0.5). The two transformations and the distance are differentiable, so that they can be used in a loss. An image
+may have several windows (K, 5): their mask is the union, they are transformed one by one, and two sets of windows are
+compared index by index.
 """
 
 import math
@@ -23,24 +25,24 @@ from attnkern._numerics import SIGMA_FLOOR, aspect_factors, double, wide
 from attnkern.evaluation.inputs import Data, Normalise, batches, check_masks, identity
 from attnkern.evaluation.localisation import jaccard
 from attnkern.reference import coordinates
+from attnkern.window import SHAPES
 
 PADDINGS = ("zeros", "border", "reflection")
 ORDERS = ("column", "row", "both", "height", "width", "angle")
 
 
-def _check_rectangle(where, rectangle, name="rectangle", like=None):
+def _check_rectangle(where, rectangle, name="rectangle"):
     check_tensor(where, name, rectangle)
-    ok = rectangle.dim() == 2 and rectangle.shape[1] == 5
-    check_shape(where, name, rectangle, "(N, 5)", ok)
-    if like is not None:
-        check_shape(where, name, rectangle, "({}, 5)", len(rectangle) == len(like), len(like))
+    ok = rectangle.dim() in (2, 3) and rectangle.shape[-1] == 5 and rectangle.shape[1] > 0
+    check_shape(where, name, rectangle, "(N, 5), or (N, K, 5) with K of at least 1", ok)
 
 
 def descriptive_order(rectangles: torch.Tensor, by: str, descending: bool = False) -> torch.Tensor:
     """Indices (N,) that sort images by their rectangles: leftmost, topmost or smallest first; the sort is stable.
 
     Args:
-        rectangles: (N, 5) as in :func:`attnkern.window_map`.
+        rectangles: (N, 5) or (N, K, 5) as in :func:`attnkern.window_map`. Several windows count with the mean of their
+            numbers: of angles with that of the directions 2α, since they have the period π.
         by: "column" (μ₂), "row" (μ₁), "both" (μ₁ + μ₂: upper left before lower right), "height" (|σ₁|), "width" (|σ₂|)
             or "angle" (α modulo its period π: from -π/2 to π/2).
         descending: largest first.
@@ -52,7 +54,10 @@ def descriptive_order(rectangles: torch.Tensor, by: str, descending: bool = Fals
     """
     _check_rectangle("descriptive_order", rectangles, "rectangles")
     check_choice("descriptive_order", "by", by, ORDERS)
-    row, column, height, width, angle = rectangles.detach().unbind(1)
+    row, column, height, width, angle = rectangles.detach().unbind(-1)
+    if rectangles.dim() == 3:
+        angle = torch.atan2((2 * angle).sin().sum(1), (2 * angle).cos().sum(1)) / 2
+        row, column, height, width = (numbers.mean(1) for numbers in (row, column, height.abs(), width.abs()))
     keys = {
         "column": column,
         "row": row,
@@ -64,13 +69,17 @@ def descriptive_order(rectangles: torch.Tensor, by: str, descending: bool = Fals
     return keys[by].argsort(stable=True, descending=descending)
 
 
-def rectangle_mask(rectangle: torch.Tensor, size: tuple[int, int], aspect: bool = False) -> torch.Tensor:
+def rectangle_mask(
+    rectangle: torch.Tensor, size: tuple[int, int], aspect: bool = False, shape: str = "rectangle"
+) -> torch.Tensor:
     """Pixels inside each rectangle or on its edge, (N, H, W) bool: |u| ≤ σ₁ and |v| ≤ σ₂.
 
+    Of an ellipse they are those with (u/σ₁)² + (v/σ₂)² ≤ 1, of several windows those inside at least one.
+
     Args:
-        rectangle: (N, 5) as in :func:`attnkern.window_map`, whose u and v these are.
+        rectangle: (N, 5) or (N, K, 5) as in :func:`attnkern.window_map`, whose u and v these are.
         size: (H, W).
-        aspect: as in :func:`attnkern.window_map`.
+        aspect, shape: as in :func:`attnkern.window_map`.
 
     Raises:
         ValueError, TypeError: a rectangle of another shape or dtype, or a size that is none.
@@ -79,21 +88,24 @@ def rectangle_mask(rectangle: torch.Tensor, size: tuple[int, int], aspect: bool 
     """
     _check_rectangle("rectangle_mask", rectangle)
     size = check_size("rectangle_mask", size)
+    check_choice("rectangle_mask", "shape", shape, SHAPES)
     # In float64, for the same mask on every device.
-    mu1, mu2, sigma1, sigma2, alpha = double(rectangle.detach())[..., None, None].unbind(1)
+    mu1, mu2, sigma1, sigma2, alpha = double(rectangle.detach())[..., None, None].unbind(-3)
     row, column = aspect_factors(*size, aspect)
     d1 = (coordinates(size[0], mu1)[:, None] - mu1) * row
     d2 = (coordinates(size[1], mu2) - mu2) * column
     u = torch.cos(alpha) * d1 + torch.sin(alpha) * d2
     v = torch.cos(alpha) * d2 - torch.sin(alpha) * d1
-    inside = (u.abs() <= sigma1.abs().clamp(min=SIGMA_FLOOR)) & (v.abs() <= sigma2.abs().clamp(min=SIGMA_FLOOR))
-    return inside.to(rectangle.device)
+    u, v = (offset.abs() / sigma.abs().clamp(min=SIGMA_FLOOR) for offset, sigma in ((u, sigma1), (v, sigma2)))
+    inside = u.square() + v.square() <= 1 if shape == "ellipse" else (u <= 1) & (v <= 1)
+    return (inside.any(1) if rectangle.dim() == 3 else inside).to(rectangle.device)
 
 
 def catching_rate(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Ψ = mean of a·ã over the pixels of two masks on ±1, (N,) float64 from -1 to 1.
 
-    The result is on the masks' device, or on the CPU if that has no float64.
+    The predicted mask of several windows is their union, so the rate does not tell which of them caught the object. The
+    result is on the masks' device, or on the CPU if that has no float64.
 
     Args:
         predicted, target: (N, H, W) bool; True is +1.
@@ -120,6 +132,8 @@ def missing_rate(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def fitting_rate(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Intersection over union of two masks, (N,) float64; 1 where both are empty.
+
+    The predicted mask of several windows is their union, and the target of several objects that of their boxes.
 
     Args and Raises: as :func:`catching_rate`.
 
@@ -156,7 +170,7 @@ def transform_rectangle(
     (δσ·c in place of c), which does not correspond to a transformation of the image about its centre.
 
     Args:
-        rectangle: (N, 5) as in :func:`attnkern.window_map`.
+        rectangle: (N, 5) or (N, K, 5) as in :func:`attnkern.window_map`.
         angle: δα in radians, one or (N,).
         scale: δσ, one or (N,); above 1 enlarges.
         shift: δμ, (row, column) as fractions of the distance between the corner pixels, (2,) or (N, 2).
@@ -164,7 +178,7 @@ def transform_rectangle(
             are drawn with ``aspect=True``. For H = W both are the same.
 
     Returns:
-        (N, 5), differentiable; the angle is not wrapped.
+        rectangles of the same shape, differentiable; the angle is not wrapped.
 
     Raises:
         ValueError, TypeError: an argument of another shape or dtype, or a scale that is not positive.
@@ -177,18 +191,20 @@ def transform_rectangle(
         size = check_size(where, size)
     angle, scale, shift = _transformation(where, rectangle, angle, scale, shift)
     ratio = _ratios(size)
-    mu1, mu2, sigma1, sigma2, alpha = rectangle.to(angle.dtype).unbind(1)
+    if rectangle.dim() == 3:  # one transformation for the windows of an image
+        angle, scale, shift = angle[:, None], scale[:, None], shift[:, None]
+    mu1, mu2, sigma1, sigma2, alpha = rectangle.to(angle.dtype).unbind(-1)
     cos, sin = torch.cos(angle), torch.sin(angle)
     row, column = mu1 - 0.5, mu2 - 0.5
     return torch.stack(
         (
-            0.5 + scale * (cos * row - sin * column * ratio[0]) + shift[:, 0],
-            0.5 + scale * (sin * row * ratio[1] + cos * column) + shift[:, 1],
+            0.5 + scale * (cos * row - sin * column * ratio[0]) + shift[..., 0],
+            0.5 + scale * (sin * row * ratio[1] + cos * column) + shift[..., 1],
             scale * sigma1,
             scale * sigma2,
             alpha + angle,
         ),
-        1,
+        -1,
     )
 
 
@@ -249,10 +265,12 @@ def transform_images(
 def equivariance_distance(first: torch.Tensor, second: torch.Tensor, literal: bool = False) -> torch.Tensor:
     """‖(μ, σ) - (μ', σ')‖² + 1 - cos 2(α - α'), (N,): the angle has the period π.
 
-    (α + π/2, σ₂, σ₁) describes the same rectangle as (α, σ₁, σ₂), but their distance is not zero.
+    (α + π/2, σ₂, σ₁) describes the same rectangle as (α, σ₁, σ₂), but their distance is not zero. Of several windows it
+    is the mean of the distances index by index: a window is expected to stay on its part of the image. Exchanging two
+    windows does not change their union, but this distance.
 
     Args:
-        first, second: (N, 5) as in :func:`attnkern.window_map`.
+        first, second: (N, 5) or (N, K, 5) as in :func:`attnkern.window_map`.
         literal: ‖(μ, σ, α) - (μ', σ', α')‖² as in the paper, which ignores the period.
 
     Raises:
@@ -261,11 +279,14 @@ def equivariance_distance(first: torch.Tensor, second: torch.Tensor, literal: bo
     Source: Convolutional Rectangular Attention Module, Section 4.4.
     """
     _check_rectangle("equivariance_distance", first, "first")
-    _check_rectangle("equivariance_distance", second, "second", first)
+    _check_rectangle("equivariance_distance", second, "second")
+    ok, wanted = second.shape == first.shape, tuple(first.shape)
+    check_shape("equivariance_distance", "second", second, "{} (as first)", ok, wanted)
     difference = first.to(wide(first.dtype)) - second.to(wide(second.dtype))
-    turned = difference[:, 4]
+    turned = difference[..., 4]
     # 2 sin²(x) = 1 - cos(2x), without cancellation.
-    return difference[:, :4].square().sum(1) + (turned.square() if literal else 2 * turned.sin().square())
+    distance = difference[..., :4].square().sum(-1) + (turned.square() if literal else 2 * turned.sin().square())
+    return distance.mean(1) if first.dim() == 3 else distance
 
 
 def settings_of(where: str, angles, scales, shifts) -> tuple[list[float], list[float], list[list[float]]]:
@@ -277,7 +298,10 @@ def settings_of(where: str, angles, scales, shifts) -> tuple[list[float], list[f
 
 
 class EquivarianceError(NamedTuple):
-    """One transformation's entry in the result of :func:`equivariance_errors`; means over images and settings."""
+    """One transformation's entry in the result of :func:`equivariance_errors`.
+
+    Means over images, their windows and settings.
+    """
 
     distance: float  #: :func:`equivariance_distance`
     centre: float  #: ‖μ - μ'‖
@@ -304,7 +328,7 @@ def equivariance_errors(
     Each transformation is applied alone, at fixed settings: nothing is random.
 
     Args:
-        rectangles_of: from normalised images to rectangles (N, 5).
+        rectangles_of: from normalised images to rectangles (N, 5) or (N, K, 5), which are compared index by index.
         images: raw, (N, C, H, W), or an iterable of batches (of tuples that begin with the images).
         angles, scales, shifts: as in :func:`transform_rectangle`, the settings of "rotation", "scale", "translation".
         aspect: rotate in the images' pixels, for rectangles that are drawn with ``aspect=True``.
@@ -332,14 +356,17 @@ def equivariance_errors(
     found = {kind: [] for kind, settings in plan.items() if settings}
     for raw, *_ in batches(where, "images", images, batch_size, device):
         before = rectangles_of(normalise(raw))
-        _check_rectangle(where, before, "rectangles_of's result", raw)
+        _check_rectangle(where, before, "rectangles_of's result")
+        ok = len(before) == len(raw)
+        check_shape(where, "rectangles_of's result", before, "({0}, 5) or ({0}, K, 5)", ok, len(raw))
         size = raw.shape[2:] if aspect else None
         for kind in found:
             for setting in plan[kind]:
                 after = rectangles_of(normalise(transform_images(raw, **setting, aspect=aspect, padding=padding)))
                 wanted = transform_rectangle(before, **setting, size=size)
-                difference = after - wanted
-                turned = torch.asin(difference[:, 4].sin().abs().clamp(max=1))
-                norms = difference[:, :2].norm(dim=1), difference[:, 2:4].norm(dim=1), turned
-                found[kind].append(torch.stack((equivariance_distance(after, wanted), *norms)).cpu().double())
+                difference = (after - wanted).view(len(raw), -1, 5)
+                turned = torch.asin(difference[..., 4].sin().abs().clamp(max=1))
+                norms = difference[..., :2].norm(dim=2), difference[..., 2:4].norm(dim=2), turned
+                parts = equivariance_distance(after, wanted), *(norm.mean(1) for norm in norms)
+                found[kind].append(torch.stack(parts).cpu().double())
     return {kind: EquivarianceError(*torch.cat(parts, 1).mean(1).tolist()) for kind, parts in found.items()}

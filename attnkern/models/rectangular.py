@@ -62,6 +62,7 @@ class RectangularNetwork(Network):
         backbone: "efficientnet_b0" or "mobilenet_v3_large".
         attention: "window" (:class:`attnkern.nn.WindowAttention`), "positionwise"
             (:class:`attnkern.nn.PositionwiseAttention`) or "none".
+        num_windows, shape: of :class:`attnkern.nn.WindowAttention`, only with "window" attention.
         width: multiplier of the backbone's channels.
         in_chans: channels of the images.
         dropout: multiplier of torchvision's rates of dropout and EfficientNet's stochastic depth, 0.2 each.
@@ -83,6 +84,8 @@ class RectangularNetwork(Network):
         *,
         backbone: str = "efficientnet_b0",
         attention: str = "window",
+        num_windows: int = 1,
+        shape: str = "rectangle",
         width: float = 1.0,
         in_chans: int = 3,
         dropout: float = 1.0,
@@ -98,7 +101,12 @@ class RectangularNetwork(Network):
         self.split = len(self.features) - after
         channels = last.in_channels if after else last.out_channels
         kind = _ATTENTIONS[attention]
-        self.attention = nn.Identity() if kind is None else kind(channels)
+        if kind is WindowAttention:
+            self.attention = WindowAttention(channels, num_windows=num_windows, shape=shape)
+        elif (num_windows, shape) != (1, "rectangle"):
+            raise ValueError(f"{where}: num_windows and shape are options of 'window' attention, got {attention!r}")
+        else:
+            self.attention = nn.Identity() if kind is None else kind(channels)
         self.head = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(_DROPOUT * dropout), nn.Linear(last.out_channels, 512),
             nn.ReLU(inplace=True),
@@ -123,7 +131,8 @@ class RectangularNetwork(Network):
         """Logits (N, num_classes) from the output of :meth:`local_features`.
 
         Args:
-            rectangle: (N, 5), used instead of the one that the network computes; only with "window" attention.
+            rectangle: (N, 5) or (N, K, 5), used instead of those that the network computes; only with "window"
+                attention.
 
         Raises:
             ValueError: a rectangle, but attention is not "window".

@@ -200,6 +200,8 @@ class Rectangular(Classification):
 
     loss = CE + λ·mean ‖T(r(x)) - r(T(x))‖² over the five numbers of the rectangle r, where T is one random
     transformation per batch: a rotation about the centre, a scaling and a shift. Gradients flow through both branches.
+    Of several windows it is the mean over them, each compared with the window of the same index: every window is to
+    follow its own part of the image.
     Angles are compared by 1 - cos 2Δα, because they have the period π; with ``literal`` by their squared difference, as
     the paper's formula says.
 

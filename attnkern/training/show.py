@@ -22,11 +22,12 @@ class Explained(NamedTuple):
 
     image: torch.Tensor  #: (3, H, W) in [0, 1], at the resolution of the file
     attention: torch.Tensor  #: (h, w)
-    rectangle: torch.Tensor | None  #: (5,), if the network attends to a rectangle
+    rectangle: torch.Tensor | None  #: (5,), or (K, 5) of several windows, if the network attends to windows
     map: str  #: name of the attention map
     label: str  #: name of the predicted class
     probability: float  #: of the predicted class
     quantized: bool  #: whether the values of the map are anchors
+    shape: str = "rectangle"  #: of the windows
 
 
 def read_image(path: str | os.PathLike, size: int) -> torch.Tensor:
@@ -58,15 +59,16 @@ def explain(checkpoint: str | os.PathLike, path: str | os.PathLike, map: str | N
     inputs = run.normalise(images.resized(original, run.data["size"])[None])
     with torch.no_grad():
         logits, maps = predict(inputs)
-        rectangle = None
+        rectangle, shape = None, "rectangle"
         if isinstance(getattr(network, "attention", None), WindowAttention):
+            shape = network.attention.shape
             rectangle = network.attention.rectangle(network.local_features(inputs))[0]
     probabilities = logits.softmax(1)[0]
     best = probabilities.argmax().item()
     quantized = any(isinstance(module, AnchorQuantizer) for module in network.modules())
     quantized = quantized and not name.startswith("Grad-CAM")
     label, probability = run.class_names[best], probabilities[best].item()
-    return Explained(original.float() / 255, maps[0], rectangle, name, label, probability, quantized)
+    return Explained(original.float() / 255, maps[0], rectangle, name, label, probability, quantized, shape)
 
 
 def summary(shown: Explained) -> str:
@@ -83,7 +85,8 @@ def draw(shown: Explained) -> "Figure":
         shown.image,
         shown.attention,
         nearest=shown.quantized,
-        rectangle=shown.rectangle,
+        rectangle=None if shown.rectangle is None else shown.rectangle[None],
+        shape=shown.shape,
         title=_prediction(shown),
         caption=_constancy(shown),
     )

@@ -34,7 +34,7 @@ with needs_extra("attnkern.viz", "viz"):
 #: A cell of :func:`grid`.
 Cell = torch.Tensor | tuple | Mapping[str, Any] | None
 #: The keys that the dict of a cell may have.
-_CELL_KEYS = ("image", "map", "rectangle", "alpha", "nearest", "limit", "aspect", "cmap", "title", "caption")
+_CELL_KEYS = ("image", "map", "rectangle", "alpha", "nearest", "limit", "aspect", "shape", "cmap", "title", "caption")
 
 
 def grid(
@@ -46,6 +46,7 @@ def grid(
     alpha: float = 0.5,
     nearest: bool = False,
     aspect: bool = False,
+    shape: str = "rectangle",
     cmap: str | None = None,
     inches: float = 1.6,
     theme: str = "light",
@@ -58,7 +59,7 @@ def grid(
         row_titles: one for each row, at the left.
         column_titles: one for each column, at the top, unless the first cell of the column has its own title.
         title: above the grid.
-        alpha, nearest, aspect, cmap: defaults for the cells, as in :func:`overlay`.
+        alpha, nearest, aspect, shape, cmap: defaults for the cells, as in :func:`overlay`.
         inches: width of a cell.
         theme: "light" or "dark".
 
@@ -90,7 +91,7 @@ def grid(
     top += 0.0 if title is None else 0.15 + 0.18 * _lines([title], width, TITLE_SIZE + 1)
     figure = new_figure(width, sum(heights) + top, "compressed")
     axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
-    defaults = {"alpha": alpha, "nearest": nearest, "aspect": aspect, "cmap": cmap}
+    defaults = {"alpha": alpha, "nearest": nearest, "aspect": aspect, "shape": shape, "cmap": cmap}
     for i, row in enumerate(rows):
         for j, (ax, cell) in enumerate(zip_longest(axes[i], row)):
             if cell:
@@ -200,6 +201,7 @@ def equivariance_sequence(
     scales: Sequence[float] = (0.8, 0.9, 1.1, 1.2),
     shifts: Sequence[tuple[float, float]] = ((-0.1, 0.0), (0.1, 0.0), (0.0, -0.1), (0.0, 0.1)),
     aspect: bool = False,
+    shape: str = "rectangle",
     padding: str = "zeros",
     normalise: Normalise = identity,
     **options: Any,
@@ -212,11 +214,12 @@ def equivariance_sequence(
 
     Args:
         image: (C, H, W) raw, in [0, 1].
-        rectangles_of: takes normalised images and returns rectangles (N, 5).
+        rectangles_of: takes normalised images and returns rectangles (N, 5) or (N, K, 5).
         size: (h, w) of the map that a rectangle is drawn to.
         angles, scales, shifts: as in :func:`attnkern.evaluation.transform_rectangle`.
         aspect: the value that the network's maps are drawn with; True also rotates the image in pixels, False in the
             unit square.
+        shape: of the windows, "rectangle" or "ellipse".
         padding: as in :func:`attnkern.evaluation.transform_images`.
         normalise: applied to all images before ``rectangles_of``.
         options: of :func:`grid`.
@@ -240,11 +243,11 @@ def equivariance_sequence(
     moved = [transform_images(image[None], **setting, aspect=aspect, padding=padding) for setting in settings]
     images = torch.cat([image[None], *moved])
     found = rectangles_of(normalise(images)).detach().cpu()
-    check_one_per_image(where, "rectangles_of's result", found, images, "({}, 5) (N as images)")
+    check_one_per_image(where, "rectangles_of's result", found, images, "({0}, 5) or ({0}, K, 5) (N as images)")
     found = found.float()
-    maps = window_map(found, tuple(size), aspect=aspect)
+    maps = window_map(found, tuple(size), aspect=aspect, shape=shape)
 
-    original, rows, entry = (image, maps[0], found[0]), [], 1
+    original, rows, entry = (image, maps[0], found[:1]), [], 1
     for of_kind in plan.values():
         row = [original]
         for setting, text in of_kind:
@@ -255,7 +258,7 @@ def equivariance_sequence(
             entry += 1
         rows.append(row)
     title = "solid: rectangle found in the image; dashed: rectangle of the original image, transformed"
-    defaults = {"row_titles": list(plan) or None, "title": title, "aspect": aspect}
+    defaults = {"row_titles": list(plan) or None, "title": title, "aspect": aspect, "shape": shape}
     return grid(rows or [[original]], **defaults | options)
 
 
@@ -308,7 +311,7 @@ def sorted_corners(
     Args:
         images: (N, C, H, W) in [0, 1].
         maps: (N, h, w).
-        rectangles: (N, 5) as in :func:`attnkern.window_map`.
+        rectangles: (N, 5) or (N, K, 5) as in :func:`attnkern.window_map`.
         by: the parameter, as in :func:`attnkern.evaluation.descriptive_order`.
         count: images per row.
         options: of :func:`grid`.
@@ -320,10 +323,10 @@ def sorted_corners(
     """
     where = "sorted_corners"
     check_one_per_image(where, "maps", maps, images, "({}, h, w) (N as images)")
-    check_one_per_image(where, "rectangles", rectangles, images, "({}, 5) (N as images)")
+    check_one_per_image(where, "rectangles", rectangles, images, "({0}, 5) or ({0}, K, 5) (N as images)")
     order = descriptive_order(rectangles, by).tolist()
     rows = [
-        [{"image": images[i], "map": maps[i], "rectangle": rectangles[i], "caption": f"image {i}"} for i in ends]
+        [{"image": images[i], "map": maps[i], "rectangle": rectangles[i][None], "caption": f"image {i}"} for i in ends]
         for ends in (order[:count], order[-count:])
     ]
     return grid(rows, **{"row_titles": [f"smallest {by}", f"largest {by}"]} | options)

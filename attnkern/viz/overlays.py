@@ -2,12 +2,12 @@
 
 import torch
 
-from attnkern._checks import check_shape, check_tensor
+from attnkern._checks import check_choice, check_shape, check_tensor
 from attnkern._extras import needs_extra
 from attnkern.evaluation.localisation import upsample
 from attnkern.viz._checks import check_finite, check_image
 from attnkern.viz._style import LABEL_SIZE, TITLE_SIZE, apply_theme, find_theme, new_figure, wrap, write
-from attnkern.window import rectangle_corners
+from attnkern.window import SHAPES, ellipse_outline, rectangle_corners
 
 with needs_extra("attnkern.viz", "viz"):
     from matplotlib.axes import Axes
@@ -30,6 +30,7 @@ def overlay(
     limit: float | None = None,
     rectangle: torch.Tensor | None = None,
     aspect: bool = False,
+    shape: str = "rectangle",
     cmap: str | None = None,
     title: str | None = None,
     caption: str | None = None,
@@ -49,10 +50,12 @@ def overlay(
         alpha: opacity of the map, 0 to 1.
         nearest: show the cells as squares, for quantized maps; otherwise the map is interpolated bilinearly.
         limit: let the colours run from -limit to limit instead, diverging from 0; for differences of maps.
-        rectangle: (5,) as in :func:`attnkern.window_map`, or (K, 5). The first is drawn solid, the others dashed.
-            Without a map the pixels of the image are the cells.
+        rectangle: (5,) as in :func:`attnkern.window_map`, or several to compare, (M, 5). The first is drawn solid, the
+            others dashed. (M, K, 5) are sets of K windows; those of a single map are (1, K, 5). Without a map the
+            pixels of the image are the cells.
         aspect: the value that the map was drawn with. False draws the parallelogram that the rectangle is on a grid
             with h ≠ w; True draws a rectangle.
+        shape: "rectangle" or "ellipse", as in :func:`attnkern.window_map`.
         cmap: name of a matplotlib colour map, by default "viridis", with ``limit`` "RdBu_r".
         title, caption: text above and below the image.
         theme: "light" or "dark". Axes that are passed as ``ax`` keep their colours.
@@ -72,6 +75,7 @@ def overlay(
         "nearest": nearest,
         "limit": limit,
         "aspect": aspect,
+        "shape": shape,
         "cmap": cmap,
         "title": title,
         "caption": caption,
@@ -100,6 +104,7 @@ def draw_overlay(
     nearest=False,
     limit=None,
     aspect=False,
+    shape="rectangle",
     cmap=None,
     title=None,
     caption=None,
@@ -131,18 +136,21 @@ def draw_overlay(
         )
     if rectangle is not None:
         check_tensor(where, "rectangle", rectangle)
-        ok = rectangle.dim() in (1, 2) and rectangle.shape[-1] == 5
-        check_shape(where, "rectangle", rectangle, "(5,) or (K, 5)", ok)
+        ok = rectangle.dim() in (1, 2, 3) and rectangle.shape[-1] == 5
+        check_shape(where, "rectangle", rectangle, "(5,), (M, 5) or (M, K, 5)", ok)
         check_finite(where, "rectangle", rectangle)
-        found = _corners(rectangle.detach().cpu().view(-1, 5), tuple(cells), (height, width), aspect)
-        for k, corners in enumerate(found.flip(2).tolist()):
+        check_choice(where, "shape", shape, SHAPES)
+        windows = rectangle.shape[1] if rectangle.dim() == 3 else 1
+        found = _outlines(rectangle.detach().cpu().reshape(-1, 5), tuple(cells), (height, width), aspect, shape)
+        for k, outline in enumerate(found.flip(2).tolist()):
+            first = k < windows
             # A bright line with a black edge is visible on any image.
             ax.add_patch(
                 Polygon(
-                    corners,
+                    outline,
                     fill=False,
-                    edgecolor="#ffffff" if k == 0 else "#ffb000",
-                    linestyle="-" if k == 0 else (0, (3, 2)),
+                    edgecolor="#ffffff" if first else "#ffb000",
+                    linestyle="-" if first else (0, (3, 2)),
                     linewidth=1.5,
                     path_effects=[withStroke(linewidth=3, foreground="black")],
                 )
@@ -168,14 +176,15 @@ def _colour_range(map):
     return low, high
 
 
-def _corners(rectangle, cells, size, aspect):
-    """Corners of rectangles on a map of ``cells`` (h, w), in the pixels of an image of ``size`` (H, W): (K, 4, 2).
+def _outlines(rectangle, cells, size, aspect, shape):
+    """Outlines of windows on a map of ``cells`` (h, w), in the pixels of an image of ``size`` (H, W): (K, points, 2).
 
     A coordinate t lies at the cell t(h-1), whose centre is at (t(h-1) + ½)/h of the image's height.
     """
-    corners = rectangle_corners(rectangle, cells, aspect=aspect)
-    cells, size = corners.new_tensor(cells), corners.new_tensor(size)
-    return (corners + 0.5) / cells * size - 0.5
+    outline = ellipse_outline if shape == "ellipse" else rectangle_corners
+    points = outline(rectangle, cells, aspect=aspect)
+    cells, size = points.new_tensor(cells), points.new_tensor(size)
+    return (points + 0.5) / cells * size - 0.5
 
 
 def _fit(size):

@@ -92,7 +92,7 @@ def rectangle_histograms(
     """Histograms of the five parameters: centre row and column, half height and width, and angle from -90° to 90°.
 
     Args:
-        rectangles: (N, 5) as in :func:`attnkern.window_map`.
+        rectangles: (N, 5) as in :func:`attnkern.window_map`, or (N, K, 5), whose windows are counted one by one.
         aspect: the value that the maps were drawn with, on which the unit of the half sizes depends.
         bins: of each histogram.
         title: text above.
@@ -104,10 +104,10 @@ def rectangle_histograms(
     where = "rectangle_histograms"
     theme = find_theme(where, theme)
     check_tensor(where, "rectangles", rectangles)
-    ok = rectangles.dim() == 2 and rectangles.shape[1] == 5 and len(rectangles) > 0
-    check_shape(where, "rectangles", rectangles, "(N, 5) with N of at least 1", ok)
+    ok = rectangles.dim() in (2, 3) and rectangles.shape[-1] == 5 and rectangles.numel() > 0
+    check_shape(where, "rectangles", rectangles, "(N, 5) or (N, K, 5) with N and K of at least 1", ok)
     check_finite(where, "rectangles", rectangles)
-    row, column, height, width, angle = rectangles.detach().cpu().double().unbind(1)
+    row, column, height, width, angle = rectangles.detach().cpu().double().view(-1, 5).unbind(1)
     angle = torch.rad2deg((angle + math.pi / 2).remainder(math.pi) - math.pi / 2)
     sides = ("longer side", "longer side") if aspect else ("height", "width")
     panels = [
@@ -128,7 +128,7 @@ def rectangle_histograms(
         ax.set_title(name, fontsize=TITLE_SIZE)
         ax.set_xlabel(unit, fontsize=LABEL_SIZE)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("images", fontsize=LABEL_SIZE)
+    axes[0].set_ylabel("images" if rectangles.dim() == 2 else "windows", fontsize=LABEL_SIZE)
     if title is not None:
         add_title(figure, title)
     return apply_theme(figure, theme)

@@ -24,6 +24,8 @@ N, C, H, W, G = 3, 6, 5, 4, 7  # batch, channels, map, channels of the query
 MODULES = {
     "window": (lambda: ann.WindowAttention(C, hidden=(4, 5)), False),
     "window-plain": (lambda: ann.WindowAttention(C, hidden=(4,), scale=10.0, rescale=False, residual=False), False),
+    "windows": (lambda: ann.WindowAttention(C, hidden=(4, 5), num_windows=3), False),
+    "ellipses": (lambda: ann.WindowAttention(C, hidden=(4,), num_windows=2, shape="ellipse"), False),
     "positionwise": (lambda: ann.PositionwiseAttention(C, hidden=5, dilation=2), False),
     "quantizer": (lambda: ann.AnchorQuantizer(5), False),
     "bottleneck": (lambda: ann.BottleneckAttention(C), False),
@@ -363,13 +365,13 @@ def test_rectangles_are_checked_and_wide_with_hooks_and_without(hooked, backend)
         module.map.register_forward_hook(lambda *_: None)
     with attnkern.use_backend(backend):
         for wrong, kind, message in [
-            (rectangle[:1], ValueError, r"rectangle must be \(2, 5\) \(N as x\), got shape \(1, 5\)"),
+            (rectangle[:1], ValueError, r"rectangle must be \(2, 5\) or \(2, K, 5\) \(N as x\), got shape \(1, 5\)"),
             (rectangle.double(), TypeError, r"rectangle must be float32 \(as x\), got float64"),
             (rectangle.to("meta"), ValueError, r"rectangle must be on cpu \(as x\), got meta"),
         ]:
             with pytest.raises(kind, match="^window_attention: " + message):
                 module(x, rectangle=wrong)
-        with pytest.raises(ValueError, match=r"^window_attention: rectangle must be \(1, 5\)"):
+        with pytest.raises(ValueError, match=r"^window_attention: rectangle must be \(1, 5\) or"):
             module(x[:1], rectangle=rectangle)
         for half in (torch.bfloat16, torch.float16):
             output, map = module(x.to(half), True, rectangle.to(half))
@@ -478,6 +480,54 @@ def test_parameter_counts_of_the_two_heads():
     positionwise = 321 * 80 + 2 * (9 * 80 + 1) * 80 + 9 * 80 + 1
     assert sum(p.numel() for p in ann.WindowAttention(320).parameters()) == window == 554_693
     assert sum(p.numel() for p in ann.PositionwiseAttention(320).parameters()) == positionwise == 141_761
+
+
+@pytest.mark.parametrize("count", [2, 4, 16])
+def test_several_windows_start_apart_on_a_ring(count):
+    module = ann.WindowAttention(C, (4,), num_windows=count)
+    rectangle = module.rectangle(torch.randn(N, C, 401, 401))
+    assert rectangle.shape == (N, count, 5)
+    turn = 2 * math.pi * (torch.arange(count) + 0.5) / count
+    centres = torch.stack((0.5 + turn.sin() / 4, 0.5 + turn.cos() / 4), 1)
+    torch.testing.assert_close(rectangle[0, :, :2], centres)
+    torch.testing.assert_close(rectangle[0, :, 2:4], torch.full((count, 2), 0.5 / count**0.5), rtol=0, atol=2e-3)
+    assert not rectangle[..., 4].any()
+    map = attnkern.window_map(rectangle[:1], (31, 31), rescale=False)[0].double()
+    torch.testing.assert_close(map, map.flip(0, 1))  # symmetric about the centre
+
+
+def test_several_windows_part_in_training():
+    """Each has a gradient of its own from the first step."""
+    module = ann.WindowAttention(C, (4,), num_windows=4)
+    module(torch.randn(N, C, 9, 9)).square().sum().backward()
+    gradient = module.regressor.bias.grad.view(4, 5)
+    assert gradient.isfinite().all()
+    assert torch.pdist(gradient).min() > 1e-4 * gradient.abs().max()
+
+
+def test_weights_of_one_window_stay_loadable():
+    """The parameters of one window have the names and shapes that they had before there could be several."""
+    shapes = {name: tuple(value.shape) for name, value in ann.WindowAttention(C, (4, 5)).state_dict().items()}
+    assert shapes == {
+        "head.0.weight": (4, C, 3, 3), "head.0.bias": (4,), "head.3.weight": (5, 4, 3, 3), "head.3.bias": (5,),
+        "regressor.weight": (5, 5), "regressor.bias": (5,),
+    }  # fmt: skip
+    ellipse = ann.WindowAttention(C, (4, 5), shape="ellipse")
+    ellipse.load_state_dict(ann.WindowAttention(C, (4, 5)).state_dict())
+
+
+@every_backend
+@pytest.mark.parametrize("hooked", [False, True])
+def test_windows_that_are_given(hooked, backend):
+    """Any number of windows may be given, whatever the head predicts; the shape is the module's."""
+    module, x = ann.WindowAttention(C, (4,), shape="ellipse"), torch.randn(2, C, H, W)
+    if hooked:
+        module.map.register_forward_hook(lambda *_: None)
+    rectangle = torch.rand(2, 3, 5) + 0.1
+    with attnkern.use_backend(backend):
+        output, map = module(x, True, rectangle)
+        torch.testing.assert_close(map, attnkern.window_map(rectangle, (H, W), shape="ellipse"))
+        torch.testing.assert_close(output, x * (1 + map[:, None]))
 
 
 # --- AnchorQuantizer, BottleneckAttention ----------------------------------------------------------------------------
@@ -843,6 +893,10 @@ ERRORS = {
                      TypeError, "WindowAttention: x must be a Tensor, got list"),
     "hidden": (lambda: ann.WindowAttention(C, hidden=()),
                ValueError, "WindowAttention: hidden must name at least one convolution's channels, got none"),
+    "no windows": (lambda: ann.WindowAttention(C, num_windows=0),
+                   ValueError, "WindowAttention: num_windows must be at least 1, got 0"),
+    "shape": (lambda: ann.WindowAttention(C, shape="circle"),
+              ValueError, "WindowAttention: shape must be 'rectangle' or 'ellipse', got 'circle'"),
     "anchors": (lambda: ann.AnchorQuantizer(0),
                 ValueError, "AnchorQuantizer: num_anchors must be at least 1, got 0"),
     "no anchors": (lambda: ann.BottleneckAttention(C, num_anchors=0),

@@ -243,6 +243,67 @@ def test_images_in_the_order_of_their_rectangles(by, order):
         assert descriptive_order(rectangles, by, descending=True).tolist() == order[::-1]
 
 
+# --- several windows and ellipses ------------------------------------------------------------------------------------
+
+TWO = torch.tensor([[RECTANGLE, [0.55, 0.5, 0.08, 0.15, -1.0]], [[0.3, 0.7, 0.1, 0.2, 0.0], [0.7, 0.3, 0.2, 0.1, 1.0]]])
+
+
+@pytest.mark.parametrize("shape", ["rectangle", "ellipse"])
+@pytest.mark.parametrize("size, aspect", [((9, 9), False), ((9, 14), True), ((1, 5), True)])
+def test_masks_of_several_windows_are_their_union(size, aspect, shape):
+    single = [rectangle_mask(TWO[:, k], size, aspect, shape) for k in range(2)]
+    assert torch.equal(rectangle_mask(TWO, size, aspect, shape), single[0] | single[1])
+    steep = {"scale": 1e4, "rescale": False, "aspect": aspect, "shape": shape, "backend": "reference"}
+    assert torch.equal(rectangle_mask(TWO, size, aspect, shape), attnkern.window_map(TWO, size, **steep) > 0.1)
+
+
+def test_an_ellipse_lies_inside_its_rectangle():
+    inside = rectangle_mask(TWO, (40, 40), shape="ellipse")
+    assert not (inside & ~rectangle_mask(TWO, (40, 40))).any()
+    one = torch.tensor([[0.5, 0.5, 0.4, 0.3, 0.7]])
+    share = rectangle_mask(one, (400, 400), shape="ellipse").sum() / rectangle_mask(one, (400, 400)).sum()
+    assert share.item() == pytest.approx(math.pi / 4, abs=2e-3)
+
+
+@pytest.mark.parametrize("size", [None, (7, 12)])
+def test_windows_are_transformed_and_compared_one_by_one(size):
+    angle, scale, shift = torch.tensor([0.3, -0.2]), torch.tensor([0.9, 1.1]), torch.tensor([[0.1, 0], [0, -0.1]])
+    moved = transform_rectangle(TWO, angle, scale, shift, size=size)
+    parts = [transform_rectangle(TWO[:, k], angle, scale, shift, size=size) for k in range(2)]
+    torch.testing.assert_close(moved, torch.stack(parts, 1))
+    for literal in (False, True):
+        distances = [equivariance_distance(TWO[:, k], parts[k], literal) for k in range(2)]
+        torch.testing.assert_close(equivariance_distance(TWO, moved, literal), torch.stack(distances).mean(0))
+    assert equivariance_distance(TWO, TWO.flip(1)).min() > 0.01  # exchanged windows are not the same
+
+
+def test_errors_of_several_windows_are_means_over_them():
+    images = torch.ones(3, 1, 9, 17)
+
+    def of(windows):
+        return lambda x: windows.expand(len(x), *windows.shape[1:])
+
+    found = equivariance_errors(of(TWO[:1]), images)
+    single = [equivariance_errors(of(TWO[:1, k]), images) for k in range(2)]
+    for kind, error in found.items():
+        expected = [(a + b) / 2 for a, b in zip(*(one[kind] for one in single), strict=True)]
+        assert list(error) == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
+def test_images_in_the_order_of_their_windows():
+    """By the means over the windows; the directions of angles near π/2 and -π/2 are close."""
+    rectangles = torch.tensor([
+        [[0.1, 0.9, 0.1, 0.1, 1.5], [0.2, 0.9, -0.3, 0.1, -1.5]],  # about π/2
+        [[0.9, 0.3, 0.3, 0.1, 0.1], [0.2, 0.1, 0.3, 0.2, 0.3]],
+        [[0.3, 0.5, 0.1, 0.4, -0.1], [0.3, 0.5, 0.1, 0.4, -0.2]],
+    ])  # fmt: skip
+    orders = {"row": [0, 2, 1], "column": [1, 2, 0], "both": [1, 2, 0], "height": [2, 0, 1], "width": [0, 1, 2]}
+    assert {by: descriptive_order(rectangles, by).tolist() for by in orders} == orders
+    assert descriptive_order(rectangles, "angle").tolist()[-2:] in ([1, 0], [2, 1])
+    for by in (*orders, "angle"):
+        assert torch.equal(descriptive_order(rectangles[:, :1], by), descriptive_order(rectangles[:, 0], by))
+
+
 rectangle, images, masks = torch.full((2, 5), 0.5), torch.ones(2, 3, 4, 5), torch.ones(2, 3, 4, dtype=torch.bool)
 
 
@@ -252,7 +313,8 @@ def wrong(error, message, function, *args, **kwargs):
 
 
 WRONG = [
-    wrong(ValueError, "rectangles must be (N, 5), got shape (2, 4)", descriptive_order, rectangle[:, :4], "row"),
+    wrong(ValueError, "rectangles must be (N, 5), or (N, K, 5) with K of at least 1, got shape (2, 4)",
+          descriptive_order, rectangle[:, :4], "row"),
     wrong(ValueError, "by must be 'column', 'row', 'both', 'height', 'width' or 'angle', got 'area'",
           descriptive_order, rectangle, "area"),
     wrong(TypeError, "rectangle must be float32, bfloat16, float16 or float64, got int64",
@@ -269,9 +331,16 @@ WRONG = [
           transform_images, images, padding="mirror"),
     wrong(ValueError, "images must be (N, C, H, W) with H and W of at least 1, got shape (2, 5)",
           transform_images, rectangle),
-    wrong(ValueError, "second must be (2, 5), got shape (1, 5)", equivariance_distance, rectangle, rectangle[:1]),
-    wrong(ValueError, "rectangles_of's result must be (N, 5), got shape (2, 3)",
+    wrong(ValueError, "shape must be 'rectangle' or 'ellipse', got 'circle'",
+          rectangle_mask, rectangle, (2, 2), shape="circle"),
+    wrong(ValueError, "second must be (2, 5) (as first), got shape (1, 5)",
+          equivariance_distance, rectangle, rectangle[:1]),
+    wrong(ValueError, "second must be (2, 5) (as first), got shape (2, 1, 5)",
+          equivariance_distance, rectangle, rectangle[:, None]),
+    wrong(ValueError, "rectangles_of's result must be (N, 5), or (N, K, 5) with K of at least 1, got shape (2, 3)",
           equivariance_errors, lambda x: x.mean((2, 3)), images),
+    wrong(ValueError, "rectangles_of's result must be (2, 5) or (2, K, 5), got shape (1, 5)",
+          equivariance_errors, lambda x: rectangle[:1], images),
 ]  # fmt: skip
 
 

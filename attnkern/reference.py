@@ -41,8 +41,8 @@ def log_window(rectangle, height, width, scale, aspect, ellipse):
     if rectangle.shape[1] == 1:
         return z[:, 0]
     outside = F.logsigmoid(-p)
-    if not ellipse:
-        outside = torch.logaddexp(outside, F.logsigmoid(p) + F.logsigmoid(-q))
+    if not ellipse:  # second derivatives of logaddexp may be NaN
+        outside = torch.stack((outside, F.logsigmoid(p) + F.logsigmoid(-q))).logsumexp(0)
     return _log_union(z, outside)
 
 

@@ -46,17 +46,17 @@ def upsample(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def _check_boxes(where, boxes, maps=None):
     check_tensor(where, "boxes", boxes)
-    check_shape(where, "boxes", boxes, "(N, 4)", boxes.dim() == 2 and boxes.shape[1] == 4)
+    check_shape(where, "boxes", boxes, "(N, 4) or (N, B, 4)", boxes.dim() in (2, 3) and boxes.shape[-1] == 4)
     if maps is not None:
-        check_shape(where, "boxes", boxes, "({}, 4) (N as maps)", len(boxes) == len(maps), len(maps))
+        check_shape(where, "boxes", boxes, "({0}, 4) or ({0}, B, 4) (N as maps)", len(boxes) == len(maps), len(maps))
 
 
 def box_masks(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Filled boxes, (N, H, W) bool: pixels whose centres lie in the box or on its edge.
+    """Filled boxes, (N, H, W) bool: pixels whose centres lie in the box, or in one of several boxes, or on its edge.
 
     Args:
-        boxes: (N, 4): first row, first column, last row, last column in pixels, inclusive, where (0, 0) is the centre
-            of the first pixel.
+        boxes: (N, 4), or (N, B, 4) for several objects in an image: first row, first column, last row, last column in
+            pixels, inclusive, where (0, 0) is the centre of the first pixel.
         size: (H, W).
 
     Raises:
@@ -65,11 +65,12 @@ def box_masks(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     _check_boxes("box_masks", boxes)
     size = check_size("box_masks", size)
     inside = []
-    for length, first, last in zip(size, boxes.unbind(1)[:2], boxes.unbind(1)[2:], strict=True):
+    for length, first, last in zip(size, boxes.unbind(-1)[:2], boxes.unbind(-1)[2:], strict=True):
         positions = torch.arange(length, device=boxes.device)
-        inside.append((positions >= first[:, None]) & (positions <= last[:, None]))
+        inside.append((positions >= first[..., None]) & (positions <= last[..., None]))
     rows, columns = inside
-    return rows[:, :, None] & columns[:, None, :]
+    filled = rows[..., :, None] & columns[..., None, :]
+    return filled.any(1) if boxes.dim() == 3 else filled
 
 
 def _varies(maps):
@@ -90,7 +91,7 @@ def pointing_game(maps: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]
 
     Args:
         maps: (N, h, w).
-        boxes: (N, 4) as in :func:`box_masks`.
+        boxes: (N, 4) or (N, B, 4) as in :func:`box_masks`.
         size: (H, W) of the images.
 
     Raises:
@@ -198,7 +199,7 @@ def localisation(
 
     Args:
         maps: (N, h, w).
-        boxes: (N, 4) as in :func:`box_masks`.
+        boxes: (N, 4) or (N, B, 4) as in :func:`box_masks`.
         size: (H, W) of the images.
         masks: (N, H, W) bool. If a mask is empty, an empty prediction counts 1, any other 0.
         batch_size: maps that are upsampled at a time.

@@ -101,11 +101,12 @@ class Subject:
 
     @functools.cached_property
     def located(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Boxes (N, 4) and masks (N, H, W)."""
+        """Boxes (N, 4), or (N, B, 4) of several objects, and masks (N, H, W), the union of several."""
         data = self.images.located()
         if data is None:
             raise NotApplicableError(f"{self.images.name} has no boxes or masks")
-        return tuple(self._load(data)[2:])
+        boxes, masks = self._load(data)[2:]
+        return boxes, masks.any(1) if masks.dim() == 4 else masks
 
     def rectangles_of(self, images: torch.Tensor) -> torch.Tensor:
         """Rectangles (N, 5) of normalised images, or (N, K, 5) if the network has several windows."""

@@ -1,5 +1,5 @@
 """Training of the papers' networks: data, recipes and the command ``attnkern train``."""
 
-from attnkern.training.digits import Digits, digits_clutter
+from attnkern.training.digits import Digits, digits_clutter, digits_pairs
 
-__all__ = ["Digits", "digits_clutter"]
+__all__ = ["Digits", "digits_clutter", "digits_pairs"]

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from attnkern._extras import needs_extra
 from attnkern.evaluation.inputs import listed
-from attnkern.training.digits import digits_clutter
+from attnkern.training.digits import digits_clutter, digits_pairs
 
 with needs_extra("attnkern.training.data", "train"):
     from lightning.pytorch.utilities import rank_zero_warn
@@ -56,6 +56,7 @@ SPECS = {
     ),
     "cub": Spec(80, ("box_crop",)),
     "digits-clutter": Spec(32, ("count",), None),
+    "digits-pairs": Spec(32, ("count",), None),
     "folder": Spec(224, ("split",)),
     "pets": Spec(
         300, ("download", "ratio", "split"),
@@ -94,8 +95,8 @@ class Part(Dataset):
         images: items are tuples that begin with the image, a tensor or one of Pillow's.
         labels: of all ``images``.
         indices: the images that belong to this part, by default all.
-        region: from an index to the region of the labelled object, in stored pixels: a mask (H, W) or BoundingBoxes
-            with one box. None where the data set has neither boxes nor masks.
+        region: from an index to the region of the labelled object, in stored pixels: a mask (H, W), masks (B, H, W) of
+            several objects, or BoundingBoxes with one box. None where the data set has neither boxes nor masks.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class Part(Dataset):
         return image, self.labels[index]
 
     def mask(self, item, size):
-        """(size, size) bool: the region of the object in the resized image."""
+        """(size, size) bool: the region of the object in the resized image; (B, size, size) of several objects."""
         index = self.indices[item]
         region = self.region(index)
         if isinstance(region, tv_tensors.BoundingBoxes):
@@ -165,7 +166,7 @@ def read_dataset(
 ) -> tuple[Part, Part, list[str]]:
     """Training images, test images and class names of a data set.
 
-    Args: those of :class:`attnkern.training.data.ImageData`. ``size``, ``seed`` and ``count`` are of digits-clutter.
+    Args: those of :class:`attnkern.training.data.ImageData`. ``size``, ``seed`` and ``count`` are of digits.
 
     Raises:
         FileNotFoundError: the data set is not there, or a class has no images.
@@ -181,7 +182,9 @@ def read_dataset(
     elif name == "caltech101":
         train, test, classes = _caltech101(root, split)
     elif name == "digits-clutter":
-        train, test, classes = _digits(size, seed, count)
+        train, test, classes = *_digits(digits_clutter, size, seed, count), range(10)
+    elif name == "digits-pairs":
+        train, test, classes = *_digits(digits_pairs, size, seed, count), ("odd", "even")
     else:
         train, test, classes = _torchvision(name, root)
     return train, test, list(map(str, classes))
@@ -287,10 +290,9 @@ def _cub(root, crop):
     return *(Part(images, labels, part, region) for part in parts), classes.values()
 
 
-def _digits(size, seed, count):
-    parts = digits_clutter("train", size, seed, count), digits_clutter("test", size)
-    parts = [Part(TensorDataset(part.images), part.labels, region=part.masks.__getitem__) for part in parts]
-    return *parts, range(10)
+def _digits(make, size, seed, count):
+    parts = make("train", size, seed, count), make("test", size)
+    return [Part(TensorDataset(part.images), part.labels, region=part.masks.__getitem__) for part in parts]
 
 
 # --- a folder of images ----------------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ _FRAGMENTS = 6
 
 
 class Digits(NamedTuple):
-    """Result of :func:`digits_clutter`."""
+    """Result of :func:`digits_clutter`, and of :func:`digits_pairs` with a box and a mask for each of two digits."""
 
     images: torch.Tensor  #: (N, 3, S, S) float32 in [0, 1]
-    labels: torch.Tensor  #: (N,) int64, 0 to 9
-    boxes: torch.Tensor  #: (N, 4) float32: first row, first column, last row, last column of the digit, in pixels
-    masks: torch.Tensor  #: (N, S, S) bool: the digit's ink
+    labels: torch.Tensor  #: (N,) int64, 0 to 9; of pairs 1 where the sum is even
+    boxes: torch.Tensor  #: (N, 4) or (N, 2, 4) float32: first row, first column, last row, last column, in pixels
+    masks: torch.Tensor  #: (N, S, S) or (N, 2, S, S) bool: a digit's ink
 
 
 def _sources(split):
@@ -36,12 +36,13 @@ def _sources(split):
     return images, torch.from_numpy(digits.target)[chosen].long()
 
 
-def _draw(patches, size, extent, degrees, generator):
+def _draw(patches, size, extent, degrees, generator, sides=None):
     """Patches of ink at random places in images: (N, 1, size, size).
 
     Args:
         extent: smallest and largest side of a patch, as a fraction of the image's side.
         degrees: largest angle that a patch is rotated by, in either direction.
+        sides: (N, 2), for x and y: -1 and 1 keep a patch in one half of the image, 0 anywhere.
     """
 
     def uniform(low, high):
@@ -50,6 +51,11 @@ def _draw(patches, size, extent, degrees, generator):
     half = uniform(*extent)  # half the side, in coordinates from -1 to 1
     room = 1 - half
     x, y = uniform(-1, 1) * room, uniform(-1, 1) * room
+    if sides is not None:  # from 0 to 1 in place of -1 to 1
+        x, y = (
+            torch.where(side == 0, at, side * (half + (at / room + 1) / 2 * (1 - 2 * half)))
+            for at, side in zip((x, y), sides.unbind(1), strict=True)
+        )
     angle = uniform(-degrees, degrees) * math.pi / 180
     cos, sin = torch.cos(angle) / half, torch.sin(angle) / half
     # From the image to the patch: the inverse of scaling, rotation and shift.
@@ -59,16 +65,57 @@ def _draw(patches, size, extent, degrees, generator):
 
 
 def extents(masks: torch.Tensor) -> torch.Tensor:
-    """Boxes of masks (N, H, W) bool, (N, 4) float32: first row, first column, last row, last column.
+    """Boxes of masks (..., H, W) bool, (..., 4) float32: first row, first column, last row, last column.
 
     The box of an empty mask is the whole image.
     """
     ends = []
-    for covered in (masks.any(2), masks.any(1)):
-        first = covered.int().argmax(1)
-        ends.append((first, covered.shape[1] - 1 - covered.flip(1).int().argmax(1)))
+    for covered in (masks.any(-1), masks.any(-2)):
+        first = covered.int().argmax(-1)
+        ends.append((first, covered.shape[-1] - 1 - covered.flip(-1).int().argmax(-1)))
     (row0, row1), (col0, col1) = ends
-    return torch.stack((row0, col0, row1, col1), 1).float()
+    return torch.stack((row0, col0, row1, col1), -1).float()
+
+
+def _prepared(where, split, size, seed, count):
+    """The checked arguments as sources, their labels, a generator and the number of images."""
+    check_choice(where, "split", split, ("train", "test"))
+    check_integer(where, size=size, seed=seed)
+    if size < 16:
+        raise ValueError(f"{where}: size must be at least 16, got {size}")
+    if count is not None:
+        check_count(where, count=count)
+    sources, labels = _sources(split)
+    generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
+    return sources, labels, generator, len(sources) if count is None else count
+
+
+def _colours(low, high, n, generator):
+    return low + (high - low) * torch.rand(n, 3, 1, 1, generator=generator)
+
+
+def _clutter(sources, n, size, generator):
+    """Images (n, 3, size, size): gradients between two dark colours and fragments of digits."""
+    direction = 2 * math.pi * torch.rand(n, 1, 1, generator=generator)
+    axis = torch.linspace(-0.5, 0.5, size)
+    ramp = (torch.cos(direction) * axis[:, None] + torch.sin(direction) * axis)[:, None] / math.sqrt(2) + 0.5
+    images = torch.lerp(_colours(0.0, 0.4, n, generator), _colours(0.0, 0.4, n, generator), ramp)
+    for _ in range(_FRAGMENTS):
+        others = torch.randint(len(sources), (n,), generator=generator)
+        corners = torch.randint(5, (2, n, 1), generator=generator)
+        rows, columns = corners + torch.arange(4)
+        fragments = sources[others[:, None, None], 0, rows[:, :, None], columns[:, None, :]][:, None]
+        ink = _draw(fragments, size, (0.12, 0.22), 180, generator)
+        images = torch.lerp(images, _colours(0.2, 0.8, n, generator), ink)
+    return images
+
+
+def _painted(images, ink, generator):
+    return torch.lerp(images, _colours(0.7, 1.0, len(images), generator), (1.6 * ink).clamp(max=1))
+
+
+def _noisy(images, generator):
+    return (images + 0.05 * torch.randn(images.shape, generator=generator)).clamp_(0, 1)
 
 
 def digits_clutter(split: str, size: int = 32, seed: int = 0, count: int | None = None) -> Digits:
@@ -94,34 +141,42 @@ def digits_clutter(split: str, size: int = 32, seed: int = 0, count: int | None 
         ValueError, TypeError: an unknown split, a size or count that is too small, or an argument of another kind.
         ImportError: scikit-learn is not installed.
     """
-    where = "digits_clutter"
-    check_choice(where, "split", split, ("train", "test"))
-    check_integer(where, size=size, seed=seed)
-    if size < 16:
-        raise ValueError(f"{where}: size must be at least 16, got {size}")
-    if count is not None:
-        check_count(where, count=count)
-    sources, labels = _sources(split)
-    generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
-    n = len(sources) if count is None else count
+    sources, labels, generator, n = _prepared("digits_clutter", split, size, seed, count)
     chosen = torch.arange(n) % len(sources)
-
-    def colours(low, high):
-        return low + (high - low) * torch.rand(n, 3, 1, 1, generator=generator)
-
-    direction = 2 * math.pi * torch.rand(n, 1, 1, generator=generator)
-    axis = torch.linspace(-0.5, 0.5, size)
-    ramp = (torch.cos(direction) * axis[:, None] + torch.sin(direction) * axis)[:, None] / math.sqrt(2) + 0.5
-    images = torch.lerp(colours(0.0, 0.4), colours(0.0, 0.4), ramp)
-    for _ in range(_FRAGMENTS):
-        others = torch.randint(len(sources), (n,), generator=generator)
-        corners = torch.randint(5, (2, n, 1), generator=generator)
-        rows, columns = corners + torch.arange(4)
-        fragments = sources[others[:, None, None], 0, rows[:, :, None], columns[:, None, :]][:, None]
-        ink = _draw(fragments, size, (0.12, 0.22), 180, generator)
-        images = torch.lerp(images, colours(0.2, 0.8), ink)
+    images = _clutter(sources, n, size, generator)
     ink = _draw(sources[chosen], size, (0.4, 0.65), 20, generator)
-    images = torch.lerp(images, colours(0.7, 1.0), (1.6 * ink).clamp(max=1))
-    images = (images + 0.05 * torch.randn(images.shape, generator=generator)).clamp_(0, 1)
+    images = _noisy(_painted(images, ink, generator), generator)
     masks = ink[:, 0] > 0.3
     return Digits(images, labels[chosen], extents(masks), masks)
+
+
+def digits_pairs(split: str, size: int = 32, seed: int = 0, count: int | None = None) -> Digits:
+    """Two digits in the clutter of :func:`digits_clutter`, and whether their sum is even: both have to be found.
+
+    The digits lie side by side or one above the other, each in a half of the image and somewhat smaller than there. The
+    first digits are those of the split in their order, the second ones are drawn from it.
+
+    Args:
+        split, size, seed, count: as in :func:`digits_clutter`.
+
+    Returns:
+        images (N, 3, S, S) float32 in [0, 1]; labels (N,) int64, 1 where the sum of the two digits is even, else 0;
+        boxes (N, 2, 4) float32 and masks (N, 2, S, S) bool of the two digits.
+
+    Raises:
+        ValueError, TypeError, ImportError: as :func:`digits_clutter`.
+    """
+    sources, labels, generator, n = _prepared("digits_pairs", split, size, seed, count)
+    chosen = torch.stack((torch.arange(n) % len(sources), torch.randint(len(sources), (n,), generator=generator)))
+    images = _clutter(sources, n, size, generator)
+    # The axis that separates the digits, and on which side of the other one the first digit is.
+    axis, side = torch.randint(2, (n,), generator=generator), 1 - 2 * torch.randint(2, (n,), generator=generator)
+    sides = F.one_hot(axis, 2) * side[:, None]
+    placed = zip(chosen, (sides, -sides), strict=True)
+    inks = [_draw(sources[of], size, (0.3, 0.48), 20, generator, at) for of, at in placed]
+    for ink in inks:
+        images = _painted(images, ink, generator)
+    images = _noisy(images, generator)
+    masks = torch.cat(inks, 1) > 0.3
+    even = (labels[chosen].sum(0) % 2 == 0).long()
+    return Digits(images, even, extents(masks), masks)

@@ -164,6 +164,22 @@ def test_nan_in_one_window(index, shape, backend, device):
     same({name: result[1:] for name, result in found.items()}, {name: result[1:] for name, result in clean.items()})
 
 
+@every_shape
+@full_precision
+@pytest.mark.parametrize("scale", [6.0, 60.0, 600.0])
+def test_second_derivatives_of_the_reference_are_finite(scale, dtype, shape):
+    """Also where windows are far off, steep, or 1 up to rounding."""
+    rows = ((0.4, 0.6, 0.25, 0.2, 0.3), (4.0, -3.0, 0.3, 0.25, 0.4), (0.5, 0.5, 60.0, 80.0, 0.2))
+    for chosen in (rows[:2], rows[1:2] * 2, rows[::2], rows[2:] * 2, rows):
+        leaf = windows(*chosen, dtype=dtype).requires_grad_()
+        for rescale in (True, False):
+            map = attnkern.window_map(leaf, SIZE, scale=scale, shape=shape, rescale=rescale, backend="reference")
+            (first,) = torch.autograd.grad(map.sin().sum(), leaf, create_graph=True)
+            (second,) = torch.autograd.grad(first.sin().sum(), leaf)
+            assert first.isfinite().all()
+            assert second.isfinite().all()
+
+
 # --- ellipses --------------------------------------------------------------------------------------------------------
 
 

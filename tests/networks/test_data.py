@@ -25,7 +25,7 @@ from torchvision.transforms import v2  # noqa: E402
 from attnkern.training import show  # noqa: E402
 from attnkern.training.data import EpochSampler, ImageData, data_sets  # noqa: E402
 from attnkern.training.datasets import SPECS  # noqa: E402
-from attnkern.training.digits import digits_clutter, extents  # noqa: E402
+from attnkern.training.digits import digits_clutter, digits_pairs, extents  # noqa: E402
 from attnkern.training.normalisation import ZCA  # noqa: E402
 
 RANDOM = np.random.default_rng(0)
@@ -167,6 +167,7 @@ FAKES = {
     "cifar100": write_cifar100,
     "cub": write_cub,
     "digits-clutter": lambda root: None,
+    "digits-pairs": lambda root: None,
     "folder": write_folder,
     "pets": write_pets,
     "stl10": write_stl10,
@@ -192,6 +193,7 @@ def test_data_set_names():
         ("cifar100", 100, (2, 3), 32),
         ("cub", 2, (1, 3), 80),
         ("digits-clutter", 10, (1438, 359), 32),
+        ("digits-pairs", 2, (1438, 359), 32),
         ("folder", 2, (2, 2), 224),
         ("pets", 2, (4, 4), 300),
         ("stl10", 10, (3, 2), 96),
@@ -219,7 +221,7 @@ def test_every_data_set(name, classes, counts, side, tmp_path):
     assert not torch.equal(raw, images)
     small = loaded(name=name, root=tmp_path, size=20)
     assert small.train[0][0].shape == small.raw()[0][0].shape == (3, 20, 20)
-    if name not in ("cub", "digits-clutter", "pets"):
+    if name not in ("cub", "digits-clutter", "digits-pairs", "pets"):
         assert data.located() is None
 
 
@@ -442,6 +444,61 @@ def test_digits_masks_cover_the_digit(size):
     assert label == digits.labels[5]
     assert torch.equal(box, digits.boxes[5])
     assert torch.equal(mask, digits.masks[5])
+
+
+@pytest.mark.parametrize("size", [16, 33])
+def test_pairs_have_two_digits_apart(size):
+    """Each has a mask and a box; they are brighter than the rest, and in different halves of the image."""
+    pairs = digits_pairs("test", size)
+    assert pairs.masks.shape == (359, 2, size, size)
+    assert torch.equal(extents(pairs.masks), pairs.boxes)
+    assert (pairs.boxes[..., 2:] > pairs.boxes[..., :2]).all()
+    bright, ink = pairs.images.mean(1), pairs.masks.any(1)
+    inside, outside = ((bright * where).sum((1, 2)) / where.sum((1, 2)) for where in (ink, ~ink))
+    assert (inside > outside + 0.1).all()
+    centres = (pairs.boxes[..., :2] + pairs.boxes[..., 2:]) / 2 - (size - 1) / 2
+    apart = (centres[:, 0] * centres[:, 1] < 0).any(1)
+    assert apart.float().mean() > 0.98  # ink is not exactly in the middle of its patch
+    first = centres[:, 0].sign()
+    assert all(0.3 < (first[:, axis] > 0).float().mean() < 0.7 for axis in range(2))
+    image, label, box, mask = (data := loaded(name="digits-pairs", size=size)).located()[5]
+    torch.testing.assert_close(image, data.test[5][0])
+    assert label == pairs.labels[5]
+    assert torch.equal(box, pairs.boxes[5])
+    assert torch.equal(mask, pairs.masks[5])
+    assert data.class_names == ["odd", "even"]
+
+
+def test_pairs_are_labelled_by_the_parity_of_their_sum(monkeypatch):
+    """The digits are told apart by their ink: sources are replaced by squares whose size is the digit."""
+    values = torch.arange(10).repeat(3)
+    sources = torch.zeros(30, 1, 8, 8)
+    for source, value in zip(sources, values, strict=True):
+        source[0].view(-1)[: 6 * (value + 1)] = 1.0
+    monkeypatch.setattr("attnkern.training.digits._sources", lambda split: (sources, values))
+    drawn = []
+    draw = sys.modules["attnkern.training.digits"]._draw
+
+    def watched(patches, *arguments):
+        if len(arguments) == 5:  # of a digit, which has a side
+            drawn.append((patches.flatten(1).sum(1) / 6 - 1).round().long())
+        return draw(patches, *arguments)
+
+    monkeypatch.setattr("attnkern.training.digits._draw", watched)
+    labels = digits_pairs("train", count=60).labels
+    first, second = drawn
+    assert torch.equal(first, values.repeat(2))
+    assert len(second.unique()) > 5
+    assert torch.equal(labels, ((first + second) % 2 == 0).long())
+    assert 0.2 < labels.float().mean() < 0.8
+
+
+def test_pairs_do_not_change_and_depend_on_the_seed():
+    same, other = digits_pairs("train", 16, 1, 20), digits_pairs("train", 16, 2, 20)
+    assert all(map(torch.equal, digits_pairs("train", 16, 1, 20), same))
+    assert not torch.equal(same.images, other.images)
+    with pytest.raises(ValueError, match=r"^digits_pairs: size must be at least 16, got 15$"):
+        digits_pairs("train", 15)
 
 
 def test_extents():

@@ -84,6 +84,16 @@ def test_box_masks_include_edges():
     ]
 
 
+def test_several_boxes_of_an_image():
+    """Their union is filled, and a map may point into any of them."""
+    boxes = torch.tensor([[[0.0, 0.0, 1.0, 1.0], [2.0, 3.0, 3.0, 5.0]], [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]])
+    single = [box_masks(boxes[:, k], (4, 6)) for k in range(2)]
+    assert torch.equal(box_masks(boxes, (4, 6)), single[0] | single[1])
+    maps = torch.zeros(2, 4, 6)
+    maps[0, 3, 4] = maps[1, 3, 4] = 1
+    assert pointing_game(maps, boxes, (4, 6)) == 0.5
+
+
 def test_pointing_game_uses_maximum():
     maps = torch.zeros(4, 2, 2)
     maps[0, 1, 0] = maps[1, 1, 0] = maps[2, 0, 1] = 1
@@ -496,8 +506,9 @@ WRONG = [
           upsample, images, (2, 2)),
     wrong(ValueError, "size must be (H, W), got 4", upsample, maps, 4),
     wrong(ValueError, "size must be two integers of at least 1, got (2, 0)", upsample, maps, (2, 0)),
-    wrong(ValueError, "boxes must be (N, 4), got shape (2, 5)", box_masks, torch.ones(2, 5), (3, 4)),
-    wrong(ValueError, "boxes must be (2, 4) (N as maps), got shape (1, 4)", pointing_game, maps, boxes[:1], (3, 4)),
+    wrong(ValueError, "boxes must be (N, 4) or (N, B, 4), got shape (2, 5)", box_masks, torch.ones(2, 5), (3, 4)),
+    wrong(ValueError, "boxes must be (2, 4) or (2, B, 4) (N as maps), got shape (1, 4)",
+          pointing_game, maps, boxes[:1], (3, 4)),
     wrong(TypeError, "predicted must be a Tensor of bool, got float32", jaccard, maps, masks),
     wrong(TypeError, "target must be a Tensor of bool, got ndarray", jaccard, masks, masks.numpy()),
     wrong(ValueError, "target must be (2, 3, 4) (as predicted), got shape (1, 3, 4)", jaccard, masks, masks[:1]),

@@ -18,17 +18,16 @@
 
 namespace attnkern {
 
-constexpr int kQueries = 16;        // of a block: the rows of a product
-constexpr int kUnit = 32;           // channels that a warp takes together
-constexpr int kManyWarps = 16;      // the most per block
-constexpr int kUsualWarps = 8;      // two such blocks fit into a multiprocessor
-constexpr int kMostManySplits = 64; // per image
-constexpr int kFewestManySplits = 4;
-constexpr int kManyTiles = 4; // of a split, to spread the cost of loading the vectors and of adding up the splits
-// Units of a warp; their sums take 16 registers each per lane, twice as many for double.
-template <typename T> constexpr int kUnits = sizeof(T) == 8 ? 1 : 3;
-// Positions of a tile.
-template <bool kInner> constexpr int kManyTile = kInner ? 16 : 32;
+constexpr int kQueries = 16;   // of a block: the rows of a product
+constexpr int kUnit = 32;      // channels that a warp takes together
+constexpr int kUsualWarps = 8; // of a block, so that two blocks fit into a multiprocessor
+// The most warps of a block, and units of a warp. The sums of a unit take 16 registers, twice as many for double.
+template <typename T> constexpr int kManyWarps = sizeof(T) == 8 ? kUsualWarps : 2 * kUsualWarps;
+template <typename T> constexpr int kUnits = sizeof(T) == 8 ? 2 : 3;
+template <bool kInner> constexpr int kManyTile = kInner ? 16 : 32; // positions of a tile
+constexpr int kMostManySplits = 64;                                // of an image
+// Tiles of a split, which loads the vectors and writes sums for each query; fewer if the image has few tiles.
+constexpr int kManyTiles = 4;
 
 // Which positions take part: all without a mask.
 struct Mask {
@@ -54,8 +53,9 @@ struct ManyPlan {
   bool shared_query; // whether all images have the same queries
   bool scored;       // whether many_scores() has computed the scores
   int tile, warps;
-  int units; // of a warp
-  int width; // elements per access
+  int units;      // of a warp
+  int width;      // elements per access
+  int stages = 1; // tiles in shared memory: 2 if the next one is loaded while one is used
   int64_t groups, slices, splits, tiles_per_split;
 
   template <typename T>
@@ -70,13 +70,17 @@ struct ManyPlan {
       units = static_cast<int>(ceil_div(count, most_warps));
       warps = static_cast<int>(ceil_div(count, units));
     };
-    divide_units(of_image, of_image <= kUsualWarps * kUnits<T> ? kUsualWarps : kManyWarps);
+    divide_units(of_image, of_image <= kUsualWarps * kUnits<T> ? kUsualWarps : kManyWarps<T>);
     scored = units > kUnits<T> || bytes<T>(true) > shared_memory;
     if (scored)
-      divide_units(std::min<int64_t>(of_image, kUsualWarps * std::min(2, kUnits<T>)), kUsualWarps);
+      divide_units(std::min<int64_t>(of_image, kUsualWarps), kUsualWarps);
     slices = scored ? ceil_div(shape.channels, channels()) : 1;
+    const size_t resident = shared_memory / bytes<T>(true);
+    stages = 2;
+    if (shared_memory / bytes<T>(true) < std::min<size_t>(resident, 2)) // a second block is worth more
+      stages = 1;
     const int64_t tiles = std::max<int64_t>(1, ceil_div(shape.positions, tile));
-    tiles_per_split = std::max(std::clamp<int64_t>(ceil_div(tiles, kFewestManySplits), 1, kManyTiles),
+    tiles_per_split = std::max(std::min<int64_t>(ceil_div(tiles, kManyTiles), kManyTiles),
                                ceil_div(tiles, kMostManySplits));
     splits = ceil_div(tiles, tiles_per_split);
   }
@@ -91,25 +95,25 @@ struct ManyPlan {
   // Shared memory, with or without what the scores need.
   template <typename T> size_t bytes(bool scores) const {
     const size_t of_scores = scores ? channels() + warps * partial_pitch() : 0;
-    return sizeof(Wide<T>) * kQueries * (of_scores + 2 * tile + 4) + sizeof(T) * tile * channels();
-  }
-  // The row of the vector of a query.
-  ATTNKERN_DEVICE int64_t vector_row(int64_t image, int64_t query, bool shared) const {
-    return shared ? query : image * queries + query;
+    return sizeof(Wide<T>) * kQueries * (of_scores + 2 * tile + 4) + sizeof(T) * stages * tile * channels();
   }
 };
 
-// Where the element (row, k) of a factor a of mma() with 16 rows lies, so that a lane loads its four elements of a step
-// of 8 columns together. If the other factor comes in quads along k, a lane has the quad of the columns 4t, and they
-// belong to two steps; otherwise columns lie as in mma().
+// A factor a of mma() with 16 rows lies in shared memory as the lanes need it: for each step of 8 columns a vector of
+// four elements for each lane. If the other factor comes in quads along k, a lane has the quad of the columns 4t, which
+// belong to two steps; otherwise columns lie as in mma(). Vectors are exchanged within a step, so that those which a
+// warp writes together lie in different banks.
+ATTNKERN_DEVICE int vector_place(int step, int lane) {
+  return (step * kWarp + (lane ^ (step / 2 % 2 + step / 4 % 2 * 4))) * 4;
+}
 template <bool kQuads> ATTNKERN_DEVICE int factor_place(int row, int k) {
   const int step = kQuads ? k / 16 * 2 + k / 2 % 2 : k / 8;
   const int t = kQuads ? k / 4 % 4 : k % 4;
   const int right = kQuads ? k % 2 : k / 4 % 2;
-  return (step * kWarp + row % 8 * 4 + t) * 4 + row / 8 + 2 * right;
+  return vector_place(step, row % 8 * 4 + t) + row / 8 + 2 * right;
 }
 template <typename A> ATTNKERN_DEVICE void load_factor(const A* from, int step, A (&to)[4]) {
-  const Vectors<A> vector(from + (step * kWarp + threadIdx.x % kWarp) * 4);
+  const Vectors<A> vector(from + vector_place(step, threadIdx.x % kWarp));
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     to[i] = vector[i];
@@ -150,7 +154,7 @@ template <typename T, bool kInner> struct ManyTile {
   static constexpr bool kWhole = kIsFactor<T>;
 
   const ManyPlan& plan;
-  T* memory;
+  T* memory; // of the tile in use
   const int lane, g, t, first; // first: the warp's first channel within the slice
   const int pitch;
 
@@ -229,6 +233,7 @@ template <typename T, bool kInner> struct ManyTile {
   ATTNKERN_DEVICE void sum(const A* high, const A* low, int unit, A (&d)[4][4]) const {
     constexpr int kSteps = kPositions / 8;
     const int channel = first + unit * kUnit;
+    forget_memory(); // loads the weights again for each unit, and does not keep them in registers
     const auto weights = [&](int step) {
       Factor<A, 4, sizeof(A) == 8> factor;
       load_factor(high, step, factor.high);
@@ -267,12 +272,12 @@ template <typename T, bool kInner> struct ManyTile {
 // A block's shared memory.
 template <typename T> struct ManyMemory {
   using A = Wide<T>;
-  A *vectors;               // (16, channels) as factors
-  A *partial;               // (warps, 16, tile): parts of the scores
-  A *high, *low;            // (16, tile): weights as factors
-  A *max, *sum, *shrink;    // (16): the online softmax
-  A *delta;                 // (16), in the backward pass
-  T* tile;
+  A* vectors;            // (16, channels) as factors
+  A* partial;            // (warps, 16, tile): parts of the scores
+  A *high, *low;         // (16, tile): weights as factors
+  A *max, *sum, *shrink; // (16): the online softmax
+  A* delta;              // (16), in the backward pass
+  T* tiles;              // (stages, tile, channels)
 
   ATTNKERN_DEVICE ManyMemory(const ManyPlan& plan, bool scores) {
     vectors = dynamic_shared<A>();
@@ -281,18 +286,28 @@ template <typename T> struct ManyMemory {
     low = high + kQueries * plan.tile;
     max = low + kQueries * plan.tile;
     sum = max + kQueries, shrink = sum + kQueries, delta = shrink + kQueries;
-    tile = reinterpret_cast<T*>(delta + kQueries);
+    tiles = reinterpret_cast<T*>(delta + kQueries);
   }
-  // Copies the vectors of a group at the slice's channels, with zeros for what does not exist.
+  // Copies the vectors of a group at the slice's channels, with zeros for what does not exist. A thread takes eight
+  // channels of the rows m and m + 8, which are four vectors of factors.
   template <bool kInner, typename Pass>
   ATTNKERN_DEVICE void load_vectors(const ManyPlan& plan, const Pass& pass, int64_t image, int64_t query,
                                     int64_t channel) const {
-    const int channels = plan.channels();
-    for (int m = 0; m < kQueries; ++m) {
-      const int64_t row = plan.vector_row(image, query + m, pass.shared_vectors) * plan.shape.channels + channel;
-      for (int c = threadIdx.x; c < channels; c += blockDim.x) {
-        const bool exists = query + m < plan.queries && channel + c < plan.shape.channels;
-        vectors[factor_place<kInner>(m, c)] = exists ? pass.vectors.template load<A>(row + c) : A(0);
+    const int eighths = plan.channels() / 8;
+    for (int i = threadIdx.x; i < eighths * 8; i += blockDim.x) {
+      const int m = i / eighths, c = i % eighths * 8;
+      A values[2][8];
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        const int64_t row = pass.shared_vectors ? query + m + upper * 8 : image * plan.queries + query + m + upper * 8;
+        const int64_t left = query + m + upper * 8 < plan.queries ? plan.shape.channels - channel - c : 0;
+        pass.vectors.load_run(row * plan.shape.channels + channel + c, left, values[upper]);
+      }
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const int k = kInner ? v * 2 : v, next = kInner ? k + 1 : k + 4; // of the vector's elements
+        A vector[4] = {values[0][k], values[1][k], values[0][next], values[1][next]};
+        store_vector4(vector, vectors + factor_place<kInner>(m, c + k));
       }
     }
   }
@@ -329,14 +344,15 @@ __global__ void __launch_bounds__(kUsualWarps * kWarp)
     return;
   const int count = static_cast<int>(std::min<int64_t>(kTile, shape.positions - position));
   const ManyMemory<T> memory(plan, true);
-  const ManyTile<T, kInner> tile(plan, memory.tile);
+  const ManyTile<T, kInner> tile(plan, memory.tiles);
   A d[ManyTile<T, kInner>::kColumns][4] = {};
   for (int64_t channel = 0; channel < shape.channels; channel += plan.channels()) {
     const int64_t offset = kInner ? position * shape.channels + channel : channel * shape.positions + position;
     __syncthreads(); // the vectors have been read
     tile.load(local + image * shape.image_size() + offset, shape.channels - channel, count);
+    commit_copies();
     memory.template load_vectors<kInner>(plan, pass, image, query, channel);
-    wait_for_copies();
+    wait_for_copies<0>();
     __syncthreads();
     tile.score(memory.vectors, d);
   }
@@ -348,7 +364,7 @@ __global__ void __launch_bounds__(kUsualWarps * kWarp)
 }
 
 template <typename T, bool kInner, typename Pass>
-__global__ void __launch_bounds__(kManyWarps* kWarp, 1)
+__global__ void __launch_bounds__(kManyWarps<T>* kWarp, 1)
     pool_many(ManyPlan plan, Pass pass, const T* __restrict__ local) {
   using A = Wide<T>;
   constexpr int kTile = kManyTile<kInner>;
@@ -362,7 +378,7 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1)
     return;
   const bool scores_here = !plan.scored && pass.has_vectors;
   const ManyMemory<T> memory(plan, !plan.scored);
-  const ManyTile<T, kInner> tile(plan, memory.tile);
+  ManyTile<T, kInner> tile(plan, memory.tiles);
   const int64_t span = plan.tiles_per_split * kTile, begin = split * span;
   const int64_t end = std::min(shape.positions, begin + span), row = image * plan.queries + query;
   const int existing = static_cast<int>(std::min<int64_t>(kQueries, plan.queries - query));
@@ -375,18 +391,30 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1)
       memory.delta[threadIdx.x] = threadIdx.x < existing ? pass.deltas[row + threadIdx.x] : A(0);
   }
   const auto load = [&](int64_t position) {
+    if (position >= end)
+      return;
     const int64_t offset = kInner ? position * shape.channels + channel : channel * shape.positions + position;
     tile.load(local + image * shape.image_size() + offset, shape.channels - channel,
               static_cast<int>(std::min<int64_t>(kTile, end - position)));
   };
   load(begin);
+  commit_copies();
   if (scores_here)
     memory.template load_vectors<kInner>(plan, pass, image, query, channel);
   __syncthreads();
 #pragma unroll 1
   for (int64_t position = begin; position < end; position += kTile) {
     const int count = static_cast<int>(std::min<int64_t>(kTile, end - position));
-    wait_for_copies();
+    T *const current = tile.memory, *const next = current == memory.tiles && plan.stages == 2 ? current + kTile * plan.channels() : memory.tiles;
+    if (plan.stages == 2) {
+      tile.memory = next;
+      load(position + kTile);
+      commit_copies();
+      tile.memory = current;
+      wait_for_copies<1>();
+    } else {
+      wait_for_copies<0>();
+    }
     __syncwarp();
     if (scores_here) {
       A d[ManyTile<T, kInner>::kColumns][4] = {};
@@ -453,24 +481,38 @@ __global__ void __launch_bounds__(kManyWarps* kWarp, 1)
         }
       }
     __syncwarp(); // the warp has read its part of the tile
-    if (position + kTile < end)
+    tile.memory = next;
+    if (plan.stages == 1) {
       load(position + kTile);
+      commit_copies();
+    }
     if (!scores_here)
       __syncthreads(); // all warps have read the weights
   }
 
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int m = tile.g + i / 2 * 8;
+  for (int upper = 0; upper < 2; ++upper) {
+    const int m = tile.g + upper * 8;
     const bool batch_first = !Pass::kBackward || !plan.shared_query;
     const int64_t of = batch_first ? row + m : (query + m) * shape.images + image;
     A* to = pass.sums + (of * plan.splits + split) * shape.channels + channel;
 #pragma unroll
     for (int u = 0; u < kUnits<T>; ++u)
+      if (u < plan.units && m < existing)
 #pragma unroll
-      for (int n = 0; n < 4; ++n)
-        if (const int c = tile.channel(u, n, i % 2); u < plan.units && m < existing && channel + c < shape.channels)
-          to[c] = sums[u][n][i];
+        for (int odd = 0; odd < 2; ++odd) {
+          const A values[4] = {sums[u][0][upper * 2 + odd], sums[u][1][upper * 2 + odd], sums[u][2][upper * 2 + odd],
+                               sums[u][3][upper * 2 + odd]};
+          if (kInner && shape.channels % 4 == 0) { // four neighbours
+            if (const int c = tile.channel(u, 0, odd); channel + c < shape.channels)
+              store_vector4(values, to + c);
+          } else {
+#pragma unroll
+            for (int n = 0; n < 4; ++n)
+              if (const int c = tile.channel(u, n, odd); channel + c < shape.channels)
+                to[c] = values[n];
+          }
+        }
   }
   if constexpr (!Pass::kBackward)
     if (threadIdx.x < existing && channel == 0) {

@@ -177,7 +177,9 @@ def compatibility_pool(local, query, mask=None):
         attention = scores.softmax(2)
     else:
         mask = mask.flatten(1)[:, None]
-        features = torch.where(mask, features, 0)  # so that NaN at a masked position reaches neither result nor gradient
+        features = torch.where(
+            mask, features, 0
+        )  # so that NaN at a masked position reaches neither result nor gradient
         some = mask.any(2, keepdim=True)
         logits = torch.where(mask, _scores(features, queries), -torch.inf)
         attention = torch.where(some & mask, torch.where(some, logits, 0).softmax(2), 0)

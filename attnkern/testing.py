@@ -89,14 +89,24 @@ def literal_anchor_attention(x, a, anchors, *, residual=True, reduction="mean"):
     return AnchorAttended(x + output if residual else output, *quantized)
 
 
-def literal_compatibility_pool(local, query):
-    """Eqs. 1-3 of Learn to Pay Attention, with the dot product as compatibility."""
-    query = query if query.dim() == 2 else query[None]
-    scores = (local.flatten(2) * query[:, :, None]).sum(1)
-    attention = scores.softmax(1)
-    pooled = (attention[:, None] * local.flatten(2)).sum(2)
-    positions = (local.shape[0], *local.shape[2:])
-    return CompatibilityPooled(pooled, attention.view(positions), scores.view(positions))
+def literal_compatibility_pool(local, query, mask=None):
+    """Eqs. 1-3 of Learn to Pay Attention, with the dot product as compatibility. Many queries are matrix products."""
+    features = local.flatten(2)
+    if query.dim() == 3:
+        scores = query @ features
+        attention = _literal_softmax(scores, None if mask is None else mask.flatten(1)[:, None])
+        pooled = attention @ features.mT
+    else:
+        query = query if query.dim() == 2 else query[None]
+        scores = (features * query[:, :, None]).sum(1)
+        attention = _literal_softmax(scores, None if mask is None else mask.flatten(1))
+        pooled = (attention[:, None] * features).sum(2)
+    shape = (*scores.shape[:-1], *local.shape[2:])
+    return CompatibilityPooled(pooled, attention.view(shape), scores.view(shape))
+
+
+def _literal_softmax(scores, mask):
+    return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
 
 
 # --- seeded inputs --------------------------------------------------------------------------------------------------
@@ -146,6 +156,21 @@ def pool_inputs(shape, dtype, companion, layout, generator):
 def shared_pool_inputs(*arguments):
     inputs = pool_inputs(*arguments)
     return {**inputs, "query": inputs["query"].sum(0)}
+
+
+def many_pool_inputs(shape, dtype, companion, layout, generator, queries=9):
+    """As :func:`pool_inputs`, with several queries per image."""
+    inputs = pool_inputs(shape, dtype, companion, layout, generator)
+    query = torch.randn(shape[0], queries, shape[1], generator=generator, dtype=torch.float64)
+    return {**inputs, "query": (query / max(1, shape[1]) ** 0.5).to(companion)}
+
+
+def masked_pool_inputs(shape, dtype, companion, layout, generator):
+    """Three queries per image, and a mask that keeps about two thirds of the positions and at least one of an image."""
+    inputs = many_pool_inputs(shape, dtype, companion, layout, generator, queries=3)
+    mask = torch.rand(shape[0], *shape[2:], generator=generator) < 0.65
+    mask.flatten(1)[:, -1:] = True
+    return {**inputs, "mask": mask}
 
 
 # --- Σ|terms| of each output and gradient, in float64 ---------------------------------------------------------------
@@ -207,18 +232,25 @@ def _anchor_terms(x, out, g, residual=True, reduction="mean"):
 
 def _pool_terms(x, out, g):
     local, query = x["local"].flatten(2).abs(), x["query"].abs()
-    query = (query if query.dim() == 2 else query[None])[:, :, None]
-    attention, grad = out["attention"].flatten(1), g["pooled"].abs()[:, :, None]
-    slope = (local * grad).sum(1) + g["attention"].flatten(1).abs()
-    delta = (grad[:, :, 0] * out["pooled"].abs()).sum(1) + (attention * g["attention"].flatten(1).abs()).sum(1)
-    grad_scores = attention * (slope + delta[:, None]) + g["scores"].flatten(1).abs()
-    grad_query = (grad_scores[:, None] * local).sum(2)
+    queries = query if query.dim() == 3 else query.expand(1, -1)[:, None] if query.dim() == 1 else query[:, None]
+    maps = (len(local), queries.shape[1], local.shape[2])  # (N, M, L)
+    attention, grad_attention, grad_scores = (
+        tensor.reshape(maps).abs() for tensor in (out["attention"], g["attention"], g["scores"])
+    )
+    grad, pooled = (tensor.reshape(*maps[:2], local.shape[1]).abs() for tensor in (g["pooled"], out["pooled"]))
+    kept = torch.where(x["mask"].flatten(1)[:, None], local, 0) if "mask" in x else local
+    delta = (grad * pooled).sum(2) + (attention * grad_attention).sum(2)
+    through = attention * (grad @ kept + grad_attention + delta[..., None])
+    grad_query = through @ kept.mT
+    if grad_scores.any():  # otherwise NaN at a position without weight reaches nothing
+        grad_query = grad_query + grad_scores @ local.mT
+    shared = query.dim() == 1 or (query.dim() == 3 and len(query) == 1)
     return {
-        "pooled": (attention[:, None] * local).sum(2),
-        "attention": attention,
-        "scores": (query * local).sum(1),
-        "grad_local": attention[:, None] * grad + grad_scores[:, None] * query,
-        "grad_query": grad_query if x["query"].dim() == 2 else grad_query.sum(0),
+        "pooled": (attention @ kept.mT).view_as(out["pooled"]),
+        "attention": out["attention"],
+        "scores": (queries @ local).view_as(out["scores"]),
+        "grad_local": (grad.mT @ attention + queries.mT @ (through + grad_scores)).view_as(x["local"]),
+        "grad_query": (grad_query.sum(0) if shared else grad_query).reshape(query.shape),
     }
 
 
@@ -238,6 +270,8 @@ OPS = {
     "anchor_attention": Op(anchor_attention, literal_anchor_attention, anchor_inputs, _anchor_terms),
     "compatibility_pool": Op(compatibility_pool, literal_compatibility_pool, pool_inputs, _pool_terms),
     "compatibility_pool_shared": Op(compatibility_pool, literal_compatibility_pool, shared_pool_inputs, _pool_terms),
+    "compatibility_pool_many": Op(compatibility_pool, literal_compatibility_pool, many_pool_inputs, _pool_terms),
+    "compatibility_pool_masked": Op(compatibility_pool, literal_compatibility_pool, masked_pool_inputs, _pool_terms),
 }
 
 
@@ -258,10 +292,16 @@ def output_gradients(outputs, seed=0):
     }
 
 
+def doubles(tensors):
+    """The same numbers in float64, for the reference."""
+    return {key: t.double() if t is not None and t.is_floating_point() else t for key, t in tensors.items()}
+
+
 def evaluate(function, inputs, gradients=None, **options):
-    """Outputs by name, and the gradient of each input as ``grad_<name>`` (zeros if there is none)."""
-    leaves = {key: value.detach().requires_grad_() for key, value in inputs.items()}
-    outputs = function(**leaves, **options)._asdict()
+    """Outputs by name, and the gradient of each floating input as ``grad_<name>`` (zeros if there is none)."""
+    inputs = {key: value.detach().requires_grad_(value.is_floating_point()) for key, value in inputs.items()}
+    leaves = {key: value for key, value in inputs.items() if value.requires_grad}
+    outputs = function(**inputs, **options)._asdict()
     gradients = output_gradients(outputs) if gradients is None else gradients
     used = [key for key in gradients if outputs[key].requires_grad]
     grads = torch.autograd.grad(
@@ -311,8 +351,7 @@ def accuracy(name, backend, dtype, *, shape=(2, 24, 6, 7), layout="contiguous", 
         gradients = output_gradients(op.function(**inputs, backend=backend, **options)._asdict(), seed)
         got = evaluate(op.function, inputs, gradients, backend=backend, **options)
         literal = evaluate(op.literal, inputs, gradients, **options)
-        wide = {key: value.double() for key, value in inputs.items()}
-        wide_gradients = {key: value.double() for key, value in gradients.items()}
+        wide, wide_gradients = doubles(inputs), doubles(gradients)
         truth = evaluate(op.function, wide, wide_gradients, backend="reference", **options)
         terms = op.terms(wide, truth, wide_gradients, **options)
         for key, value in truth.items():

@@ -11,14 +11,17 @@ import torch
 from attnkern import testing
 from attnkern._numerics import loss_divisor
 
-#: function -> names of its tensors, names of its differentiable results
+POOLS = ("compatibility_pool", "compatibility_pool_many", "compatibility_pool_masked")
+POOLED = ("pooled", "attention", "scores")
+
+#: function -> names of its differentiable tensors and results. A mask comes with the tensors of `make`.
 FUNCTIONS = {
     "window_map": (("rectangle",), ("map",)),
     "window_attention": (("x", "rectangle"), ("output", "map")),
     "anchor_quantize": (("a", "anchors"), ("values", "anchor_loss", "commitment_loss")),
     "anchor_attention": (("x", "a", "anchors"), ("output", "values", "anchor_loss", "commitment_loss")),
-    "compatibility_pool": (("local", "query"), ("pooled", "attention", "scores")),
 }
+FUNCTIONS |= {pool: (("local", "query"), POOLED) for pool in POOLS}
 
 #: (function, options), every value of every option at least once
 CASES = [
@@ -36,9 +39,11 @@ CASES = [
     ("anchor_attention", {"residual": False, "reduction": "batchmean"}),
     ("anchor_attention", {"reduction": "sum"}),
     ("compatibility_pool", {}),
+    ("compatibility_pool_many", {}),
+    ("compatibility_pool_masked", {}),
 ]
 
-assert FUNCTIONS.keys() == {function for function, _ in CASES} == {name.removesuffix("_shared") for name in testing.OPS}
+assert FUNCTIONS.keys() == {function for function, _ in CASES} == testing.OPS.keys() - {"compatibility_pool_shared"}
 
 
 def case_id(value):
@@ -79,7 +84,8 @@ def make(
     """Seeded inputs of a function by name.
 
     ``layout`` is that of the features, or of the map where there are none; ``companion`` is the dtype, or a tuple of
-    dtypes, of the other tensors (default: that of the first); ``shared`` gives the pool one query for the batch.
+    dtypes, of the other tensors (default: that of the first); ``shared`` gives the pool one query for the batch. With
+    a mask the third image has no position.
     """
     name = "compatibility_pool_shared" if shared else function
     inputs = testing.make_inputs(name, (n, c, *size), torch.float64, seed=seed)
@@ -89,12 +95,18 @@ def make(
     rest = companion if isinstance(companion, tuple) else (companion or dtype,) * (len(names) - 1)
     tensors = {name: inputs[name].to(device, to) for name, to in zip(names, (dtype, *rest), strict=True)}
     tensors[names[0]] = lay(tensors[names[0]], layout)
+    if "mask" in inputs:
+        inputs["mask"][2:3] = False
+        tensors["mask"] = inputs["mask"].to(device)
     return tensors
 
 
-def doubles(tensors):
-    """The same numbers in float64, for the reference."""
-    return {name: t.double() if t is not None and t.is_floating_point() else t for name, t in tensors.items()}
+def leaves_of(tensors):
+    """The same tensors; those of floating numbers require a gradient."""
+    return {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in tensors.items()}
+
+
+doubles = testing.doubles
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from cases import FUNCTIONS, call, case_id, check, make, same
+from cases import FUNCTIONS, call, case_id, check, leaves_of, make, same
 from conftest import every_function
 
 ARGUMENTS = [(function, name) for function, (names, _) in FUNCTIONS.items() for name in names]
+ARGUMENTS.append(("compatibility_pool_masked", "mask"))
 
 
 @pytest.mark.parametrize(
@@ -31,12 +32,12 @@ def test_only_one_result_used(function, used, without, backend, device):
 def test_an_input_changed_before_backward_is_refused(function, name, backend, device):
     """For each input, even if only another one needs a gradient."""
     tensors = make(function, dtype=torch.float32, device=device)
-    for wrt in tensors:
+    for wrt in FUNCTIONS[function][0]:
         leaves = {k: t.clone().requires_grad_(k == wrt) for k, t in tensors.items()}
         results = call(function, leaves, size=(4, 6), backend=backend)
         total = sum(r.square().sum() for r in results.values() if r.requires_grad)
         with torch.no_grad():
-            leaves[name].mul_(2)
+            leaves[name].logical_not_() if name == "mask" else leaves[name].mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(total, leaves[wrt])
 
@@ -83,11 +84,12 @@ CHANGES = {
 @pytest.mark.parametrize("function, name", ARGUMENTS, ids=case_id)
 def test_other_data_before_backward(function, name, change, backend, device):
     """``tensor.data = other`` raises RuntimeError: PyTorch does not notice it, and kernels would read out of bounds."""
-    leaves = {k: t.requires_grad_() for k, t in make(function, dtype=torch.float32, device=device).items()}
+    leaves = leaves_of(make(function, dtype=torch.float32, device=device))
     results = call(function, leaves, size=(4, 6), backend=backend)
     total = sum(r.square().sum() for r in results.values() if r.requires_grad)
+    was = leaves[name].dtype
     leaves[name].data = CHANGES[change](leaves[name].detach())
-    with pytest.raises(RuntimeError, match=r"attnkern: a tensor that backward needs was torch.float32, \(.*and became"):
+    with pytest.raises(RuntimeError, match=rf"attnkern: a tensor that backward needs was {was}, \(.*and became"):
         total.backward()
 
 
@@ -98,13 +100,13 @@ def test_a_result_changed_before_backward(function, backend, device):
     tensors = make(function, dtype=torch.float32, device=device)
 
     def gradients(name, change):
-        leaves = {k: t.clone().requires_grad_() for k, t in tensors.items()}
+        leaves = leaves_of({k: t.clone() for k, t in tensors.items()})
         results = call(function, leaves, size=(4, 6), backend=backend)
         results[name] = change(results[name])
         total = sum(results[key].square().sum() for key in FUNCTIONS[function][1])
-        return torch.autograd.grad(total, list(leaves.values()))
+        return torch.autograd.grad(total, [leaf for leaf in leaves.values() if leaf.requires_grad])
 
-    refused = {"pooled", "attention"} if function == "compatibility_pool" else set()
+    refused = {"pooled", "attention"} if function.startswith("compatibility_pool") else set()
     for name in FUNCTIONS[function][1]:
         want = gradients(name, lambda r: (r * 3).relu())
         if name in refused:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import FUNCTIONS, call, case_id, check, doubles, make, same
+from cases import FUNCTIONS, POOLS, call, case_id, check, doubles, make, same
 from conftest import DEVICE, PATIENCE, large
 
 import attnkern
@@ -36,7 +36,7 @@ def python(code, **environment):
 #: backward pass is once the first that fails.
 SCARCE = """
 import resource, torch, attnkern
-from cases import FUNCTIONS, call, doubles, make, run, upstream
+from cases import FUNCTIONS, call, doubles, leaves_of, make, run, upstream
 
 def allow(extra=None):
     resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
@@ -50,7 +50,7 @@ size, small = (320, 256), (5, 6)
 for function in FUNCTIONS:
     tensors, few = (make(function, 2, 4, s, dtype=torch.float32) for s in (size, small))
     expected = run(function, doubles(few), size=small, backend="reference")
-    leaves = {{name: tensor.requires_grad_() for name, tensor in tensors.items()}}
+    leaves = leaves_of(tensors)
     ends = FUNCTIONS[function][1]
     grads = upstream(call(function, leaves, size=size, backend={backend!r}))
     ended, room = [], 0
@@ -62,7 +62,8 @@ for function in FUNCTIONS:
             results = call(function, leaves, size=size, backend={backend!r})
             where = "backward"
             gradients = torch.autograd.grad(
-                [results[name] for name in ends], list(leaves.values()), [grads[name] for name in ends]
+                [results[name] for name in ends], [leaves[name] for name in FUNCTIONS[function][0]],
+                [grads[name] for name in ends],
             )
             where = "nowhere"
         except (RuntimeError, MemoryError) as error:
@@ -119,7 +120,7 @@ def test_a_map_larger_than_any_memory(size, backend):
     assert python(IMPOSSIBLE.format(size=size, backend=backend), **interprets) == (0, "1.0")
 
 
-@pytest.mark.parametrize("function", ["window_attention", "anchor_attention", "compatibility_pool"])
+@pytest.mark.parametrize("function", ["window_attention", "anchor_attention", *POOLS])
 def test_features_larger_than_any_memory(function, backend, device):
     """One number expanded to 2**50 channels: the output cannot be allocated, and the next call is correct."""
     tensors = make(function, 1, 1, SIZE, dtype=torch.float32, device=device)
@@ -127,7 +128,7 @@ def test_features_larger_than_any_memory(function, backend, device):
     first, *_ = tensors
     vast = tensors | {first: tensors[first].expand(1, 2**50, *SIZE)}
     if "query" in vast:
-        vast["query"] = vast["query"].expand(1, 2**50)
+        vast["query"] = vast["query"].expand(*vast["query"].shape[:-1], 2**50)
     with pytest.raises((RuntimeError, MemoryError), match="alloc"):
         call(function, vast, backend=backend)
     same(call(function, tensors, backend=backend), expected, "after a failure")

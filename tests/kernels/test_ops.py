@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import FUNCTIONS, case_id, check, check_run, make, run, same
+from cases import FUNCTIONS, POOLS, case_id, check, check_run, make, run, same
 from conftest import every_case, every_function, large
 
 from attnkern import testing
@@ -14,7 +14,7 @@ from attnkern import testing
 DATA = Path(__file__).parents[1] / "data"
 
 
-# --- golden files, made by an independent program --------------------------------------------------------------------
+# --- golden files, made by independent programs (data/make_pools.py) -------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=case_id)
@@ -36,7 +36,8 @@ def test_golden(path, dtype, backend, device):
         through = FUNCTIONS["anchor_quantize"][1]
         golden(data, "anchor_quantize", through, backend, reduction=data["reduction"])
     else:
-        golden(data, "compatibility_pool", ("pooled", "attention"), backend)
+        through = tuple(name for name in FUNCTIONS["compatibility_pool"][1] if name in data)
+        golden(data, "compatibility_pool", through, backend)
 
 
 WEIGHTS = ("anchor", "commitment")
@@ -45,9 +46,8 @@ WEIGHTS = ("anchor", "commitment")
 def golden(data, function, through, backend, **options):
     names = FUNCTIONS[function][0]
     grads = {name: data[f"grad_{name}"] for name in through}
-    found = run(
-        function, {name: data[name] for name in names}, through=through, grads=grads, backend=backend, **options
-    )
+    tensors = {name: data[name] for name in (*names, "mask") if name in data}
+    found = run(function, tensors, through=through, grads=grads, backend=backend, **options)
     expected = {name: data[name] for name in found if name in data}
     assert set(through) | {f"grad_{name}" for name in names} <= expected.keys()
     check({name: found[name] for name in expected}, expected)
@@ -186,6 +186,10 @@ def test_any_subset_of_gradients(function, dtype, backend, device, interpreted):
         ("compatibility_pool", {}, "contiguous"),
         pytest.param("compatibility_pool", {}, "channels_last", marks=large),
         ("compatibility_pool_shared", {}, "tokens"),
+        ("compatibility_pool_many", {}, "contiguous"),
+        pytest.param("compatibility_pool_many", {}, "tokens", marks=large),
+        pytest.param("compatibility_pool_masked", {}, "contiguous", marks=large),
+        ("compatibility_pool_masked", {}, "channels_last"),
     ],
     ids=case_id,
 )
@@ -199,6 +203,7 @@ def test_accuracy(name, options, layout, dtype, backend, device, interpreted):
 @pytest.mark.parametrize(
     "shape, layout", [((2, 2048, 7, 7), "contiguous"), ((1, 8, 128, 128), "channels_last")], ids=case_id
 )
-def test_accuracy_of_long_sums(shape, layout, backend, device):
+@pytest.mark.parametrize("function", POOLS)
+def test_accuracy_of_long_sums(function, shape, layout, backend, device):
     """The rounding error does not grow with the number of summands as it does in a sequential sum."""
-    testing.check_accuracy("compatibility_pool", backend, torch.float32, shape=shape, layout=layout, device=device)
+    testing.check_accuracy(function, backend, torch.float32, shape=shape, layout=layout, device=device)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import FUNCTIONS, call, case_id, check, doubles, lay, make, run, same, upstream
+from cases import POOLS, call, case_id, check, doubles, lay, leaves_of, make, run, same, upstream
 from conftest import every_case, every_function, large
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,7 +59,7 @@ def test_a_gradient_in_another_format(function, backend, device):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("function", ["window_attention", "anchor_attention", "compatibility_pool"])
+@pytest.mark.parametrize("function", ["window_attention", "anchor_attention", *POOLS])
 def test_results_lie_as_the_features_do(function, layout, backend, device):
     """The output and its gradient have the memory format of the features; maps are contiguous."""
     tensors = make(function, 2, 8, SIZE, dtype=torch.float32, layout=layout, device=device)
@@ -87,7 +87,7 @@ def test_operators_take_any_strides(function, backend, device):
 
     class Module(torch.nn.Module):
         def forward(self, *values):
-            laid = dict(zip(FUNCTIONS[function][0], values, strict=True))
+            laid = dict(zip(tensors, values, strict=True))
             return tuple(call(function, laid, size=SIZE, backend=backend).values())
 
     exported = torch.export.export(Module(), tuple(tensors.values())).module()
@@ -127,7 +127,7 @@ ODD = {
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("odd", ODD)
-@pytest.mark.parametrize("function", ["window_attention", "anchor_attention", "compatibility_pool"])
+@pytest.mark.parametrize("function", ["window_attention", "anchor_attention", *POOLS])
 def test_strides_that_a_compiler_was_told(function, odd, backend, device):
     """Results have the strides that the fake kernels announce, for inputs in any layout."""
 
@@ -142,8 +142,9 @@ def test_strides_that_a_compiler_was_told(function, odd, backend, device):
             output, *rest = ops.anchor_fwd(first, second, tensors["anchors"], True, 1)
             through = output, rest[0], rest[2], rest[3], first, second, tensors["anchors"], rest[1], rest[5]
             return output, *rest, *ops.anchor_bwd(*through, True, 1, True)
-        pooled, attention, scores, pooled_wide = ops.pool_fwd(first, second)
-        through = pooled, attention, scores, first, second, attention, pooled
+        mask = tensors.get("mask")
+        pooled, attention, scores, pooled_wide = ops.pool_fwd(first, second, mask)
+        through = pooled, attention, scores, first, second, mask, attention, pooled
         return pooled, attention, scores, pooled_wide, *ops.pool_bwd(*through, True)
 
     window = 6.0, True, True
@@ -262,9 +263,10 @@ def test_nothing_of_feature_size_is_saved(function, dtype, layout, backend, devi
             saved.append(tensor)
         return tensor
 
-    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    leaves = leaves_of(tensors)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         results = call(function, leaves, size=size, backend=backend)
     assert results
     # A map with its indices, statistics and pooled features: a few numbers per position and one per channel.
-    assert sum(tensor.numel() for tensor in saved) <= n * (2 * size[0] * size[1] + c + 7) + 16, saved
+    queries = tensors["query"].shape[1] if function.startswith("compatibility_pool_") else 1
+    assert sum(tensor.numel() for tensor in saved) <= n * (queries * (2 * size[0] * size[1] + c) + 7) + 16, saved

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from cases import CASES, FUNCTIONS, call, make, run, same
+from cases import CASES, FUNCTIONS, call, check, doubles, make, run, same
 from conftest import PATIENCE, every_function, large
 
 SIZE = (3, 4)
@@ -23,7 +23,8 @@ def test_features_elsewhere_than_their_companions(function, backend, device):
     first, *rest = tensors
     moved = tensors | {first: tensors[first].to("meta")}
     if rest:
-        with pytest.raises(ValueError, match=rf"{function}: {rest[0]} must be on meta \(as {first}\), got {device}"):
+        public = function.removesuffix("_many").removesuffix("_masked")
+        with pytest.raises(ValueError, match=rf"{public}: {rest[0]} must be on meta \(as {first}\), got {device}"):
             call(function, moved, backend=backend)
     elif backend != "reference":
         with pytest.raises(ValueError, match=f"backend: '{backend}' cannot run torch.float32 on meta"):
@@ -91,7 +92,8 @@ def test_forked_workers_of_a_data_loader(backend):
         )
         count = 0
         for there, expected in zip(loader, here, strict=True):
-            same(there, expected, "in a worker")
+            # A worker has one thread, on which PyTorch's own sums may have another order.
+            check(there, doubles(expected)) if backend == "reference" else same(there, expected, "in a worker")
             count += 1
         assert count == len(data)
         run("compatibility_pool", big, backend=backend)  # and the parent still works

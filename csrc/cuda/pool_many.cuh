@@ -40,8 +40,11 @@ struct Mask {
       stride = mask->size(0) > 1 ? mask->numel() / mask->size(0) : 0;
     }
   }
+  ATTNKERN_DEVICE const bool* at(int64_t image, int64_t position) const {
+    return first == nullptr ? nullptr : first + image * stride + position;
+  }
   ATTNKERN_DEVICE bool keeps(int64_t image, int64_t position) const {
-    return first == nullptr || first[image * stride + position];
+    return first == nullptr || *at(image, position);
   }
 };
 
@@ -86,6 +89,13 @@ struct ManyPlan {
   }
   ATTNKERN_INLINE int threads() const { return warps * kWarp; }
   ATTNKERN_INLINE int channels() const { return warps * units * kUnit; } // of a slice
+  // The queries of a group and the channels of a slice that exist.
+  ATTNKERN_DEVICE int queries_from(int64_t first) const {
+    return static_cast<int>(std::min<int64_t>(kQueries, queries - first));
+  }
+  ATTNKERN_DEVICE int channels_from(int64_t first) const {
+    return static_cast<int>(std::min<int64_t>(channels(), shape.channels - first));
+  }
   ATTNKERN_INLINE int partial_pitch() const { return tile + 8; }         // rows start in different banks
   ATTNKERN_INLINE int64_t rows() const { return shape.images * queries; }
   ATTNKERN_INLINE int64_t blocks() const { return shape.images * splits * groups * slices; }
@@ -96,6 +106,21 @@ struct ManyPlan {
   template <typename T> size_t bytes(bool scores) const {
     const size_t of_scores = scores ? channels() + warps * partial_pitch() : 0;
     return sizeof(Wide<T>) * kQueries * (of_scores + 2 * tile + 4) + sizeof(T) * stages * tile * channels();
+  }
+};
+
+// What a block of pool_many() owns; `query` and `channel` are the first ones. Blocks that read the same features are
+// neighbours.
+struct ManyPlace {
+  int64_t image, split, query, channel;
+
+  ManyPlace() = default;
+  ATTNKERN_DEVICE ManyPlace(const ManyPlan& plan, int64_t block) {
+    const int64_t slices = divide(block, plan.slices), groups = divide(slices, plan.groups);
+    channel = (block - slices * plan.slices) * plan.channels();
+    query = (slices - groups * plan.groups) * kQueries;
+    image = divide(groups, plan.splits);
+    split = groups - image * plan.splits;
   }
 };
 
@@ -129,6 +154,8 @@ template <typename T> struct ManyForward {
   A* scores;            // (N, M, positions)
   A* sums;              // (N, M, splits, C): Σ exp(score - max)·ℓ
   A* moments;           // (N, M, splits, 2): max, Σ exp(score - max)
+
+  ATTNKERN_DEVICE bool clears() const { return true; }
 };
 
 template <typename T> struct ManyBackward {
@@ -144,6 +171,8 @@ template <typename T> struct ManyBackward {
   const A *attention;      // (N, M, positions)
   const A *deltas;         // (N, M)
   A *weights;              // (N, M, positions): dc
+
+  ATTNKERN_DEVICE bool clears() const { return grad_scores == nullptr; }
 };
 
 // A warp's channels of a tile, in shared memory with those of the other warps. The rows are positions if channels are
@@ -172,21 +201,24 @@ template <typename T, bool kInner> struct ManyTile {
 
   // Copies the warp's channels; those that do not exist and positions from `count` on become zeros. `channels` exist
   // from the slice's first one on, at `from`.
-  ATTNKERN_DEVICE void load(const T* from, int64_t channels, int count) const {
+  ATTNKERN_DEVICE void load(const T* from, int channels, int count) const {
     with_width<T>(plan.width, [&](auto width) {
       constexpr int kWidth = width(), kLanes = kUnit / kWidth, kRows = kWarp / kLanes;
       const int piece = lane % kLanes * kWidth;
+      const int above = lane / kLanes, end = first + plan.units * kUnit;
+      const int64_t stride = kInner ? plan.shape.channels : plan.shape.positions;
       if constexpr (kInner) {
-        for (int row = lane / kLanes; row < kPositions; row += kRows)
-          for (int c = first + piece, u = 0; u < plan.units; ++u, c += kUnit) {
-            const bool exists = row < count && c < channels;
-            copy_piece<kWidth>(at(row, c), from + (exists ? row * plan.shape.channels + c : 0), exists);
-          }
+        from += above * stride;
+#pragma unroll 1
+        for (int row = above; row < kPositions; row += kRows, from += kRows * stride)
+#pragma unroll 1
+          for (int c = first + piece; c < end; c += kUnit)
+            copy_piece<kWidth>(at(row, c), from + c, row < count && c < channels);
       } else {
-        for (int row = lane / kLanes, c = first + row; row < plan.units * kUnit; row += kRows, c += kRows) {
-          const bool exists = piece < count && c < channels;
-          copy_piece<kWidth>(at(c, piece), from + (exists ? c * plan.shape.positions + piece : 0), exists);
-        }
+        from += (first + above) * stride + piece;
+#pragma unroll 1
+        for (int c = first + above; c < end; c += kRows, from += kRows * stride)
+          copy_piece<kWidth>(at(c, piece), from, piece < count && c < channels);
       }
     });
   }
@@ -200,7 +232,7 @@ template <typename T, bool kInner> struct ManyTile {
   ATTNKERN_DEVICE void score(const A* vectors, A (&d)[kColumns][4]) const {
     const int begin = first / 8, end = begin + plan.units * (kUnit / 8);
     if constexpr (kInner) {
-#pragma unroll 2
+#pragma unroll 1
       for (int step = begin; step < end; step += 2) {
         A a[2][4];
         load_factor(vectors, step, a[0]);
@@ -214,7 +246,7 @@ template <typename T, bool kInner> struct ManyTile {
         }
       }
     } else {
-#pragma unroll 2
+#pragma unroll 1
       for (int step = begin; step < end; ++step) {
         A a[4];
         load_factor(vectors, step, a);
@@ -233,7 +265,6 @@ template <typename T, bool kInner> struct ManyTile {
   ATTNKERN_DEVICE void sum(const A* high, const A* low, int unit, A (&d)[4][4]) const {
     constexpr int kSteps = kPositions / 8;
     const int channel = first + unit * kUnit;
-    forget_memory(); // loads the weights again for each unit, and does not keep them in registers
     const auto weights = [&](int step) {
       Factor<A, 4, sizeof(A) == 8> factor;
       load_factor(high, step, factor.high);
@@ -241,19 +272,19 @@ template <typename T, bool kInner> struct ManyTile {
         load_factor(low, step, factor.low);
       return factor;
     };
+    if constexpr (kInner) {
+#pragma unroll 1 // registers
+      for (int step = 0; step < kSteps; ++step) {
+        const auto factor = weights(step);
+        const Quad<T> upper = quad(step * 8 + t, channel + g * 4), lower = quad(step * 8 + t + 4, channel + g * 4);
 #pragma unroll
-    for (int step = 0; step < kSteps; step += 2) {
-      const auto even = weights(step), odd = weights(step + 1);
-      if constexpr (kInner) {
-        const int row = step * 8 + t;
-        const Quad<T> q[4] = {quad(row, channel + g * 4), quad(row + 4, channel + g * 4),
-                              quad(row + 8, channel + g * 4), quad(row + 12, channel + g * 4)};
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          multiply(d[n], even, Factor<A, 2, kWhole>({q[0][n], q[1][n]}));
-          multiply(d[n], odd, Factor<A, 2, kWhole>({q[2][n], q[3][n]}));
-        }
-      } else {
+        for (int n = 0; n < 4; ++n)
+          multiply(d[n], factor, Factor<A, 2, kWhole>({upper[n], lower[n]}));
+      }
+    } else {
+#pragma unroll 1 // registers
+      for (int step = 0; step < kSteps; step += 2) {
+        const auto even = weights(step), odd = weights(step + 1);
 #pragma unroll
         for (int n = 0; n < 4; ++n) {
           const Quad<T> q = quad(channel + n * 8 + g, step * 8 + t * 4);
@@ -291,8 +322,8 @@ template <typename T> struct ManyMemory {
   // Copies the vectors of a group at the slice's channels, with zeros for what does not exist. A thread takes eight
   // channels of the rows m and m + 8, which are four vectors of factors.
   template <bool kInner, typename Pass>
-  ATTNKERN_DEVICE void load_vectors(const ManyPlan& plan, const Pass& pass, int64_t image, int64_t query,
-                                    int64_t channel) const {
+  ATTNKERN_DEVICE void load_vectors(const ManyPlan& plan, const Pass& pass, const ManyPlace& place) const {
+    const auto& [image, split, query, channel] = place;
     const int eighths = plan.channels() / 8;
     for (int i = threadIdx.x; i < eighths * 8; i += blockDim.x) {
       const int m = i / eighths, c = i % eighths * 8;
@@ -346,12 +377,15 @@ __global__ void __launch_bounds__(kUsualWarps * kWarp)
   const ManyMemory<T> memory(plan, true);
   const ManyTile<T, kInner> tile(plan, memory.tiles);
   A d[ManyTile<T, kInner>::kColumns][4] = {};
+  ManyPlace place;
+  place.image = image, place.query = query;
   for (int64_t channel = 0; channel < shape.channels; channel += plan.channels()) {
     const int64_t offset = kInner ? position * shape.channels + channel : channel * shape.positions + position;
     __syncthreads(); // the vectors have been read
-    tile.load(local + image * shape.image_size() + offset, shape.channels - channel, count);
+    tile.load(local + image * shape.image_size() + offset, plan.channels_from(channel), count);
     commit_copies();
-    memory.template load_vectors<kInner>(plan, pass, image, query, channel);
+    place.channel = channel;
+    memory.template load_vectors<kInner>(plan, pass, place);
     wait_for_copies<0>();
     __syncthreads();
     tile.score(memory.vectors, d);
@@ -363,26 +397,64 @@ __global__ void __launch_bounds__(kUsualWarps * kWarp)
       pass.scores[(image * plan.queries + query + m) * shape.positions + position + p] = memory.read_partial(plan, m, p);
 }
 
+// Writes a block's sums, and in the forward pass what the softmax of the whole image needs.
+template <typename T, bool kInner, typename Pass, typename A>
+ATTNKERN_DEVICE void write_sums(const ManyPlan& plan, const Pass& pass, const ManyMemory<T>& memory,
+                                const ManyTile<T, kInner>& tile, const A (&sums)[kUnits<T>][4][4],
+                                const ManyPlace& place) {
+  const int64_t row = place.image * plan.queries + place.query;
+  const int existing = plan.queries_from(place.query), channels = plan.channels_from(place.channel);
+#pragma unroll
+  for (int upper = 0; upper < 2; ++upper) {
+    const int m = tile.g + upper * 8;
+    const bool batch_first = !Pass::kBackward || !plan.shared_query;
+    const int64_t of = batch_first ? row + m : (place.query + m) * plan.shape.images + place.image;
+    A* to = pass.sums + (of * plan.splits + place.split) * plan.shape.channels + place.channel;
+#pragma unroll
+    for (int u = 0; u < kUnits<T>; ++u)
+      if (u < plan.units && m < existing)
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+          const A values[4] = {sums[u][0][upper * 2 + odd], sums[u][1][upper * 2 + odd], sums[u][2][upper * 2 + odd],
+                               sums[u][3][upper * 2 + odd]};
+          if (kInner && plan.shape.channels % 4 == 0) { // four neighbours
+            if (const int c = tile.channel(u, 0, odd); c < channels)
+              store_vector4(values, to + c);
+          } else {
+#pragma unroll
+            for (int n = 0; n < 4; ++n)
+              if (const int c = tile.channel(u, n, odd); c < channels)
+                to[c] = values[n];
+          }
+        }
+  }
+  if constexpr (!Pass::kBackward)
+    if (threadIdx.x < existing && place.channel == 0) {
+      A* moments = pass.moments + 2 * ((row + threadIdx.x) * plan.splits + place.split);
+      moments[0] = memory.max[threadIdx.x];
+      moments[1] = memory.sum[threadIdx.x];
+    }
+}
+
 template <typename T, bool kInner, typename Pass>
 __global__ void __launch_bounds__(kManyWarps<T>* kWarp, 1)
     pool_many(ManyPlan plan, Pass pass, const T* __restrict__ local) {
   using A = Wide<T>;
   constexpr int kTile = kManyTile<kInner>;
   const Shape& shape = plan.shape;
-  // Blocks that read the same features are neighbours.
-  const int64_t block = block_index(), slices = divide(block, plan.slices), groups = divide(slices, plan.groups);
-  const int64_t channel = (block - slices * plan.slices) * plan.channels();
-  const int64_t query = (slices - groups * plan.groups) * kQueries;
-  const int64_t image = divide(groups, plan.splits), split = groups - image * plan.splits;
-  if (image >= shape.images)
+  const ManyPlace place(plan, block_index());
+  if (place.image >= shape.images)
     return;
-  const bool scores_here = !plan.scored && pass.has_vectors;
   const ManyMemory<T> memory(plan, !plan.scored);
   ManyTile<T, kInner> tile(plan, memory.tiles);
-  const int64_t span = plan.tiles_per_split * kTile, begin = split * span;
-  const int64_t end = std::min(shape.positions, begin + span), row = image * plan.queries + query;
-  const int existing = static_cast<int>(std::min<int64_t>(kQueries, plan.queries - query));
-  A sums[kUnits<T>][4][4] = {};
+  const bool scores_here = !plan.scored && pass.has_vectors, writes = place.channel == 0;
+  const int existing = plan.queries_from(place.query), channels = plan.channels_from(place.channel);
+  const int64_t row = place.image * plan.queries + place.query, begin = place.split * plan.tiles_per_split * kTile;
+  int left = static_cast<int>(std::min(shape.positions - begin, plan.tiles_per_split * kTile)); // positions
+  const T* from = local + place.image * shape.image_size() +
+                  (kInner ? begin * shape.channels + place.channel : place.channel * shape.positions + begin);
+  int64_t first = row * shape.positions + begin; // of the first query's map
+  const bool* mask = plan.mask.at(place.image, begin);
   if (threadIdx.x < kQueries) {
     memory.max[threadIdx.x] = -INFINITY;
     memory.sum[threadIdx.x] = 0;
@@ -390,26 +462,25 @@ __global__ void __launch_bounds__(kManyWarps<T>* kWarp, 1)
     if constexpr (Pass::kBackward)
       memory.delta[threadIdx.x] = threadIdx.x < existing ? pass.deltas[row + threadIdx.x] : A(0);
   }
-  const auto load = [&](int64_t position) {
-    if (position >= end)
-      return;
-    const int64_t offset = kInner ? position * shape.channels + channel : channel * shape.positions + position;
-    tile.load(local + image * shape.image_size() + offset, shape.channels - channel,
-              static_cast<int>(std::min<int64_t>(kTile, end - position)));
+  // Starts to copy the next tile, of which `count` positions exist.
+  const auto load = [&](int count) {
+    if (count > 0)
+      tile.load(from, channels, count);
+    commit_copies();
+    from += kInner ? kTile * shape.channels : kTile;
   };
-  load(begin);
-  commit_copies();
+  load(left);
   if (scores_here)
-    memory.template load_vectors<kInner>(plan, pass, image, query, channel);
+    memory.template load_vectors<kInner>(plan, pass, place);
   __syncthreads();
+  A sums[kUnits<T>][4][4] = {};
 #pragma unroll 1
-  for (int64_t position = begin; position < end; position += kTile) {
-    const int count = static_cast<int>(std::min<int64_t>(kTile, end - position));
-    T *const current = tile.memory, *const next = current == memory.tiles && plan.stages == 2 ? current + kTile * plan.channels() : memory.tiles;
+  for (; left > 0; left -= kTile, first += kTile) {
+    T* const other = plan.stages == 1 || tile.memory != memory.tiles ? memory.tiles : tile.memory + kTile * plan.channels();
     if (plan.stages == 2) {
-      tile.memory = next;
-      load(position + kTile);
-      commit_copies();
+      T* const current = tile.memory;
+      tile.memory = other;
+      load(left - kTile);
       tile.memory = current;
       wait_for_copies<1>();
     } else {
@@ -426,8 +497,8 @@ __global__ void __launch_bounds__(kManyWarps<T>* kWarp, 1)
 #pragma unroll 1
     for (int i = threadIdx.x; i < kQueries * kTile; i += blockDim.x) {
       const int m = i / kTile, p = i % kTile;
-      const bool exists = p < count && m < existing, kept = exists && plan.mask.keeps(image, position + p);
-      const int64_t at = (row + m) * shape.positions + position + p;
+      const bool exists = p < left && m < existing, kept = exists && (mask == nullptr || mask[p]);
+      const int64_t at = first + m * shape.positions + p;
       A score = 0, weight = 0;
       if (scores_here)
         score = memory.read_partial(plan, m, p);
@@ -449,7 +520,7 @@ __global__ void __launch_bounds__(kManyWarps<T>* kWarp, 1)
         const A direct = pass.grad_scores == nullptr ? A(0) : pass.grad_scores[at];
         const A more = pass.grad_attention == nullptr ? A(0) : pass.grad_attention[at];
         weight = kept ? score_grad(pass.attention[at], score + more, memory.delta[m], direct) : direct;
-        if (channel == 0)
+        if (writes)
           pass.weights[at] = weight;
       }
       A high, low;
@@ -459,13 +530,13 @@ __global__ void __launch_bounds__(kManyWarps<T>* kWarp, 1)
     }
     // What stands at a masked position must not reach the sums, not even multiplied by zero. In the backward pass it
     // does if the scores have a gradient.
-    bool clears = plan.mask.first != nullptr;
-    if constexpr (Pass::kBackward)
-      clears = clears && pass.grad_scores == nullptr;
-    if (clears)
-      for (int p = 0; p < count; ++p)
-        if (!plan.mask.keeps(image, position + p))
-          tile.clear(p);
+    if (mask != nullptr) {
+      if (pass.clears())
+        for (int p = 0; p < kTile && p < left; ++p)
+          if (!mask[p])
+            tile.clear(p);
+      mask += kTile;
+    }
     __syncthreads();
 #pragma unroll
     for (int u = 0; u < kUnits<T>; ++u)
@@ -481,45 +552,14 @@ __global__ void __launch_bounds__(kManyWarps<T>* kWarp, 1)
         }
       }
     __syncwarp(); // the warp has read its part of the tile
-    tile.memory = next;
-    if (plan.stages == 1) {
-      load(position + kTile);
-      commit_copies();
-    }
+    tile.memory = other;
+    if (plan.stages == 1)
+      load(left - kTile);
     if (!scores_here)
       __syncthreads(); // all warps have read the weights
   }
-
-#pragma unroll
-  for (int upper = 0; upper < 2; ++upper) {
-    const int m = tile.g + upper * 8;
-    const bool batch_first = !Pass::kBackward || !plan.shared_query;
-    const int64_t of = batch_first ? row + m : (query + m) * shape.images + image;
-    A* to = pass.sums + (of * plan.splits + split) * shape.channels + channel;
-#pragma unroll
-    for (int u = 0; u < kUnits<T>; ++u)
-      if (u < plan.units && m < existing)
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          const A values[4] = {sums[u][0][upper * 2 + odd], sums[u][1][upper * 2 + odd], sums[u][2][upper * 2 + odd],
-                               sums[u][3][upper * 2 + odd]};
-          if (kInner && shape.channels % 4 == 0) { // four neighbours
-            if (const int c = tile.channel(u, 0, odd); channel + c < shape.channels)
-              store_vector4(values, to + c);
-          } else {
-#pragma unroll
-            for (int n = 0; n < 4; ++n)
-              if (const int c = tile.channel(u, n, odd); channel + c < shape.channels)
-                to[c] = values[n];
-          }
-        }
-  }
-  if constexpr (!Pass::kBackward)
-    if (threadIdx.x < existing && channel == 0) {
-      A* moments = pass.moments + 2 * ((row + threadIdx.x) * plan.splits + split);
-      moments[0] = memory.max[threadIdx.x];
-      moments[1] = memory.sum[threadIdx.x];
-    }
+  // The place is computed again, so that the loop does not keep it in registers.
+  write_sums(plan, pass, memory, tile, sums, ManyPlace(plan, forgotten(block_index())));
 }
 
 } // namespace attnkern

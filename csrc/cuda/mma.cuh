@@ -33,7 +33,8 @@ ATTNKERN_DEVICE void mma(float (&d)[4], const float (&a)[4], const float (&b)[2]
   cuda_on_host::mma_tf32(d, a, b);
 #elif __CUDA_ARCH__ >= 800
   const auto bits = [](float x) { return bit_cast<uint32_t>(x); };
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(bits(a[0])), "r"(bits(a[1])), "r"(bits(a[2])), "r"(bits(a[3])), "r"(bits(b[0])), "r"(bits(b[1])));
 #else

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kDeltaThreads) many_deltas(Shape shape, Backwa
     deltas[block_index()] = delta;
 }
 
-// dℓ = Σ a·dg + Σ dc·q over the queries. The product has rows of positions if channels are innermost, and of channels
+// dℓ = Σ a·dg + Σ dc·q over the queries. The product's rows are positions if channels are innermost, and channels
 // otherwise. A warp computes 32 rows and 32 columns; its factors come from the caches.
 constexpr int kOuterWarps = 8, kOuterRows = 32, kOuterColumns = 32;
 

@@ -428,7 +428,7 @@ template <typename S> S& shared() {
   static S* memory = nullptr;
   if (of_block != block.serial) {
     const size_t bytes = (sizeof(S) + 15) / 16 * 16;
-    if (block.used + bytes > kSharedMemory || (block.dynamic <= kUsualSharedMemory && block.used + bytes > kUsualSharedMemory))
+    if (block.used + bytes > (block.dynamic > kUsualSharedMemory ? kSharedMemory : kUsualSharedMemory))
       fail("more shared memory than a block has");
     memory = reinterpret_cast<S*>(block.memory + block.used);
     block.used += bytes;

@@ -160,7 +160,7 @@ def test_what_a_mask_promises(dtype, queries, layout, backend, device):
     for name in (*WEIGHTED, "grad_local", "grad_query"):
         assert not found[name][2].any(), name
     scores = call(POOL, {"local": tensors["local"], "query": tensors["query"]}, backend=backend)["scores"]
-    same({"scores": found["scores"]}, {"scores": scores})
+    torch.testing.assert_close(found["scores"], scores)  # another kernel may add in another order
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -318,13 +318,20 @@ class _Plan(NamedTuple):
 
     @classmethod
     @functools.lru_cache
-    def of(cls, x: Features, queries: int) -> Self:
+    def of(cls, x: Features, queries: int, wider: bool, backward: bool, amd: bool) -> Self:
         """Matrix products have at least 16 rows and columns. More channels in a step mean fewer waits for loads, as
-        far as registers allow: each query and each row of single elements takes some."""
+        far as registers allow. ``wider``: the queries are float32 and the features are not."""
         block_m = min(32, max(16, ceil_power(queries)))
-        step = 512 if block_m == 16 and (x.channels_last or x.vector * x.itemsize >= 8) else 256
+        single = not x.channels_last and x.vector * x.itemsize < 8  # rows are read by single elements
+        block_p, step = 64, 256 if block_m > 16 or wider or single else 512
+        if amd:
+            block_p, step = 32, 128
+        elif backward and x.itemsize == 4:
+            block_p, step = 32, 256
+        if backward and queries > block_m:
+            step = 128
         block_c = min(step // x.itemsize, max(16, ceil_power(x.channels)))
-        block_p = min(64, max(16, ceil_power(x.positions)))
+        block_p = min(block_p, max(16, ceil_power(x.positions)))
         if x.channels_last:
             return cls(block_m, block_c, addressable(x, block_p))
         return cls(block_m, addressable(x, block_c), block_p)
@@ -340,6 +347,10 @@ class _Plan(NamedTuple):
         }  # fmt: skip
 
 
+def _plan(x: Features, m: int, query: torch.Tensor, backward: bool) -> _Plan:
+    return _Plan.of(x, m, query.itemsize > x.itemsize, backward, torch.version.hip is not None)
+
+
 def _queries(local, query) -> tuple[int, bool]:
     """The number of queries of each image, and whether the batch shares them."""
     m = query.shape[1] if query.dim() == 3 else 1
@@ -350,7 +361,7 @@ def fwd(local, query, mask):
     n, c, *sizes = local.shape
     m, shared = _queries(local, query)
     x = features(local)
-    plan = _Plan.of(x, m)
+    plan = _plan(x, m, query, backward=False)
     axis = query.shape[1:2] if query.dim() == 3 else ()
     half = local.dtype != torch.float32
     pooled = local.new_empty((n, *axis, c))
@@ -374,7 +385,7 @@ def bwd(grad_pooled, grad_attention, grad_scores, local, query, mask, attention,
     n, c = local.shape[:2]
     m, shared = _queries(local, query)
     x = features(local)
-    plan = _Plan.of(x, m)
+    plan = _plan(x, m, query, backward=True)
     splits = plan.splits(x)
     grad_local = torch.empty_like(local) if need_grad_local else None
     grad_query = torch.empty_like(query)

@@ -52,15 +52,16 @@ class _CompatibilityPool(torch.autograd.Function):
         return grad_local if ctx.needs_input_grad[0] else None, grad_query, None, None
 
 
-def _check_mask(where: str, mask, local: torch.Tensor) -> None:
+def check_mask(where: str, mask, local: torch.Tensor, of: str = "local") -> None:
+    """Raise unless ``mask`` is bool, on the device of ``local``, and has a value for each position."""
     check_tensor(where, "mask", mask, (torch.bool,))
     n, _, *positions = local.shape
     shape = "{1}, {2}" if len(positions) == 2 else "{1}"
     check_shape(
-        where, "mask", mask, f"({{0}}, {shape}) or (1, {shape}) (N and positions as local)",
+        where, "mask", mask, f"({{0}}, {shape}) or (1, {shape}) (N and positions as {of})",
         is_shape(mask, n, *positions) or is_shape(mask, 1, *positions), n, *positions,
     )  # fmt: skip
-    check_device(where, "mask", mask, "local", local)
+    check_device(where, "mask", mask, of, local)
 
 
 @leaf
@@ -111,7 +112,7 @@ def compatibility_pool(
     check_shape(where, "query", query, expected, fits, n, c)
     query = companion(where, "query", query, "local", local)
     if mask is not None:
-        _check_mask(where, mask, local)
+        check_mask(where, mask, local)
     chosen = _backend.choose(backend, local)
     if chosen == "reference" or transformed(local, query):
         return CompatibilityPooled(*reference.compatibility_pool(local, query, mask))

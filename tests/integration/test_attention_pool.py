@@ -333,7 +333,7 @@ ERRORS = {
     "query": (lambda: ann.AttentionPool(8, 2, learned=False)(torch.ones(3, 8, 2, 2), torch.ones(3, 8)),
               r"AttentionPool: query must be \(3, 2, 8\) or \(2, 8\) \(N as x\), got shape \(3, 8\)"),
     "mask": (lambda: ann.AttentionPool(8)(torch.ones(3, 8, 2, 2), mask=torch.ones(3, 4) > 0),
-             r"AttentionPool: mask must be \(3, 2, 2\) or one for the batch \(N and positions as x\), got shape \(3, 4\)"),
+             r"AttentionPool: mask must be \(3, 2, 2\) or one for the batch \(N and positions as x\), got shape"),
 }  # fmt: skip
 
 
@@ -350,5 +350,5 @@ def test_torch_fx_records_one_call_and_script_says_why_not():
     graph = torch.fx.symbolic_trace(network)
     assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1"]
     torch.testing.assert_close(graph(x), network(x))
-    with pytest.raises(RuntimeError, match="AttentionPool: torch.jit.script cannot compile it"):
+    with pytest.raises(RuntimeError, match=r"^AttentionPool: torch.jit.script cannot compile it"):
         torch.jit.script(network)

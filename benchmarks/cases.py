@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 
 import attnkern
 from attnkern._ops import BACKENDS
 from attnkern.testing import OPS, available_backends, make_inputs, output_gradients
+from benchmarks import pooling
 from benchmarks.report import EMPTY, NETWORK_PASSES, TRAINING
 
 PASSES = ("forward", "forward+backward")
@@ -25,30 +25,34 @@ HOST = "host costs"
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one shape, dtype and layout."""
+    """One operator, or a layer of timm, at one shape, dtype and layout.
+
+    ``queries`` is the number of queries per image, if the queries have that axis: for a layer, its number of heads.
+    """
 
     op: str
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
     anchors: int = 20
+    queries: int = 0
 
     def __str__(self):
         size = "x".join(map(str, self.shape))
-        many = "" if self.anchors == 20 else f" Q={self.anchors}"
+        many = f" M={self.queries}" if self.queries else "" if self.anchors == 20 else f" Q={self.anchors}"
         return f"{self.op} {size} {str(self.dtype).split('.')[-1]} {self.layout}{many}"
 
     @classmethod
     def parse(cls, text: str):
         """The case with this name."""
         op, shape, dtype, layout, *more = text.split()
-        anchors = int(more[0].removeprefix("Q=")) if more else 20
-        return cls(op, tuple(map(int, shape.split("x"))), getattr(torch, dtype), layout, anchors)
+        many = {{"Q": "anchors", "M": "queries"}[text[0]]: int(text[2:]) for text in more}
+        return cls(op, tuple(map(int, shape.split("x"))), getattr(torch, dtype), layout, **many)
 
     def bytes(self, which: str) -> int:
         """Bytes that the pass must move: features read and written once."""
         features = torch.Size(self.shape).numel() * self.dtype.itemsize
-        forward, backward = {"compatibility_pool": (1, 2), "anchor_quantize": (2, 3)}.get(self.op, (2, 3))
+        forward, backward = (1, 2) if self.queries or self.op == "compatibility_pool" else (2, 3)
         return features * (forward if which == "forward" else forward + backward)
 
 
@@ -100,8 +104,31 @@ SCALING = {
     "channels": [(8, channels, 14, 14) for channels in (16, 32, 64, 128, 256, 512, 1024, 2048)],
 }
 
+
+def _pooling(layers: list[int], maps: int, dtype: torch.dtype = torch.float32) -> list[Case]:
+    """Layers of SigLIP, CLIP's ResNet-50 and SigLIP SO400M for these numbers of images, the pooling in them alone, and
+    NCHW maps with few and with many queries."""
+    tokens = [((768, 196), 12), ((2048, 50), 32), ((1152, 729), 16)]  # channels and positions, heads
+    found = []
+    for images, (size, heads) in zip(layers, tokens, strict=True):
+        if size == (2048, 50):  # 7x7 and their mean
+            found.append(Case("AttentionPool2d", (images, 2048, 7, 7), dtype, queries=heads))
+        else:
+            found.append(Case("AttentionPoolLatent", (images, *size), dtype, "tokens", queries=heads))
+        found.append(Case("compatibility_pool", (images, *size), dtype, "tokens", queries=heads))
+    shapes = [(maps, 512, 14, 14), (maps, 256, 32, 32)]
+    return found + [
+        Case("compatibility_pool", shape, dtype, queries=queries) for shape in shapes for queries in (1, 4, 12, 32)
+    ]
+
+
+#: On a CPU timm's layers take seconds for the batches that are usual, so these are smaller.
+CPU_POOLING = _pooling([8, 8, 4], 32)
+GPU_POOLING = _pooling([64, 64, 64], 64, torch.bfloat16)
+
 #: The results that get gradients in a training step; side outputs get none.
 _USED = {
+    **dict.fromkeys(pooling.LAYERS, ("output",)),
     "window_attention": ("output",),
     "compatibility_pool": ("pooled",),
     "anchor_attention": ("output", "anchor_loss", "commitment_loss"),
@@ -110,6 +137,8 @@ _USED = {
 
 
 def _inputs(case, device):
+    if case.queries:
+        return {name: value.to(device) for name, value in pooling.inputs(case).items()}
     inputs = make_inputs(case.op, case.shape, case.dtype, layout=case.layout, device=device)
     if "anchors" in inputs:
         inputs["anchors"] = torch.linspace(0, 1, case.anchors, device=device).to(inputs["anchors"].dtype)
@@ -117,10 +146,7 @@ def _inputs(case, device):
 
 
 def _sdpa(local, query):
-    """Pooling as attention of one query over the positions, without the scale."""
-    tokens = local.flatten(2).transpose(1, 2)
-    pooled = F.scaled_dot_product_attention(query[:, None], tokens, tokens, scale=1.0)[:, 0]
-    return attnkern.CompatibilityPooled(pooled, None, None)
+    return attnkern.CompatibilityPooled(pooling.sdpa(local, query[:, None])[:, 0], None, None)
 
 
 #: Options of torch.compile: those of the usual competitor, and of the one with max-autotune.
@@ -134,6 +160,9 @@ def competitors(case: Case, device: torch.device, compiled: dict | None = COMPIL
 
     ``compiled`` are options of torch.compile; None leaves it out.
     """
+    if case.queries:  # the reference takes too long to be timed
+        backends = [name for name in reversed(available_backends(device, case.dtype)) if name != "reference"]
+        return pooling.competitors(case, device, compiled, backends)
     literal = OPS[case.op].literal
     found = {"eager": literal}
     if compiled is not None:
@@ -150,10 +179,15 @@ class Workload:
 
     def __init__(self, case: Case, device: torch.device):
         self.case, self.device, self.used = case, device, _USED[case.op]
-        function = functools.partial(OPS[case.op].function, backend="reference")
         inputs = _inputs(case, device)
-        self.truth = getattr(function(**{k: v.double() for k, v in inputs.items()}), self.used[0])
-        outputs = {key: getattr(function(**inputs), key) for key in self.used}
+        if case.queries:
+            self.truth = pooling.exact(case, inputs)  # of the first images
+            images = case.shape[:1]
+            outputs = {self.used[0]: self.truth.new_empty(images + self.truth.shape[1:], dtype=case.dtype)}
+        else:
+            function = functools.partial(OPS[case.op].function, backend="reference")
+            self.truth = getattr(function(**{k: v.double() for k, v in inputs.items()}), self.used[0])
+            outputs = {key: getattr(function(**inputs), key) for key in self.used}
         # Each in its output's layout, as a network's next layer sends it back.
         grads = {k: torch.empty_like(outputs[k]).copy_(grad) for k, grad in output_gradients(outputs).items()}
         self._copies = [(inputs, [grads[key] for key in self.used])]
@@ -181,7 +215,7 @@ class Call:
     def __init__(self, name: str, function: Callable, work: Workload, which: str):
         self.function, self.work, self.which, self._leaves = function, work, which, {}
         key, truth = work.used[0], work.truth
-        error = (getattr(function(**work.copy(0)[0]), key).double() - truth).abs().max()
+        error = (getattr(function(**work.copy(0)[0]), key)[: len(truth)].double() - truth).abs().max()
         # The literal formulas round every step to the features' type.
         allowed = 0.02 if name in BACKENDS or work.case.dtype == torch.float32 else 0.2
         if not error <= allowed * truth.abs().max().clamp(min=1):
@@ -204,7 +238,8 @@ class Call:
         leaves = self._leaves[number]
         result = self.function(**leaves)
         outputs = [getattr(result, key) for key in self.work.used]
-        return *result, *torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
+        leaves = [*leaves.values(), *getattr(self.function, "parameters", ())]
+        return *result, *torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
 
 
 def synchronize(device: torch.device) -> None:
@@ -244,12 +279,13 @@ def work(suite: str, gpu: bool, compiled: bool) -> list[tuple[Case | str, str]]:
         return list(itertools.product(CPU_FULL_CASES, PASSES))
     networks = [(name, TRAINING) for name in MODELS]
     if not gpu:
-        return [*itertools.product(CPU_CASES, PASSES), *networks, (HOST, "")]
+        return [*itertools.product(CPU_CASES + CPU_POOLING, PASSES), *networks, (HOST, "")]
     layouts = {layout: [case for case in GPU_CASES if case.layout == layout] for layout in _LAYOUTS}
     return [
         (HOST, ""),
         *itertools.product(layouts["contiguous"], PASSES),
         *networks,
+        *itertools.product(GPU_POOLING, PASSES),
         *itertools.product(layouts["channels_last"], PASSES),
         *((case, AUTOTUNED) for case in GPU_AUTOTUNED if compiled),
     ]

@@ -1,4 +1,4 @@
-"""Triton kernels of softmax compatibility pooling. Formulas: attnkern/pool.py.
+"""Triton kernels of softmax compatibility pooling with one query per image. Formulas: attnkern/pool.py.
 
 A program processes all channels of some positions of an image, called its split, and reads them once: it computes
 scores and weighted sums from a tile in registers. A second launch adds the splits in order, unless the image is a
@@ -7,6 +7,8 @@ single split.
 If there are more than 2048 channels, or the rows of a small map are not whole vectors (7x7), programs process a part
 of the channels at all positions instead. The first launch computes scores over groups of channels; the second one reads
 the features again, mostly from a cache.
+
+More queries per image, or a mask: pool_many.py.
 """
 
 import functools
@@ -16,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from attnkern._triton import pool_many
 from attnkern._triton.common import (
     Features,
     addressable,
@@ -28,56 +31,17 @@ from attnkern._triton.common import (
     store_tile,
     sum_rows,
 )
+from attnkern._triton.pool_common import advance, channels, combine, delta_of, shift, store_pooled
 
 # --- mathematics -----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _shift(largest):
-    """The number to subtract from scores: their maximum, or 0 if all are -Inf so far, because -Inf - -Inf is NaN."""
-    return tl.where(largest == -float("inf"), 0.0, largest)
 
 
 @triton.jit
 def _online_softmax(largest, score):
     """Update the largest score so far by more scores. Returns it, the factor for sums so far, and the weights."""
     new_largest = tl.maximum(largest, tl.max(score))
-    shift = _shift(new_largest)
-    return new_largest, tl.exp(largest - shift), tl.exp(score - shift)
-
-
-@triton.jit
-def _channels(vector, c, C, BLOCK_C: tl.constexpr):
-    """BLOCK_C entries of a vector from channel c on, in float32; zeros beyond C, or if the vector is None."""
-    if vector is None:
-        return tl.zeros((BLOCK_C,), tl.float32)
-    else:
-        c += tl.arange(0, BLOCK_C)
-        return tl.load(vector + c, c < C, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _row(tensor, n, length):
-    """A pointer to row n of a tensor; None for None."""
-    if tensor is not None:
-        tensor += n * length
-    return tensor
-
-
-@triton.jit
-def _delta(grad_pooled, grad_attention, attention, pooled, n, C, P, BLOCK_C: tl.constexpr):
-    """Δ = ⟨dg, pooled⟩ + Σ a·da of image n."""
-    delta = 0.0
-    if grad_pooled is not None:
-        for c in range(0, C, BLOCK_C):
-            dg = _channels(grad_pooled + n * C, c, C, BLOCK_C)
-            delta += tl.sum(dg * _channels(pooled + n * C, c, C, BLOCK_C))
-    if grad_attention is not None:
-        for first_p in range(0, P, 1024):
-            p = first_p + tl.arange(0, 1024)
-            da = tl.load(grad_attention + n * P + p, p < P, other=0.0)
-            delta += tl.sum(tl.load(attention + n * P + p, p < P, other=0.0) * da)
-    return delta
+    by = shift(new_largest)
+    return new_largest, tl.exp(largest - by), tl.exp(score - by)
 
 
 @triton.jit
@@ -90,14 +54,6 @@ def _score_grad(s, grad_attention, grad_scores, attention, delta, n, p, P):
     if grad_scores is not None:
         dc += tl.load(grad_scores + n * P + p, p < P, other=0.0)
     return a, dc
-
-
-@triton.jit
-def _store_pooled(pooled, pooled_wide, average, n, c, C):
-    """Store entries c of the pooled vector of image n, rounded and, for half precision, also in float32."""
-    store(pooled + n * C + c, average, c < C)
-    if pooled_wide is not None:
-        tl.store(pooled_wide + n * C + c, average, c < C)
 
 
 # --- kernels with all channels ---------------------------------------------------------------------------------------
@@ -113,7 +69,7 @@ def _pool_fwd_kernel(
     n, _, split = place(C, P, BLOCK_C, SPLIT)
     begin = split * SPLIT
     scores += n * P
-    q = _channels(query + n * stride_qn, 0, C, BLOCK_C)
+    q = channels(query + n * stride_qn, 0, C, BLOCK_C)
     largest = -float("inf")
     total = 0.0
     weighted = tl.zeros((BLOCK_C,), tl.float32)
@@ -129,47 +85,17 @@ def _pool_fwd_kernel(
         weighted = weighted * decay + tl.sum(tile * weight[None, :], 1)
     c = tl.arange(0, BLOCK_C)
     if peaks is None:  # the image is a single split
-        _store_pooled(pooled, pooled_wide, weighted / total, n, c, C)
+        store_pooled(pooled, pooled_wide, weighted / total, n * C + c, c < C)
         tl.debug_barrier()  # other threads stored the scores
         for first_p in range(0, P, 128):
             p = first_p + tl.arange(0, 128)
-            weight = tl.exp(tl.load(scores + p, p < P, other=0.0) - _shift(largest))
+            weight = tl.exp(tl.load(scores + p, p < P, other=0.0) - shift(largest))
             tl.store(attention + n * P + p, weight / total, p < P)
     else:
         row = tl.program_id(0).to(tl.int64)
         tl.store(peaks + row * 2, largest)
         tl.store(peaks + row * 2 + 1, total)
         tl.store(sums + row * C + c, weighted, c < C)
-
-
-@triton.jit
-def _pool_combine_kernel(
-    scores, peaks, sums, attention, pooled, pooled_wide, C, P, SPLITS,
-    BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    channel_blocks = tl.cdiv(C, BLOCK_C)
-    blocks = channel_blocks + tl.cdiv(P, BLOCK_P)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    peaks += n * SPLITS * 2
-    s = tl.arange(0, BLOCK_S)
-    largest = tl.load(peaks + s * 2, s < SPLITS, other=-float("inf"))
-    shift = _shift(tl.max(largest))
-    total = tl.sum(tl.exp(largest - shift) * tl.load(peaks + s * 2 + 1, s < SPLITS, other=0.0))
-    if block < channel_blocks:
-        c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-        weighted = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-        for start in range(0, SPLITS, BLOCK_R):
-            r = start + tl.arange(0, BLOCK_R)
-            decay = tl.exp(tl.load(peaks + r * 2, r < SPLITS, other=-float("inf")) - shift)
-            mask = (r < SPLITS)[:, None] & (c < C)[None, :]
-            weighted += decay[:, None] * tl.load(sums + (n * SPLITS + r)[:, None] * C + c[None, :], mask, other=0.0)
-        average = tl.sum(weighted, 0) / total
-        _store_pooled(pooled, pooled_wide, average, n, c, C)
-    else:
-        p = (block - channel_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
-        score = tl.load(scores + n * P + p, p < P, other=0.0)
-        tl.store(attention + n * P + p, tl.exp(score - shift) / total, p < P)
 
 
 @triton.jit
@@ -181,9 +107,9 @@ def _pool_bwd_kernel(
     C, P, SPLIT = C * VEC_C, P * VEC_P, SPLIT * VEC_P
     n, _, split = place(C, P, BLOCK_C, SPLIT)
     begin = split * SPLIT
-    delta = _delta(grad_pooled, grad_attention, attention, pooled, n, C, P, BLOCK_C)
-    q = _channels(query + n * stride_qn, 0, C, BLOCK_C)
-    dg = _channels(_row(grad_pooled, n, C), 0, C, BLOCK_C)
+    delta = delta_of(grad_pooled, grad_attention, None, attention, pooled, n, C, P, BLOCK_C)
+    q = channels(query + n * stride_qn, 0, C, BLOCK_C)
+    dg = channels(advance(grad_pooled, n, C), 0, C, BLOCK_C)
     dq = tl.zeros((BLOCK_C,), tl.float32)
     for first_p in range(begin, tl.minimum(begin + SPLIT, P), BLOCK_P):
         p = first_p + tl.arange(0, BLOCK_P)
@@ -212,7 +138,7 @@ def _pool_score_kernel(
     products = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     for c in range(group * GROUP, tl.minimum(group * GROUP + GROUP, C), BLOCK_C):
         features = load_tile(local, n, c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
-        products += features * _channels(vector + n * stride_vn, c, C, BLOCK_C)[:, None]
+        products += features * channels(vector + n * stride_vn, c, C, BLOCK_C)[:, None]
     p = first_p + tl.arange(0, BLOCK_P)
     tl.store(partials + (n * tl.cdiv(C, GROUP) + group) * P + p, tl.sum(products, 0), p < P)
 
@@ -248,13 +174,13 @@ def _pool_average_kernel(
     for first_p in range(0, P, BLOCK_P):
         p = first_p + tl.arange(0, BLOCK_P)
         score = tl.where(p < P, _sum_groups(partials, n, p, C, P, GROUP, BLOCK_P), -float("inf"))
-        weight = tl.exp(score - _shift(largest)) / total
+        weight = tl.exp(score - shift(largest)) / total
         tl.store(attention + n * P + p, weight, (p < P) & (block == 0))
         tile = load_tile(local, n, block * BLOCK_C, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
         weighted += tile * weight[None, :]
     c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     average = tl.sum(weighted, 1)
-    _store_pooled(pooled, pooled_wide, average, n, c, C)
+    store_pooled(pooled, pooled_wide, average, n * C + c, c < C)
 
 
 @triton.jit
@@ -266,9 +192,9 @@ def _pool_grad_kernel(
     C = C * VEC_C
     n, block, _ = place(C, P, BLOCK_C, P)
     first_c = block * BLOCK_C
-    delta = _delta(grad_pooled, grad_attention, attention, pooled, n, C, P, BLOCK_S)
-    q = _channels(query + n * stride_qn, first_c, C, BLOCK_C)
-    dg = _channels(_row(grad_pooled, n, C), first_c, C, BLOCK_C)
+    delta = delta_of(grad_pooled, grad_attention, None, attention, pooled, n, C, P, BLOCK_S)
+    q = channels(query + n * stride_qn, first_c, C, BLOCK_C)
+    dg = channels(advance(grad_pooled, n, C), first_c, C, BLOCK_C)
     dq = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     for first_p in range(0, P, BLOCK_P):
         p = first_p + tl.arange(0, BLOCK_P)
@@ -366,7 +292,7 @@ def _partials(local, vector, x: Features):
     return partials
 
 
-def pool_fwd(local, query):
+def _fwd(local, query):
     n, c, *sizes = local.shape
     x = features(local)
     plan = _Plan.of(x, backward=False)
@@ -392,16 +318,11 @@ def pool_fwd(local, query):
         *plan.arguments(x, query), **plan.constants(x),
     )  # fmt: skip
     if splits > 1:
-        block_c = 64 if c <= 1024 else 128
-        blocks = triton.cdiv(c, block_c) + triton.cdiv(x.positions, 512)
-        launch(
-            _pool_combine_kernel, n * blocks, scores, peaks, sums, *results, c, x.positions, splits,
-            BLOCK_S=ceil_power(splits), BLOCK_R=16, BLOCK_C=block_c, BLOCK_P=512,
-        )  # fmt: skip
+        combine(scores, None, peaks, sums, *results, 1, c, x.positions)
     return pooled, attention, scores, pooled_wide
 
 
-def pool_bwd(grad_pooled, grad_attention, grad_scores, local, query, attention, pooled_wide, need_grad_local):
+def _bwd(grad_pooled, grad_attention, grad_scores, local, query, attention, pooled_wide, need_grad_local):
     n, c = local.shape[:2]
     x = features(local)
     plan = _Plan.of(x, backward=True)
@@ -429,3 +350,33 @@ def pool_bwd(grad_pooled, grad_attention, grad_scores, local, query, attention, 
     if not one:
         sum_rows(sums, grad_query)
     return (grad_local if need_grad_local else local.new_empty((0,))), grad_query
+
+
+def _one(query, mask) -> bool:
+    return mask is None and (query.dim() < 3 or query.shape[1] == 1)
+
+
+def _without_axis(local, query):
+    """A query (N, 1, C) as (N, C), or (1, 1, C) as (C,) if the batch shares it."""
+    if query.dim() < 3:
+        return query
+    return query[:, 0] if query.shape[0] == local.shape[0] else query[0, 0]
+
+
+def pool_fwd(local, query, mask):
+    if not _one(query, mask):
+        return pool_many.fwd(local, query, mask)
+    pooled, attention, scores, pooled_wide = _fwd(local, _without_axis(local, query))
+    if query.dim() == 3:
+        pooled, attention, scores = pooled[:, None], attention[:, None], scores[:, None]
+        pooled_wide = pooled_wide[:, None] if pooled_wide.dim() == 2 else pooled_wide
+    return pooled, attention, scores, pooled_wide
+
+
+def pool_bwd(grad_pooled, grad_attention, grad_scores, local, query, mask, attention, pooled_wide, need_grad_local):
+    grads = grad_pooled, grad_attention, grad_scores
+    if not _one(query, mask):
+        return pool_many.bwd(*grads, local, query, mask, attention, pooled_wide, need_grad_local)
+    # Kernels use addresses, which do not change with an axis of one query.
+    grad_local, grad_query = _bwd(*grads, local, _without_axis(local, query), attention, pooled_wide, need_grad_local)
+    return grad_local, grad_query.view(query.shape)

@@ -226,10 +226,13 @@ inline dim3 grid_of(int64_t items) {
 }
 ATTNKERN_DEVICE int64_t block_index() { return blockIdx.y * static_cast<int64_t>(gridDim.x) + blockIdx.x; }
 
+constexpr size_t kUsualSharedMemory = 48 << 10; // of a block that does not ask for more
+
 #if defined(ATTNKERN_ON_HOST)
 // Runs kernels under the emulation.
 struct Queue {
   explicit Queue(const Tensor&) {}
+  size_t shared_memory() const { return cuda_on_host::kSharedMemory; }
 
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t items, int threads, size_t shared_bytes,
@@ -251,6 +254,13 @@ public:
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
   }
   cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
+  // The most shared memory that a block can have.
+  size_t shared_memory() const {
+    int device, bytes;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return bytes;
+  }
 
   // Launches one block of `threads` (whole warps) per item, and nothing if there are no items.
   template <typename... Parameters, typename... Arguments>
@@ -258,6 +268,9 @@ public:
               Arguments&&... arguments) const {
     if (items == 0)
       return;
+    if (shared_bytes > kUsualSharedMemory)
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shared_bytes)));
     kernel<<<grid_of(items), threads, shared_bytes, stream()>>>(arguments...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

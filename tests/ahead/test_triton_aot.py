@@ -101,9 +101,22 @@ def run_anchor_attention(x, companion):
 
 def run_pool(x, companion):
     query = meta(*x.shape[:2], dtype=companion)
-    pooled, attention, scores, pooled_wide = pool.pool_fwd(x, query)
+    pool_both(x, query, None)
+
+
+def run_pool_many(x, companion, queries=9):
+    pool_both(x, meta(x.shape[0], queries, x.shape[1], dtype=companion), None)
+
+
+def run_pool_masked(x, companion):
+    query, mask = meta(1, 3, x.shape[1], dtype=companion), meta(x.shape[0], *x.shape[2:], dtype=torch.bool)
+    pool_both(x, query, mask)
+
+
+def pool_both(x, query, mask):
+    pooled, attention, scores, pooled_wide = pool.pool_fwd(x, query, mask)
     pooled_wide = pooled_wide if pooled_wide.numel() else pooled
-    pool.pool_bwd(pooled, attention, scores, x, query, attention, pooled_wide, True)
+    pool.pool_bwd(pooled, attention, scores, x, query, mask, attention, pooled_wide, True)
 
 
 RUNS = {
@@ -112,6 +125,8 @@ RUNS = {
     "anchor_quantize": run_anchor_quantize,
     "anchor_attention": run_anchor_attention,
     "compatibility_pool": run_pool,
+    "compatibility_pool_many": run_pool_many,
+    "compatibility_pool_masked": run_pool_masked,
 }
 assert RUNS.keys() == FUNCTIONS.keys()
 
@@ -139,6 +154,7 @@ def widths(found):
 
 
 POINTERS = {FLOAT: "*fp32", HALF: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32"}
+POINTERS[torch.bool] = "*i1"
 
 
 def source(launch):

@@ -122,8 +122,7 @@ def _pooling(layers: list[int], maps: int, dtype: torch.dtype = torch.float32) -
     ]
 
 
-#: On a CPU timm's layers take seconds for the batches that are usual, so these are smaller.
-CPU_POOLING = _pooling([8, 8, 4], 32)
+CPU_POOLING = _pooling([32, 32, 16], 32)
 GPU_POOLING = _pooling([64, 64, 64], 64, torch.bfloat16)
 
 #: The results that get gradients in a training step; side outputs get none.

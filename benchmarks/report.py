@@ -66,7 +66,8 @@ POOLING_GOALS = (
     ("all", "the least peak memory of a folded form", "peak_mb", FOLDED, 1),
 )
 COLUMNS = (
-    "eager", "compile", *TIMM, *FOLDED, "reference", "reference compiled", *OURS, *(f"{name} compiled" for name in OURS)
+    "eager", "compile", *TIMM, "timm compiled", *FOLDED, "reference", "reference compiled",
+    *OURS, *(f"{name} compiled" for name in OURS),
 )  # fmt: skip
 
 
@@ -115,7 +116,8 @@ def table(rows: list[dict]) -> str:
     """
     columns, host = _columns(rows, "ms"), _columns(rows, "host_us")
     ratios = [name for name in ("eager", "compile") if name in columns]
-    ratios = ratios or [name for name in ("reference", "reference compiled") if name in columns]
+    theirs = ("timm", "timm compiled", "reference", "reference compiled")
+    ratios = ratios or [name for name in theirs if name in columns]
     head = ["case", "pass", *(f"{name} ms" for name in columns), *(f"× {name}" for name in ratios)]
     head += [f"{name} host µs" for name in host]
     head += ["spread"] if any(row.get("spread") for row in rows) else []
@@ -256,7 +258,9 @@ def shares(rows: list[dict]) -> list[str]:
     for name, which in ms:
         if which == ATTENTION and (name, TRAINING) in ms:
             part, whole = ms[name, which], ms[name, TRAINING]
-            found = [f"{part[b] / whole[b]:.1%} with {b}" for b in ("reference", *OURS) if b in part and b in whole]
+            found = [
+                f"{part[b] / whole[b]:.1%} with {b}" for b in ("timm", "reference", *OURS) if b in part and b in whole
+            ]
             lines.append(f"- {name}: {', '.join(found)}")
     return ["Share of a training step that the attention operators take:\n\n" + "\n".join(lines)] if lines else []
 

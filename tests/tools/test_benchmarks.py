@@ -736,6 +736,26 @@ def test_passes_of_a_network(which):
         call()
 
 
+@pytest.mark.parametrize("name", cases.TIMM_MODELS)
+def test_timm_networks_are_measured_with_and_without_their_pools(name, monkeypatch):
+    """A training step of the network, and its head alone, for timm's own code and for ours."""
+    pytest.importorskip("timm")
+    small = {
+        "resnet50_clip": ({"width_factor": 0.125}, 64, 2),
+        "vit_base_patch32_siglip_256": ({"embed_dim": 16, "depth": 1, "num_heads": 2}, 64, 2),
+    }
+    monkeypatch.setitem(cases.NETWORKS, name, small[name])
+    for which in report.NETWORK_PASSES:
+        found = (
+            cases.attention_calls(name, CPU)
+            if which == report.ATTENTION
+            else cases.network_calls(name, which, CPU, compiled=False)
+        )
+        assert list(found) == ["timm", "native"]
+        for call in found.values():
+            call()
+
+
 def test_shares_of_attention():
     rows = [
         run.row_of("net", report.TRAINING, {"reference": 0.1, "native": 0.08}),

@@ -742,7 +742,7 @@ def test_timm_networks_are_measured_with_and_without_their_pools(name, monkeypat
     pytest.importorskip("timm")
     small = {
         "resnet50_clip": ({"width_factor": 0.125}, 64, 2),
-        "vit_base_patch32_siglip_256": ({"embed_dim": 16, "depth": 1, "num_heads": 2}, 64, 2),
+        "vit_base_patch32_siglip_256": ({"embed_dim": 16, "depth": 1, "num_heads": 2, "img_size": 64}, 64, 2),
     }
     monkeypatch.setitem(cases.NETWORKS, name, small[name])
     for which in report.NETWORK_PASSES:

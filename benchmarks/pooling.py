@@ -160,7 +160,8 @@ def competitors(case, device: torch.device, compiled: dict | None, backends: lis
             model = nn.Sequential(copy.deepcopy(theirs))
             if not attnkern.accelerate(model).replaced:
                 raise AssertionError(f"accelerate does not replace the layer of {case}")
-            found[backend] = OfLayer(model, backend)
+            for suffix, wrap in wrapped.items():
+                found[backend + suffix] = OfLayer(wrap(model), backend)
         return found
     found["sdpa"] = sdpa
     for suffix, wrap in wrapped.items():

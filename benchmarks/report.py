@@ -54,9 +54,8 @@ ABOUT_POOLING = (
     "Many queries. M is the number of queries per image; for a layer, its number of heads. `timm` is timm's own layer; "
     "`sdpa` and `einsum` are folded forms, in which keys and values are never computed, with "
     "scaled_dot_product_attention or two matrix products where attnkern has its kernel. `native` is the layer after "
-    "`attnkern.accelerate`, or `compatibility_pool`; `compile` is torch.compile of the same. Columns with × compare the "
-    "fastest of each. MB are the memory that a call needs at its peak, in the default "
-    "process."
+    "`attnkern.accelerate`, or `compatibility_pool`; `compile` is torch.compile of the same. Columns with × compare "
+    "the fastest of each. MB are the memory that a call needs at its peak, in the default process."
 )
 #: Goals for many queries, forward and backward: rows, what they are compared with, the key and the names of its
 #: numbers, and how many times ours it should be at least. Folded forms should never be faster; 0.05 is for noise.

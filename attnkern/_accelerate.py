@@ -3,16 +3,16 @@
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from attnkern import _vector_quantize, compat
-from attnkern._checks import check_flag, check_kind
+from attnkern._checks import check_flag, check_items, check_kind
 from attnkern._insert import replace, tensors_of
+from attnkern._known import KNOWN, learned_queries, multihead, random
 
 #: Attributes that hold the hooks of a module.
 _HOOKS = [
@@ -30,104 +30,6 @@ class Accelerated(NamedTuple):
         lines = [f"{name}: now {kind}" for name, kind in self.replaced.items()]
         lines += [f"{name}: left, {why}" for name, why in self.left.items()]
         return "\n".join(lines) or "nothing to replace"
-
-
-class _Known(NamedTuple):
-    """A module that :func:`accelerate` recognises."""
-
-    fits: Callable[[nn.Module], bool]  #: recognises a module by its parts, not by the name of its class
-    ours: type  #: the class whose methods replace those of the module
-    inputs: Callable[[nn.Module, dict], tuple]  #: inputs of the comparison; may change the tensors in the dict
-    rounds: bool = False  #: whether the module rounds where attnkern is exact
-
-
-def _is_attention(module):
-    op = getattr(module, "op", None)
-    return (
-        isinstance(op, nn.Conv2d) and op.out_channels == 1 and op.kernel_size == (1, 1) and op.bias is None
-        and isinstance(getattr(module, "normalize_attn", None), bool)
-    )  # fmt: skip
-
-
-def _random(like, *shape):
-    """Uniform random numbers with a fixed seed, in the dtype and on the device of ``like``."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
-
-
-def _attention_inputs(module, state):
-    like = state["op.weight"]
-    channels = like.shape[1]
-    numbers = _random(like, 2, channels, 13) * 4 - 2
-    return numbers[..., :12].unflatten(2, (3, 4)), numbers[..., 12:, None]
-
-
-def _only_parameter(module):
-    """Name and shape of the only parameter of a module without children; an empty name for other modules."""
-    parameters = list(module.named_parameters())
-    if len(parameters) != 1 or list(module.children()):
-        return "", ()
-    ((name, parameter),) = parameters
-    return name, parameter.shape
-
-
-def _is_quantizer(module):
-    name, shape = _only_parameter(module)
-    return name == "anchors" and len(shape) == 1
-
-
-def _is_bottleneck_quantizer(module):
-    name, shape = _only_parameter(module)
-    layer = isinstance(module, (nn.Linear, nn.Embedding))  # their weight may have this shape as well
-    return not layer and name == "weight" and len(shape) == 2 and shape[0] == 1
-
-
-def _around(anchors):
-    """Inputs of a quantizer, some outside the range of its anchors."""
-    low, high = anchors.aminmax()
-    return (low - 0.3 + (high - low + 0.6) * _random(anchors, 2, 1, 5, 7),)
-
-
-def _is_latent_quantizer(module):
-    values = getattr(module, "values_per_latent", None)
-    return isinstance(values, nn.ParameterList) and hasattr(module, "quantize") and hasattr(module, "codes_to_indices")
-
-
-def _latent_inputs(module, state):
-    # With random values, no index is close to an integer before the library truncates it, so rounding cannot change it.
-    for name in state:
-        if name.startswith("values_per_latent."):
-            state[name] = _random(state[name], len(state[name]))
-    like = state["values_per_latent.0"]
-    return (_random(like, 2, module.dim, 5, 7) * 1.6 - 0.3,)
-
-
-def _is_vector_quantizer(module):
-    codes = getattr(getattr(module, "_codebook", None), "embed", None)
-    alone = getattr(module, "dim", None) == getattr(module, "heads", None) == 1
-    return alone and isinstance(codes, torch.Tensor) and codes.dim() == 3 and codes.shape[0] == codes.shape[2] == 1
-
-
-def _vector_inputs(module, state):
-    # Codes that are far from each other, and numbers nearer to one than to any other by more than theirs is rounded.
-    codes = state["_codebook.embed"]
-    state["_codebook.initted"].fill_(True)
-    codes.copy_(torch.arange(codes.numel(), device=codes.device).flip(0).view_as(codes) / 8)
-    shape = (2, 1, 5, 7) if module.accept_image_fmap else (2, 1, 3, 5, 7) if module.accept_3d_fmap else (2, 9, 1)
-    if not (module.channel_last or module.accept_image_fmap or module.accept_3d_fmap):
-        shape = (2, 1, 9)
-    numbers = _random(codes, *shape)
-    chosen = codes.flatten()[(numbers * codes.numel()).long()]
-    return (chosen + (numbers * 1000 % 1 - 0.5) / 12,)
-
-
-_KNOWN = [
-    _Known(_is_attention, compat.LinearAttentionBlock, _attention_inputs),
-    _Known(_is_quantizer, compat.StraightThroughQuantizer, lambda _, state: _around(state["anchors"])),
-    _Known(_is_bottleneck_quantizer, compat.VectorQuantizer, lambda _, state: _around(state["weight"])),
-    _Known(_is_latent_quantizer, _vector_quantize.LatentQuantize, _latent_inputs, rounds=True),
-    _Known(_is_vector_quantizer, _vector_quantize.VectorQuantize, _vector_inputs, rounds=True),
-]
 
 
 @functools.cache
@@ -173,7 +75,7 @@ def _values(module):
     for name, tensor in tensors_of(module).items():
         if tensor.is_meta or isinstance(tensor, FakeTensor):
             value = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-            values[name] = _random(value.double(), *value.shape) if value.is_floating_point() else value
+            values[name] = random(value.double(), *value.shape) if value.is_floating_point() else value
         else:
             tensor = tensor.detach()
             device = tensor.device if tensor.device.type != "mps" else torch.device("cpu")
@@ -191,7 +93,7 @@ def _step(parameters, grads):
     return moved
 
 
-def _run(kind, module, values, inputs, needed):
+def _run(kind, module, values, inputs, needed, arguments):
     """Results of ``kind.forward`` with the parts of ``module``, without its own hooks.
 
     They are outputs and buffers, and for each output alone and for all together, all gradients and the parameters after
@@ -199,6 +101,7 @@ def _run(kind, module, values, inputs, needed):
 
     Args:
         needed: whether inputs, and whether parameters, need gradients.
+        arguments: makes the arguments of forward of the inputs.
     """
     floating = {name: value.is_floating_point() for name, value in values.items()}
     state = {name: value.clone().requires_grad_(needed[1] and floating[name]) for name, value in values.items()}
@@ -206,14 +109,15 @@ def _run(kind, module, values, inputs, needed):
     leaves = [tensor for tensor in [*inputs, *state.values()] if tensor.requires_grad]
     stand_in = nn.Module.__new__(kind)
     stand_in.__dict__ = module.__dict__ | {name: type(module.__dict__[name])() for name in _HOOKS}
-    outputs = torch.func.functional_call(stand_in, state, tuple(inputs), tie_weights=False)
+    outputs = torch.func.functional_call(stand_in, state, arguments(inputs), tie_weights=False)
     found = [type(outputs)]
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
     buffers = [state[name] for name, tensor in tensors_of(module).items() if not isinstance(tensor, nn.Parameter)]
     found += [tensor.detach().clone() for tensor in [*outputs, *buffers]]
     differentiable = [output for output in outputs if output.requires_grad]
     found.append([output.requires_grad for output in outputs])
-    for used in [*([output] for output in differentiable), differentiable] if differentiable and leaves else []:
+    together = [differentiable] if len(differentiable) != 1 else []
+    for used in [*([output] for output in differentiable), *together] if differentiable and leaves else []:
         total = sum((output * output.detach().cos()).sum() for output in used)
         grads = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
         found += [*grads, *_step(leaves, grads)]
@@ -241,13 +145,15 @@ def _difference(module, known) -> str | None:
             inputs = known.inputs(module, values)
             device = inputs[0].device
             devices = [] if device.type == "cpu" else [device]
-            for training, *needed in itertools.product((True, False), repeat=3):
+            cases = itertools.product((True, False), repeat=3)
+            # Attention pools are large, and which gradients are needed does not change what they compute.
+            for training, *needed in [(True, True, True), (False, False, False)] if known.folds else cases:
                 results = []
                 for kind in kinds:
                     for part in modes:
-                        part.training = training
+                        part.training = training and not (known.drops and isinstance(part, nn.Dropout))
                     with torch.random.fork_rng(devices, device_type=device.type):
-                        results.append(_run(kind, module, values, inputs, needed))
+                        results.append(_run(kind, module, values, inputs, needed, known.arguments))
                 found, wanted = results
                 same = len(found) == len(wanted)
                 if not (same and all(_alike(a, b, known.rounds) for a, b in zip(found, wanted, strict=True))):
@@ -258,6 +164,28 @@ def _difference(module, known) -> str | None:
         for part, training in modes.items():
             part.training = training
     return None
+
+
+def _shared(model, module) -> str | None:
+    """Which other module of ``model`` has a part or a parameter of ``module``, as a reason, or None."""
+    inside = set(module.modules())
+    parameters, parts = set(module.parameters()), inside - {module}
+    for name, other in model.named_modules():
+        if other not in inside and (
+            not parameters.isdisjoint(other._parameters.values()) or not parts.isdisjoint(other._modules.values())
+        ):
+            return f"its parameters are shared with {name or 'the model itself'}"
+    return None
+
+
+def _named(model, attention):
+    """The modules with the names ``attention``. Raises ValueError if one is not ``nn.MultiheadAttention``."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in attention:
+        if not isinstance(modules.get(name), nn.MultiheadAttention):
+            found = f"got {name!r}, which is {type(modules[name]).__name__ if name in modules else 'no module of it'}"
+            raise ValueError(f"accelerate: attention must name nn.MultiheadAttention modules of model, {found}")
+    return [modules[name] for name in attention]
 
 
 def _taken_over(module, new):
@@ -285,6 +213,7 @@ def accelerate(
     mapping: Mapping[type[nn.Module], Callable[[nn.Module], nn.Module]] | None = None,
     *,
     allow_rounding: bool = False,
+    attention: Sequence[str] = (),
 ) -> Accelerated:
     """Replace modules of ``model`` by equivalent ones that use attnkern's kernels, in place.
 
@@ -294,6 +223,13 @@ def accelerate(
     - Straight-through quantizers of scalars, whose only parameter is ``anchors`` (Q,).
     - The quantizer of the information bottleneck's authors, whose only parameter is ``weight`` (1, Q), and which
       returns values, anchor loss and commitment loss.
+    - Attention pools, which then compute neither keys nor values (see :class:`attnkern.nn.AttentionPool`): timm's
+      ``AttentionPoolLatent`` and ``AttentionPool2d``; the ``AttentionPool2d`` of OpenAI's CLIP and of open_clip; and
+      ``nn.MultiheadAttention`` beside learned queries, as in open_clip's ``AttentionalPooler`` and in the pooling heads
+      of SigLIP in Hugging Face's transformers, or where its name is in ``attention``. Their sums are in another order,
+      so results differ as those of two BLAS libraries do; the dropout of ``AttentionPool2d`` draws other numbers. What
+      cannot be folded is computed by the module's own forward: other sizes of queries and keys, masks that are not one
+      bool per position, dropout of attention weights, parts that got hooks or adapters later.
     - With ``allow_rounding``, vector-quantize-pytorch's ``LatentQuantize`` and its ``VectorQuantize`` of dimension 1
       with one head.
 
@@ -312,33 +248,37 @@ def accelerate(
         allow_rounding: also replace modules that round where attnkern is exact. They may choose another entry if an
             element is nearly halfway between two; LatentQuantize may return the index below; values differ in the last
             digits.
+        attention: names of further ``nn.MultiheadAttention`` modules that pool. Calls ``(query, x, x)`` with at most
+            half as many queries as positions are folded, with ``key_padding_mask`` as well. An image without any
+            position then gets the bias of the output, where ``nn.MultiheadAttention`` may return NaN.
 
     Returns:
         The replaced modules, and those that were recognised but not replaced, with the reason; prints as text.
 
     Raises:
-        ValueError: a replacement of ``mapping`` has other keys; the model is then unchanged.
+        ValueError: a replacement of ``mapping`` has other keys, or ``attention`` names something else; the model is
+            then unchanged.
         TypeError: an argument has the wrong type.
     """
     check_kind("accelerate", nn.Module, model=model)
     check_kind("accelerate", Mapping | None, mapping=mapping)
     check_flag("accelerate", allow_rounding=allow_rounding)
+    check_items("accelerate", str, attention=attention)
     replaced, left, made, known = {}, {}, {}, {}
     modules = dict(model.named_modules())
+    pooling = dict.fromkeys(_named(model, attention)) | learned_queries(model)
     for name, module in modules.items():
         make = (mapping or {}).get(type(module))
         if make is not None and name:
             made[name] = _taken_over(module, make(module))
             replaced[name] = type(made[name]).__name__
             continue
-        for each in _KNOWN:
+        for each in (*KNOWN, multihead(pooling)):
             if isinstance(module, each.ours) or not each.fits(module):
                 continue
             if "forward" in module.__dict__:
                 left[name] = "its forward has been replaced"
-            elif getattr(module, "normalize_attn", True) is False:
-                left[name] = "it weights by sigmoids, which attnkern has no kernel for"
-            elif why := _difference(module, each):
+            elif why := each.refuses(module) or (each.folds and _shared(model, module)) or _difference(module, each):
                 left[name] = why
             elif each.rounds and not allow_rounding:
                 left[name] = f"it rounds where {each.ours.__name__} is exact: pass allow_rounding=True"

@@ -28,18 +28,18 @@ def describe(value) -> str:
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
-def check_tensor(where: str, name: str, tensor) -> None:
-    """Raise TypeError unless ``tensor`` is a dense floating-point tensor of a supported dtype."""
+def check_tensor(where: str, name: str, tensor, dtypes: Collection[torch.dtype] = DTYPES) -> None:
+    """Raise TypeError unless ``tensor`` is a dense tensor of one of these dtypes."""
     if not isinstance(tensor, torch.Tensor):
         if isinstance(tensor, Proxy):
             raise TypeError(
                 f"{where}: torch.fx cannot trace code that reads shapes: use torch.export.export or forward hooks"
             )
         raise TypeError(f"{where}: {name} must be a Tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in DTYPES:
-        raise TypeError(
-            f"{where}: {name} must be float32, bfloat16, float16 or float64, got {str(tensor.dtype).split('.')[-1]}"
-        )
+    if tensor.dtype not in dtypes:
+        *others, last, got = (str(dtype).split(".")[-1] for dtype in (*dtypes, tensor.dtype))
+        expected = f"{', '.join(others)} or {last}" if others else last
+        raise TypeError(f"{where}: {name} must be {expected}, got {got}")
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{where}: {name} must be a dense (strided) tensor, got {layout}")

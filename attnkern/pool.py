@@ -8,7 +8,6 @@ from attnkern import _backend, reference
 from attnkern._autograd import create_graph, differentiable_backward, save, saved, transformed
 from attnkern._checks import (
     check_device,
-    check_kind,
     check_positions,
     check_shape,
     check_tensor,
@@ -53,17 +52,16 @@ class _CompatibilityPool(torch.autograd.Function):
         return grad_local if ctx.needs_input_grad[0] else None, grad_query, None, None
 
 
-def _check_mask(where: str, mask, local: torch.Tensor) -> None:
+def check_mask(where: str, mask, local: torch.Tensor, of: str = "local") -> None:
     """Raise unless ``mask`` is bool, on the device of ``local``, and has a value for each position."""
-    check_kind(where, torch.Tensor, mask=mask)
-    if mask.dtype != torch.bool or mask.layout != torch.strided:
-        raise TypeError(f"{where}: mask must be a dense tensor of bool, got {mask.dtype}, {mask.layout}")
+    check_tensor(where, "mask", mask, (torch.bool,))
     n, _, *positions = local.shape
+    shape = "{1}, {2}" if len(positions) == 2 else "{1}"
     check_shape(
-        where, "mask", mask, f"({', '.join(f'{{{i}}}' for i in range(len(positions) + 1))}) or one for the batch "
-        "(N and positions as local)", is_shape(mask, n, *positions) or is_shape(mask, 1, *positions), n, *positions,
+        where, "mask", mask, f"({{0}}, {shape}) or (1, {shape}) (N and positions as {of})",
+        is_shape(mask, n, *positions) or is_shape(mask, 1, *positions), n, *positions,
     )  # fmt: skip
-    check_device(where, "mask", mask, "local", local)
+    check_device(where, "mask", mask, of, local)
 
 
 @leaf
@@ -107,18 +105,14 @@ def compatibility_pool(
     n, c = local.shape[:2]
     if query.dim() == 3:
         m = query.shape[1]
-        check_shape(
-            where, "query", query, "({0}, M, {1}) or (1, M, {1}) (N and C as local)",
-            is_shape(query, n, m, c) or is_shape(query, 1, m, c), n, c,
-        )  # fmt: skip
+        fits = is_shape(query, n, m, c) or is_shape(query, 1, m, c)
     else:
-        check_shape(
-            where, "query", query, "({0}, {1}) or ({1},), or ({0}, M, {1}) or (1, M, {1}) (N and C as local)",
-            is_shape(query, n, c) or is_shape(query, c), n, c,
-        )  # fmt: skip
+        fits = is_shape(query, n, c) or is_shape(query, c)
+    expected = "({0}, {1}) or ({1},), or ({0}, M, {1}) or (1, M, {1}) (N and C as local)"
+    check_shape(where, "query", query, expected, fits, n, c)
     query = companion(where, "query", query, "local", local)
     if mask is not None:
-        _check_mask(where, mask, local)
+        check_mask(where, mask, local)
     chosen = _backend.choose(backend, local)
     if chosen == "reference" or transformed(local, query):
         return CompatibilityPooled(*reference.compatibility_pool(local, query, mask))

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 
 import attnkern
 from attnkern._ops import BACKENDS
 from attnkern.testing import OPS, available_backends, make_inputs, output_gradients
+from benchmarks import pooling
 from benchmarks.report import EMPTY, NETWORK_PASSES, TRAINING
 
 PASSES = ("forward", "forward+backward")
@@ -25,30 +25,34 @@ HOST = "host costs"
 
 @dataclass(frozen=True)
 class Case:
-    """One operator at one shape, dtype and layout."""
+    """One operator, or a layer of timm, at one shape, dtype and layout.
+
+    ``queries`` is the number of queries per image, if the queries have that axis: for a layer, its number of heads.
+    """
 
     op: str
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
     anchors: int = 20
+    queries: int = 0
 
     def __str__(self):
         size = "x".join(map(str, self.shape))
-        many = "" if self.anchors == 20 else f" Q={self.anchors}"
+        many = f" M={self.queries}" if self.queries else "" if self.anchors == 20 else f" Q={self.anchors}"
         return f"{self.op} {size} {str(self.dtype).split('.')[-1]} {self.layout}{many}"
 
     @classmethod
     def parse(cls, text: str):
         """The case with this name."""
         op, shape, dtype, layout, *more = text.split()
-        anchors = int(more[0].removeprefix("Q=")) if more else 20
-        return cls(op, tuple(map(int, shape.split("x"))), getattr(torch, dtype), layout, anchors)
+        many = {{"Q": "anchors", "M": "queries"}[text[0]]: int(text[2:]) for text in more}
+        return cls(op, tuple(map(int, shape.split("x"))), getattr(torch, dtype), layout, **many)
 
     def bytes(self, which: str) -> int:
         """Bytes that the pass must move: features read and written once."""
         features = torch.Size(self.shape).numel() * self.dtype.itemsize
-        forward, backward = {"compatibility_pool": (1, 2), "anchor_quantize": (2, 3)}.get(self.op, (2, 3))
+        forward, backward = (1, 2) if self.queries or self.op == "compatibility_pool" else (2, 3)
         return features * (forward if which == "forward" else forward + backward)
 
 
@@ -100,8 +104,30 @@ SCALING = {
     "channels": [(8, channels, 14, 14) for channels in (16, 32, 64, 128, 256, 512, 1024, 2048)],
 }
 
+
+def _pooling(layers: list[int], maps: int, dtype: torch.dtype = torch.float32) -> list[Case]:
+    """Layers of SigLIP, CLIP's ResNet-50 and SigLIP SO400M for these numbers of images, the pooling in them alone, and
+    NCHW maps with few and with many queries."""
+    tokens = [((768, 196), 12), ((2048, 50), 32), ((1152, 729), 16)]  # channels and positions, heads
+    found = []
+    for images, (size, heads) in zip(layers, tokens, strict=True):
+        if size == (2048, 50):  # 7x7 and their mean
+            found.append(Case("AttentionPool2d", (images, 2048, 7, 7), dtype, queries=heads))
+        else:
+            found.append(Case("AttentionPoolLatent", (images, *size), dtype, "tokens", queries=heads))
+        found.append(Case("compatibility_pool", (images, *size), dtype, "tokens", queries=heads))
+    shapes = [(maps, 512, 14, 14), (maps, 256, 32, 32)]
+    return found + [
+        Case("compatibility_pool", shape, dtype, queries=queries) for shape in shapes for queries in (1, 4, 12, 32)
+    ]
+
+
+CPU_POOLING = _pooling([32, 32, 16], 32)
+GPU_POOLING = _pooling([64, 64, 64], 64, torch.bfloat16)
+
 #: The results that get gradients in a training step; side outputs get none.
 _USED = {
+    **dict.fromkeys(pooling.LAYERS, ("output",)),
     "window_attention": ("output",),
     "compatibility_pool": ("pooled",),
     "anchor_attention": ("output", "anchor_loss", "commitment_loss"),
@@ -110,6 +136,8 @@ _USED = {
 
 
 def _inputs(case, device):
+    if case.queries:
+        return {name: value.to(device) for name, value in pooling.inputs(case).items()}
     inputs = make_inputs(case.op, case.shape, case.dtype, layout=case.layout, device=device)
     if "anchors" in inputs:
         inputs["anchors"] = torch.linspace(0, 1, case.anchors, device=device).to(inputs["anchors"].dtype)
@@ -117,10 +145,7 @@ def _inputs(case, device):
 
 
 def _sdpa(local, query):
-    """Pooling as attention of one query over the positions, without the scale."""
-    tokens = local.flatten(2).transpose(1, 2)
-    pooled = F.scaled_dot_product_attention(query[:, None], tokens, tokens, scale=1.0)[:, 0]
-    return attnkern.CompatibilityPooled(pooled, None, None)
+    return attnkern.CompatibilityPooled(pooling.sdpa(local, query[:, None])[:, 0], None, None)
 
 
 #: Options of torch.compile: those of the usual competitor, and of the one with max-autotune.
@@ -134,6 +159,9 @@ def competitors(case: Case, device: torch.device, compiled: dict | None = COMPIL
 
     ``compiled`` are options of torch.compile; None leaves it out.
     """
+    if case.queries:  # the reference takes too long to be timed
+        backends = [name for name in reversed(available_backends(device, case.dtype)) if name != "reference"]
+        return pooling.competitors(case, device, compiled, backends)
     literal = OPS[case.op].literal
     found = {"eager": literal}
     if compiled is not None:
@@ -150,10 +178,15 @@ class Workload:
 
     def __init__(self, case: Case, device: torch.device):
         self.case, self.device, self.used = case, device, _USED[case.op]
-        function = functools.partial(OPS[case.op].function, backend="reference")
         inputs = _inputs(case, device)
-        self.truth = getattr(function(**{k: v.double() for k, v in inputs.items()}), self.used[0])
-        outputs = {key: getattr(function(**inputs), key) for key in self.used}
+        if case.queries:
+            self.truth = pooling.exact(case, inputs)  # of the first images
+            images = case.shape[:1]
+            outputs = {self.used[0]: self.truth.new_empty(images + self.truth.shape[1:], dtype=case.dtype)}
+        else:
+            function = functools.partial(OPS[case.op].function, backend="reference")
+            self.truth = getattr(function(**{k: v.double() for k, v in inputs.items()}), self.used[0])
+            outputs = {key: getattr(function(**inputs), key) for key in self.used}
         # Each in its output's layout, as a network's next layer sends it back.
         grads = {k: torch.empty_like(outputs[k]).copy_(grad) for k, grad in output_gradients(outputs).items()}
         self._copies = [(inputs, [grads[key] for key in self.used])]
@@ -181,7 +214,7 @@ class Call:
     def __init__(self, name: str, function: Callable, work: Workload, which: str):
         self.function, self.work, self.which, self._leaves = function, work, which, {}
         key, truth = work.used[0], work.truth
-        error = (getattr(function(**work.copy(0)[0]), key).double() - truth).abs().max()
+        error = (getattr(function(**work.copy(0)[0]), key)[: len(truth)].double() - truth).abs().max()
         # The literal formulas round every step to the features' type.
         allowed = 0.02 if name in BACKENDS or work.case.dtype == torch.float32 else 0.2
         if not error <= allowed * truth.abs().max().clamp(min=1):
@@ -204,7 +237,8 @@ class Call:
         leaves = self._leaves[number]
         result = self.function(**leaves)
         outputs = [getattr(result, key) for key in self.work.used]
-        return *result, *torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
+        leaves = [*leaves.values(), *getattr(self.function, "parameters", ())]
+        return *result, *torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
 
 
 def synchronize(device: torch.device) -> None:
@@ -231,7 +265,9 @@ MORE_MODELS = {
     "mobilenet_v3_large_window": ({"width": 1.0}, 96, 16),
 }
 TINY_MODELS = {"vgg_aib_qt tiny": ({"width": 0.05}, 32, 2)}
-NETWORKS = MODELS | MORE_MODELS | TINY_MODELS
+#: Networks of timm that pool by attention. ``--networks`` measures them with and without `attnkern.accelerate`.
+TIMM_MODELS = {"resnet50_clip": ({}, 224, 16), "vit_base_patch32_siglip_256": ({}, 256, 16)}
+NETWORKS = MODELS | MORE_MODELS | TINY_MODELS | TIMM_MODELS
 
 
 def work(suite: str, gpu: bool, compiled: bool) -> list[tuple[Case | str, str]]:
@@ -239,41 +275,44 @@ def work(suite: str, gpu: bool, compiled: bool) -> list[tuple[Case | str, str]]:
     if suite == "rehearsal":
         return [(HOST, ""), *itertools.product(TINY_CASES, PASSES), *((name, TRAINING) for name in TINY_MODELS)]
     if suite == "networks":
-        return [(name, which) for which in NETWORK_PASSES for name in MODELS | MORE_MODELS]
+        return [(name, which) for which in NETWORK_PASSES for name in MODELS | MORE_MODELS | TIMM_MODELS]
     if suite == "full":
         return list(itertools.product(CPU_FULL_CASES, PASSES))
     networks = [(name, TRAINING) for name in MODELS]
     if not gpu:
-        return [*itertools.product(CPU_CASES, PASSES), *networks, (HOST, "")]
+        return [*itertools.product(CPU_CASES + CPU_POOLING, PASSES), *networks, (HOST, "")]
     layouts = {layout: [case for case in GPU_CASES if case.layout == layout] for layout in _LAYOUTS}
     return [
         (HOST, ""),
         *itertools.product(layouts["contiguous"], PASSES),
         *networks,
+        *itertools.product(GPU_POOLING, PASSES),
         *itertools.product(layouts["channels_last"], PASSES),
         *((case, AUTOTUNED) for case in GPU_AUTOTUNED if compiled),
     ]
 
 
 def network_calls(name: str, which: str, device: torch.device, compiled: bool) -> dict[str, Callable[[], None]]:
-    """A pass of a network on cluttered digits by backend, and of the same network compiled.
-
-    ``which`` is TRAINING (forward, loss, backward, SGD) or INFERENCE.
+    """A pass of a network by backend, and of the same network compiled. ``which`` is TRAINING (forward, loss, backward,
+    SGD) or INFERENCE. attnkern's networks see cluttered digits; a network of timm is accelerated for each backend, and
+    "timm" is the network as it is.
     """
-    digits = _digits(name, device)
+    images, loss = _task(name, device)
     found = {}
-    for backend, compiles in itertools.product(reversed(available_backends(device)), (False, True)[: 1 + compiled]):
-        torch.manual_seed(0)
-        network = _network(name, device).train(which == TRAINING)
+    for backend, compiles in itertools.product(_network_names(name, device), (False, True)[: 1 + compiled]):
+        network = _network(name, device, backend).train(which == TRAINING)
         optimizer = torch.optim.SGD((p for p in network.parameters() if p.requires_grad), 1e-3)
         forward = torch.compile(network, dynamic=False) if compiles else network
 
         def step(network=network, forward=forward, optimizer=optimizer, backend=backend):
-            with attnkern.use_backend(backend), torch.set_grad_enabled(which == TRAINING):
-                output = forward(digits.images)
+            with (
+                attnkern.use_backend(None if backend == "timm" else backend),
+                torch.set_grad_enabled(which == TRAINING),
+            ):
+                output = forward(images)
                 if which == TRAINING:
                     optimizer.zero_grad()
-                    network.loss(output, digits.labels).backward()
+                    loss(network, output).backward()
                     optimizer.step()
             synchronize(device)
 
@@ -281,8 +320,51 @@ def network_calls(name: str, which: str, device: torch.device, compiled: bool) -
     return found
 
 
+def _network_names(name: str, device: torch.device) -> list[str]:
+    """The backends that a network is measured with, and "timm" for its own code."""
+    backends = list(reversed(available_backends(device)))
+    return ["timm", *(each for each in backends if each != "reference")] if name in TIMM_MODELS else backends
+
+
+def _task(name: str, device: torch.device) -> tuple[torch.Tensor, Callable]:
+    """Images, and the loss of a network and its output."""
+    if name in TIMM_MODELS:
+        _, side, batch = NETWORKS[name]
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(batch, 3, side, side, generator=generator)
+        return images.to(device), lambda network, output: output.square().mean()
+    digits = _digits(name, device)
+    return digits.images, lambda network, output: network.loss(output, digits.labels)
+
+
+def _head_calls(name: str, device: torch.device) -> dict[str, Callable[[], None]]:
+    """Forward and backward of a timm network's head, the attention pool, by backend."""
+    images, _ = _task(name, device)
+    found = {}
+    for backend in _network_names(name, device):
+        network, features = _network(name, device, backend).train(), []
+        (head,) = (module for module in network.modules() if type(module).__name__ in pooling.LAYERS)
+        with torch.no_grad():
+            handle = head.register_forward_pre_hook(lambda module, given, features=features: features.append(given[0]))
+            network(images)
+            handle.remove()
+        leaves = [features[0].requires_grad_(), *head.parameters()]
+
+        def attend(head=head, leaves=leaves, backend=backend):
+            with attnkern.use_backend(None if backend == "timm" else backend):
+                output = head(leaves[0])
+            torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True)
+            synchronize(device)
+
+        found[backend] = attend
+    return found
+
+
 def attention_calls(name: str, device: torch.device) -> dict[str, Callable[[], None]]:
-    """Forward and backward of the attention operators that a training step of a network calls, alone, by backend."""
+    """Forward and backward of the attention operators that a training step of a network calls, alone, by backend; of
+    the head, for a network of timm."""
+    if name in TIMM_MODELS:
+        return _head_calls(name, device)
     recorded = []
 
     def recorder(function):
@@ -320,7 +402,16 @@ def _digits(name, device):
     return digits._replace(images=digits.images.to(device), labels=digits.labels.to(device))
 
 
-def _network(name, device):
+def _network(name, device, backend=None):
+    """A network with random weights. That of timm is accelerated, unless the backend is "timm"."""
+    torch.manual_seed(0)
+    if name in TIMM_MODELS:
+        import timm
+
+        network = timm.create_model(name, pretrained=False, **NETWORKS[name][0]).to(device)
+        if backend != "timm" and not attnkern.accelerate(network).replaced:
+            raise AssertionError(f"accelerate replaces nothing in {name}")
+        return network
     from attnkern.models import create_model
 
     return create_model(name.split()[0], 10, **NETWORKS[name][0]).to(device)

@@ -48,7 +48,27 @@ LABELS = {
     "compile": "torch.compile", "sdpa": "scaled_dot_product_attention",
     "native": "attnkern", "triton": "attnkern, Triton", "reference": "attnkern, reference (plain PyTorch)",
 }  # fmt: skip
-COLUMNS = ("eager", "compile", "sdpa", "reference", "reference compiled", *OURS, *(f"{name} compiled" for name in OURS))
+#: The competitors with many queries: timm's layers, and what they become when they are folded.
+TIMM, FOLDED = ("timm", "timm compile"), ("sdpa", "einsum", "einsum compile")
+ABOUT_POOLING = (
+    "Many queries. M is the number of queries per image; for a layer, its number of heads. `timm` is timm's own layer; "
+    "`sdpa` and `einsum` are folded forms, in which keys and values are never computed, with "
+    "scaled_dot_product_attention or two matrix products where attnkern has its kernel. `native` is the layer after "
+    "`attnkern.accelerate`, or `compatibility_pool`; `compile` is torch.compile of the same. Columns with × compare "
+    "the fastest of each. MB are the memory that a call needs at its peak, in the default process."
+)
+#: Goals for many queries, forward and backward: rows, what they are compared with, the key and the names of its
+#: numbers, and how many times ours it should be at least. Folded forms should never be faster; 0.05 is for noise.
+POOLING_GOALS = (
+    ("layers", "timm's layer, the faster of eager and compiled", "ms", TIMM, 10),
+    ("all", "the fastest folded form", "ms", FOLDED, 0.95),
+    ("NCHW maps", "the fastest folded form", "ms", FOLDED, 2),
+    ("all", "the least peak memory of a folded form", "peak_mb", FOLDED, 1),
+)
+COLUMNS = (
+    "eager", "compile", *TIMM, "timm compiled", *FOLDED, "reference", "reference compiled",
+    *OURS, *(f"{name} compile" for name in OURS), *(f"{name} compiled" for name in OURS),
+)  # fmt: skip
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
@@ -96,7 +116,8 @@ def table(rows: list[dict]) -> str:
     """
     columns, host = _columns(rows, "ms"), _columns(rows, "host_us")
     ratios = [name for name in ("eager", "compile") if name in columns]
-    ratios = ratios or [name for name in ("reference", "reference compiled") if name in columns]
+    theirs = ("timm", "timm compiled", "reference", "reference compiled")
+    ratios = ratios or [name for name in theirs if name in columns]
     head = ["case", "pass", *(f"{name} ms" for name in columns), *(f"× {name}" for name in ratios)]
     head += [f"{name} host µs" for name in host]
     head += ["spread"] if any(row.get("spread") for row in rows) else []
@@ -151,14 +172,73 @@ def failures(rows: list[dict]) -> list[str]:
     return ["Failed:\n\n" + "\n".join(lines)] if lines else []
 
 
+def many(row: dict) -> bool:
+    """Is this a row of pooling with many queries?"""
+    return " M=" in row["case"]
+
+
+def lead(row: dict, names: tuple[str, ...], key: str = "ms") -> float | None:
+    """The least of a row's numbers for these competitors over the least of ours, compiled or not."""
+    found = row.get(key, {})
+    mine = [name + suffix for name in OURS for suffix in ("", " compile")]
+    theirs, ours = ([found[name] for name in group if name in found] for group in (names, mine))
+    return min(theirs) / min(ours) if theirs and ours else None
+
+
+def pooling_table(rows: list[dict]) -> str:
+    """Rows with many queries: milliseconds (on a GPU device time), how many times faster the best of ours is, and the
+    peak of the memory in the first process."""
+    key = "device_ms" if any("device_ms" in row for row in rows) else "ms"
+    columns = _columns(rows, key)
+    head = ["case", "pass", *(f"{name} ms" for name in columns), "× timm", "× folded"]
+    head += [f"{name} MB" for name in columns] + ["spread"]
+    by_name = {}
+    for row in rows:
+        by_name.setdefault((row["case"], row["pass"]), {})[row["process"]] = row
+    lines = []
+    for name, found in by_name.items():
+        measured = [found.get(process, {}) for process in processes(rows)]
+        cells = [[_cell(row, key, column, 2) for row in measured] for column in columns]
+        leads = [[lead(row, names, key) for row in measured] for names in (TIMM, FOLDED)]
+        cells += [["–" if value is None else f"{value:.1f}" for value in each] for each in leads]
+        cells += [[_cell(measured[0], "peak_mb", column, 1)] for column in columns]
+        cells += [[_spread(row) for row in measured]]
+        lines.append([*name, *("–" if set(cell) == {"–"} else " / ".join(cell) for cell in cells)])
+    return markdown(head, lines)
+
+
+def pooling_goals(rows: list[dict]) -> list[list[str]]:
+    """The goals for many queries beside what was measured in forward and backward, for each process."""
+    lines = []
+    for process in processes(rows):
+        both = [row for row in _of(process, rows) if row["pass"] == "forward+backward" and many(row)]
+        groups = {
+            "all": both,
+            "layers": [row for row in both if not row["case"].startswith("compatibility_pool")],
+            "NCHW maps": [row for row in both if re.match(r"compatibility_pool .* contiguous", row["case"])],
+        }
+        for group, what, key, names, least in POOLING_GOALS:
+            figures = [(lead(row, names, key), row["case"]) for row in groups[group]]
+            figures = [(figure, case) for figure, case in figures if figure is not None]
+            if figures:
+                below = sum(figure < least for figure, _ in figures)
+                more = f" (one of {below} below the goal)" if below > 1 else ""
+                lowest = f"{what}, lowest row: {min(figures)[1]}{more}"
+                lines.append([process, f"many queries, {group}", *_goal(lowest, min(figures)[0], least)])
+    return lines
+
+
 def tables(rows: list[dict]) -> str:
-    """Tables of operators, then of networks."""
+    """Tables of operators, then of many queries, then of networks."""
     networks = [row for row in rows if row["pass"] in NETWORK_PASSES]
-    operators = [row for row in rows if row["pass"] not in NETWORK_PASSES]
+    pooling = [row for row in rows if many(row)]
+    operators = [row for row in rows if row["pass"] not in NETWORK_PASSES and not many(row)]
     on_device = [row for row in operators if "device_ms" in row]
     parts = [f"Device time:\n\n{device_table(on_device)}", LATENCY] if on_device else []
     parts += [BOTH] if len(processes(rows)) > 1 else []
-    parts += [table(part) for part in (operators, networks) if part]
+    parts += [table(operators)] if operators else []
+    parts += [ABOUT_POOLING, pooling_table(pooling)] if pooling else []
+    parts += [table(networks)] if networks else []
     return "\n\n".join([*parts, *failures(rows)])
 
 
@@ -179,7 +259,9 @@ def shares(rows: list[dict]) -> list[str]:
     for name, which in ms:
         if which == ATTENTION and (name, TRAINING) in ms:
             part, whole = ms[name, which], ms[name, TRAINING]
-            found = [f"{part[b] / whole[b]:.1%} with {b}" for b in ("reference", *OURS) if b in part and b in whole]
+            found = [
+                f"{part[b] / whole[b]:.1%} with {b}" for b in ("timm", "reference", *OURS) if b in part and b in whole
+            ]
             lines.append(f"- {name}: {', '.join(found)}")
     return ["Share of a training step that the attention operators take:\n\n" + "\n".join(lines)] if lines else []
 
@@ -191,7 +273,14 @@ def geometric_mean(values) -> float:
 
 def goals(rows: list[dict], suite: str = "") -> str:
     """The goals of a CPU's run in float32 beside what was measured, for each process."""
-    parts, lines = [], []
+    parts, lines, pooled = [], [], pooling_goals(rows)
+    for process in processes(rows):
+        both = [row for row in _of(process, rows) if row["pass"] == "forward+backward"]
+        if leads := [found for row in both if many(row) and (found := lead(row, TIMM))]:
+            parts.append(
+                f"**{geometric_mean(leads):.1f} times as fast as timm's attention-pooling layers** in the {process} "
+                f"process, by geometric mean over {len(leads)} rows of forward and backward."
+            )
     rows = [row for row in rows if "float32" in row["case"] and "compile" in row["times"]]
     for process in processes(rows):
         forward, both = (
@@ -208,6 +297,7 @@ def goals(rows: list[dict], suite: str = "") -> str:
         core = [row for row in both if CORE.match(row["case"])]
         if core and process == "default" and suite == "":
             lines += [[process, "contiguous, without anchor_attention", *line] for line in _means(core, *CORE_GOALS)]
+    lines += pooled
     if not lines:
         return ""
     found = markdown(["process", "rows", "compared with", "measured", "goal", "reached"], lines)
@@ -266,7 +356,8 @@ def gpu_figures(rows: list[dict], copy_gb_per_s: float) -> dict[str, dict[str, l
     """The figures that GPU_GOALS are about: (figure, case) by group and name, from rows that have been measured."""
     by_case = {}
     for row in rows:
-        by_case.setdefault(row["case"], {})[row["pass"]] = row
+        if not many(row):
+            by_case.setdefault(row["case"], {})[row["pass"]] = row
     found = {group: {name: [] for name in names} for group, names in GPU_GOALS.items()}
     for case, passes in by_case.items():
         forward, both = passes.get("forward"), passes.get("forward+backward")
@@ -551,12 +642,13 @@ def printed(content: dict) -> str:
     operators = [
         row | {"ms": {name: row["ms"][name] for name in shown if name in row["ms"]}}
         for row in rows
-        if row["pass"] not in NETWORK_PASSES
+        if row["pass"] not in NETWORK_PASSES and not many(row)
     ]
     if content.get("suite") == "scaling":
         text = scaling_table(rows)
     else:
-        text = table(operators) if operators else ""
+        pooling = [row for row in rows if many(row)]
+        text = "\n\n".join([*([table(operators)] if operators else []), *([pooling_table(pooling)] if pooling else [])])
     # The warning stands at both ends, since the first one may have scrolled away.
     return "\n\n".join(filter(None, [heading(content), warning(content), text, summary(content), warning(content)]))
 
@@ -675,7 +767,8 @@ def choice(rows: list[dict], tolerance: float = 0.01) -> str:
     the best one."""
     by_case = {}
     for row in rows:
-        if row["pass"] in ("forward", "forward+backward") and set(OURS) <= row.get("device_ms", {}).keys():
+        measured = not many(row) and set(OURS) <= row.get("device_ms", {}).keys()
+        if measured and row["pass"] in ("forward", "forward+backward"):
             by_case.setdefault(row["case"], {})[row["pass"]] = row["device_ms"]
     pairs = [Pair(case, passes) for case, passes in by_case.items()]
     if not pairs:
@@ -710,6 +803,7 @@ def slowest(rows: list[dict], count: int) -> list[tuple[str, str, str]]:
     row per operator and pass."""
     found = {}
     known = [row for row in rows if {"share_of_copy", "device_ms"} <= row.keys() and "max" not in row["pass"]]
+    known = [row for row in known if not many(row)]
     for row in sorted(known, key=lambda row: (row["bytes"] < LARGE, row["share_of_copy"])):
         ours = {name: ms for name, ms in row["device_ms"].items() if name in OURS}
         found.setdefault((row["case"].split()[0], row["pass"]), (row["case"], row["pass"], min(ours, key=ours.get)))

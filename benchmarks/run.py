@@ -9,6 +9,7 @@ recorded as an error, and the run continues. Rows whose times vary too much are 
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import itertools
 import math
@@ -32,8 +33,10 @@ PROCESSES = {
     "tuned": {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"},
 }
 BUDGET, FLUSHED_BUDGET = 1.5, 0.5  # seconds a case and pass
+POOLING_BUDGET = 0.75  # the same for many queries, on a CPU
 DEVICE_BUDGET = 0.1  # seconds a competitor, for its device time and for its cost to the host
 TURN = 0.01  # seconds that a competitor is called in a row
+SLOW, SLOW_TURNS = 0.4, 3  # calls that take longer than this, in seconds, have only so many turns beside faster ones
 TRIES = 3  # how often a row is measured at most, until its times vary by no more than NOISY
 #: Seconds a row, preparation and compilation included; a rehearsal may run on a busy machine.
 ROW_LIMIT, TUNED_LIMIT, REHEARSED_LIMIT = 120, 300, 3600
@@ -105,23 +108,29 @@ def turns(ready: dict, budget: float = BUDGET, flush=None, clock=time.perf_count
     """Seconds of each call, a number for each turn. The calls take turns, so that a disturbance affects all of them.
 
     A turn is one call after ``flush``, or without it an untimed call and then as many calls as take about TURN: each
-    then finds the caches and the free memory as it left them itself, and not as another competitor did.
+    then finds the caches and the free memory as it left them itself, and not as another competitor did. Slow calls
+    beside faster ones have few turns and no untimed call.
     """
-    calls_a_turn = {}
+    took = {}
     for name, call in ready.items():
         call(), call()
         start = clock()
         call()
-        calls_a_turn[name] = 1 if flush else math.ceil(TURN / (clock() - start))
+        took[name] = clock() - start
+    slow = {name for name in ready if took[name] > SLOW and min(took.values()) <= SLOW}
     times = {name: [] for name in ready}
     began = clock()
-    while ready and (len(next(iter(times.values()))) < 7 or clock() - began < budget):
+    while ready and (max(map(len, times.values())) < 7 or clock() - began < budget):
         for name, call in ready.items():
-            (flush or call)()
+            if name in slow and len(times[name]) == SLOW_TURNS:
+                continue
+            if flush or name not in slow:
+                (flush or call)()
+            count = 1 if flush else math.ceil(TURN / took[name])
             start = clock()
-            for _ in range(calls_a_turn[name]):
+            for _ in range(count):
                 call()
-            times[name].append((clock() - start) / calls_a_turn[name])
+            times[name].append((clock() - start) / count)
     return times
 
 
@@ -233,6 +242,33 @@ def host_seconds(call, device, budget: float = DEVICE_BUDGET) -> float:
         times.append((time.perf_counter() - start) / 10)
     synchronize(device)
     return statistics.median(times)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def resident(name: str) -> int:
+    """Bytes of this process's resident memory: "VmRSS" now, "VmHWM" at its peak."""
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)[1]) * 1024
+
+
+def peak_bytes(call, device) -> int:
+    """Bytes that a call needs at its peak, beyond those that are in use before it: results, what is saved for the
+    backward pass, and temporary memory. On a CPU the kernel counts them, page by page, after malloc has returned
+    what is free."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is now what is in use
+    before = resident("VmRSS")
+    call()
+    return max(0, resident("VmHWM") - before)
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -355,10 +391,13 @@ class Bench:
         for name, function in (competitors(case, self.device, compiled) if work else {}).items():
             ready[name] = attempts.one(name, Call, name, function, work, which)
         ready = {name: call for name, call in ready.items() if call is not None}
-        budget = self.budget(FLUSHED_BUDGET if self.on_gpu else BUDGET)
+        budget = self.budget(FLUSHED_BUDGET if self.on_gpu else POOLING_BUDGET if case.queries else BUDGET)
         latency = attempts.one("latency", settled_times, ready, self.tries, budget, self.flush, self.clock)
         seconds, spreads = latency or ({}, {})
         more, best = {"bytes": case.bytes(which), "spread": spreads}, seconds
+        if case.queries:
+            peaks = attempts.each(peak_bytes, ready, self.device)
+            more["peak_mb"] = {name: value / 1e6 for name, value in peaks.items()}
         if self.on_gpu or self.rehearsal:
             budget = self.budget(DEVICE_BUDGET)
             host = attempts.each(host_seconds, ready, self.device, budget)

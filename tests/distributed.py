@@ -121,15 +121,14 @@ def sharded_run(function, tensors, places):
     from torch.distributed.tensor import distribute_tensor
 
     mesh = init_device_mesh("cpu", (2,))
+    names, ends = FUNCTIONS[function]
     leaves = {}
     for name, tensor in tensors.items():
-        leaves[name] = (
-            distribute_tensor(tensor, mesh, [places[name]]).requires_grad_() if places else tensor.requires_grad_()
-        )
+        leaf = distribute_tensor(tensor, mesh, [places[name]]) if places else tensor
+        leaves[name] = leaf.requires_grad_(name in names)
     results = call(function, leaves, size=(4, 6))
-    differentiable = [results[name] for name in FUNCTIONS[function][1]]
-    total = sum((result * result).sum() for result in differentiable)
-    gradients = torch.autograd.grad(total, list(leaves.values()))
+    total = sum((results[name] * results[name]).sum() for name in ends)
+    gradients = torch.autograd.grad(total, [leaves[name] for name in names])
     found = [*results.values(), *gradients]
     return [tensor.full_tensor() if places else tensor for tensor in found]
 
@@ -143,8 +142,9 @@ def check_dtensor():
 
     attnkern.register_sharding()
     companions = {"anchors": Replicate()}
-    for function, (names, _) in FUNCTIONS.items():
+    for function in FUNCTIONS:
         tensors = make(function, 3, 5)
+        names = list(tensors)
         expected = sharded_run(function, tensors, None)
         layouts = [{name: companions.get(name, Shard(0)) for name in names}, dict.fromkeys(names, Replicate())]
         if names[0] in ("x", "local"):
@@ -154,6 +154,12 @@ def check_dtensor():
     shared = make("compatibility_pool", 3, 5, shared=True)
     found = sharded_run("compatibility_pool", shared, {"local": Shard(0), "query": Replicate()})
     same(found, sharded_run("compatibility_pool", shared, None), "a shared query")
+    tensors = make("compatibility_pool_masked", 3, 5)
+    for name, wanted in (("query", Replicate()), ("mask", Replicate()), ("query", Shard(1)), ("mask", Shard(1))):
+        shared = tensors | {name: tensors[name][:1].detach().clone()}
+        places = dict.fromkeys(tensors, Shard(0)) | {name: wanted}
+        found = sharded_run("compatibility_pool_masked", shared, places)
+        same(found, sharded_run("compatibility_pool_masked", shared, None), f"a shared {name}, {wanted}")
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in globals().items()

@@ -49,19 +49,20 @@ def _pool_bwd(grad_pooled, grad_attention, grad_scores, local, query, mask, atte
 
 def _placements(local, query, mask):
     """Of the query and of the mask: the batch may share either. Channels are not sharded: the scores need them all."""
-    shared = query.ndim == 1 or (query.ndim == 3 and query.shape[0] == 1 < local.shape[0])
-    masked = "" if mask is None else " R" if mask.shape[0] == 1 < local.shape[0] else " 0"
-    return "R" if shared else "0", masked
+    return (
+        "R" if query.ndim == 1 or (query.ndim == 3 and query.shape[0] == 1 < local.shape[0]) else "0",
+        "R" if mask is not None and mask.shape[0] == 1 < local.shape[0] else "0",
+    )
 
 
 def _shards_fwd(local, query, mask):
-    placement, masked = _placements(local, query, mask)
-    return (f"0 {placement}{masked} -> 0 0 0 0",)
+    of_query, of_mask = _placements(local, query, mask)
+    return (f"0 {of_query} {of_mask} -> 0 0 0 0",)
 
 
 def _shards_bwd(grad_pooled, grad_attention, grad_scores, local, query, mask, *_):
-    placement, masked = _placements(local, query, mask)
-    return (f"0 0 0 0 {placement}{masked} 0 0 -> 0 {'P' if placement == 'R' else '0'}",)
+    of_query, of_mask = _placements(local, query, mask)
+    return (f"0 0 0 0 {of_query} {of_mask} 0 0 -> 0 {'P' if of_query == 'R' else '0'}",)
 
 
 OPERATORS = {

@@ -5,12 +5,14 @@ the map as a side output without a path to the features, so a hook on ``map`` co
 receive a gradient. If ``map`` has hooks or has been replaced, the module therefore computes map and product separately.
 """
 
+from attnkern.nn.attention import AttentionPool
 from attnkern.nn.pool import CompatibilityPool, ProgressiveAttention
 from attnkern.nn.quantize import AnchorQuantizer, BottleneckAttended, BottleneckAttention
 from attnkern.nn.window import PositionwiseAttention, WindowAttention
 
 __all__ = [
     "AnchorQuantizer",
+    "AttentionPool",
     "BottleneckAttended",
     "BottleneckAttention",
     "CompatibilityPool",

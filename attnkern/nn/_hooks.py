@@ -23,6 +23,11 @@ def _observed(module: nn.Module) -> bool:
     )
 
 
+def plain(parameter: torch.Tensor | None) -> bool:
+    """Whether ``parameter`` has no behaviour of its own, as those of quantized and sharded layers have."""
+    return parameter is None or type(parameter) in _PLAIN
+
+
 def untouched(module: nn.Module, kind: type = nn.Identity) -> bool:
     """Whether ``module`` is exactly a ``kind``, has no hooks, and has only plain tensors as parameters.
 
@@ -31,10 +36,15 @@ def untouched(module: nn.Module, kind: type = nn.Identity) -> bool:
     return (
         type(module) is kind
         and not _observed(module)
-        and all(type(parameter) in _PLAIN for parameter in module._parameters.values() if parameter is not None)
+        and all(plain(parameter) for parameter in module._parameters.values())
     )
 
 
-def foldable(layer: nn.Module) -> bool:
-    """Whether ``layer`` is an untouched ``nn.Linear`` without bias, whose product can be reassociated with others."""
-    return untouched(layer, nn.Linear) and layer._parameters.get("weight") is not None and layer.bias is None
+def foldable(layer: nn.Module, bias: bool = False) -> bool:
+    """Whether ``layer`` is an untouched ``nn.Linear``, whose product can be reassociated with others.
+
+    Args:
+        bias: it may have a bias.
+    """
+    plain = untouched(layer, nn.Linear) and layer._parameters.get("weight") is not None
+    return plain and (bias or layer.bias is None)

@@ -106,6 +106,40 @@ struct Companion {
       return static_cast<A>(static_cast<const float*>(pointer)[i]);
     }
   }
+  // Loads up to K neighbours, the first `exist` of them; the others are zero.
+  template <typename A, int K> ATTNKERN_DEVICE void load_run(int64_t i, int64_t exist, A (&to)[K]) const {
+    const auto load = [&](auto type) {
+      using T = decltype(type);
+      constexpr int kBytes = std::min<int>(16, K * sizeof(T)), kWidth = kBytes / sizeof(T);
+      struct alignas(kBytes) Piece {
+        T of[kWidth];
+      };
+      const T* from = static_cast<const T*>(pointer) + i;
+      const bool whole = exist >= K && reinterpret_cast<uintptr_t>(from) % kBytes == 0;
+#pragma unroll
+      for (int k = 0; k < K; k += kWidth)
+        if (whole) {
+          const Piece piece = *reinterpret_cast<const Piece*>(from + k);
+#pragma unroll
+          for (int j = 0; j < kWidth; ++j)
+            to[k + j] = static_cast<A>(widen(piece.of[j]));
+        } else {
+#pragma unroll
+          for (int j = 0; j < kWidth; ++j)
+            to[k + j] = k + j < exist ? static_cast<A>(widen(from[k + j])) : A(0);
+        }
+    };
+    switch (type) {
+    case ScalarType::Double:
+      return load(double{});
+    case ScalarType::Half:
+      return load(Half{});
+    case ScalarType::BFloat16:
+      return load(BFloat16{});
+    default:
+      return load(float{});
+    }
+  }
 };
 
 struct MutableCompanion {
@@ -226,10 +260,13 @@ inline dim3 grid_of(int64_t items) {
 }
 ATTNKERN_DEVICE int64_t block_index() { return blockIdx.y * static_cast<int64_t>(gridDim.x) + blockIdx.x; }
 
+constexpr size_t kUsualSharedMemory = 48 << 10; // of a block that does not ask for more
+
 #if defined(ATTNKERN_ON_HOST)
 // Runs kernels under the emulation.
 struct Queue {
   explicit Queue(const Tensor&) {}
+  size_t shared_memory() const { return cuda_on_host::kSharedMemory; }
 
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t items, int threads, size_t shared_bytes,
@@ -251,6 +288,13 @@ public:
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream_));
   }
   cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
+  // The most shared memory that a block can have.
+  size_t shared_memory() const {
+    int device, bytes;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return bytes;
+  }
 
   // Launches one block of `threads` (whole warps) per item, and nothing if there are no items.
   template <typename... Parameters, typename... Arguments>
@@ -258,6 +302,9 @@ public:
               Arguments&&... arguments) const {
     if (items == 0)
       return;
+    if (shared_bytes > kUsualSharedMemory)
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shared_bytes)));
     kernel<<<grid_of(items), threads, shared_bytes, stream()>>>(arguments...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }

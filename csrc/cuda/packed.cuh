@@ -6,20 +6,30 @@
 
 namespace attnkern {
 
+// The i-th of some elements in consecutive words.
+template <typename T> ATTNKERN_DEVICE Wide<T> element(const uint32_t* words, int i) {
+  if constexpr (sizeof(T) == 8)
+    return bit_cast<T>(words[2 * i] | static_cast<uint64_t>(words[2 * i + 1]) << 32);
+  else if constexpr (sizeof(T) == 4)
+    return bit_cast<T>(words[i]);
+  else if constexpr (std::is_same_v<T, BFloat16>) // the upper half of a float, in one instruction
+    return bit_cast<float>(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
+  else
+    return widen(bit_cast<T>(static_cast<uint16_t>(words[i / 2] >> i % 2 * 16)));
+}
+
 // kVector<T> elements.
 template <typename T> struct alignas(16) Packed {
   uint32_t words[4];
 
-  ATTNKERN_DEVICE Wide<T> operator[](int i) const {
-    if constexpr (sizeof(T) == 8)
-      return bit_cast<T>(words[2 * i] | static_cast<uint64_t>(words[2 * i + 1]) << 32);
-    else if constexpr (sizeof(T) == 4)
-      return bit_cast<T>(words[i]);
-    else if constexpr (std::is_same_v<T, BFloat16>) // the upper half of a float, in one instruction
-      return bit_cast<float>(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
-    else
-      return widen(bit_cast<T>(static_cast<uint16_t>(words[i / 2] >> i % 2 * 16)));
-  }
+  ATTNKERN_DEVICE Wide<T> operator[](int i) const { return element<T>(words, i); }
+};
+
+// Numbers in shared memory that are read 16 bytes at a time.
+template <typename A> struct Vectors {
+  const Packed<A>* of;
+  ATTNKERN_DEVICE explicit Vectors(const A* from) : of(reinterpret_cast<const Packed<A>*>(from)) {}
+  ATTNKERN_DEVICE A operator[](int i) const { return of[i / kVector<A>][i % kVector<A>]; }
 };
 
 template <typename T> ATTNKERN_DEVICE Packed<T> pack(const Wide<T> (&values)[kVector<T>]) {
@@ -51,6 +61,14 @@ template <typename T> ATTNKERN_DEVICE void forget(T*& global) {
   asm volatile("" : "+l"(global));
   __builtin_assume(__isGlobal(global));
 #endif
+}
+
+// A number that the compiler computes again instead of keeping it.
+ATTNKERN_DEVICE int64_t forgotten(int64_t number) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(number));
+#endif
+  return number;
 }
 
 // kWidth elements as one access. nvcc does not merge accesses to narrower members under a predicate.

@@ -1,22 +1,13 @@
 // Compatibility pooling on CUDA: which kernels a pass launches.
 
 #include "cuda/pool_finish.cuh"
+#include "cuda/pool_many.h"
 #include "cuda/pool_slices.cuh"
 #include "cuda/pool_walk.cuh"
 #include "pool_operators.h"
 
 namespace attnkern {
 namespace {
-
-// Copies features whose address does not allow accesses of so many bytes. This is rare, and narrower accesses would
-// change the order of the sums.
-void make_aligned(Tensor& local, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(local.const_data_ptr()) % bytes == 0)
-    return;
-  Tensor copy = empty_same(local);
-  torch::stable::copy_(copy, local);
-  local = copy;
-}
 
 template <typename T, typename Pass>
 void launch_walk(const Queue& queue, const PoolPlan& plan, const Pass& pass, const Tensor& local) {
@@ -53,9 +44,11 @@ void launch_slices(const Queue& queue, const Shape& shape, const Pass& pass, Ten
 }
 
 template <typename T>
-void forward(Tensor local, const Tensor& query, const Tensor& pooled, const Tensor& attention, const Tensor& scores,
-             const Tensor& pooled_wide) {
+void forward(Tensor local, const Tensor& query, const std::optional<Tensor>& mask, const Tensor& pooled,
+             const Tensor& attention, const Tensor& scores, const Tensor& pooled_wide) {
   using A = Wide<T>;
+  if (query.dim() == 3 || mask.has_value())
+    return forward_many<T>(local, query, mask, pooled, attention, scores, pooled_wide);
   const Queue queue(local);
   const Shape shape(local);
   const int64_t n = shape.images, c = shape.channels;
@@ -78,9 +71,13 @@ void forward(Tensor local, const Tensor& query, const Tensor& pooled, const Tens
 
 template <typename T>
 void backward(const std::optional<Tensor>& grad_pooled, const std::optional<Tensor>& grad_attention,
-              const std::optional<Tensor>& grad_scores, Tensor local, const Tensor& query, const Tensor& attention,
-              const Tensor& pooled_wide, T* grad_local, const Tensor& grad_query) {
+              const std::optional<Tensor>& grad_scores, Tensor local, const Tensor& query,
+              const std::optional<Tensor>& mask, const Tensor& attention, const Tensor& pooled_wide, T* grad_local,
+              const Tensor& grad_query) {
   using A = Wide<T>;
+  if (query.dim() == 3 || mask.has_value())
+    return backward_many<T>(grad_pooled, grad_attention, grad_scores, local, query, mask, attention, pooled_wide,
+                            grad_local, grad_query);
   const Queue queue(local);
   const Shape shape(local);
   const int64_t n = shape.images, c = shape.channels;

@@ -46,9 +46,9 @@ struct RowSums {
 };
 
 // Computes an image's outputs from its splits. The first blocks of an image sum the channels; all write some positions.
-template <typename T>
+template <typename T, typename Pass = Forward<T>>
 __global__ void __launch_bounds__(RowSums::kThreads)
-    pool_finish(Shape shape, int64_t splits, Forward<T> pass, RowSums rows, int64_t blocks) {
+    pool_finish(Shape shape, int64_t splits, Pass pass, RowSums rows, int64_t blocks) {
   using A = Wide<T>;
   struct Factors { // that bring the splits' sums to the image's largest score
     A of[kMostSplits];
@@ -67,10 +67,19 @@ __global__ void __launch_bounds__(RowSums::kThreads)
   const A highest = warp_reduce<Max>(Max()(max, other_max));
   const A factor = lane < splits ? softmax_weight(max, highest) : A(0);
   const A other_factor = other < splits ? softmax_weight(other_max, highest) : A(0);
-  const A total = warp_reduce(sum * factor + other_sum * other_factor);
+  A total = warp_reduce(sum * factor + other_sum * other_factor);
+  if constexpr (Pass::kMasked)
+    if (total == 0 && !pass.keeps_any(shape, image))
+      total = INFINITY; // divides sums that are zero
+  const auto kept = [&](int64_t p) {
+    if constexpr (Pass::kMasked)
+      return pass.keeps(image, p);
+    else
+      return true;
+  };
   for (int64_t p = block * RowSums::kThreads + threadIdx.x; p < shape.positions; p += blocks * RowSums::kThreads)
     pass.attention[image * shape.positions + p] =
-        softmax_weight(pass.scores[image * shape.positions + p], highest) / total;
+        kept(p) ? softmax_weight(pass.scores[image * shape.positions + p], highest) / total : A(0);
   if (block >= rows.blocks())
     return;
   if (threadIdx.x < kWarp)

@@ -21,7 +21,7 @@ struct Query {
 // Scores are ⟨ℓ, query⟩, and weights exp(score - max), relative to the largest score so far.
 template <typename T> struct Forward {
   using A = Wide<T>;
-  static constexpr bool kBackward = false;
+  static constexpr bool kBackward = false, kMasked = false;
   Query query;
   A *scores;      // (N, positions)
   A *sums;        // (N, splits, C): Σ exp(score - max)·ℓ

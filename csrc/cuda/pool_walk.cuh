@@ -106,13 +106,6 @@ template <typename A> struct Workspace {
   }
 };
 
-// Numbers in shared memory that are read 16 bytes at a time.
-template <typename A> struct Vectors {
-  const Packed<A>* of;
-  ATTNKERN_DEVICE explicit Vectors(const A* from) : of(reinterpret_cast<const Packed<A>*>(from)) {}
-  ATTNKERN_DEVICE A operator[](int i) const { return of[i / kVector<A>][i % kVector<A>]; }
-};
-
 // A thread's part of a tile with positions innermost: one vector of positions for each of kKept consecutive channels.
 // kLanes neighbouring threads hold the rows of these channels.
 template <typename T, int kLanes> struct RowTile {

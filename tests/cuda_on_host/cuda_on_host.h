@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -64,9 +65,18 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {c10::BFloat16(x).x};
 namespace cuda_on_host {
 
 constexpr int kLanes = 32;
-constexpr size_t kStack = 128 << 10, kSharedMemory = 48 << 10; // what every GPU provides by default
+constexpr size_t kStack = 128 << 10;
+constexpr size_t kSharedMemory = 99 << 10;      // of a block that asks for it, on the GPUs that have the least
+constexpr size_t kUsualSharedMemory = 48 << 10; // that a block's variables can take
 
 enum class State { ready, at_barrier, at_shuffle, done };
+
+struct Copy {
+  void* to;
+  const void* from; // null for zeros
+  size_t bytes;
+  int group;
+};
 
 struct Fiber {
   ucontext_t start;
@@ -78,6 +88,11 @@ struct Fiber {
   unsigned mask;             // the lanes that a shuffle waits for
   uint64_t sent;             // this lane's value in the shuffle
   uint64_t received[kLanes]; // the values of all lanes
+  // This lane's factors in mma_tf32(): of even and of odd calls, because other lanes may still read the previous ones.
+  float a[2][4], b[2][2];
+  int calls;
+  int groups; // of copies that have been committed
+  std::vector<Copy> copies; // started and not waited for
 };
 
 struct Block {
@@ -174,6 +189,8 @@ inline void run_block(const std::vector<int>& order) {
     Fiber& fiber = block.fibers[i];
     fiber.started = false;
     fiber.state = State::ready;
+    fiber.calls = fiber.groups = 0;
+    fiber.copies.clear();
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = fiber.stack.get();
     fiber.start.uc_stack.ss_size = kStack;
@@ -227,7 +244,7 @@ constexpr int64_t kGridWidth = 3;
 inline void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(one_kernel);
   if (threads.x % kLanes != 0 || threads.x > block.fibers.size() || shared_bytes > kSharedMemory)
-    throw std::runtime_error("a launch needs whole warps, at most 1024 threads and at most 48 KiB of shared memory");
+    throw std::runtime_error("a launch needs whole warps, at most 1024 threads and at most 99 KiB of shared memory");
   ++launches;
   const char* chosen = std::getenv("ATTNKERN_HOST_ORDER");
   const std::string order = chosen == nullptr ? "forward" : chosen;
@@ -316,6 +333,55 @@ template <typename T> T shuffle(unsigned mask, T value, int source) {
 
 inline int lane() { return block.current % kLanes; }
 
+// mma.sync.aligned.m16n8k8 for TF32; csrc/cuda/mma.cuh says which elements a lane has. The hardware rounds sums towards
+// zero, so this does, too.
+inline void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+  Fiber& own = self();
+  const int parity = own.calls++ % 2;
+  const auto is_tf32 = [](float x) { return x != x || (std::bit_cast<uint32_t>(x) & 0x1fffu) == 0; };
+  for (int i = 0; i < 4; ++i)
+    if (own.a[parity][i] = a[i]; !is_tf32(a[i]))
+      fail("a factor of mma is not a TF32 number");
+  for (int i = 0; i < 2; ++i)
+    if (own.b[parity][i] = b[i]; !is_tf32(b[i]))
+      fail("a factor of mma is not a TF32 number");
+  exchange(~0u, 0);
+  const Fiber* lanes = &block.fibers[block.current / kLanes * kLanes];
+  const int g = lane() / 4, t = lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = g, column = 2 * t + i % 2;
+    double sum = d[i];
+    for (int k = 0; k < 8; ++k)
+      sum += double(lanes[row * 4 + k % 4].a[parity][k / 4 * 2 + i / 2]) * lanes[column * 4 + k % 4].b[parity][k / 4];
+    float rounded = static_cast<float>(sum);
+    if (std::abs(rounded) > std::abs(sum) && std::isfinite(rounded))
+      rounded = std::nextafter(rounded, 0.0f);
+    d[i] = rounded;
+  }
+}
+
+// cvt.rna.tf32.f32: to nearest, ties away from zero.
+inline float round_to_tf32(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return x != x ? x : std::bit_cast<float>((bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u);
+}
+
+// cp.async. The bytes arrive when the thread waits for their group.
+inline void copy_async(void* to, const void* from, size_t bytes, bool exists) {
+  self().copies.push_back({to, exists ? from : nullptr, bytes, self().groups});
+}
+inline void commit_copies() { ++self().groups; }
+inline void wait_for_copies(int left) {
+  std::vector<Copy>& copies = self().copies;
+  const auto waits = [&](const Copy& copy) { return copy.group < self().groups - left; };
+  for (const Copy& copy : copies)
+    if (waits(copy) && copy.from == nullptr)
+      std::memset(copy.to, 0, copy.bytes);
+    else if (waits(copy))
+      std::memcpy(copy.to, copy.from, copy.bytes);
+  std::erase_if(copies, waits);
+}
+
 inline int barrier(int vote) {
   self().vote = vote;
   wait(State::at_barrier);
@@ -362,7 +428,7 @@ template <typename S> S& shared() {
   static S* memory = nullptr;
   if (of_block != block.serial) {
     const size_t bytes = (sizeof(S) + 15) / 16 * 16;
-    if (block.used + bytes > kSharedMemory)
+    if (block.used + bytes > kSharedMemory || (block.dynamic <= kUsualSharedMemory && block.used + bytes > kUsualSharedMemory))
       fail("more shared memory than a block has");
     memory = reinterpret_cast<S*>(block.memory + block.used);
     block.used += bytes;

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnkern
 from attnkern import compat
-from attnkern._accelerate import _KNOWN
+from attnkern._known import KNOWN
 
 
 class Block(nn.Module):
@@ -490,7 +490,7 @@ def test_modules_without_data_are_compared_on_numbers_at_random(where, kind, siz
 def test_modules_are_compared_where_they_live(kind, size):
     """Meta stands for a device that is not the CPU."""
     module = kind(size)
-    (known,) = (known for known in _KNOWN if known.fits(module))
+    (known,) = (known for known in KNOWN if known.fits(module))
     values = {name: tensor.to("meta", torch.float64) for name, tensor in module.state_dict().items()}
     inputs = known.inputs(module, values)
     assert all(tensor.device.type == "meta" and tensor.dtype == torch.float64 for tensor in inputs)

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from cases import FUNCTIONS, call, make
+from cases import FUNCTIONS, call, leaves_of, make
 from conftest import every_function
 from test_nn import MODULES, build, inputs, run, scalar
 from torch import nn
@@ -137,10 +137,10 @@ def test_jacobians_agree(function, backend, device):
     result = results[0]
 
     def f(*values):
-        found = call(function, dict(zip(names, values, strict=True)), size=(2, 3), backend=backend)
+        found = call(function, tensors | dict(zip(names, values, strict=True)), size=(2, 3), backend=backend)
         return found[result]
 
-    values = tuple(tensors.values())
+    values = tuple(tensors[name] for name in names)
     for argument in range(len(values)):
         torch.testing.assert_close(jacrev(f, argument)(*values), jacfwd(f, argument)(*values), rtol=1e-9, atol=1e-9)
         batch = torch.stack([values[argument], values[argument] * 0.9])
@@ -181,14 +181,14 @@ def test_inference_mode_and_requires_grad(name):
 
 @every_function
 def test_deterministic_algorithms_change_nothing(function, backend, device):
-    tensors = make(function, dtype=torch.float32, device=device)
-    for tensor in tensors.values():
-        tensor.requires_grad_()
+    tensors = leaves_of(make(function, dtype=torch.float32, device=device))
+    names, ends = FUNCTIONS[function]
 
     def everything():
         found = call(function, tensors, size=SIZE, backend=backend)
-        results = [found[key] for key in FUNCTIONS[function][1]]
-        gradients = torch.autograd.grad(sum(r.double().sin().sum() for r in results), list(tensors.values()))
+        results = [found[key] for key in ends]
+        total = sum(r.double().sin().sum() for r in results)
+        gradients = torch.autograd.grad(total, [tensors[name] for name in names])
         return [*results, *gradients]
 
     found = []

@@ -22,6 +22,7 @@ from attnkern import (
 x, rectangle = torch.ones(2, 3, 4, 5), torch.full((2, 5), 0.5)
 a, anchors, query = torch.ones(2, 1, 4, 5), torch.ones(4), torch.ones(2, 3)
 
+QUERIES = "(2, 3) or (3,), or (2, M, 3) or (1, M, 3)"
 FLOATS = "float32, bfloat16, float16 or float64"
 NAMES = "expected one of 'triton', 'native', 'reference' or None"
 
@@ -49,6 +50,14 @@ WRONG = [
     wrong(TypeError, f"a must be {FLOATS}, got bool", anchor_attention, x, a.bool(), anchors),
     wrong(TypeError, "local must be a Tensor, got ndarray", compatibility_pool, x.numpy(), query),
     wrong(TypeError, "query must be a Tensor, got NoneType", compatibility_pool, x, None),
+    wrong(TypeError, "mask must be a Tensor, got list", compatibility_pool, x, query, mask=[True] * 20),
+    *(
+        wrong(TypeError, f"mask must be bool, got {dtype}",
+              compatibility_pool, x, query, mask=torch.ones(2, 4, 5, dtype=getattr(torch, dtype)))
+        for dtype in ("float32", "uint8", "int64")
+    ),
+    wrong(TypeError, "mask must be a dense (strided) tensor, got layout torch.sparse_coo",
+          compatibility_pool, x, query, mask=torch.ones(2, 4, 5, dtype=torch.bool).to_sparse()),
     wrong(TypeError, f"rectangle must be {FLOATS}, got int64", rectangle_corners, rectangle.long(), (3, 3)),
     # --- dtypes that do not go together ---
     wrong(TypeError, "rectangle must be float32 (as x), got float16", window_attention, x, rectangle.half()),
@@ -62,6 +71,7 @@ WRONG = [
     wrong(TypeError, "rectangle must be float32 (as x), got float16",
           window_attention, x.to("meta"), rectangle.half().to("meta")),
     wrong(TypeError, "query must be float32 (as local), got float16", compatibility_pool, x, query.half()),
+    wrong(TypeError, "query must be float32 (as local), got float64", compatibility_pool, x, query.double()[:, None]),
     # --- shapes ---
     wrong(ValueError, "rectangle must be (N, 5), got shape (5,)", window_map, rectangle[0], (3, 3)),
     wrong(ValueError, "rectangle must be (N, 5), got shape (2, 4)", window_map, rectangle[:, :4], (3, 3)),
@@ -77,10 +87,18 @@ WRONG = [
           anchor_attention, x, a[:1], anchors),
     wrong(ValueError, "anchors must be (Q,) with Q of at least 1, got shape (0,)", anchor_attention, x, a, anchors[:0]),
     wrong(ValueError, "local must be (N, C, H, W) or (N, C, L), got shape (4, 5)", compatibility_pool, x[0, 0], query),
-    wrong(ValueError, "query must be (2, 3) or (3,) (N and C as local), got shape (1, 3)",
-          compatibility_pool, x, query[:1]),
-    wrong(ValueError, "query must be (2, 3) or (3,) (N and C as local), got shape (2, 3, 4, 5)",
-          compatibility_pool, x, x),
+    *(
+        wrong(ValueError, f"query must be {QUERIES} (N and C as local), got shape {shape}",
+              compatibility_pool, x, torch.ones(shape))
+        for shape in [(1, 3), (2, 4), (2,), (), (2, 3, 4, 5), (3, 2, 3), (2, 2, 4), (2, 0, 4), (0, 1, 3)]
+    ),
+    *(
+        wrong(ValueError, f"mask must be (2, 4, 5) or (1, 4, 5) (N and positions as local), got shape {shape}",
+              compatibility_pool, x, query, mask=torch.ones(shape, dtype=torch.bool))
+        for shape in [(4, 5), (3, 4, 5), (2, 5, 4), (2, 20), (2, 1, 4, 5), (2, 3, 4, 5), (0, 4, 5), ()]
+    ),
+    wrong(ValueError, "mask must be (2, 20) or (1, 20) (N and positions as local), got shape (2, 4, 5)",
+          compatibility_pool, x.flatten(2), query, mask=torch.ones(2, 4, 5, dtype=torch.bool)),
     # --- no position ---
     wrong(ValueError, "x must have at least one position, got a map of size (0, 5)",
           window_attention, x[:, :, :0], rectangle),
@@ -100,6 +118,8 @@ WRONG = [
     wrong(ValueError, "a must be on cpu (as x), got meta", anchor_attention, x, a.to("meta"), anchors),
     wrong(ValueError, "anchors must be on cpu (as x), got meta", anchor_attention, x, a, anchors.to("meta")),
     wrong(ValueError, "query must be on cpu (as local), got meta", compatibility_pool, x, query.to("meta")),
+    wrong(ValueError, "mask must be on cpu (as local), got meta",
+          compatibility_pool, x, query, mask=torch.ones(2, 4, 5, dtype=torch.bool, device="meta")),
     # --- options ---
     wrong(ValueError, "size must be (H, W), got 3", window_map, rectangle, 3),
     wrong(ValueError, "size must be (H, W), got (3, 3, 3)", window_map, rectangle, (3, 3, 3)),

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.fx
-from cases import FUNCTIONS, call, case_id, check, doubles, make, nearest, same
+from cases import call, case_id, check, doubles, make, nearest, same
 from conftest import every_function
 from test_nn import MODULES, build, inputs
 from test_nn import run as run_module
@@ -29,7 +29,7 @@ class Function(nn.Module):
         self.function = function
 
     def forward(self, *tensors):
-        named = dict(zip(FUNCTIONS[self.function][0], tensors, strict=True))
+        named = dict(zip(make(self.function), tensors, strict=True))
         size = (5, 6) if self.function == "window_map" else None
         return tuple(call(self.function, named, size=size).values())
 
@@ -108,7 +108,7 @@ def test_a_decomposed_program_is_plain_aten(function):
     sizes = {0: torch.export.Dim("batch", min=2, max=64)}
     if function != "window_map":
         sizes |= {2: torch.export.Dim("height", min=2, max=64), 3: torch.export.Dim("width", min=2, max=64)}
-    names = FUNCTIONS[function][0]
+    names = list(make(function))
     dynamic = {
         "x": sizes,
         "a": sizes,
@@ -116,6 +116,7 @@ def test_a_decomposed_program_is_plain_aten(function):
         "anchors": {},
         "query": {0: sizes[0]},
         "rectangle": {0: sizes[0]},
+        "mask": {axis - (axis > 0): size for axis, size in sizes.items()},
     }
 
     def inputs(n, size):

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from cases import CASES, FUNCTIONS, call, case_id, check, doubles, make, run, same
+from cases import CASES, FUNCTIONS, POOLS, call, case_id, check, doubles, leaves_of, make, run, same
 from conftest import every_case, every_function
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -21,15 +21,20 @@ smooth_case = pytest.mark.parametrize(
 SIZE = (3, 4)
 
 
-def positional(function, tensors, size=SIZE, backend=None, **options):
-    """A function of the tensors alone that returns the differentiable results, and the tensors."""
-    names, results = FUNCTIONS[function]
+def positional(function, tensors, size=SIZE, backend=None, names=None, **options):
+    """A function of tensors that returns the differentiable results, and its arguments.
+
+    They are the tensors of these names (default: the differentiable ones); the others, such as a mask, are fixed.
+    """
+    differentiable, results = FUNCTIONS[function]
+    names = names or differentiable
 
     def f(*values):
-        found = call(function, dict(zip(names, values, strict=True)), size=size, backend=backend, **options)
+        given = tensors | dict(zip(names, values, strict=True))
+        found = call(function, given, size=size, backend=backend, **options)
         return tuple(found[name] for name in results)
 
-    return f, tuple(tensors.values())
+    return f, tuple(tensors[name] for name in names)
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
@@ -40,8 +45,8 @@ def operator_calls(device, backend, dtype, layout):
     ops = _ops.BACKENDS[backend]
     w = make("window_attention", 2, 4, SIZE, dtype=dtype, layout=layout, device=device)
     q = make("anchor_attention", 2, 4, SIZE, dtype=dtype, layout=layout, device=device)
-    p = make("compatibility_pool", 2, 4, SIZE, dtype=dtype, layout=layout, device=device)
-    x, rectangle, a, anchors, local, query = (*w.values(), *list(q.values())[1:], *p.values())
+    p, many, masked = (make(pool, 3, 4, SIZE, dtype=dtype, layout=layout, device=device) for pool in POOLS)
+    x, rectangle, a, anchors = (*w.values(), *list(q.values())[1:])
     for rescale in (True, False):
         window = (6.0, rescale)
         map, stats = ops.window_map_fwd(rectangle, *SIZE, *window, False)
@@ -58,12 +63,15 @@ def operator_calls(device, backend, dtype, layout):
     yield "anchor_fwd", (x, a, anchors, True, 24)
     yield "anchor_bwd", (x, None, one, one, x, a, anchors, indices, residuals, True, 24, True)
     yield "anchor_bwd", (x, values, None, None, x, a, anchors, indices, residuals, False, 1, False)
-    for q in (query, query[0]):
-        pooled, attention, scores, pooled_wide = ops.pool_fwd(local, q)
+    local, query, mask = p["local"], p["query"], masked["mask"]
+    for q, kept in (
+        (query, None), (query[0], mask), (many["query"], None), (many["query"][:1], mask[:1]), (masked["query"], mask),
+    ):  # fmt: skip
+        pooled, attention, scores, pooled_wide = ops.pool_fwd(local, q, kept)
         wide = pooled if pooled_wide.shape != pooled.shape else pooled_wide
-        yield "pool_fwd", (local, q)
-        yield "pool_bwd", (pooled, attention, scores, local, q, attention, wide, True)
-        yield "pool_bwd", (pooled, None, None, local, q, attention, wide, False)
+        yield "pool_fwd", (local, q, kept)
+        yield "pool_bwd", (pooled, attention, scores, local, q, kept, attention, wide, True)
+        yield "pool_bwd", (pooled, None, None, local, q, kept, attention, wide, False)
 
 
 @pytest.mark.kernels
@@ -108,7 +116,7 @@ def operators(function, backend):
     """The forward and the backward operator of a function."""
     if backend == "reference":
         return []
-    stem = {"window_attention": "window", "compatibility_pool": "pool"}.get(function, function)
+    stem = {"window_attention": "window", **dict.fromkeys(POOLS, "pool")}.get(function, function)
     stem = stem.replace("anchor_quantize", "quantize").replace("anchor_attention", "anchor")
     return [f"{NAMESPACE[backend]}::{stem}_{pass_}" for pass_ in ("fwd", "bwd")]
 
@@ -164,7 +172,7 @@ def test_only_what_depends_on_an_input_requires_grad(function, backend, device):
         "rectangle": {"output", "map"}, "a": {"output", "values", "commitment_loss"}, "anchors": {"anchor_loss"},
     }  # fmt: skip
     tensors = make(function, dtype=torch.float32, device=device)
-    for name in tensors:
+    for name in FUNCTIONS[function][0]:
         tensors[name].requires_grad_()
         results = call(function, tensors, size=SIZE, backend=backend)
         tensors[name].requires_grad_(False)
@@ -216,7 +224,7 @@ def test_inference_and_autocast_change_nothing(function, backend, device):
 def test_companions_made_by_autocast(function, half, backend, device):
     """Half-precision tensors from a layer under autocast are accepted with float32 features."""
     tensors = make(function, dtype=torch.float32, device=device)
-    rest = list(tensors)[1:]
+    rest = FUNCTIONS[function][0][1:]
     tensors |= {name: tensors[name].to(half) for name in rest}
     wide = tensors | {name: tensors[name].float() for name in rest}
     with torch.autocast(device.type, half):
@@ -344,19 +352,19 @@ def test_what_no_gradient_reaches_has_none(function, backend, device):
 def test_func_grad_and_vmap(function, backend, device):
     """Per-sample gradients by vmap(grad) equal those of a loop of backward passes."""
     names, _ = FUNCTIONS[function]
-    samples = [make(function, 2, 3, SIZE, device=device, seed=seed) for seed in range(3)]
+    samples = [make(function, 3, 3, SIZE, device=device, seed=seed) for seed in range(3)]
     backend = None if backend == "triton" else backend  # Triton does not take float64
 
     def loss(*values):
-        found = call(function, dict(zip(names, values, strict=True)), size=SIZE, backend=backend)
+        found = call(function, dict(zip(samples[0], values, strict=True)), size=SIZE, backend=backend)
         return sum(found[name].sin().sum() for name in FUNCTIONS[function][1])
 
-    stacked = [torch.stack([sample[name] for sample in samples]) for name in names]
+    stacked = [torch.stack([sample[name] for sample in samples]) for name in samples[0]]
     every = tuple(range(len(names)))
     batched = torch.func.vmap(torch.func.grad(loss, argnums=every))(*stacked)
     for i, sample in enumerate(samples):
-        leaves = [sample[name].requires_grad_() for name in names]
-        want = torch.autograd.grad(loss(*leaves), leaves)
+        leaves = leaves_of(sample)
+        want = torch.autograd.grad(loss(*leaves.values()), [leaves[name] for name in names])
         check(dict(enumerate(g[i] for g in batched)), dict(enumerate(want)))
 
 
@@ -435,9 +443,10 @@ def compare(compiled, plain, values):
     """Results and gradients of a compiled function are those of the plain one."""
 
     def both(g):
-        leaves = [value.detach().requires_grad_() for value in values]
+        leaves = [value.detach().requires_grad_(value.is_floating_point()) for value in values]
         results = g(*leaves)
-        gradients = torch.autograd.grad(sum(result.sin().sum() for result in results), leaves)
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        gradients = torch.autograd.grad(sum(result.sin().sum() for result in results), wanted)
         return dict(enumerate([*(result.detach() for result in results), *gradients]))
 
     found, expected = both(compiled), both(plain)
@@ -460,9 +469,10 @@ def test_one_graph_with_both_operators(function, options, backend, device):
 def test_dynamic_shapes_do_not_recompile(function, backend, device):
     """One graph for every batch and every map size."""
     counter = Counter()
+    names = list(make(function))
 
     def f(size, *values):
-        return positional(function, dict(zip(FUNCTIONS[function][0], values, strict=True)), size, backend)[0](*values)
+        return positional(function, dict(zip(names, values, strict=True)), size, backend, names)[0](*values)
 
     compiled = torch.compile(f, backend=counter, fullgraph=True, dynamic=True)
     for n, size in ((2, (4, 6)), (3, (4, 6)), (5, (7, 9)), (4, (9, 5))):
@@ -479,7 +489,7 @@ def test_automatic_choice_adds_no_guard(function, device):
     """Without a backend, native runs if it is built, and new batch sizes add at most one dynamic graph."""
     counter = Counter()
     tensors = make(function, dtype=torch.float32, device=device)
-    f, _ = positional(function, tensors)
+    f, _ = positional(function, tensors, names=list(tensors))
     compiled = torch.compile(f, backend=counter, fullgraph=True)
     for n in (2, 3, 4, 5):
         compare(compiled, f, tuple(make(function, n, dtype=torch.float32, device=device).values()))
@@ -514,15 +524,17 @@ def test_inductor(function, backend, device):
 def test_export(function, backend, device):
     """An exported program holds the operators and gives the same numbers at another batch size."""
 
+    names = list(make(function))
+
     class Module(torch.nn.Module):
         def forward(self, *values):
-            return positional(function, dict(enumerate(values)), backend=backend)[0](*values)
+            return positional(function, dict(zip(names, values, strict=True)), backend=backend, names=names)[0](*values)
 
     def inputs(n):
         return tuple(make(function, n, dtype=torch.float32, device=device).values())
 
     batch = torch.export.Dim("batch", min=2, max=64)
-    dynamic = (tuple({} if name == "anchors" else {0: batch} for name in FUNCTIONS[function][0]),)
+    dynamic = (tuple({} if name == "anchors" else {0: batch} for name in names),)
     exported = torch.export.export(Module(), inputs(3), dynamic_shapes=dynamic)
     targets = [node.target for node in exported.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     held = [target.name() for target in targets if target.namespace.startswith("attnkern")]
@@ -547,8 +559,8 @@ def test_a_record_that_does_not_fit_its_schema(change, message):
         _operators.check_record("pool_fwd", _operators.OPERATORS["pool_fwd"]._replace(**change))
 
 
-@pytest.mark.parametrize("rule", ["0 -> 0 0 0 0", "0 0 -> 0 0"])
+@pytest.mark.parametrize("rule", ["0 0 -> 0 0 0 0", "0 0 0 -> 0 0"])
 def test_a_sharding_rule_that_does_not_fit_its_operator(rule):
-    arguments = torch.randn(2, 3, 4, 4), torch.randn(2, 3)
-    with pytest.raises(ValueError, match=f"the sharding rule '{rule}' must have 2 arguments and 4 results"):
+    arguments = torch.randn(2, 3, 4, 4), torch.randn(2, 3), None
+    with pytest.raises(ValueError, match=f"the sharding rule '{rule}' must have 3 arguments and 4 results"):
         _sharding._strategies(torch.ops.attnkern.pool_fwd.default, lambda *_: (rule,), arguments)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import FUNCTIONS, call, make, run, same, upstream
+from cases import FUNCTIONS, call, leaves_of, make, run, same, upstream
 from conftest import DEVICE
 
 import attnkern
@@ -80,12 +80,13 @@ def scarce(library: Path) -> None:
         return call(function, tensors, size=SIZE, backend="native")
 
     def backward(tensors):
-        return torch.autograd.grad(outputs, [*tensors.values()], grads, retain_graph=True)
+        leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
+        return torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
 
     for function, layout in itertools.product(FUNCTIONS, LAYOUTS):
         tensors = make(function, 2, 8, SIZE, dtype=torch.float32, layout=layout)
         expected = run(function, tensors, size=SIZE, backend="native")
-        inputs = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+        inputs = leaves_of(tensors)
         results = {name: result for name, result in forward(inputs).items() if result.requires_grad}
         outputs, grads = [*results.values()], [*upstream(results).values()]
         counts = [ends(functools.partial(each, inputs)) for each in (forward, backward)]

@@ -73,7 +73,7 @@ class AttentionalPooler(nn.Module):
 
     def forward(self, x):
         x = self.ln_k(x)
-        query = self.ln_q(self.query)[None].expand(len(x), -1, -1)
+        query = self.ln_q(self.query)[None].expand(x.shape[0], -1, -1)
         return self.attn(query, x, x, need_weights=False)[0]
 
 
@@ -89,7 +89,7 @@ class SiglipHead(nn.Module):
         self.num_heads = num_heads
 
     def forward(self, hidden_state, attention_mask=None):
-        probe = self.probe.repeat(len(hidden_state), 1, 1)
+        probe = self.probe.repeat(hidden_state.shape[0], 1, 1)
         if attention_mask is not None:
             attention_mask = attention_mask[:, None, None].expand(-1, self.num_heads, 1, -1).flatten(0, 1)
         pooled = self.attention(probe, hidden_state, hidden_state, attn_mask=attention_mask)[0]

@@ -36,6 +36,7 @@ BUDGET, FLUSHED_BUDGET = 1.5, 0.5  # seconds a case and pass
 POOLING_BUDGET = 0.75  # the same for many queries, on a CPU
 DEVICE_BUDGET = 0.1  # seconds a competitor, for its device time and for its cost to the host
 TURN = 0.01  # seconds that a competitor is called in a row
+SLOW, SLOW_TURNS = 0.4, 3  # calls that take longer than this, in seconds, have only so many turns beside faster ones
 TRIES = 3  # how often a row is measured at most, until its times vary by no more than NOISY
 #: Seconds a row, preparation and compilation included; a rehearsal may run on a busy machine.
 ROW_LIMIT, TUNED_LIMIT, REHEARSED_LIMIT = 120, 300, 3600
@@ -107,23 +108,29 @@ def turns(ready: dict, budget: float = BUDGET, flush=None, clock=time.perf_count
     """Seconds of each call, a number for each turn. The calls take turns, so that a disturbance affects all of them.
 
     A turn is one call after ``flush``, or without it an untimed call and then as many calls as take about TURN: each
-    then finds the caches and the free memory as it left them itself, and not as another competitor did.
+    then finds the caches and the free memory as it left them itself, and not as another competitor did. Slow calls
+    beside faster ones have few turns and no untimed call.
     """
-    calls_a_turn = {}
+    took = {}
     for name, call in ready.items():
         call(), call()
         start = clock()
         call()
-        calls_a_turn[name] = 1 if flush else math.ceil(TURN / (clock() - start))
+        took[name] = clock() - start
+    slow = {name for name in ready if took[name] > SLOW and min(took.values()) <= SLOW}
     times = {name: [] for name in ready}
     began = clock()
-    while ready and (len(next(iter(times.values()))) < 7 or clock() - began < budget):
+    while ready and (max(map(len, times.values())) < 7 or clock() - began < budget):
         for name, call in ready.items():
-            (flush or call)()
+            if name in slow and len(times[name]) == SLOW_TURNS:
+                continue
+            if flush or name not in slow:
+                (flush or call)()
+            count = 1 if flush else math.ceil(TURN / took[name])
             start = clock()
-            for _ in range(calls_a_turn[name]):
+            for _ in range(count):
                 call()
-            times[name].append((clock() - start) / calls_a_turn[name])
+            times[name].append((clock() - start) / count)
     return times
 
 

@@ -11,7 +11,6 @@ from test_transforms import Recorder
 from torch import nn
 
 import attnkern
-from attnkern import _attention_pools
 
 timm = pytest.importorskip("timm")
 from timm.layers import AttentionPool2d, AttentionPoolLatent, RotAttentionPool2d  # noqa: E402
@@ -458,6 +457,15 @@ def test_multihead_attention_by_name(options):
             assert_alike(*results)
 
 
+def test_compiled_multihead_attention_chooses_for_each_call():
+    model, fast, _ = multihead(batch_first=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast["mha"], fullgraph=True, backend="aot_eager")
+    for name in ("pooling", "padding", "mask", "self-attention", "a copy as values"):
+        arguments, named, _ = calls()[name]
+        assert_alike(compiled(*arguments, **named), model["mha"](*arguments, **named))
+
+
 def test_multihead_attention_with_dropout():
     model, fast, _ = multihead(batch_first=True, dropout=0.3)
     arguments, _, _ = calls()["pooling"]
@@ -553,9 +561,11 @@ def test_comparing_under_any_mode(mode):
     assert done.left == {}
 
 
-def test_the_classes_have_no_state_of_their_own():
-    for name in ("AttentionPoolLatent", "AttentionPool2d", "ClipAttentionPool2d", "MultiheadAttention"):
-        assert set(vars(getattr(_attention_pools, name))) <= {
-            "__module__", "__doc__", "__dict__", "__weakref__", "__firstlineno__", "__static_attributes__", "forward",
-            "_folds",
-        }  # fmt: skip
+def test_recorded_programs():
+    """TorchScript's tracer and torch.fx record what is folded; its compiler says what to use instead."""
+    _, fast, x = build("latent", torch.float32)
+    network, other = nn.Sequential(nn.Linear(C, C), fast["pool"]).eval(), torch.randn_like(x)
+    for program in (torch.jit.trace(network, (x,)), torch.fx.symbolic_trace(network)):
+        torch.testing.assert_close(program(other), network(other))
+    with pytest.raises(RuntimeError, match=r"^AttentionPoolLatent: torch.jit.script cannot compile it"):
+        torch.jit.script(network)

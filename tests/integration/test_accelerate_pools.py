@@ -569,3 +569,16 @@ def test_recorded_programs():
         torch.testing.assert_close(program(other), network(other))
     with pytest.raises(RuntimeError, match=r"^AttentionPoolLatent: torch.jit.script cannot compile it"):
         torch.jit.script(network)
+
+
+@pytest.mark.parametrize("name", ["latent", "2d"])
+def test_onnx(name, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    _, fast, x = build(name, torch.float32)
+    module, path = fast["pool"].eval(), tmp_path / "pool.onnx"
+    batch = ({0: torch.export.Dim("batch")},)
+    torch.onnx.export(module, (x.detach(),), path, dynamo=True, dynamic_shapes=batch, verbose=False)
+    session, other = runtime.InferenceSession(path), torch.randn(5, *x.shape[1:])
+    (found,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), module(other).detach(), rtol=1e-4, atol=1e-5)

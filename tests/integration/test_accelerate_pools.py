@@ -251,6 +251,18 @@ REFUSED = {
         lambda: AttentionalPooler(C, C, 4), "attn",
         "its 256 queries in 4 heads are more than half its 32 channels: folding takes longer",
     ),
+    "adapters": (
+        lambda: adapted(latent()(), "kv"), "",
+        "its projections are not plain nn.Linear layers, whose weights could be folded",
+    ),
+    "adapters of 2d": (
+        lambda: adapted(pool_2d(qkv_separate=True)(), "k"), "",
+        "its projections are not plain nn.Linear layers, whose weights could be folded",
+    ),
+    "adapters of CLIP": (
+        lambda: adapted(ClipPool(4, C, 4), "v_proj"), "",
+        "its projections are not plain nn.Linear layers, whose weights could be folded",
+    ),
     "hooks": (
         lambda: hooked(latent()()), "",
         "its parts carry hooks, which would not be called",
@@ -269,6 +281,11 @@ REFUSED = {
 class Doubled(ClipPool):
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+def adapted(module, name):
+    setattr(module, name, type("Adapted", (nn.Linear,), {})(C, getattr(module, name).out_features))
+    return module
 
 
 def hooked(module):
@@ -290,6 +307,26 @@ def test_what_stays_and_why(case):
     done = attnkern.accelerate(model)
     assert (done.replaced, done.left) == ({}, {name: why})
     assert type(model.get_submodule(name)) is kind
+
+
+def test_what_only_looks_like_a_pool_is_not_touched():
+    class Other(nn.Module):
+        def __init__(self, **parts):
+            super().__init__()
+            for name, part in parts.items():
+                setattr(self, name, part)
+
+    def layer():
+        return nn.Linear(C, C)
+
+    model = nn.ModuleDict({
+        "clip": Other(**{f"{name}_proj": layer() for name in "qkvc"}, positional_embedding=nn.Parameter(torch.ones(C))),
+        "latent": Other(latent=nn.Parameter(torch.ones(1, 1, C)), kv=layer(), q=layer()),
+        "2d": Other(pos_embed=nn.Parameter(torch.ones(5, C)), qkv=layer(), pool_type="token"),
+        "siglip": Other(probe=nn.Parameter(torch.ones(1, 1, C)), attention=layer()),
+        "block": timm.layers.Attention(C),
+    })  # fmt: skip
+    assert str(attnkern.accelerate(model)) == "nothing to replace"
 
 
 def test_parts_that_other_modules_use_are_left():

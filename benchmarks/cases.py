@@ -87,7 +87,12 @@ GPU_CASES = [
 ]
 GPU_AUTOTUNED = _grid(_GPU_SHAPES[:2], (torch.bfloat16,), ("contiguous",))
 #: What the rehearsal of a GPU's run measures on a CPU.
-TINY_CASES = [Case("anchor_quantize", (2, 1, 4, 4)), Case("window_attention", (2, 4, 3, 5), torch.bfloat16)]
+TINY_CASES = [
+    Case("anchor_quantize", (2, 1, 4, 4)),
+    Case("window_attention", (2, 4, 3, 5), torch.bfloat16),
+    Case("AttentionPoolLatent", (2, 8, 6), torch.bfloat16, "tokens", queries=2),
+    Case("compatibility_pool", (2, 8, 3, 4), queries=3),
+]
 
 #: The GPU's shapes on a CPU, those of at most 64 MiB, and a single image.
 CPU_FULL_CASES = [

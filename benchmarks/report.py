@@ -694,7 +694,8 @@ attnkern beside its competitors, in runs on the machines below. This page and `b
 
 - **Competitors** are the papers' literal formulas in eager PyTorch (`eager`) and under `torch.compile` (`compile`), and
   scaled_dot_product_attention for pooling (`sdpa`). attnkern is `native` (compiled kernels), `triton`, or `reference`
-  (plain PyTorch).
+  (plain PyTorch). Pooling with many queries has a table of its own, with timm's attention-pooling layers (`timm`) and
+  folded forms of them in plain PyTorch ([Faster attention pooling](attention-pooling.md)).
 - **Columns with ×** are the competitor's time divided by that of the faster of attnkern's kernels. Below 1 the
   competitor is faster: these rows stay in the tables. A competitor that fails is listed with its error.
 - **Method**: every result is checked against the reference in float64 before it is timed. Competitors take turns of ten

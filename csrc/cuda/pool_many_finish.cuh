@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kOuterWarps* kWarp) many_grad_local(ManyOuter<
   add(std::bool_constant<sizeof(A) == 8>(),
       [&](int64_t m, int64_t p) { return pass.weights[(first + m) * shape.positions + p]; },
       [&](int64_t m, int64_t c) {
-        return pass.query.template load<A>(plan.vector_row(image, m, plan.shared_query) * shape.channels + c);
+        return pass.query.template load<A>(((plan.shared_query ? 0 : first) + m) * shape.channels + c);
       });
   if (pass.grad_pooled != nullptr)
     add(std::bool_constant<kIsFactor<T>>(),

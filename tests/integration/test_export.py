@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.fx
-from cases import FUNCTIONS, call, case_id, check, doubles, make, nearest, same
+from cases import call, case_id, check, doubles, make, nearest, same
 from conftest import every_function
 from test_nn import MODULES, build, inputs
 from test_nn import run as run_module

@@ -271,7 +271,7 @@ MORE_MODELS = {
 }
 TINY_MODELS = {"vgg_aib_qt tiny": ({"width": 0.05}, 32, 2)}
 #: Networks of timm that pool by attention. ``--networks`` measures them with and without `attnkern.accelerate`.
-TIMM_MODELS = {"resnet50_clip": ({}, 224, 16), "vit_base_patch32_siglip_256": ({}, 256, 16)}
+TIMM_MODELS = {"resnet50_clip": ({}, 224, 4), "vit_base_patch32_siglip_256": ({}, 256, 4)}
 NETWORKS = MODELS | MORE_MODELS | TINY_MODELS | TIMM_MODELS
 
 

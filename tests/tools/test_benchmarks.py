@@ -478,7 +478,7 @@ def test_competitors_with_many_queries_compile(case):
 
 
 def test_slow_calls_have_few_turns():
-    """Beside a faster call a slow one is measured three times; alone it is measured as often as others."""
+    """Slow calls are measured three times, others seven times or more."""
     clock = {"now": 0.0}
 
     def call(seconds):
@@ -488,8 +488,9 @@ def test_slow_calls_have_few_turns():
         return run
 
     times = run.turns({"slow": call(2.0), "fast": call(0.25)}, 0, None, lambda: clock["now"])
-    assert times == {"slow": [2.0] * run.SLOW_TURNS, "fast": [0.25] * 7}
-    assert run.turns({"slow": call(2.0)}, 0, None, lambda: clock["now"]) == {"slow": [2.0] * 7}
+    assert times == {"slow": [2.0] * 3, "fast": [0.25] * 7}
+    assert run.turns({"slow": call(2.0)}, 100, None, lambda: clock["now"]) == {"slow": [2.0] * 3}
+    assert len(run.turns({"fast": call(0.25)}, 10, None, lambda: clock["now"])["fast"]) == 20
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory on a CPU is Linux's")

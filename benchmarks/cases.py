@@ -275,8 +275,9 @@ TIMM_MODELS = {"resnet50_clip": ({}, 224, 4), "vit_base_patch32_siglip_256": ({}
 NETWORKS = MODELS | MORE_MODELS | TINY_MODELS | TIMM_MODELS
 
 
-def work(suite: str, gpu: bool, compiled: bool) -> list[tuple[Case | str, str]]:
-    """What a run measures, (case or network, pass), most valuable first."""
+def work(suite: str, gpu: bool, compiled: bool, again: bool = False) -> list[tuple[Case | str, str]]:
+    """What a run measures, (case or network, pass), most valuable first. A process that measures the rows ``again``
+    leaves out the forward pass of many queries, to keep the run short."""
     if suite == "rehearsal":
         return [(HOST, ""), *itertools.product(TINY_CASES, PASSES), *((name, TRAINING) for name in TINY_MODELS)]
     if suite == "networks":
@@ -285,7 +286,8 @@ def work(suite: str, gpu: bool, compiled: bool) -> list[tuple[Case | str, str]]:
         return list(itertools.product(CPU_FULL_CASES, PASSES))
     networks = [(name, TRAINING) for name in MODELS]
     if not gpu:
-        return [*itertools.product(CPU_CASES + CPU_POOLING, PASSES), *networks, (HOST, "")]
+        pooled = itertools.product(CPU_POOLING, PASSES[again:])
+        return [*itertools.product(CPU_CASES, PASSES), *pooled, *networks, (HOST, "")]
     layouts = {layout: [case for case in GPU_CASES if case.layout == layout] for layout in _LAYOUTS}
     return [
         (HOST, ""),

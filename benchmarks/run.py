@@ -585,7 +585,7 @@ def main() -> int:
         measure_scaling(store, device)
     elif options.gpu or options.rehearsal or options.process:
         bench = Bench(device, compiled, store.content["copy_gb_per_s"], options.rehearsal, options.process or "default")
-        work = cases.work(suite, options.gpu, compiled is not None)
+        work = cases.work(suite, options.gpu, compiled is not None, options.process == "tuned")
         work = [(case, which) for case, which in work if options.only in f"{case} {which}"]
         code = measure(store, bench, work, end, again=bool(options.only))
     else:

@@ -50,6 +50,13 @@ def test_order_of_a_gpu_run():
     ]  # fmt: skip
 
 
+def test_many_queries_are_measured_in_both_processes():
+    first, again = (cases.work("", gpu=False, compiled=True, again=again) for again in (False, True))
+    left_out = [item for item in first if item not in again]
+    assert left_out == [(case, "forward") for case in cases.CPU_POOLING]
+    assert set(again) < set(first)
+
+
 def test_a_case_is_found_by_its_name():
     for case in (*GPU_CASES, *CPU_CASES, *cases.CPU_POOLING):
         assert Case.parse(str(case)) == case

@@ -266,7 +266,7 @@ constexpr size_t kUsualSharedMemory = 48 << 10; // of a block that does not ask 
 // Runs kernels under the emulation.
 struct Queue {
   explicit Queue(const Tensor&) {}
-  size_t shared_memory() const { return cuda_on_host::kSharedMemory; }
+  size_t shared_memory() const { return cuda_on_host::shared_memory(); }
 
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t items, int threads, size_t shared_bytes,

@@ -21,12 +21,12 @@ namespace attnkern {
 template <typename T> struct ManyForward {
   using A = Wide<T>;
   static constexpr bool kBackward = false;
-  Companion vectors;    // (N or 1, M, C): the queries
+  Companion vectors; // (N or 1, M, C): the queries
   bool shared_vectors;
-  bool has_vectors;     // always
-  A* scores;            // (N, M, positions)
-  A* sums;              // (N, M, splits, C): Σ exp(score - max)·ℓ
-  A* moments;           // (N, M, splits, 2): max, Σ exp(score - max)
+  bool has_vectors; // always
+  A* scores;        // (N, M, positions)
+  A* sums;          // (N, M, splits, C): Σ exp(score - max)·ℓ
+  A* moments;       // (N, M, splits, 2): max, Σ exp(score - max)
 
   ATTNKERN_DEVICE bool clears() const { return true; }
 };
@@ -39,11 +39,11 @@ template <typename T> struct ManyBackward {
   bool has_vectors;
   A* scores;               // (N, M, positions): ⟨ℓ, dg⟩ where many_scores() has computed them
   A* sums;                 // (N, M, splits, C), or (M, N, splits, C) for shared queries: Σ dc·ℓ
-  const A *grad_attention; // (N, M, positions) or null
-  const A *grad_scores;    // (N, M, positions) or null
-  const A *attention;      // (N, M, positions)
-  const A *deltas;         // (N, M)
-  A *weights;              // (N, M, positions): dc
+  const A* grad_attention; // (N, M, positions) or null
+  const A* grad_scores;    // (N, M, positions) or null
+  const A* attention;      // (N, M, positions)
+  const A* deltas;         // (N, M)
+  A* weights;              // (N, M, positions): dc
 
   ATTNKERN_DEVICE bool clears() const { return grad_scores == nullptr; }
 };

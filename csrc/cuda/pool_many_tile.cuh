@@ -188,30 +188,30 @@ template <typename T, bool kInner> struct ManyTile {
   // Adds the warp's part of the scores of 16 vectors.
   ATTNKERN_DEVICE void score(const A* vectors, A (&d)[kColumns][4]) const {
     const int begin = first / 8, end = begin + plan.units * (kUnit / 8);
+    const auto vector = [&](int step) {
+      A a[4];
+      load_factor(vectors, step, a);
+      return Factor<A, 4, sizeof(A) == 8>(a);
+    };
     if constexpr (kInner) {
 #pragma unroll 1
       for (int step = begin; step < end; step += 2) {
-        A a[2][4];
-        load_factor(vectors, step, a[0]);
-        load_factor(vectors, step + 1, a[1]);
-        const Factor<A, 4, sizeof(A) == 8> even(a[0]), odd(a[1]);
+        const auto even = vector(step), odd = vector(step + 1);
 #pragma unroll
         for (int n = 0; n < kColumns; ++n) {
           const Quad<T> q = quad(n * 8 + g, step * 8 + t * 4);
-          multiply(d[n], even, Factor<A, 2, kWhole>({q[0], q[1]}));
-          multiply(d[n], odd, Factor<A, 2, kWhole>({q[2], q[3]}));
+          add_product(d[n], even, Factor<A, 2, kWhole>({q[0], q[1]}));
+          add_product(d[n], odd, Factor<A, 2, kWhole>({q[2], q[3]}));
         }
       }
     } else {
 #pragma unroll 1
       for (int step = begin; step < end; ++step) {
-        A a[4];
-        load_factor(vectors, step, a);
-        const Factor<A, 4, sizeof(A) == 8> factor(a);
+        const auto factor = vector(step);
         const Quad<T> upper = quad(step * 8 + t, g * 4), lower = quad(step * 8 + t + 4, g * 4);
 #pragma unroll
         for (int n = 0; n < kColumns; ++n)
-          multiply(d[n], factor, Factor<A, 2, kWhole>({upper[n], lower[n]}));
+          add_product(d[n], factor, Factor<A, 2, kWhole>({upper[n], lower[n]}));
       }
     }
   }

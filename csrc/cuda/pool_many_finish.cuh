@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kOuterWarps* kWarp) many_grad_local(ManyOuter<
             {one(m, i), one(m, i + 8), one(m + 4, i), one(m + 4, i + 8)});
 #pragma unroll
         for (int n = 0; n < 4; ++n)
-          multiply(d[r][n], a, b[n]);
+          add_product(d[r][n], a, b[n]);
       }
     }
   };

@@ -381,6 +381,7 @@ MANY = [
     ((0, 8, 3, 3), False, BF16, FLOAT, 2, "no images"),
     ((2, 8, 3, 3), True, FLOAT, FLOAT, 0, "no queries"),
     ((2, 33, 5, 5), False, FLOAT, FLOAT, None, "one query without an axis"),
+    ((1, 5, 14, 14), True, FLOAT, FLOAT, 33, "a long sum over queries"),
 ]
 
 

@@ -15,7 +15,7 @@ template <typename T> constexpr int kUnits = sizeof(T) == 8 ? 2 : 3;
 template <bool kInner> constexpr int kManyTile = kInner ? 16 : 32; // positions of a tile
 // A split has few tiles, so that an image occupies several multiprocessors, but not one, because each split loads the
 // vectors and writes sums for each query.
-constexpr int kTilesOfSplit = 4, kWantedSplits = 4, kMostManySplits = 64;
+constexpr int kTilesOfSplit = 4, kMostManySplits = 64;
 
 // Which positions take part: all without a mask.
 struct Mask {
@@ -72,8 +72,7 @@ struct ManyPlan {
     if (shared_memory / bytes<T>(true) < resident)
       stages = 1;
     const int64_t tiles = std::max<int64_t>(1, ceil_div(shape.positions, tile));
-    tiles_per_split = std::max(std::min<int64_t>(ceil_div(tiles, kWantedSplits), kTilesOfSplit),
-                               ceil_div(tiles, kMostManySplits));
+    tiles_per_split = std::max<int64_t>(kTilesOfSplit, ceil_div(tiles, kMostManySplits));
     splits = ceil_div(tiles, tiles_per_split);
   }
   ATTNKERN_INLINE int threads() const { return warps * kWarp; }

@@ -5,14 +5,18 @@ import math
 
 import pytest
 import torch
-from cases import FUNCTIONS, call, case_id, check, check_run, doubles, make, run, upstream
+from cases import FUNCTIONS, POOLS, call, case_id, check, check_run, doubles, make, run, upstream
 from conftest import every_case, every_dtype, large
 
 import attnkern
 
 SIZE = (3, 4)
-ARGUMENTS = [(function, name) for function, (names, _) in FUNCTIONS.items() for name in names]
-OF_AN_IMAGE = [(function, name) for function, name in ARGUMENTS if name != "anchors"]
+OF_AN_IMAGE = [
+    pytest.param(function, name, marks=large if function in POOLS[1:] else ())
+    for function, (names, _) in FUNCTIONS.items()
+    for name in names
+    if name != "anchors"
+]
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

@@ -25,12 +25,19 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() and not _ops.TRITON_IN
 torch.utils.deterministic.fill_uninitialized_memory = os.environ.get("ATTNKERN_TEST_FILL") != "0"
 torch.use_deterministic_algorithms(True, warn_only=True)
 
-every_function = pytest.mark.parametrize("function", FUNCTIONS)
-every_case = pytest.mark.parametrize("function, options", CASES, ids=case_id)
+large = pytest.mark.large
+
+
+def rows(*cases):
+    """Many queries without a mask are not interpreted: the kernels are those of many queries with one."""
+    return [pytest.param(*case, marks=large if case[0] == "compatibility_pool_many" else ()) for case in cases]
+
+
+every_function = pytest.mark.parametrize("function", rows(*((function,) for function in FUNCTIONS)))
+every_case = pytest.mark.parametrize("function, options", rows(*CASES), ids=case_id)
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=case_id
 )
-large = pytest.mark.large
 
 
 def missing(name, dtype=torch.float32):

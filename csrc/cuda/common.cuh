@@ -106,6 +106,40 @@ struct Companion {
       return static_cast<A>(static_cast<const float*>(pointer)[i]);
     }
   }
+  // Loads up to K neighbours, the first `exist` of them; the others are zero.
+  template <typename A, int K> ATTNKERN_DEVICE void load_run(int64_t i, int64_t exist, A (&to)[K]) const {
+    const auto load = [&](auto type) {
+      using T = decltype(type);
+      constexpr int kBytes = std::min<int>(16, K * sizeof(T)), kWidth = kBytes / sizeof(T);
+      struct alignas(kBytes) Piece {
+        T of[kWidth];
+      };
+      const T* from = static_cast<const T*>(pointer) + i;
+      const bool whole = exist >= K && reinterpret_cast<uintptr_t>(from) % kBytes == 0;
+#pragma unroll
+      for (int k = 0; k < K; k += kWidth)
+        if (whole) {
+          const Piece piece = *reinterpret_cast<const Piece*>(from + k);
+#pragma unroll
+          for (int j = 0; j < kWidth; ++j)
+            to[k + j] = static_cast<A>(widen(piece.of[j]));
+        } else {
+#pragma unroll
+          for (int j = 0; j < kWidth; ++j)
+            to[k + j] = k + j < exist ? static_cast<A>(widen(from[k + j])) : A(0);
+        }
+    };
+    switch (type) {
+    case ScalarType::Double:
+      return load(double{});
+    case ScalarType::Half:
+      return load(Half{});
+    case ScalarType::BFloat16:
+      return load(BFloat16{});
+    default:
+      return load(float{});
+    }
+  }
 };
 
 struct MutableCompanion {

@@ -108,8 +108,8 @@ template <typename T> ATTNKERN_DEVICE Quad<T> load_quad(const T* from) {
   return both.quad;
 }
 
-// Starts to copy kWidth elements from global to shared memory, or zeros if they do not exist. wait_for_copies() waits
-// for all copies that this thread has started.
+// Starts to copy kWidth elements from global to shared memory, or zeros if they do not exist. commit_copies() ends
+// a group of a thread's copies, and wait_for_copies<n>() waits for all of its groups but the last n.
 template <int kWidth, typename T> ATTNKERN_DEVICE void copy_piece(T* to, const T* from, bool exists) {
 #if defined(ATTNKERN_ON_HOST)
   piece_at<kWidth>(to), piece_at<kWidth>(exists ? from : to); // must be aligned
@@ -129,12 +129,39 @@ template <int kWidth, typename T> ATTNKERN_DEVICE void copy_piece(T* to, const T
     piece_at<kWidth>(to) = exists ? piece_at<kWidth>(from) : Piece<T, kWidth>{};
 #endif
 }
-ATTNKERN_DEVICE void wait_for_copies() {
+ATTNKERN_DEVICE void commit_copies() {
 #if defined(ATTNKERN_ON_HOST)
-  cuda_on_host::wait_for_copies();
+  cuda_on_host::commit_copies();
 #elif __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
+}
+template <int kLeft> ATTNKERN_DEVICE void wait_for_copies() {
+#if defined(ATTNKERN_ON_HOST)
+  cuda_on_host::wait_for_copies(kLeft);
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
+// Hides from the compiler that memory holds what it held before.
+ATTNKERN_DEVICE void forget_memory() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" ::: "memory");
+#endif
+}
+
+// Four neighbouring numbers at an aligned address.
+template <typename A> ATTNKERN_DEVICE void store_vector4(const A (&from)[4], A* to) {
+#pragma unroll
+  for (int i = 0; i < 4; i += kVector<A>) {
+    A some[kVector<A>];
+#pragma unroll
+    for (int k = 0; k < kVector<A>; ++k)
+      some[k] = from[i + k];
+    const Packed<A> packed = pack<A>(some);
+    store_packed<kVector<A>, 1>(packed, to + i, true, kVector<A>);
+  }
 }
 
 } // namespace attnkern

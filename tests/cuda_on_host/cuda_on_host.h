@@ -75,6 +75,7 @@ struct Copy {
   void* to;
   const void* from; // null for zeros
   size_t bytes;
+  int group;
 };
 
 struct Fiber {
@@ -90,6 +91,7 @@ struct Fiber {
   // This lane's factors in mma_tf32(): of even and of odd calls, because other lanes may still read the previous ones.
   float a[2][4], b[2][2];
   int calls;
+  int groups; // of copies that have been committed
   std::vector<Copy> copies; // started and not waited for
 };
 
@@ -187,7 +189,7 @@ inline void run_block(const std::vector<int>& order) {
     Fiber& fiber = block.fibers[i];
     fiber.started = false;
     fiber.state = State::ready;
-    fiber.calls = 0;
+    fiber.calls = fiber.groups = 0;
     fiber.copies.clear();
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = fiber.stack.get();
@@ -364,17 +366,20 @@ inline float round_to_tf32(float x) {
   return x != x ? x : std::bit_cast<float>((bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u);
 }
 
-// cp.async. The bytes arrive when the thread waits for them.
+// cp.async. The bytes arrive when the thread waits for their group.
 inline void copy_async(void* to, const void* from, size_t bytes, bool exists) {
-  self().copies.push_back({to, exists ? from : nullptr, bytes});
+  self().copies.push_back({to, exists ? from : nullptr, bytes, self().groups});
 }
-inline void wait_for_copies() {
-  for (const Copy& copy : self().copies)
-    if (copy.from == nullptr)
+inline void commit_copies() { ++self().groups; }
+inline void wait_for_copies(int left) {
+  std::vector<Copy>& copies = self().copies;
+  const auto waits = [&](const Copy& copy) { return copy.group < self().groups - left; };
+  for (const Copy& copy : copies)
+    if (waits(copy) && copy.from == nullptr)
       std::memset(copy.to, 0, copy.bytes);
-    else
+    else if (waits(copy))
       std::memcpy(copy.to, copy.from, copy.bytes);
-  self().copies.clear();
+  std::erase_if(copies, waits);
 }
 
 inline int barrier(int vote) {

@@ -171,7 +171,7 @@ def test_what_a_mask_promises(dtype, queries, layout, backend, device):
     for name in (*WEIGHTED, "grad_local", "grad_query"):
         assert not found[name][2].any(), name
     scores = call(POOL, {"local": tensors["local"], "query": tensors["query"]}, backend=backend)["scores"]
-    check({"scores": found["scores"]}, {"scores": scores.double()})
+    torch.testing.assert_close(found["scores"], scores)  # another kernel may add in another order
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -186,11 +186,9 @@ def test_scores_of_masked_positions_have_their_gradient(queries, layout, backend
     query, slope = (t if queries is not None else t[:, None] for t in (tensors["query"], grads["scores"]))
     alone = torch.einsum("nmhw,nmc->nhwc", slope.double(), query.double())
     gone = ~tensors["mask"]
-    torch.testing.assert_close(found["grad_local"].movedim(1, -1)[gone].double(), alone[gone], rtol=1e-5, atol=1e-6)
+    check({"local": found["grad_local"].movedim(1, -1)[gone]}, {"local": alone[gone]})
     whole = torch.einsum("nmhw,nchw->nmc", slope[2:].double(), tensors["local"][2:].double())
-    torch.testing.assert_close(
-        found["grad_query"][2:].double(), whole if queries is not None else whole[:, 0], rtol=1e-5, atol=1e-6
-    )
+    check({"query": found["grad_query"][2:]}, {"query": whole if queries is not None else whole[:, 0]})
 
 
 @pytest.mark.parametrize("value", [math.nan, *(pytest.param(x, marks=large) for x in (math.inf, -math.inf, "max"))])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from cases import POOLED, call, case_id, check, check_run, doubles, lay, leaves_of, make, run, same, upstream
-from conftest import every_dtype, large
+from conftest import EMULATED, every_dtype, large
 
 import attnkern
 
@@ -30,6 +30,10 @@ def pool(queries, n=3, c=9, size=(5, 6), mask=None, shared=False, **options):
 float_and_half = pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=large)], ids=case_id
 )
+
+
+SHAPES = [(1, (1, 3)), (3, (17,)), (65, (7, 7)), (130, (3, 43))]
+SHAPES += [] if EMULATED else [(600, (33,)), (70, (67, 71)), (4200, (5, 5))]  # they take seconds
 
 
 # --- queries ---------------------------------------------------------------------------------------------------------
@@ -58,10 +62,7 @@ def test_images_of_several_programs(dtype, c, size, layout, backend, device):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=case_id)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("queries", [5, 16])
-@pytest.mark.parametrize(
-    "c, size", [(1, (1, 3)), (3, (17,)), (65, (7, 7)), (130, (3, 43)), (600, (33,)), (70, (67, 71)), (4200, (5, 5))],
-    ids=case_id,
-)  # fmt: skip
+@pytest.mark.parametrize("c, size", SHAPES, ids=case_id)
 def test_shapes_with_queries_and_masks(c, size, queries, layout, dtype, backend, device):
     """Tiles of positions, blocks of channels, and remainders of both."""
     check_run(POOL, pool(queries, 3, c, size, mask="own", layout=layout, dtype=dtype, device=device), backend)

@@ -74,14 +74,14 @@ def test_shapes_with_queries_and_masks(c, size, queries, layout, dtype, backend,
 @pytest.mark.parametrize("mask", [None, "own"])
 @float_and_half
 def test_one_query_is_a_query_without_the_axis(dtype, mask, layout, backend, device):
-    """To the bit."""
     one = pool(1, c=65, mask=mask, layout=layout, dtype=dtype, device=device)
     grads = upstream(call(POOL, one, backend=backend))
     found = run(POOL, one, grads=grads, backend=backend)
     for name in (*POOLED, "grad_query"):
         found[name] = found[name].squeeze(1)
     plain = one | {"query": one["query"][:, 0]}
-    same(found, run(POOL, plain, grads={name: grad[:, 0] for name, grad in grads.items()}, backend=backend))
+    wanted = run(POOL, plain, grads={name: grad[:, 0] for name, grad in grads.items()}, backend=backend)
+    check(found, doubles(wanted))
 
 
 @pytest.mark.parametrize("queries", [None, 1, 3, pytest.param(9, marks=large)])
@@ -252,12 +252,13 @@ def test_second_derivatives_beside_nan(queries, backend, device):
 @float_and_half
 def test_masks_of_whole_tiles(dtype, queries, layout, backend, device):
     """The first or the last half of the positions, and all but one."""
-    tensors = pool(queries, 3, 64, (96, 72), layout=layout, dtype=dtype, device=device)
-    mask = torch.ones(3, 96, 72, dtype=torch.bool, device=device)
-    mask[0, :48] = mask[1, 48:] = mask[2] = False
-    mask[2, 95, 71] = True
+    size = (24, 20) if EMULATED else (96, 72)
+    tensors = pool(queries, 3, 64, size, layout=layout, dtype=dtype, device=device)
+    mask = torch.ones(3, *size, dtype=torch.bool, device=device)
+    mask[0, : size[0] // 2] = mask[1, size[0] // 2 :] = mask[2] = False
+    mask[2, -1, -1] = True
     found = check_run(POOL, tensors | {"mask": mask}, backend)
-    assert torch.equal(found["pooled"][2], tensors["local"][2, :, 95, 71].expand_as(found["pooled"][2]))
+    assert (found["attention"][2, ..., -1, -1] == 1).all()
 
 
 @pytest.mark.parametrize("queries", [None, 3])

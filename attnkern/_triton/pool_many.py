@@ -334,7 +334,7 @@ class _Plan(NamedTuple):
         single = not x.channels_last and x.vector * x.itemsize < 8  # rows are read by single elements
         block_p, step = 64, 256 if block_m > 16 or wider or single else 512
         if amd:
-            block_p, step = 32, 128
+            block_p, step = 32, 32 if wider else 128
         elif backward and x.itemsize == 4:
             block_p, step = 32, 256
         if backward and queries > block_m:

@@ -335,8 +335,8 @@ class _Plan(NamedTuple):
         block_p, step = 64, 256 if block_m > 16 or wider or single else 512
         if amd:
             block_p, step = 32, 32 if wider else 128
-        elif backward and x.itemsize == 4:
-            block_p, step = 32, 256
+        elif backward and (wider or x.itemsize == 4):
+            block_p, step = 32, 64 * x.itemsize
         if backward and queries > block_m:
             step = 128
         block_c = min(step // x.itemsize, max(16, ceil_power(x.channels)))

@@ -87,7 +87,12 @@ GPU_CASES = [
 ]
 GPU_AUTOTUNED = _grid(_GPU_SHAPES[:2], (torch.bfloat16,), ("contiguous",))
 #: What the rehearsal of a GPU's run measures on a CPU.
-TINY_CASES = [Case("anchor_quantize", (2, 1, 4, 4)), Case("window_attention", (2, 4, 3, 5), torch.bfloat16)]
+TINY_CASES = [
+    Case("anchor_quantize", (2, 1, 4, 4)),
+    Case("window_attention", (2, 4, 3, 5), torch.bfloat16),
+    Case("AttentionPoolLatent", (2, 8, 6), torch.bfloat16, "tokens", queries=2),
+    Case("compatibility_pool", (2, 8, 3, 4), queries=3),
+]
 
 #: The GPU's shapes on a CPU, those of at most 64 MiB, and a single image.
 CPU_FULL_CASES = [
@@ -266,12 +271,13 @@ MORE_MODELS = {
 }
 TINY_MODELS = {"vgg_aib_qt tiny": ({"width": 0.05}, 32, 2)}
 #: Networks of timm that pool by attention. ``--networks`` measures them with and without `attnkern.accelerate`.
-TIMM_MODELS = {"resnet50_clip": ({}, 224, 16), "vit_base_patch32_siglip_256": ({}, 256, 16)}
+TIMM_MODELS = {"resnet50_clip": ({}, 224, 4), "vit_base_patch32_siglip_256": ({}, 256, 4)}
 NETWORKS = MODELS | MORE_MODELS | TINY_MODELS | TIMM_MODELS
 
 
-def work(suite: str, gpu: bool, compiled: bool) -> list[tuple[Case | str, str]]:
-    """What a run measures, (case or network, pass), most valuable first."""
+def work(suite: str, gpu: bool, compiled: bool, again: bool = False) -> list[tuple[Case | str, str]]:
+    """What a run measures, (case or network, pass), most valuable first. A process that measures the rows ``again``
+    leaves out the forward pass of many queries, to keep the run short."""
     if suite == "rehearsal":
         return [(HOST, ""), *itertools.product(TINY_CASES, PASSES), *((name, TRAINING) for name in TINY_MODELS)]
     if suite == "networks":
@@ -280,7 +286,8 @@ def work(suite: str, gpu: bool, compiled: bool) -> list[tuple[Case | str, str]]:
         return list(itertools.product(CPU_FULL_CASES, PASSES))
     networks = [(name, TRAINING) for name in MODELS]
     if not gpu:
-        return [*itertools.product(CPU_CASES + CPU_POOLING, PASSES), *networks, (HOST, "")]
+        pooled = itertools.product(CPU_POOLING, PASSES[again:])
+        return [*itertools.product(CPU_CASES, PASSES), *pooled, *networks, (HOST, "")]
     layouts = {layout: [case for case in GPU_CASES if case.layout == layout] for layout in _LAYOUTS}
     return [
         (HOST, ""),

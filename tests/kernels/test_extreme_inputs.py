@@ -85,6 +85,8 @@ def test_denormal_numbers(function, options, dtype, backend, device, interpreted
         assert dtype == torch.float16 or not gradient[:, 2:4].any()
     check(found, expected)
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    if backend == "triton" and function in POOLS[1:]:
+        smallest = max(smallest, 2.0**-136)  # the last bit of TF32, whose products are used
     tight = {"output", "pooled", "values", "grad_x", "grad_query", "grad_anchors"}
     for name in tight & found.keys():  # the tolerance of check() is far larger than these numbers
         assert expected[name].any() or options.get("residual") is False  # v·x alone underflows

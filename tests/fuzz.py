@@ -60,7 +60,7 @@ OPTIONS = {
     "window_attention": {"scale": scale, "rescale": flag, "aspect": flag, "residual": flag},
     "anchor_quantize": {"reduction": reduction},
     "anchor_attention": {"reduction": reduction, "residual": flag},
-    **dict.fromkeys(POOLS, {}),
+    **{pool: {} for pool in POOLS},
 }
 
 

@@ -11,7 +11,6 @@ from test_transforms import Recorder
 from torch import nn
 
 import attnkern
-from attnkern import _attention_pools
 
 timm = pytest.importorskip("timm")
 from timm.layers import AttentionPool2d, AttentionPoolLatent, RotAttentionPool2d  # noqa: E402
@@ -73,7 +72,7 @@ class AttentionalPooler(nn.Module):
 
     def forward(self, x):
         x = self.ln_k(x)
-        query = self.ln_q(self.query)[None].expand(len(x), -1, -1)
+        query = self.ln_q(self.query)[None].expand(x.shape[0], -1, -1)
         return self.attn(query, x, x, need_weights=False)[0]
 
 
@@ -89,7 +88,7 @@ class SiglipHead(nn.Module):
         self.num_heads = num_heads
 
     def forward(self, hidden_state, attention_mask=None):
-        probe = self.probe.repeat(len(hidden_state), 1, 1)
+        probe = self.probe.repeat(hidden_state.shape[0], 1, 1)
         if attention_mask is not None:
             attention_mask = attention_mask[:, None, None].expand(-1, self.num_heads, 1, -1).flatten(0, 1)
         pooled = self.attention(probe, hidden_state, hidden_state, attn_mask=attention_mask)[0]
@@ -252,6 +251,18 @@ REFUSED = {
         lambda: AttentionalPooler(C, C, 4), "attn",
         "its 256 queries in 4 heads are more than half its 32 channels: folding takes longer",
     ),
+    "adapters": (
+        lambda: adapted(latent()(), "kv"), "",
+        "its projections are not plain nn.Linear layers, whose weights could be folded",
+    ),
+    "adapters of 2d": (
+        lambda: adapted(pool_2d(qkv_separate=True)(), "k"), "",
+        "its projections are not plain nn.Linear layers, whose weights could be folded",
+    ),
+    "adapters of CLIP": (
+        lambda: adapted(ClipPool(4, C, 4), "v_proj"), "",
+        "its projections are not plain nn.Linear layers, whose weights could be folded",
+    ),
     "hooks": (
         lambda: hooked(latent()()), "",
         "its parts carry hooks, which would not be called",
@@ -270,6 +281,11 @@ REFUSED = {
 class Doubled(ClipPool):
     def forward(self, x):
         return 2 * super().forward(x)
+
+
+def adapted(module, name):
+    setattr(module, name, type("Adapted", (nn.Linear,), {})(C, getattr(module, name).out_features))
+    return module
 
 
 def hooked(module):
@@ -291,6 +307,26 @@ def test_what_stays_and_why(case):
     done = attnkern.accelerate(model)
     assert (done.replaced, done.left) == ({}, {name: why})
     assert type(model.get_submodule(name)) is kind
+
+
+def test_what_only_looks_like_a_pool_is_not_touched():
+    class Other(nn.Module):
+        def __init__(self, **parts):
+            super().__init__()
+            for name, part in parts.items():
+                setattr(self, name, part)
+
+    def layer():
+        return nn.Linear(C, C)
+
+    model = nn.ModuleDict({
+        "clip": Other(**{f"{name}_proj": layer() for name in "qkvc"}, positional_embedding=nn.Parameter(torch.ones(C))),
+        "latent": Other(latent=nn.Parameter(torch.ones(1, 1, C)), kv=layer(), q=layer()),
+        "2d": Other(pos_embed=nn.Parameter(torch.ones(5, C)), qkv=layer(), pool_type="token"),
+        "siglip": Other(probe=nn.Parameter(torch.ones(1, 1, C)), attention=layer()),
+        "block": timm.layers.Attention(C),
+    })  # fmt: skip
+    assert str(attnkern.accelerate(model)) == "nothing to replace"
 
 
 def test_parts_that_other_modules_use_are_left():
@@ -458,6 +494,15 @@ def test_multihead_attention_by_name(options):
             assert_alike(*results)
 
 
+def test_compiled_multihead_attention_chooses_for_each_call():
+    model, fast, _ = multihead(batch_first=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast["mha"], fullgraph=True, backend="aot_eager")
+    for name in ("pooling", "padding", "mask", "self-attention", "a copy as values"):
+        arguments, named, _ = calls()[name]
+        assert_alike(compiled(*arguments, **named), model["mha"](*arguments, **named))
+
+
 def test_multihead_attention_with_dropout():
     model, fast, _ = multihead(batch_first=True, dropout=0.3)
     arguments, _, _ = calls()["pooling"]
@@ -553,9 +598,24 @@ def test_comparing_under_any_mode(mode):
     assert done.left == {}
 
 
-def test_the_classes_have_no_state_of_their_own():
-    for name in ("AttentionPoolLatent", "AttentionPool2d", "ClipAttentionPool2d", "MultiheadAttention"):
-        assert set(vars(getattr(_attention_pools, name))) <= {
-            "__module__", "__doc__", "__dict__", "__weakref__", "__firstlineno__", "__static_attributes__", "forward",
-            "_folds",
-        }  # fmt: skip
+def test_recorded_programs():
+    """TorchScript's tracer and torch.fx record what is folded; its compiler says what to use instead."""
+    _, fast, x = build("latent", torch.float32)
+    network, other = nn.Sequential(nn.Linear(C, C), fast["pool"]).eval(), torch.randn_like(x)
+    for program in (torch.jit.trace(network, (x,)), torch.fx.symbolic_trace(network)):
+        torch.testing.assert_close(program(other), network(other))
+    with pytest.raises(RuntimeError, match=r"^AttentionPoolLatent: torch.jit.script cannot compile it"):
+        torch.jit.script(network)
+
+
+@pytest.mark.parametrize("name", ["latent", "2d"])
+def test_onnx(name, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    _, fast, x = build(name, torch.float32)
+    module, path = fast["pool"].eval(), tmp_path / "pool.onnx"
+    batch = ({0: torch.export.Dim("batch")},)
+    torch.onnx.export(module, (x.detach(),), path, dynamo=True, dynamic_shapes=batch, verbose=False)
+    session, other = runtime.InferenceSession(path), torch.randn(5, *x.shape[1:])
+    (found,) = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), module(other).detach(), rtol=1e-4, atol=1e-5)

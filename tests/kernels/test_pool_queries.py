@@ -160,7 +160,7 @@ def test_what_a_mask_promises(dtype, queries, layout, backend, device):
     for name in (*WEIGHTED, "grad_local", "grad_query"):
         assert not found[name][2].any(), name
     scores = call(POOL, {"local": tensors["local"], "query": tensors["query"]}, backend=backend)["scores"]
-    same({"scores": found["scores"]}, {"scores": scores})
+    torch.testing.assert_close(found["scores"], scores)  # another kernel may add in another order
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -206,7 +206,7 @@ def test_what_is_stored_at_masked_positions_reaches_only_scores(dtype, queries, 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("queries", [None, 3, pytest.param(9, marks=large)])
 def test_gradients_that_are_not_finite_stay_outside_the_mask(queries, layout, value, backend, device):
-    """Of the attention at masked positions, as the logarithm of an attention of 0 has; of an image without positions."""
+    """Of the attention at masked positions, where its logarithm has one, and of an image without positions."""
     tensors = pool(queries, mask="own", layout=layout, dtype=torch.float32, device=device)
     grads = upstream(call(POOL, tensors, backend=backend))
     grads = {name: grads[name] for name in WEIGHTED}

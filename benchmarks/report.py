@@ -185,13 +185,14 @@ def lead(row: dict, names: tuple[str, ...], key: str = "ms") -> float | None:
     return min(theirs) / min(ours) if theirs and ours else None
 
 
-def pooling_table(rows: list[dict]) -> str:
+def pooling_table(rows: list[dict], brief: bool = False) -> str:
     """Rows with many queries: milliseconds (on a GPU device time), how many times faster the best of ours is, and the
-    peak of the memory in the first process."""
+    peak of the memory in the first process. ``brief`` leaves out the memory, and the times of the others."""
     key = "device_ms" if any("device_ms" in row for row in rows) else "ms"
-    columns = _columns(rows, key)
+    columns = [name for name in _columns(rows, key) if not brief or name.startswith(OURS)]
+    memory = [] if brief else columns
     head = ["case", "pass", *(f"{name} ms" for name in columns), "× timm", "× folded"]
-    head += [f"{name} MB" for name in columns] + ["spread"]
+    head += [f"{name} MB" for name in memory] + ["spread"]
     by_name = {}
     for row in rows:
         by_name.setdefault((row["case"], row["pass"]), {})[row["process"]] = row
@@ -201,7 +202,7 @@ def pooling_table(rows: list[dict]) -> str:
         cells = [[_cell(row, key, column, 2) for row in measured] for column in columns]
         leads = [[lead(row, names, key) for row in measured] for names in (TIMM, FOLDED)]
         cells += [["–" if value is None else f"{value:.1f}" for value in each] for each in leads]
-        cells += [[_cell(measured[0], "peak_mb", column, 1)] for column in columns]
+        cells += [[_cell(measured[0], "peak_mb", column, 1)] for column in memory]
         cells += [[_spread(row) for row in measured]]
         lines.append([*name, *("–" if set(cell) == {"–"} else " / ".join(cell) for cell in cells)])
     return markdown(head, lines)
@@ -648,7 +649,9 @@ def printed(content: dict) -> str:
         text = scaling_table(rows)
     else:
         pooling = [row for row in rows if many(row)]
-        text = "\n\n".join([*([table(operators)] if operators else []), *([pooling_table(pooling)] if pooling else [])])
+        text = "\n\n".join(
+            [*([table(operators)] if operators else []), *([pooling_table(pooling, brief=True)] if pooling else [])]
+        )
     # The warning stands at both ends, since the first one may have scrolled away.
     return "\n\n".join(filter(None, [heading(content), warning(content), text, summary(content), warning(content)]))
 

@@ -26,14 +26,25 @@ template <typename T> struct MaskedForward : Forward<T> {
 
 constexpr int kDeltaThreads = 128;
 
-// Δ of each query, whose number is the image.
+// Δ of each query, whose number is the image. The attention of masked positions has no gradient, whatever is stored.
 template <typename T>
-__global__ void __launch_bounds__(kDeltaThreads) many_deltas(Shape shape, Backward<T> pass, Wide<T>* deltas) {
-  if (block_index() >= shape.images)
+__global__ void __launch_bounds__(kDeltaThreads)
+    many_deltas(Shape shape, Backward<T> pass, Mask mask, int64_t queries, Wide<T>* deltas) {
+  const int64_t row = block_index();
+  if (row >= shape.images)
     return;
-  const Wide<T> delta = pass.delta(shape, block_index());
+  Wide<T> total[1] = {};
+  if (pass.grad_attention != nullptr)
+    for (int64_t p = threadIdx.x; p < shape.positions; p += blockDim.x) {
+      const int64_t at = row * shape.positions + p;
+      if (mask.keeps(divide(row, queries), p))
+        total[0] = std::fma(pass.attention[at], pass.grad_attention[at], total[0]);
+    }
+  block_reduce(total);
+  pass.grad_attention = nullptr;
+  const Wide<T> delta = pass.delta(shape, row) + total[0];
   if (threadIdx.x == 0)
-    deltas[block_index()] = delta;
+    deltas[row] = delta;
 }
 
 // dℓ = Σ a·dg + Σ dc·q over the queries. The product's rows are positions if channels are innermost, and channels

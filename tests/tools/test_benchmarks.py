@@ -330,6 +330,7 @@ def test_goals_and_table_of_many_queries(monkeypatch):
     for shown in (report.body(content), report.printed(content)):
         assert "× timm" in shown
         assert "3.5 times as fast as eager" in shown  # rows with many queries have no part in this
+    assert cells_of(report.pooling_table(rows, brief=True))[0][2:] == ["2.00 / 2.00", "11.0 / 11.0", "1.5 / 1.5", "–"]
     (row,) = [line for line in cells_of(report.pooling_table(rows)) if line[0] == maps]
     assert row[2:] == [
         "–", "–", "9.00 / 9.00", "5.00 / 5.00", "3.00 / 3.00", "2.00 / 2.00", "–", "1.5 / 1.5",

@@ -81,7 +81,7 @@ def _dot(x, y, total, PRECISION: tl.constexpr):
 
     Tensor cores multiply half precision exactly and add in float32. A float32 factor becomes the sum of three bfloat16
     numbers if the other one is bfloat16, and otherwise of two TF32 numbers, which take twice the time. float16 is exact
-    in TF32. AMD multiplies float32 itself.
+    in TF32. Bits of denormal numbers below 2^-136 are lost. AMD multiplies float32 itself.
     """
     zeros = tl.zeros(total.shape, tl.float32)
     # Lower pieces that are NaN are replaced among the factors or the sums, whichever are fewer.
@@ -171,7 +171,7 @@ def _pool_many_fwd_kernel(
         if mask is not None:
             # Without any position the weights and their total are 0: the results are 0, not NaN.
             total = tl.where(tl.max(kept.to(tl.int32), 0) == 0, 1.0, total)
-        tl.store(attention + maps, weight / total[:, None], exist)
+        tl.store(attention + maps, tl.where(kept[None, :], weight / total[:, None], 0.0), exist)
     else:
         rows = rows * tl.cdiv(P, BLOCK_P) + split
         tl.store(peaks + rows * 2, largest, m < M)
@@ -223,16 +223,23 @@ def _score_grads(
 
 @triton.jit
 def _add_grad_local(
-    grad_pooled, query, dl, a, dc, n, first_m, first_c, M, C,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    grad_pooled, query, dl, a, dc, kept, n, first_m, first_c, M, C,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
-    """dl + Σ_m a_m dg_m + dc_m q_m over a group of queries, (BLOCK_C, BLOCK_P)."""
+    """dl + Σ_m a_m dg_m + dc_m q_m over a group of queries, (BLOCK_C, BLOCK_P). Where a mask leaves positions out, only
+    the gradients of SCORES reach them, also if a factor of 0 is NaN."""
     m = first_m + tl.arange(0, BLOCK_M).to(tl.int64)
-    dl = _dot(tl.trans(_vectors(query, m, first_c, M, C, BLOCK_C)), dc, dl, PRECISION)
-    if grad_pooled is not None:
-        dg = _vectors(grad_pooled + n * M * C, m, first_c, M, C, BLOCK_C)
-        dl = _dot(tl.trans(dg), a, dl, PRECISION)
-    return dl
+    q = tl.trans(_vectors(query, m, first_c, M, C, BLOCK_C))
+    if grad_pooled is None:
+        dl = _dot(q, dc, dl, PRECISION)
+    else:
+        dg = tl.trans(_vectors(grad_pooled + n * M * C, m, first_c, M, C, BLOCK_C))
+        if SCORES:
+            dl += tl.where(kept[None, :], _dot(dg, a, tl.zeros(dl.shape, tl.float32), PRECISION), 0.0)
+            dl = _dot(q, dc, dl, PRECISION)
+        else:
+            dl = _dot(q, dc, _dot(dg, a, dl, PRECISION), PRECISION)
+    return dl if SCORES else tl.where(kept[None, :], dl, 0.0)
 
 
 @triton.jit
@@ -276,7 +283,8 @@ def _pool_many_bwd_kernel(
             if grad_local is not None:
                 dl = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
                 dl = _add_grad_local(
-                    grad_pooled, query, dl, a, dc, n, 0, first_c, M, C, BLOCK_M, BLOCK_C, PRECISION
+                    grad_pooled, query, dl, a, dc, kept, n, 0, first_c, M, C, BLOCK_M, BLOCK_C, PRECISION,
+                    grad_scores is not None,
                 )  # fmt: skip
                 store_tile(grad_local, dl, n, first_c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
     else:
@@ -300,7 +308,8 @@ def _pool_many_bwd_kernel(
                 if grad_local is not None:
                     a = _maps(attention + n * M * P, m, p, kept, M, P)
                     dl = _add_grad_local(
-                        grad_pooled, query, dl, a, dc, n, first_m, first_c, M, C, BLOCK_M, BLOCK_C, PRECISION
+                        grad_pooled, query, dl, a, dc, kept, n, first_m, first_c, M, C, BLOCK_M, BLOCK_C, PRECISION,
+                        grad_scores is not None,
                     )  # fmt: skip
             if grad_local is not None:
                 store_tile(grad_local, dl, n, first_c, first_p, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)
@@ -325,9 +334,9 @@ class _Plan(NamedTuple):
         single = not x.channels_last and x.vector * x.itemsize < 8  # rows are read by single elements
         block_p, step = 64, 256 if block_m > 16 or wider or single else 512
         if amd:
-            block_p, step = 32, 128
-        elif backward and x.itemsize == 4:
-            block_p, step = 32, 256
+            block_p, step = 32, 32 if wider else 128
+        elif backward and (wider or x.itemsize == 4):
+            block_p, step = 32, 64 * x.itemsize
         if backward and queries > block_m:
             step = 128
         block_c = min(step // x.itemsize, max(16, ceil_power(x.channels)))

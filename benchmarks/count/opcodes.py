@@ -1258,16 +1258,24 @@ def atomic(m, ins):
 
 @opcode("LDGSTS")
 def copy_to_shared(m, ins):
-    """An asynchronous copy from global to shared memory. The data arrive immediately; the wait is that of a load."""
+    """An asynchronous copy from global to shared memory, of zeros where the predicate at its end is false. The data
+    arrive immediately; the wait is that of a load."""
     to, source = _bracketed(m, ins.operands[0]), _bracketed(m, ins.operands[1])
     width = _width(ins)
+    exists = m.predicate(ins.operands[2]) if len(ins.operands) > 2 else None
 
     def run(mask):
         addresses, goal = np.broadcast_to(source(), m.n), np.broadcast_to(to(), m.n)
-        m.global_access("loads", addresses, width, mask)
         index = m.shared_index(goal, width, mask)
         m.shared_access("STS", index, width, mask)
-        m.store_shared(index, width, m.made_up(addresses, width, mask), mask)
+        loads = mask if exists is None else m.here(mask) & exists()
+        words = [U32(0)] * max(1, width // 4)
+        if loads is None or loads.any():
+            m.global_access("loads", addresses, width, loads)
+            words = m.made_up(addresses, width, loads)
+        if exists is not None:
+            words = [np.where(exists(), word, U32(0)) for word in words]
+        m.store_shared(index, width, words, mask)
         m.copied()
 
     return run

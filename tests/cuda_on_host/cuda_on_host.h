@@ -286,6 +286,9 @@ inline bool is_mapped(uint64_t address) {
 
 inline const char* record_file() { return std::getenv("ATTNKERN_HOST_RECORD"); }
 
+// What a block can have: where it runs here, or on the GPU of compute capability 9.0 that launches are recorded for.
+inline size_t shared_memory() { return record_file() != nullptr ? 227 << 10 : kSharedMemory; }
+
 // Appends a line to the file: the kernel's offset in this library, blocks, threads, bytes of dynamic shared memory,
 // blocks of a cluster, the parameters in hexadecimal, and the places of the pointers among them.
 template <typename... Parameters, typename... Arguments>
@@ -428,7 +431,7 @@ template <typename S> S& shared() {
   static S* memory = nullptr;
   if (of_block != block.serial) {
     const size_t bytes = (sizeof(S) + 15) / 16 * 16;
-    if (block.used + bytes > kSharedMemory || (block.dynamic <= kUsualSharedMemory && block.used + bytes > kUsualSharedMemory))
+    if (block.used + bytes > (block.dynamic > kUsualSharedMemory ? kSharedMemory : kUsualSharedMemory))
       fail("more shared memory than a block has");
     memory = reinterpret_cast<S*>(block.memory + block.used);
     block.used += bytes;

@@ -198,7 +198,9 @@ def test_copies_and_pickles(name):
         assert isinstance(each["pool"], type(POOLS[name][0]()))
 
 
-@every_pool
+@pytest.mark.parametrize(
+    "name", ["latent", "latent, positions", "2d", "2d, separate", "2d, another size", "clip", "pooler", "siglip"]
+)
 def test_compiled_and_exported(name):
     model, fast, x = build(name, torch.float32)
     expected = with_gradients(model.eval(), x)

@@ -28,6 +28,7 @@ class Case:
     """One operator, or a layer of timm, at one shape, dtype and layout.
 
     ``queries`` is the number of queries per image, if the queries have that axis: for a layer, its number of heads.
+    ``windows`` is the number of windows per image, if the rectangles have that axis.
     """
 
     op: str
@@ -36,17 +37,19 @@ class Case:
     layout: str = "contiguous"
     anchors: int = 20
     queries: int = 0
+    windows: int = 0
 
     def __str__(self):
         size = "x".join(map(str, self.shape))
-        many = f" M={self.queries}" if self.queries else "" if self.anchors == 20 else f" Q={self.anchors}"
+        counts = {"M": self.queries, "K": self.windows, "Q": 0 if self.anchors == 20 else self.anchors}
+        many = "".join(f" {letter}={count}" for letter, count in counts.items() if count)
         return f"{self.op} {size} {str(self.dtype).split('.')[-1]} {self.layout}{many}"
 
     @classmethod
     def parse(cls, text: str):
         """The case with this name."""
         op, shape, dtype, layout, *more = text.split()
-        many = {{"Q": "anchors", "M": "queries"}[text[0]]: int(text[2:]) for text in more}
+        many = {{"Q": "anchors", "M": "queries", "K": "windows"}[text[0]]: int(text[2:]) for text in more}
         return cls(op, tuple(map(int, shape.split("x"))), getattr(torch, dtype), layout, **many)
 
     def bytes(self, which: str) -> int:
@@ -69,6 +72,11 @@ def _grid(shapes, dtypes=(torch.float32,), layouts=_LAYOUTS):
 
 _QUANTIZED = [Case("anchor_quantize", (128, 1, 16, 16))]
 CPU_CASES = _grid([(32, 512, 7, 7), (32, 512, 14, 14), (32, 256, 32, 32)]) + _QUANTIZED
+CPU_WINDOWS = [
+    Case("window_attention", shape, windows=windows)
+    for shape in ((32, 512, 14, 14), (32, 256, 32, 32))
+    for windows in (4, 16)
+]
 
 _GPU_SHAPES = [
     (32, 256, 56, 56), (64, 512, 32, 32), (32, 512, 14, 14), (32, 2048, 7, 7), (32, 64, 128, 128),
@@ -144,9 +152,20 @@ def _inputs(case, device):
     if case.queries:
         return {name: value.to(device) for name, value in pooling.inputs(case).items()}
     inputs = make_inputs(case.op, case.shape, case.dtype, layout=case.layout, device=device)
+    if case.windows:
+        inputs["rectangle"] = _several(case).to(inputs["rectangle"])
     if "anchors" in inputs:
         inputs["anchors"] = torch.linspace(0, 1, case.anchors, device=device).to(inputs["anchors"].dtype)
     return inputs
+
+
+def _several(case):
+    """Windows (N, K, 5) all over the map, smaller if there are more of them."""
+    low, high = torch.tensor([[0.1, 0.1, 0.4, 0.4, -1.5], [0.9, 0.9, 0.8, 0.8, 1.5]])
+    generator = torch.Generator().manual_seed(0)
+    drawn = low + (high - low) * torch.rand(case.shape[0], case.windows, 5, generator=generator)
+    drawn[..., 2:4] /= case.windows**0.5
+    return drawn
 
 
 def _sdpa(local, query):
@@ -287,7 +306,8 @@ def work(suite: str, gpu: bool, compiled: bool, again: bool = False) -> list[tup
     networks = [(name, TRAINING) for name in MODELS]
     if not gpu:
         pooled = itertools.product(CPU_POOLING, PASSES[again:])
-        return [*itertools.product(CPU_CASES, PASSES), *pooled, *networks, (HOST, "")]
+        windows = itertools.product(CPU_WINDOWS, PASSES)
+        return [*itertools.product(CPU_CASES, PASSES), *windows, *pooled, *networks, (HOST, "")]
     layouts = {layout: [case for case in GPU_CASES if case.layout == layout] for layout in _LAYOUTS}
     return [
         (HOST, ""),

@@ -57,6 +57,8 @@ ABOUT_POOLING = (
     "`attnkern.accelerate`, or `compatibility_pool`; `compile` is torch.compile of the same. Columns with × compare "
     "the fastest of each. MB are the memory that a call needs at its peak, in the default process."
 )
+#: Goals for several windows, forward and backward: what every row should reach.
+WINDOW_GOALS = {"eager": 5, "compile": 1.5}
 #: Goals for many queries, forward and backward: rows, what they are compared with, the key and the names of its
 #: numbers, and how many times ours it should be at least. Folded forms should never need less; 0.05 is for noise.
 POOLING_GOALS = (
@@ -177,6 +179,11 @@ def many(row: dict) -> bool:
     return " M=" in row["case"]
 
 
+def several(row: dict) -> bool:
+    """Is this a row of several windows?"""
+    return " K=" in row["case"]
+
+
 def lead(row: dict, names: tuple[str, ...], key: str = "ms") -> float | None:
     """The least of a row's numbers for these competitors over the least of ours, compiled or not."""
     found = row.get(key, {})
@@ -283,6 +290,8 @@ def goals(rows: list[dict], suite: str = "") -> str:
                 f"process, by geometric mean over {len(leads)} rows of forward and backward."
             )
     rows = [row for row in rows if "float32" in row["case"] and "compile" in row["times"]]
+    windows = [row for row in rows if several(row) and row["pass"] == "forward+backward"]
+    rows = [row for row in rows if not several(row)]
     for process in processes(rows):
         forward, both = (
             [row for row in _of(process, rows) if row["pass"] == which] for which in ("forward", "forward+backward")
@@ -298,6 +307,9 @@ def goals(rows: list[dict], suite: str = "") -> str:
         core = [row for row in both if CORE.match(row["case"])]
         if core and process == "default" and suite == "":
             lines += [[process, "contiguous, without anchor_attention", *line] for line in _means(core, *CORE_GOALS)]
+    for process in processes(windows):
+        for name, least in WINDOW_GOALS.items():
+            lines.append([process, "several windows", *_slowest(_of(process, windows), least, name)])
     lines += pooled
     if not lines:
         return ""
@@ -318,12 +330,13 @@ def _means(rows: list[dict], over_eager: float, over_compile: float, least: floa
     ]
 
 
-def _slowest(rows: list[dict], least: float) -> list[str]:
-    """The row with the lowest speed against torch.compile, and how many are below the goal."""
-    slowest = min(rows, key=lambda row: row["times"]["compile"])
-    below = sum(row["times"]["compile"] < least for row in rows)
+def _slowest(rows: list[dict], least: float, name: str = "compile") -> list[str]:
+    """The row with the lowest speed against a competitor, and how many are below the goal."""
+    slowest = min(rows, key=lambda row: row["times"][name])
+    below = sum(row["times"][name] < least for row in rows)
     more = f" (one of {below} below the goal)" if below > 1 else ""
-    return _goal(f"torch.compile, slowest row: {slowest['case']}{more}", slowest["times"]["compile"], least)
+    what = "torch.compile" if name == "compile" else name
+    return _goal(f"{what}, slowest row: {slowest['case']}{more}", slowest["times"][name], least)
 
 
 LARGE = 2**26  # bytes of a working set that no L2 cache holds

@@ -58,7 +58,7 @@ def test_many_queries_are_measured_in_both_processes():
 
 
 def test_a_case_is_found_by_its_name():
-    for case in (*GPU_CASES, *CPU_CASES, *cases.CPU_POOLING):
+    for case in (*GPU_CASES, *CPU_CASES, *cases.CPU_POOLING, *cases.CPU_WINDOWS):
         assert Case.parse(str(case)) == case
 
 
@@ -74,6 +74,31 @@ def test_table_and_goals_keep_slower_rows():
         ["default", "all", "torch.compile, geometric mean", "1.22 ×", "1.3 ×", "no"],
         ["default", "all", "torch.compile, slowest row: pool float32 contiguous", "0.50 ×", "1 ×", "no"],
     ]
+
+
+def test_several_windows_have_goals_of_their_own():
+    """Each row should reach them; the other goals are not about these rows."""
+
+    def row(windows, eager, compiled):
+        case = f"window_attention 2x2x2x2 float32 contiguous K={windows}"
+        return run.row_of(case, "forward+backward", {"eager": eager, "compile": compiled, "native": 1e-3})
+
+    text = report.goals([*ROWS, row(4, 6e-3, 1.4e-3), row(16, 9e-3, 2e-3)])
+    case = "window_attention 2x2x2x2 float32 contiguous K=4"
+    assert cells_of(text)[:3] == cells_of(report.goals(ROWS))
+    assert cells_of(text)[3:] == [
+        ["default", "several windows", f"eager, slowest row: {case}", "6.00 ×", "5 ×", "yes"],
+        ["default", "several windows", f"torch.compile, slowest row: {case}", "1.40 ×", "1.5 ×", "no"],
+    ]
+
+
+def test_several_windows_are_drawn_and_right():
+    case = Case("window_attention", (2, 3, 4, 5), windows=3)
+    assert str(case) == "window_attention 2x3x4x5 float32 contiguous K=3"
+    ready = calls(case, "forward+backward", torch.device("cpu"), None)
+    assert {"eager", "native"} <= ready.keys()
+    inputs, _ = ready["native"].work.copy(0)
+    assert inputs["rectangle"].shape == (2, 3, 5)
 
 
 def cells_of(text):

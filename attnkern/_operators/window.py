@@ -9,9 +9,13 @@ from attnkern._operators.record import Operator, features_grad, pull, rules
 # --- fake kernels ----------------------------------------------------------------------------------------------------
 
 
-def _stats(rectangle, dtype, rescale):
+def _stats_shape(rectangle, rescale):
     count = rectangle.shape[1] if rectangle.ndim == 3 else 1
-    return rectangle.new_empty((rectangle.shape[0], 2 + 5 * count if rescale else 0), dtype=dtype)
+    return rectangle.shape[0], 2 + 5 * count if rescale else 0
+
+
+def _stats(rectangle, dtype, rescale):
+    return rectangle.new_empty(_stats_shape(rectangle, rescale), dtype=dtype)
 
 
 def _fake_window_map_fwd(rectangle, height, width, scale, rescale, aspect, ellipse):
@@ -40,7 +44,7 @@ def _fake_window_bwd(
 
 def _unknown_stats(rectangle, map, rescale):
     """Only the backward kernels read the statistics; the decomposition of backward does not need them."""
-    return _stats(rectangle, map.dtype, rescale).fill_(torch.nan)
+    return rectangle.new_full(_stats_shape(rectangle, rescale), torch.nan, dtype=map.dtype)
 
 
 def _window_map_fwd(rectangle, height, width, scale, rescale, aspect, ellipse):

@@ -60,8 +60,8 @@ template <Outline kOutline, bool kOne, typename A> struct Block {
   void values_and_slopes(A max, A* to, double* total) const {
     if constexpr (!kOne) {
       values(A(1), max, to);
-      const std::vector<A> zero(frames.size() * kParameters);
-      return add_slopes(to, zero.data(), total);
+      const std::vector<A> zeros(frames.size() * kParameters);
+      return add_slopes(to, zeros.data(), total);
     }
     const int64_t count = length;
     const Frame<A> frame = frames[0];
@@ -84,7 +84,8 @@ template <Outline kOutline, bool kOne, typename A> struct Block {
     const A *exponent = nullptr, *fraction = nullptr, *outside = nullptr;
     if constexpr (!kOne)
       exponent = unions.exponent, fraction = unions.fraction, outside = unions.outside;
-    for (const Frame<A> frame : frames) {
+    for (const Frame<A>& each : frames) {
+      const Frame<A> frame = each;
       const A m0 = mean[0], m1 = mean[1], m2 = mean[2], m3 = mean[3], m4 = mean[4];
       A s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3, s4)
@@ -110,18 +111,22 @@ private:
     std::fill_n(exponent, count, -std::numeric_limits<A>::infinity());
     std::fill_n(fraction, count, A(0));
     std::fill_n(outside, count, A(1));
-    for (const Frame<A> frame : frames)
+    for (const Frame<A>& each : frames) {
+      const Frame<A> frame = each;
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
         const A bound = exponent_bound<kOutline>(frame, row[i], column[i]);
         exponent[i] = bound > exponent[i] ? bound : exponent[i];
       }
-    for (const Frame<A> frame : frames)
+    }
+    for (const Frame<A>& each : frames) {
+      const Frame<A> frame = each;
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) {
         const auto sum = with_window<kOutline>(frame, row[i], column[i], {exponent[i], fraction[i], outside[i]});
         fraction[i] = sum.fraction, outside[i] = sum.outside;
       }
+    }
   }
 };
 
@@ -142,7 +147,8 @@ template <typename A> void window_maps(const Windows<A>& windows, A* map, A* sta
       A max = 0;
       if (windows.rescale) {
         max = exponent_bound<outline()>(frames[0], windows.rows[0], windows.columns[0]);
-        for (const Frame<A> frame : frames) {
+        for (const Frame<A>& each : frames) {
+          const Frame<A> frame = each;
           const A *rows = windows.rows.data(), *columns = windows.columns.data();
 #pragma omp simd reduction(max : max)
           for (int64_t i = 0; i < positions; ++i) {
@@ -193,8 +199,7 @@ template <typename A> void window_maps_again(const Windows<A>& windows, const A*
 }
 
 // dβ = Σ G·f·∂log f, or with rescale HW·Σ (G - Σ π G)·π·(∂log f - Σ π ∂log f): both are centred, so that neither a
-// large mean of G nor the steep slopes of a thin window cause cancellation.
-// gather(image) is the image's G.
+// large mean of G nor the steep slopes of a thin window cause cancellation. gather(image) is the image's G.
 template <typename A, typename Gather>
 void window_gradients(const Windows<A>& windows, const A* stats, const A* map, const Gather& gather, A* gradients) {
   const int64_t positions = windows.positions(), parameters = windows.count * kParameters;

@@ -22,6 +22,7 @@ from attnkern import viz
 from attnkern.evaluation import (
     equivariance_distance,
     frequency,
+    jaccard,
     map_of,
     occlude,
     pool_attention,
@@ -176,6 +177,35 @@ def rectangle(_runs):
     return pictures
 
 
+def fitted(target, count, shape, steps=300):
+    """Windows (1, K, 5) whose union is fitted to a mask (h, w) by gradient descent."""
+    rectangle = WindowAttention(1, (1,), num_windows=count).rectangle(target[None, None]).detach().view(1, count, 5)
+    optimizer = torch.optim.Adam([rectangle.requires_grad_()], 0.02)
+    for _ in range(steps):
+        found = attnkern.window_map(rectangle, target.shape, rescale=False, aspect=True, shape=shape)
+        loss = nn.functional.binary_cross_entropy(found[0], target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return rectangle.detach()
+
+
+def windows(_runs):
+    photograph = torch.tensor(load_sample_image("china.jpg")).permute(2, 0, 1) / 255
+    size = (54, 82)
+    dark = (nn.functional.interpolate(photograph[None], size, mode="area")[0].mean(0) < 0.5).float()
+    pictures = []
+    for count, shape in ((1, "rectangle"), (4, "rectangle"), (16, "ellipse")):
+        found = fitted(dark, count, shape)
+        map = attnkern.window_map(found, size, rescale=False, aspect=True, shape=shape)[0]
+        share = jaccard(map[None] > 0.5, dark[None] > 0.5).item()
+        caption = f"{count} {shape}{'s' * (count > 1)}, IoU {share:.2f}"
+        pictures.append(
+            viz.overlay(photograph, map, alpha=0.45, rectangle=found, aspect=True, shape=shape, caption=caption)
+        )
+    return pictures
+
+
 class Entry(NamedTuple):
     title: str
     text: str
@@ -226,6 +256,12 @@ ENTRIES = (
         "A rectangle on an image that is not square",
         "The same rectangle as the formula draws it, and with `aspect=True`, which keeps its angles.",
         rectangle,
+    ),
+    Entry(
+        "Many windows on a photograph",
+        "The map is the union of all windows, fitted by gradient descent to the dark parts of the photograph. The windows "
+        "start on a ring, as in `WindowAttention(num_windows=16)`, and part on their own.",
+        windows,
     ),
 )
 

@@ -195,6 +195,21 @@ def test_backbones_are_torchvisions(backbone, attended):
     assert parameters(positionwise) == (attended + 1) * 80 + 2 * (9 * 80 + 1) * 80 + 9 * 80 + 1
 
 
+def test_a_network_with_several_windows():
+    pytest.importorskip("torchvision")
+    options = {"width": 0.1, "num_windows": 3, "shape": "ellipse"}
+    model, images = create_model("mobilenet_v3_large_window", 4, **options).eval(), torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        features = model.local_features(images)
+        rectangle = model.attention.rectangle(features)
+        assert rectangle.shape == (2, 3, 5)
+        torch.testing.assert_close(model.classify(features, rectangle), model(images))
+        assert model.classify(features, rectangle[:, 0]).shape == (2, 4)
+    for wrong in ({"num_windows": 2}, {"shape": "ellipse"}):
+        with pytest.raises(ValueError, match=r"num_windows and shape are options of 'window' attention, got 'none'$"):
+            create_model("mobilenet_v3_large_none", 4, width=0.1, **wrong)
+
+
 @every_model
 def test_forward_backward_and_evaluation(name):
     model, images, labels = small(name), torch.rand(3, 3, 40, 67), torch.tensor([0, 3, 1])

@@ -15,7 +15,7 @@ pytest.importorskip("captum")
 from PIL import Image
 
 from attnkern import cli
-from attnkern.evaluation import protocols, tight_boxes, upsample
+from attnkern.evaluation import box_masks, fitting_rate, protocols, rectangle_mask, tight_boxes, upsample
 from attnkern.evaluation import summary as summary_module
 from attnkern.evaluation.maps import map_of
 from attnkern.training.data import ImageData
@@ -218,6 +218,34 @@ def test_show(checkpoints, tmp_path, capsys):
     assert shown.rectangle.shape == (5,)
     assert shown.map == "attention.map"
     assert explain(checkpoints["vgg_aib_qt"], picture).quantized
+
+
+def test_several_ellipses_on_two_digits(tmp_path):
+    """The union of the windows is compared with the two boxes; every window is drawn."""
+    pytest.importorskip("matplotlib")
+    windows = ["--model.options.num_windows", "3", "--model.options.shape", "ellipse", "--model.equivariance", "0.1"]
+    train("mobilenet_v3_large_window", "digits-pairs", [*SMALL, *windows, "--data.size", "64", "--out", str(tmp_path)])
+    found = subject(tmp_path / "last.ckpt", limit=40)
+    assert found.class_names == ["odd", "even"]
+    boxes, masks = found.located
+    assert (boxes.shape, masks.shape) == ((40, 2, 4), (40, 64, 64))
+    results = protocols.evaluate(found, ["top1", "localisation", "rectangles", "rates", "equivariance"])
+    assert all(not {"not applicable", "error"} & result.keys() for result in results.values()), results
+    with torch.no_grad():
+        rectangles = found.rectangles_of(found.normalise(found.raw))
+    assert rectangles.shape == (40, 3, 5)
+    assert results["rectangles"]["window 2"]["row"]["mean"] == pytest.approx(rectangles[:, 2, 0].mean().item())
+    assert results["rectangles"]["row"]["mean"] == pytest.approx(rectangles[:, :, 0].mean().item())
+    inside = box_masks(boxes, (64, 64))
+    caught = upsample(rectangle_mask(rectangles, (2, 2), shape="ellipse").float(), (64, 64)) > 0.5
+    assert results["rates"]["fitting"] == pytest.approx(fitting_rate(caught, inside).mean().item())
+    picture = tmp_path / "digits.png"
+    Image.fromarray((found.raw[0].permute(1, 2, 0) * 255).byte().numpy()).save(picture)
+    shown = explain(tmp_path / "last.ckpt", picture)
+    assert (shown.rectangle.shape, shown.shape) == ((3, 5), "ellipse")
+    (ax,) = draw(shown).axes
+    assert [len(patch.get_xy()) for patch in ax.patches] == [65] * 3  # closed outlines
+    assert {patch.get_linestyle() for patch in ax.patches} == {"-"}
 
 
 @pytest.mark.parametrize("least, said", [(0.5, ""), (0.999, ", nearly constant: 0.999 to 1")])

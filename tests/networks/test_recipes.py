@@ -122,6 +122,9 @@ def test_what_a_data_set_changes():
     assert digits["model"]["optimizer"]["class_path"] == "torch.optim.AdamW"
     assert digits["data"]["name"] == "digits-clutter"
     assert "whiten" not in digits["data"]
+    pairs = read_recipe("vgg_att2_concat_pc", "digits-pairs")[1]
+    assert pairs["data"] == digits["data"] | {"name": "digits-pairs"}
+    assert pairs | {"data": None} == digits | {"data": None}
 
 
 def test_unknown_recipe():

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+import attnkern
 from attnkern import viz, window_map
 from attnkern.evaluation import QueryDriven, rectangle_mask
 
@@ -113,6 +114,52 @@ def test_rectangles_are_where_their_maps_are(aspect):
     mask = rectangle_mask(rectangle[None], cells, aspect=aspect)[0].flatten().numpy()
     assert (inside != mask).sum() <= 2  # cells whose centres lie on an edge
     assert mask.sum() > 5
+
+
+@pytest.mark.parametrize("shape, points", [("rectangle", 4), ("ellipse", 64)])
+def test_several_windows_are_drawn_alike(shape, points):
+    """The windows of a map are solid; those of another set to compare are dashed. f is one half on an outline."""
+    rectangles, cells = torch.tensor([[[0.3, 0.3, 0.1, 0.15, 0.5], [0.7, 0.6, 0.2, 0.1, 0.0]]]), (9, 13)
+    drawn = window_map(rectangles, cells, shape=shape)[0]
+    both = torch.cat((rectangles, rectangles + 0.02))
+    figure = viz.overlay(torch.zeros(3, 90, 130), drawn, rectangle=both, shape=shape)
+    patches = figure.axes[0].patches
+    assert len(patches) == 4
+    assert [patch.get_linestyle() == "-" for patch in patches] == [True, True, False, False]
+    assert [len(patch.get_xy()) for patch in patches] == [points + 1] * 4
+    for patch, window in zip(patches[:2], rectangles[0], strict=True):
+        centre = patch.get_xy()[:-1].mean(0)
+        # A cell is ten pixels wide.
+        wanted = [(t * (length - 1) + 0.5) * 10 - 0.5 for t, length in zip(window[:2].tolist(), cells, strict=True)]
+        assert centre[::-1] == pytest.approx(wanted, abs=1e-3)
+    if shape == "ellipse":
+        outline = attnkern.ellipse_outline(rectangles[:, 0], (301, 301))[0]
+        values = window_map(rectangles[:, 0], (301, 301), shape=shape, rescale=False)[0]
+        for row, column in outline.round().long().tolist():
+            assert values[row, column].item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_pictures_of_several_windows():
+    """Grids, sequences and histograms take (N, K, 5)."""
+    torch.manual_seed(0)
+    images, maps = torch.rand(5, 3, 16, 24), torch.rand(5, 4, 6)
+    rectangles = torch.tensor([[0.3, 0.3, 0.2, 0.1, 0.1], [0.7, 0.6, 0.1, 0.2, 0.0]]) + 0.05 * torch.rand(5, 2, 5)
+
+    def find(images):
+        return rectangles[:1].expand(len(images), -1, -1)
+
+    def outlines(figure):
+        return [len(ax.patches) for ax in figure.axes]
+
+    options = {"angles": (0.3,), "scales": (0.9,), "shifts": ()}
+    sequence = viz.equivariance_sequence(images[0], find, (4, 6), shape="ellipse", **options)
+    assert outlines(sequence) == [2, 4, 2, 4]
+    assert outlines(viz.sorted_corners(images, maps, rectangles, "angle", count=2, shape="ellipse")) == [2] * 4
+    histograms = viz.rectangle_histograms(rectangles)
+    assert histograms.axes[0].get_ylabel() == "windows"
+    assert sum(patch.get_height() for patch in histograms.axes[0].patches) == 10
+    with pytest.raises(ValueError, match=r"^overlay: shape must be 'rectangle' or 'ellipse', got 'circle'$"):
+        viz.overlay(images[0], rectangle=rectangles[0], shape="circle")
 
 
 def figures(theme):

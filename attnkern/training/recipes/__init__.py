@@ -16,6 +16,8 @@ with needs_extra("attnkern.training.recipes", "train"):
     import yaml
 
 _FOLDER = resources.files(__name__)
+#: Data sets with the settings of another one.
+_LIKE = {"digits-pairs": "digits-clutter"}
 
 
 def list_recipes() -> list[str]:
@@ -73,6 +75,7 @@ def read_recipe(name: str, data: str | None = None) -> tuple[str, dict[str, Any]
         settings = _merged(settings, layer)
     if data is not None:
         settings = _merged(settings, {"data": {"name": data}})
+    on = settings["data"]["name"]
     for change in changes:
-        settings = _merged(settings, change.get(settings["data"]["name"], {}))
+        settings = _merged(settings, change.get(_LIKE.get(on, on), {}))
     return families[name], settings, published

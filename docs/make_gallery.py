@@ -259,8 +259,8 @@ ENTRIES = (
     ),
     Entry(
         "Many windows on a photograph",
-        "The map is the union of all windows, fitted by gradient descent to the dark parts of the photograph. The windows "
-        "start on a ring, as in `WindowAttention(num_windows=16)`, and part on their own.",
+        "The map is the union of all windows, fitted by gradient descent to the dark parts of the photograph. The "
+        "windows start on a ring, as those of `WindowAttention` do, and part on their own.",
         windows,
     ),
 )

@@ -56,7 +56,15 @@ template <Outline kOutline, bool kOne, typename A> struct Block {
         to[i] = factor * fraction[i] * exponential(exponent[i] - max);
     }
   }
-  // The same with factor 1, and adds Σ to[i]·∂log f/∂β to `total`.
+  // to[i] = f, at most 1 in spite of rounding
+  void plain(A* to) const {
+    values(A(1), A(0), to);
+    const int64_t count = length;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i)
+      to[i] = to[i] > A(1) ? A(1) : to[i];
+  }
+  // to[i] = f · e^-max, and adds Σ to[i]·∂log f/∂β to `total`.
   void values_and_slopes(A max, A* to, double* total) const {
     if constexpr (!kOne) {
       values(A(1), max, to);
@@ -161,7 +169,7 @@ template <typename A> void window_maps(const Windows<A>& windows, A* map, A* sta
       std::vector<double> slopes(parameters);
       for_blocks<outline(), one()>(windows, frames, [&](const auto& block, int64_t begin) {
         if (!windows.rescale)
-          return block.values(A(1), max, to + begin);
+          return block.plain(to + begin);
         block.values_and_slopes(max, to + begin, slopes.data());
         A sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -190,9 +198,12 @@ template <typename A> void window_maps_again(const Windows<A>& windows, const A*
   specialised(windows, [&](auto outline, auto one) {
     parallel(windows.images(), 16 * positions * windows.count, [&](int64_t image) {
       const A* stat = stats + image * stats_of(windows.count);
-      const A max = windows.rescale ? stat[0] : A(0), factor = windows.rescale ? positions / stat[1] : A(1);
+      A* to = map + image * positions;
       for_blocks<outline(), one()>(windows, windows.frames(image), [&](const auto& block, int64_t begin) {
-        block.values(factor, max, map + image * positions + begin);
+        if (windows.rescale)
+          block.values(positions / stat[1], stat[0], to + begin);
+        else
+          block.plain(to + begin);
       });
     });
   });

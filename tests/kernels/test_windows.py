@@ -98,6 +98,17 @@ def test_equal_windows_have_equal_gradients(dtype, shape, backend, device):
     torch.testing.assert_close(gradient, gradient[:1].expand(4, 5), rtol=0, atol=tolerance * gradient.abs().max())
 
 
+@every_shape
+@full_precision
+def test_a_union_is_at_most_one(dtype, shape, backend, device):
+    """Also where many windows that are 1 up to rounding are added."""
+    generator = torch.Generator().manual_seed(0)
+    rectangle = torch.rand(64, 16, 5, generator=generator) * torch.tensor([1.0, 1.0, 0.9, 0.9, 3.0]) + 0.05
+    map = attnkern.window_map(rectangle.to(device, dtype), SIZE, rescale=False, shape=shape, backend=backend)
+    assert map.max() <= 1
+    assert map.min() >= 0
+
+
 # --- extremes --------------------------------------------------------------------------------------------------------
 
 

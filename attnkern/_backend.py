@@ -139,7 +139,7 @@ def reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 def _first_kernel_fails(device: torch.device) -> bool:
     """Whether Triton fails to compile and launch a kernel on a device. Tried once; warns if it fails."""
     try:
-        _ops.BACKENDS["triton"].window_map_fwd(torch.full((1, 5), 0.5, device=device), 1, 1, 6.0, True, False)
+        _ops.BACKENDS["triton"].window_map_fwd(torch.full((1, 5), 0.5, device=device), 1, 1, 6.0, True, False, False)
     except torch.OutOfMemoryError:  # does not concern the compiler
         raise
     except Exception as error:  # compilers, linkers and drivers raise errors of any type

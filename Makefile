@@ -68,7 +68,7 @@ test: setup .venv/dev
 test-all: setup .venv/dev .venv/docs .venv/cuda
 	@env -u FORCE_CUDA -u TORCH_CUDA_ARCH_LIST ATTNKERN_TEST_CUDA_LIBRARY=$(or $(FORCE_CUDA),1) $(PY) tests/run.py
 
-# Compares attnkern with eager PyTorch and torch.compile on this machine, in about five minutes: build/bench.
+# Compares attnkern with eager PyTorch and torch.compile on this machine, in about ten minutes: build/bench.
 bench: setup
 	$(PY) -m benchmarks.run
 

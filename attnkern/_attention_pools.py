@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attnkern._tracing import Module
 from attnkern.nn._folded import folded_attention, pays
 from attnkern.nn._hooks import plain, untouched
 
@@ -22,7 +23,11 @@ def _positions(mask, x):
     return mask[:, 0, 0] if fits and mask.shape[1:] == (1, 1, x.shape[1]) else None
 
 
-class AttentionPoolLatent:
+class _Pool:
+    __prepare_scriptable__ = Module.__prepare_scriptable__
+
+
+class AttentionPoolLatent(_Pool):
     """timm's pool of the global_pool "map": learned queries read tokens (N, L, C)."""
 
     def forward(self, x, attn_mask=None):
@@ -59,7 +64,7 @@ def _attended(x, first, positions, query, weights, heads):
     return folded_attention(x.mT, F.linear(x[:, :1], *query), heads=heads, **weights)[0]
 
 
-class AttentionPool2d:
+class AttentionPool2d(_Pool):
     """timm's pool of CLIP's ResNets: the mean of a map, or a class token, is the query."""
 
     def forward(self, x, pre_logits=False):
@@ -83,7 +88,7 @@ class AttentionPool2d:
         return (x if pre_logits else self.proj(x))[:, 0]
 
 
-class ClipAttentionPool2d:
+class ClipAttentionPool2d(_Pool):
     """The pool of the ResNets of OpenAI's CLIP and of open_clip: the mean of a map is the query."""
 
     def forward(self, x):
@@ -95,7 +100,7 @@ class ClipAttentionPool2d:
         return out(_attended(x, None, positions, (q.weight, q.bias), weights, self.num_heads))[:, 0]
 
 
-class MultiheadAttention:
+class MultiheadAttention(_Pool):
     """``nn.MultiheadAttention``: calls with few queries, and with keys that are the values, are folded."""
 
     def _folds(self, query, key, value, mask):

@@ -115,7 +115,13 @@ def _are(kind, *parts):
     return all(isinstance(part, kind) for part in parts)
 
 
-def _many(queries, heads, channels):
+def _has(module, *names):
+    return all(hasattr(module, name) for name in names)
+
+
+def _cannot_fold(queries, heads, channels, *layers):
+    if any(type(layer) is not nn.Linear for layer in layers):
+        return "its projections are not plain nn.Linear layers, whose weights could be folded"
     if not pays(queries, heads, channels):
         return (
             f"its {queries} queries in {heads} heads are more than half its {channels} channels: folding takes longer"
@@ -125,14 +131,14 @@ def _many(queries, heads, channels):
 
 def _is_latent_pool(module):
     latent, kv = getattr(module, "latent", None), getattr(module, "kv", None)
-    named = all(hasattr(module, name) for name in ("q", "q_norm", "k_norm", "latent_len", "pool", "proj", "pos_embed"))
+    named = _has(module, "q", "q_norm", "k_norm", "latent_len", "num_heads", "head_dim", "pool", "proj", "pos_embed")
     return named and isinstance(latent, nn.Parameter) and isinstance(kv, nn.Module)
 
 
 def _latent_pool_reason(module):
     if not _are(nn.Identity, module.q_norm, module.k_norm):
         return "it normalizes the keys (qk_norm=True), which does not fold"
-    return _many(module.latent_len, module.num_heads, module.num_heads * module.head_dim)
+    return _cannot_fold(module.latent_len, module.num_heads, module.num_heads * module.head_dim, module.kv)
 
 
 def _latent_pool_inputs(module, state):
@@ -142,9 +148,13 @@ def _latent_pool_inputs(module, state):
 
 
 def _is_pool_2d(module):
-    layers = [getattr(module, name, None) for name in ("qkv", "q", "k", "v")]
-    named = all(hasattr(module, name) for name in ("pool_type", "cls_token", "drop", "proj", "pos_embed", "head_dim"))
-    return named and (isinstance(layers[0], nn.Module) or _are(nn.Module, *layers[1:]))
+    named = _has(module, "pool_type", "cls_token", "drop", "proj", "pos_embed", "num_heads", "head_dim")
+    return named and _are(nn.Module, *_pool_2d_layers(module))
+
+
+def _pool_2d_layers(module):
+    qkv = getattr(module, "qkv", None)
+    return [getattr(module, name, None) for name in ("q", "k", "v")] if qkv is None else [qkv]
 
 
 def _pool_2d_reason(module):
@@ -152,20 +162,26 @@ def _pool_2d_reason(module):
         return "it rotates the keys by their positions (rotary embedding), which does not fold"
     if module.pool_type != "token":
         return f"it returns every position (pool_type={module.pool_type!r}), so that there is nothing to pool"
-    return _many(1, module.num_heads, module.num_heads * module.head_dim)
+    return _cannot_fold(1, module.num_heads, module.num_heads * module.head_dim, *_pool_2d_layers(module))
 
 
 def _pool_2d_inputs(module, state):
     return (random(state["pos_embed"], 2, module.in_features, 2, 3) * 4 - 2,)
 
 
+def _clip_pool_layers(module):
+    return [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "c_proj")]
+
+
 def _is_clip_pool(module):
-    layers = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj", "c_proj")]
-    return isinstance(getattr(module, "positional_embedding", None), nn.Parameter) and _are(nn.Module, *layers)
+    positions, heads = getattr(module, "positional_embedding", None), getattr(module, "num_heads", None)
+    named = isinstance(positions, nn.Parameter) and positions.dim() == 2 and isinstance(heads, int)
+    return named and _are(nn.Module, *_clip_pool_layers(module))
 
 
 def _clip_pool_reason(module):
-    return _many(1, module.num_heads, module.positional_embedding.shape[1])
+    channels = module.positional_embedding.shape[1]
+    return _cannot_fold(1, module.num_heads, channels, *_clip_pool_layers(module))
 
 
 def _clip_pool_inputs(_, state):
@@ -202,7 +218,7 @@ def multihead(pooling: dict[nn.Module, int | None]) -> Known:
             return "it adds a position to the keys (add_bias_kv, add_zero_attn)"
         if module.kdim != module.vdim:
             return f"its keys and values have different channels, {module.kdim} and {module.vdim}"
-        return _many(pooling[module] or 1, module.num_heads, module.embed_dim)
+        return _cannot_fold(pooling[module] or 1, module.num_heads, module.embed_dim)
 
     return Known(
         pooling.__contains__, _attention_pools.MultiheadAttention, _multihead_inputs, refuses=reason, folds=True,

@@ -10,7 +10,9 @@ or channels innermost (see attnkern/_layout.py); all else is contiguous.
 ``*_loss``     (): Σ (v - a)² / divisor, the same number twice: autograd needs a tensor of each.
 ``residuals``  (Q,): Σ (v - a) over the elements that chose anchor k, so that the anchors' gradient is 2·residuals.
 ``divisor``    what the sums of the two losses are divided by.
-``pooled_wide`` (N, C) pooled before rounding for half-precision features, else (0,): then it is ``pooled`` itself.
+``query``      (N, C), (C,), (N, M, C) or (1, M, C). With the axis M, pooled vectors and maps have it after N.
+``mask``       (N, positions...) or (1, positions...), bool: those that take part in the softmax. None: all.
+``pooled_wide`` pooled before rounding, in its shape, for half-precision features, else (0,): then it is ``pooled``.
 ``need_grad_*`` False: that gradient is not computed and comes back with shape (0,).
 """
 

@@ -202,18 +202,24 @@ def compatibility_pool(local, query, mask=None):
         attention = scores.softmax(2)
     else:
         mask = mask.flatten(1)[:, None]
-        features = torch.where(
-            mask, features, 0
-        )  # so that NaN at a masked position reaches neither result nor gradient
+        # NaN at a masked position reaches neither results nor gradients, but the scores that are returned.
+        features = torch.where(mask, features, 0)
         some = mask.any(2, keepdim=True)
         logits = torch.where(mask, _scores(features, queries), -torch.inf)
         attention = torch.where(some & mask, torch.where(some, logits, 0).softmax(2), 0)
-    pooled = (features[:, None] * attention[:, :, None]).sum(3)
+    pooled = _pooled(features, attention)
     if query.dim() < 3:
         pooled, attention, scores = pooled[:, 0], attention[:, 0], scores[:, 0]
     shape = (*scores.shape[:-1], *positions)
     return pooled.to(local.dtype), attention.view(shape), scores.view(shape)
 
 
+# Matrix products only where a program is recorded: autocast and TensorFloat-32 would lower their precision here.
+
+
 def _scores(features, queries):
-    return (queries[..., None] * features[:, None]).sum(2)
+    return queries @ features if recording() else (queries[..., None] * features[:, None]).sum(2)
+
+
+def _pooled(features, attention):
+    return attention @ features.transpose(1, 2) if recording() else (features[:, None] * attention[:, :, None]).sum(3)

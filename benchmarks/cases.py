@@ -87,7 +87,12 @@ GPU_CASES = [
 ]
 GPU_AUTOTUNED = _grid(_GPU_SHAPES[:2], (torch.bfloat16,), ("contiguous",))
 #: What the rehearsal of a GPU's run measures on a CPU.
-TINY_CASES = [Case("anchor_quantize", (2, 1, 4, 4)), Case("window_attention", (2, 4, 3, 5), torch.bfloat16)]
+TINY_CASES = [
+    Case("anchor_quantize", (2, 1, 4, 4)),
+    Case("window_attention", (2, 4, 3, 5), torch.bfloat16),
+    Case("AttentionPoolLatent", (2, 8, 6), torch.bfloat16, "tokens", queries=2),
+    Case("compatibility_pool", (2, 8, 3, 4), queries=3),
+]
 
 #: The GPU's shapes on a CPU, those of at most 64 MiB, and a single image.
 CPU_FULL_CASES = [
@@ -122,8 +127,7 @@ def _pooling(layers: list[int], maps: int, dtype: torch.dtype = torch.float32) -
     ]
 
 
-#: On a CPU timm's layers take seconds for the batches that are usual, so these are smaller.
-CPU_POOLING = _pooling([8, 8, 4], 32)
+CPU_POOLING = _pooling([32, 32, 16], 32)
 GPU_POOLING = _pooling([64, 64, 64], 64, torch.bfloat16)
 
 #: The results that get gradients in a training step; side outputs get none.
@@ -266,20 +270,24 @@ MORE_MODELS = {
     "mobilenet_v3_large_window": ({"width": 1.0}, 96, 16),
 }
 TINY_MODELS = {"vgg_aib_qt tiny": ({"width": 0.05}, 32, 2)}
-NETWORKS = MODELS | MORE_MODELS | TINY_MODELS
+#: Networks of timm that pool by attention. ``--networks`` measures them with and without `attnkern.accelerate`.
+TIMM_MODELS = {"resnet50_clip": ({}, 224, 4), "vit_base_patch32_siglip_256": ({}, 256, 4)}
+NETWORKS = MODELS | MORE_MODELS | TINY_MODELS | TIMM_MODELS
 
 
-def work(suite: str, gpu: bool, compiled: bool) -> list[tuple[Case | str, str]]:
-    """What a run measures, (case or network, pass), most valuable first."""
+def work(suite: str, gpu: bool, compiled: bool, again: bool = False) -> list[tuple[Case | str, str]]:
+    """What a run measures, (case or network, pass), most valuable first. A process that measures the rows ``again``
+    leaves out the forward pass of many queries, to keep the run short."""
     if suite == "rehearsal":
         return [(HOST, ""), *itertools.product(TINY_CASES, PASSES), *((name, TRAINING) for name in TINY_MODELS)]
     if suite == "networks":
-        return [(name, which) for which in NETWORK_PASSES for name in MODELS | MORE_MODELS]
+        return [(name, which) for which in NETWORK_PASSES for name in MODELS | MORE_MODELS | TIMM_MODELS]
     if suite == "full":
         return list(itertools.product(CPU_FULL_CASES, PASSES))
     networks = [(name, TRAINING) for name in MODELS]
     if not gpu:
-        return [*itertools.product(CPU_CASES + CPU_POOLING, PASSES), *networks, (HOST, "")]
+        pooled = itertools.product(CPU_POOLING, PASSES[again:])
+        return [*itertools.product(CPU_CASES, PASSES), *pooled, *networks, (HOST, "")]
     layouts = {layout: [case for case in GPU_CASES if case.layout == layout] for layout in _LAYOUTS}
     return [
         (HOST, ""),
@@ -292,24 +300,26 @@ def work(suite: str, gpu: bool, compiled: bool) -> list[tuple[Case | str, str]]:
 
 
 def network_calls(name: str, which: str, device: torch.device, compiled: bool) -> dict[str, Callable[[], None]]:
-    """A pass of a network on cluttered digits by backend, and of the same network compiled.
-
-    ``which`` is TRAINING (forward, loss, backward, SGD) or INFERENCE.
+    """A pass of a network by backend, and of the same network compiled. ``which`` is TRAINING (forward, loss, backward,
+    SGD) or INFERENCE. attnkern's networks see cluttered digits; a network of timm is accelerated for each backend, and
+    "timm" is the network as it is.
     """
-    digits = _digits(name, device)
+    images, loss = _task(name, device)
     found = {}
-    for backend, compiles in itertools.product(reversed(available_backends(device)), (False, True)[: 1 + compiled]):
-        torch.manual_seed(0)
-        network = _network(name, device).train(which == TRAINING)
+    for backend, compiles in itertools.product(_network_names(name, device), (False, True)[: 1 + compiled]):
+        network = _network(name, device, backend).train(which == TRAINING)
         optimizer = torch.optim.SGD((p for p in network.parameters() if p.requires_grad), 1e-3)
         forward = torch.compile(network, dynamic=False) if compiles else network
 
         def step(network=network, forward=forward, optimizer=optimizer, backend=backend):
-            with attnkern.use_backend(backend), torch.set_grad_enabled(which == TRAINING):
-                output = forward(digits.images)
+            with (
+                attnkern.use_backend(None if backend == "timm" else backend),
+                torch.set_grad_enabled(which == TRAINING),
+            ):
+                output = forward(images)
                 if which == TRAINING:
                     optimizer.zero_grad()
-                    network.loss(output, digits.labels).backward()
+                    loss(network, output).backward()
                     optimizer.step()
             synchronize(device)
 
@@ -317,8 +327,51 @@ def network_calls(name: str, which: str, device: torch.device, compiled: bool) -
     return found
 
 
+def _network_names(name: str, device: torch.device) -> list[str]:
+    """The backends that a network is measured with, and "timm" for its own code."""
+    backends = list(reversed(available_backends(device)))
+    return ["timm", *(each for each in backends if each != "reference")] if name in TIMM_MODELS else backends
+
+
+def _task(name: str, device: torch.device) -> tuple[torch.Tensor, Callable]:
+    """Images, and the loss of a network and its output."""
+    if name in TIMM_MODELS:
+        _, side, batch = NETWORKS[name]
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(batch, 3, side, side, generator=generator)
+        return images.to(device), lambda network, output: output.square().mean()
+    digits = _digits(name, device)
+    return digits.images, lambda network, output: network.loss(output, digits.labels)
+
+
+def _head_calls(name: str, device: torch.device) -> dict[str, Callable[[], None]]:
+    """Forward and backward of a timm network's head, the attention pool, by backend."""
+    images, _ = _task(name, device)
+    found = {}
+    for backend in _network_names(name, device):
+        network, features = _network(name, device, backend).train(), []
+        (head,) = (module for module in network.modules() if type(module).__name__ in pooling.LAYERS)
+        with torch.no_grad():
+            handle = head.register_forward_pre_hook(lambda module, given, features=features: features.append(given[0]))
+            network(images)
+            handle.remove()
+        leaves = [features[0].requires_grad_(), *head.parameters()]
+
+        def attend(head=head, leaves=leaves, backend=backend):
+            with attnkern.use_backend(None if backend == "timm" else backend):
+                output = head(leaves[0])
+            torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True)
+            synchronize(device)
+
+        found[backend] = attend
+    return found
+
+
 def attention_calls(name: str, device: torch.device) -> dict[str, Callable[[], None]]:
-    """Forward and backward of the attention operators that a training step of a network calls, alone, by backend."""
+    """Forward and backward of the attention operators that a training step of a network calls, alone, by backend; of
+    the head, for a network of timm."""
+    if name in TIMM_MODELS:
+        return _head_calls(name, device)
     recorded = []
 
     def recorder(function):
@@ -356,7 +409,16 @@ def _digits(name, device):
     return digits._replace(images=digits.images.to(device), labels=digits.labels.to(device))
 
 
-def _network(name, device):
+def _network(name, device, backend=None):
+    """A network with random weights. That of timm is accelerated, unless the backend is "timm"."""
+    torch.manual_seed(0)
+    if name in TIMM_MODELS:
+        import timm
+
+        network = timm.create_model(name, pretrained=False, **NETWORKS[name][0]).to(device)
+        if backend != "timm" and not attnkern.accelerate(network).replaced:
+            raise AssertionError(f"accelerate replaces nothing in {name}")
+        return network
     from attnkern.models import create_model
 
     return create_model(name.split()[0], 10, **NETWORKS[name][0]).to(device)

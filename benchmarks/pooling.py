@@ -23,8 +23,8 @@ LAYERS = ("AttentionPoolLatent", "AttentionPool2d")
 def sdpa(local: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """Pooling as attention whose keys and values are the locals.
 
-    PyTorch's fused kernel takes four axes and tokens whose channels are contiguous: copying NCHW maps to tokens first is
-    faster than its fallback.
+    PyTorch's fused kernel takes four axes, and tokens whose channels are contiguous: copying NCHW maps to tokens first
+    is faster than its fallback.
     """
     tokens = local.flatten(2).mT.contiguous()[:, None]
     query = query.expand(local.shape[0], -1, -1)[:, None]
@@ -160,7 +160,8 @@ def competitors(case, device: torch.device, compiled: dict | None, backends: lis
             model = nn.Sequential(copy.deepcopy(theirs))
             if not attnkern.accelerate(model).replaced:
                 raise AssertionError(f"accelerate does not replace the layer of {case}")
-            found[backend] = OfLayer(model, backend)
+            for suffix, wrap in wrapped.items():
+                found[backend + suffix] = OfLayer(wrap(model), backend)
         return found
     found["sdpa"] = sdpa
     for suffix, wrap in wrapped.items():

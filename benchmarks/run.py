@@ -36,9 +36,10 @@ BUDGET, FLUSHED_BUDGET = 1.5, 0.5  # seconds a case and pass
 POOLING_BUDGET = 0.75  # the same for many queries, on a CPU
 DEVICE_BUDGET = 0.1  # seconds a competitor, for its device time and for its cost to the host
 TURN = 0.01  # seconds that a competitor is called in a row
+TURNS, SLOW, SLOW_TURNS = 7, 0.5, 3  # turns at least; calls that take longer than SLOW, in seconds, have SLOW_TURNS
 TRIES = 3  # how often a row is measured at most, until its times vary by no more than NOISY
 #: Seconds a row, preparation and compilation included; a rehearsal may run on a busy machine.
-ROW_LIMIT, TUNED_LIMIT, REHEARSED_LIMIT = 120, 300, 3600
+ROW_LIMIT, LONG_LIMIT, REHEARSED_LIMIT = 120, 300, 3600  # LONG_LIMIT: max-autotune, and compiled networks of timm
 
 #: Exit codes: rows are left because the time is up, or because the device is unusable in this process.
 UNFINISHED, RESTART = 3, 4
@@ -107,23 +108,30 @@ def turns(ready: dict, budget: float = BUDGET, flush=None, clock=time.perf_count
     """Seconds of each call, a number for each turn. The calls take turns, so that a disturbance affects all of them.
 
     A turn is one call after ``flush``, or without it an untimed call and then as many calls as take about TURN: each
-    then finds the caches and the free memory as it left them itself, and not as another competitor did.
+    then finds the caches and the free memory as it left them itself, and not as another competitor did. Slow calls
+    have few turns and no untimed call.
     """
-    calls_a_turn = {}
+    took = {}
     for name, call in ready.items():
         call(), call()
         start = clock()
         call()
-        calls_a_turn[name] = 1 if flush else math.ceil(TURN / (clock() - start))
+        took[name] = clock() - start
+    slow = {name for name in ready if took[name] > SLOW}
     times = {name: [] for name in ready}
-    began = clock()
-    while ready and (len(next(iter(times.values()))) < 7 or clock() - began < budget):
+    began, turn = clock(), 0
+    while turn < SLOW_TURNS or (len(slow) < len(ready) and (turn < TURNS or clock() - began < budget)):
+        turn += 1
         for name, call in ready.items():
-            (flush or call)()
+            if name in slow and turn > SLOW_TURNS:
+                continue
+            if flush or name not in slow:
+                (flush or call)()
+            count = 1 if flush else math.ceil(TURN / took[name])
             start = clock()
-            for _ in range(calls_a_turn[name]):
+            for _ in range(count):
                 call()
-            times[name].append((clock() - start) / calls_a_turn[name])
+            times[name].append((clock() - start) / count)
     return times
 
 
@@ -436,7 +444,7 @@ def measure(store: Store, bench: Bench, work: list, end: float = math.inf, again
     """Measure the (case or network, pass) pairs; stored rows only if ``again``. Returns the exit code."""
     import torch
 
-    from benchmarks.cases import AUTOTUNED, HOST
+    from benchmarks.cases import AUTOTUNED, HOST, TIMM_MODELS
 
     content, progress = store.content, Progress(len(work))
     for number, (case, which) in enumerate(work):
@@ -448,7 +456,13 @@ def measure(store: Store, bench: Bench, work: list, end: float = math.inf, again
             return UNFINISHED
         tries = content.get("begun", {}).get(name, 0)
         store.put("begun", {name: tries + 1})
-        limit = REHEARSED_LIMIT if bench.rehearsal else TUNED_LIMIT if which == AUTOTUNED else ROW_LIMIT
+        limit = (
+            REHEARSED_LIMIT
+            if bench.rehearsal
+            else LONG_LIMIT
+            if which == AUTOTUNED or case in TIMM_MODELS
+            else ROW_LIMIT
+        )
         attempts = Attempts(bench.device, limit, end)
         torch._dynamo.reset()
         try:
@@ -571,7 +585,7 @@ def main() -> int:
         measure_scaling(store, device)
     elif options.gpu or options.rehearsal or options.process:
         bench = Bench(device, compiled, store.content["copy_gb_per_s"], options.rehearsal, options.process or "default")
-        work = cases.work(suite, options.gpu, compiled is not None)
+        work = cases.work(suite, options.gpu, compiled is not None, options.process == "tuned")
         work = [(case, which) for case, which in work if options.only in f"{case} {which}"]
         code = measure(store, bench, work, end, again=bool(options.only))
     else:

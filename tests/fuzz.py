@@ -22,13 +22,14 @@ from pathlib import Path
 
 import hypothesis
 import torch
-from cases import FUNCTIONS, call, doubles, run
+from cases import FUNCTIONS, POOLS, call, doubles, run
 from hypothesis import HealthCheck, Phase, Verbosity
 from hypothesis import strategies as st
 
 from attnkern import testing
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in testing.DTYPES}
+ALL_DTYPES = DTYPES | {"bool": torch.bool}
 SEED = int(os.environ.get("ATTNKERN_FUZZ_SEED") or random.randrange(2**32))
 
 #: Allowed roundings of the inputs or of Σ|terms|: about the number of operations between an input and a result.
@@ -48,6 +49,8 @@ VALUES = {
     "gradient": ("normal", "shifted", "zeros", "nan"),
 }
 VALUES |= {"local": VALUES["x"], "query": VALUES["x"]}
+#: Share of the positions that a mask keeps.
+MASKS = {"half": 0.5, "few": 0.1, "most": 0.95, "none": 0, "all": 1}
 
 flag = st.booleans()
 scale = st.one_of(st.floats(0.5, 12, width=16), st.sampled_from((0.0, -2.0, 60.0)))
@@ -57,7 +60,7 @@ OPTIONS = {
     "window_attention": {"scale": scale, "rescale": flag, "aspect": flag, "residual": flag},
     "anchor_quantize": {"reduction": reduction},
     "anchor_attention": {"reduction": reduction, "residual": flag},
-    "compatibility_pool": {},
+    **{pool: {} for pool in POOLS},
 }
 
 
@@ -87,6 +90,7 @@ def layouts(draw, dim):
 def cases(draw, functions=tuple(FUNCTIONS), backends=("native",), largest=20000):
     function = draw(st.sampled_from(functions))
     names, differentiable = FUNCTIONS[function]
+    pools = function in POOLS
     fast = "triton" not in backends
     lengths = st.integers(1, 20 if fast else 9)
     n, size = draw(st.integers(0, 4)), [draw(lengths), draw(lengths)]
@@ -103,12 +107,19 @@ def cases(draw, functions=tuple(FUNCTIONS), backends=("native",), largest=20000)
             *draw(st.sampled_from(([], size[:1], size, [1, *size], [min(c, 3) or 1, *size], [2, 1, *size]))),
         ]
     else:
-        size = [math.prod(size)] if function == "compatibility_pool" and draw(flag) else size
+        size = [math.prod(size)] if pools and draw(flag) else size
         shapes["x"] = shapes["local"] = [n, c, *size]
         shapes["a"] = [n, *([1] if draw(flag) else []), *size]
         shapes["query"] = [c] if draw(flag) else [n, c]
+        if function == "compatibility_pool_many" or (function == "compatibility_pool_masked" and draw(flag)):
+            shapes["query"] = [draw(st.sampled_from((1, n))), draw(st.integers(0, 20 if fast else 5)), c]
     known = [name for name in DTYPES if name != "float64" or fast]
     dtype = draw(st.sampled_from(known))
+    mask = {}
+    if function == "compatibility_pool_masked":
+        layout = {key: value for key, value in draw(layouts(1 + len(size))).items() if key != "negated"}
+        mask = {"shape": [draw(st.sampled_from((1, n))), *size], "dtype": "bool", "layout": layout}
+        mask = {"mask": mask | {"values": draw(st.sampled_from(tuple(MASKS)))}}
     return {
         "function": function,
         "size": size,
@@ -122,7 +133,8 @@ def cases(draw, functions=tuple(FUNCTIONS), backends=("native",), largest=20000)
                 "layout": draw(layouts(len(shapes[name]))),
             }
             for i, name in enumerate(names)
-        },
+        }
+        | mask,
         "gradients": {
             name: {
                 "values": draw(
@@ -156,6 +168,8 @@ def values(kind, shape, dtype, generator, others):
         ranges = (centre, centre, extent, extent, angle)
         return torch.cat([uniform(*limits, shape[0], 1) for limits in ranges], 1)
 
+    if dtype == torch.bool:
+        return uniform(0, 1, *shape) < MASKS[kind]
     base = rectangles() if "rectangle" in kind else uniform(0, 1, shape) if "unit" in kind else normal(shape)
     base = {
         "normal": lambda: base,
@@ -219,9 +233,9 @@ def make(case):
     """Inputs by name, and the gradients of results by name."""
     generator = torch.Generator().manual_seed(case["seed"])
     plain = {}
-    for name in sorted(case["tensors"], key=["query", "anchors", "a", "x", "local", "rectangle"].index):
+    for name in sorted(case["tensors"], key=["query", "anchors", "a", "x", "local", "rectangle", "mask"].index):
         tensor = case["tensors"][name]
-        plain[name] = values(tensor["values"], tensor["shape"], DTYPES[tensor["dtype"]], generator, plain)
+        plain[name] = values(tensor["values"], tensor["shape"], ALL_DTYPES[tensor["dtype"]], generator, plain)
     tensors = {name: lay(plain[name], **tensor["layout"]) for name, tensor in case["tensors"].items()}
     like = call(case["function"], tensors, case["size"], backend="reference", **case["options"])
     grads = {}
@@ -278,15 +292,20 @@ def exponent_error(function, exact, other, size, options, epsilon):
     weight is not negligible."""
 
     def logarithm(tensors):
-        if function == "compatibility_pool":
+        if function in POOLS:
             query = tensors["query"]
-            return torch.einsum("ncl,nc->nl", tensors["local"].flatten(2), query.expand(len(tensors["local"]), -1))
+            query = query if query.dim() == 3 else query.expand(1, -1)[:, None] if query.dim() == 1 else query[:, None]
+            scores = query @ tensors["local"].flatten(2)
+            return scores.where(tensors["mask"].flatten(1)[:, None], -math.inf) if "mask" in tensors else scores
         window = testing.reference.log_window
-        return window(tensors["rectangle"][..., None, None], *size, options["scale"], options["aspect"]).flatten(1)
+        z = window(tensors["rectangle"][..., None, None], *size, options["scale"], options["aspect"])
+        return z.flatten(1)[:, None]
 
     z, shifted = logarithm(exact), logarithm(other)
-    seen = z >= z.amax(1, keepdim=True) - 16
-    return torch.where(seen, (shifted - z).abs() + epsilon * z.abs(), 0).nan_to_num(0).amax(1)
+    if not z.numel():
+        return torch.zeros(len(z), dtype=torch.float64)
+    seen = z >= z.amax(2, keepdim=True) - 16
+    return torch.where(seen, (shifted - z).abs() + epsilon * z.abs(), 0).nan_to_num(0).flatten(1).amax(1)
 
 
 def moved(name, tensor, epsilon, generator):
@@ -319,22 +338,26 @@ def check(case, backends=None):
     if n:
         truth, terms = run_plain(function, exact, exact_grads, size, options, arithmetic)
         literal, _ = run_plain(
-            function, {k: v.to(arithmetic) for k, v in plain.items()},
+            function, {k: v.to(arithmetic) if k != "mask" else v for k, v in plain.items()},
             {k: v.to(arithmetic) for k, v in plain_grads.items()}, size, options, arithmetic, literal=True,
         )  # fmt: skip
         others, uncertain = [], torch.zeros(n, dtype=torch.float64)
         if "anchors" not in tensors:  # the choice of an anchor is exact
             generator = torch.Generator().manual_seed(case["seed"])
             for _ in range(2):
-                other = {k: moved(k, v, epsilon, generator) for k, v in exact.items()}
+                other = {k: moved(k, v, epsilon, generator) if k != "mask" else v for k, v in exact.items()}
                 others.append(run_plain(function, other, exact_grads, size, options, arithmetic)[0])
                 error = exponent_error(function, exact, other, size, options, epsilon)
                 uncertain = torch.maximum(uncertain, error)
-        shared = "query" in tensors and tensors["query"].dim() == 1
-        wild, sick, infected = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool), {}
-        for name, tensor in exact.items():
+        shared = "query" in tensors and (tensors["query"].dim() == 1 or tensors["query"].shape[:-2] == (1,))
+        infected, seen = {}, exact
+        if "mask" in exact and "scores" not in through:  # what the mask hides reaches the scores alone
+            kept_only = torch.where(exact["mask"][:, None], exact["local"], 0)
+            seen = exact | {"local": kept_only}
+        wild, sick = torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
+        for name, tensor in seen.items():
             images = n if tensor.shape[0] == n and name != "anchors" and tensor.dim() > 1 - (name == "a") else 1
-            if tensor.numel():
+            if tensor.numel() and name != "mask":
                 wild |= largest(tensor, images, ~tensor.isnan()) > WILD
                 sick |= tensor.isnan().reshape(images, -1).any(1)
         for name, value in truth.items():
@@ -403,9 +426,11 @@ def check(case, backends=None):
             assert not over.any(), f"{where}: image {over.nonzero()[0].item()} is off by {worst}"
             compared, skipped = compared + int(ordinary.sum()), skipped + int((~ordinary).sum())
             if name == "attention" or (name == "map" and options["rescale"]):
-                mean = got.double().reshape(n, -1).mean(1) * (1 if name == "map" else got[0].numel())
-                bad = infected[name] & want.reshape(n, -1).isfinite().all(1) & ~((mean - 1).abs() <= 1e-5)
-                assert not bad.any(), f"{where}: image {bad.nonzero()[0].item()} does not add up: {mean[bad][0]}"
+                # Of a map 1 for each position, of attention 1 for each query, or 0 without a position.
+                total, exact_total = (t.double().flatten(t.dim() - len(size)).sum(-1) for t in (got, want))
+                right = (total - exact_total).abs() <= 1e-5 * exact_total.clamp(min=1)
+                bad = infected[name] & want.reshape(n, -1).isfinite().all(1) & ~right.reshape(n, -1).all(1)
+                assert not bad.any(), f"{where}: image {bad.nonzero()[0].item()} does not add up: {total[bad][0]}"
     return compared, skipped
 
 

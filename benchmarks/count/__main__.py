@@ -1,7 +1,8 @@
 """`make count`: counts what every kernel executes at the benchmark's shapes, without a GPU, and estimates its time.
 
 ``python -m benchmarks.count --op compatibility_pool --backend native`` prints a part of it; without a choice everything
-is counted, and docs/gpu.md and the committed counts are written.
+is counted, and docs/gpu.md and the committed counts are written. ``--pooling`` counts pooling with many queries and
+writes its section, for the backends that are chosen.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from benchmarks.cases import GPU_CASES
+from benchmarks.cases import GPU_CASES, GPU_POOLING
 from benchmarks.count import choice, estimate, page, rows
 from benchmarks.count.launches import PASSES
 from benchmarks.count.sass import SassError
@@ -29,6 +30,7 @@ def _arguments():
     parser.add_argument("--library", action="append", type=Path, help="native machine code of another build")
     parser.add_argument("--cubin", action="append", type=Path, help="native machine code of a cubin")
     parser.add_argument("--kernels", action="store_true", help="a line for each launch")
+    parser.add_argument("--pooling", action="store_true", help="pooling with many queries instead of all else")
     parser.add_argument("--page", action="store_true", help="write docs/gpu.md from the committed counts")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     return parser.parse_args()
@@ -36,7 +38,8 @@ def _arguments():
 
 def chosen(arguments):
     """The cases that the options select."""
-    for case in GPU_CASES:
+    pooling = [case for case in GPU_POOLING if case.op == "compatibility_pool"]
+    for case in pooling if arguments.pooling else GPU_CASES:
         values = case.op, "x".join(map(str, case.shape)), str(case.dtype).removeprefix("torch."), case.layout
         options = arguments.op, arguments.shape, arguments.dtype, arguments.layout
         if all(option is None or value in option for value, option in zip(values, options, strict=True)):
@@ -134,6 +137,11 @@ def main():
             print(line(row), flush=True)
             if arguments.kernels:
                 print("\n".join(detail(launch) for launch in row["launches"]), flush=True)
+    if arguments.pooling:
+        if not (sources or errors):
+            page.save_pooling(counted)
+            page.write()
+        sys.exit(len(errors) > 0)
     for op, rule in choice.rules(counted).items():
         print(f"{op}: {rule}; {rule.mean:.2f} × the better one's time, at most {rule.worst:.2f} × ({rule.worst_at})")
     if cases == GPU_CASES and backends == list(rows.BACKENDS) and not (sources or arguments.passes or errors):

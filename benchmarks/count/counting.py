@@ -71,6 +71,7 @@ def _count(launch: Launch) -> dict:
         "opcodes": found.pop("instructions"),
         **{f"{key}_by": by for key, by in found.items() if isinstance(by, dict)},
         "l2_sectors": counts.l2_sectors,
+        "tensor_cycles": counts.tensor_cycles,
         "waits": round(counts.waits, 2),
     }
 

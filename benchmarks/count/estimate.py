@@ -6,6 +6,7 @@ A kernel takes as long as the largest of
   longest warp), times the blocks that follow each other on a multiprocessor,
 - **memory**: its bytes at 93 % of the bandwidth of a copy,
 - **l2**: the sectors of its loads and stores, narrow ones several times each,
+- **tensor**: the cycles of its matrix products,
 - **shared**: the cycles of its requests to shared memory with their bank conflicts, and of those to global memory,
 and for each launch a fixed time.
 """
@@ -56,6 +57,7 @@ def kernel(counts: dict, device: str) -> Estimate:
         "memory": counts["bytes"] / min(BANDWIDTH[device] * SHARE, used * OF_MULTIPROCESSOR),
         "l2": grid * counts["l2_sectors"] * SECTOR / L2,
         "shared": blocks * cycles / CLOCK,
+        "tensor": blocks * counts.get("tensor_cycles", 0) / (SCHEDULERS * CLOCK),
     }
     limit = max(limits, key=limits.get)
     return Estimate(limits[limit] + FILL, limit)

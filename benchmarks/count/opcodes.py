@@ -33,6 +33,7 @@ OPCODES = {}
 NOTHING = {
     "NOP", "YIELD", "NANOSLEEP", "DEPBAR", "LDGDEPBAR", "MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "CCTLL", "FENCE",
     "ENDCOLLECTIVE", "ACQBULK", "PREEXIT", "UCGABAR_ARV", "UTMACMDFLUSH", "UTMACCTL", "UBLKPF", "PMTRIG", "BPT",
+    "WARPGROUP",
 }  # fmt: skip
 
 _32, _LOW = U64(32), U64(0xFFFFFFFF)
@@ -1257,16 +1258,24 @@ def atomic(m, ins):
 
 @opcode("LDGSTS")
 def copy_to_shared(m, ins):
-    """An asynchronous copy from global to shared memory. The data arrive immediately; the wait is that of a load."""
+    """An asynchronous copy from global to shared memory, of zeros where the predicate at its end is false. The data
+    arrive immediately; the wait is that of a load."""
     to, source = _bracketed(m, ins.operands[0]), _bracketed(m, ins.operands[1])
     width = _width(ins)
+    exists = m.predicate(ins.operands[2]) if len(ins.operands) > 2 else None
 
     def run(mask):
         addresses, goal = np.broadcast_to(source(), m.n), np.broadcast_to(to(), m.n)
-        m.global_access("loads", addresses, width, mask)
         index = m.shared_index(goal, width, mask)
         m.shared_access("STS", index, width, mask)
-        m.store_shared(index, width, m.made_up(addresses, width, mask), mask)
+        loads = mask if exists is None else m.here(mask) & exists()
+        words = [U32(0)] * max(1, width // 4)
+        if loads is None or loads.any():
+            m.global_access("loads", addresses, width, loads)
+            words = m.made_up(addresses, width, loads)
+        if exists is not None:
+            words = [np.where(exists(), word, U32(0)) for word in words]
+        m.store_shared(index, width, words, mask)
         m.copied()
 
     return run
@@ -1341,5 +1350,30 @@ def matrix(m, ins):
             words.append(word)
         if load:
             _put_words(m, register, words, mask)
+
+    return run
+
+
+#: Products that the tensor cores of a scheduler make in a cycle, by the type of the factors.
+_PRODUCTS = {"TF32": 256, "BF16": 512, "F16": 512}
+#: Share of that which a warp's own instruction reaches. Those of four warps (HGMMA) reach all of it.
+_OF_A_WARP = 0.63
+
+
+@opcode("HMMA", "HGMMA")
+def matrix_product(m, ins):
+    """A product of matrices, by one warp or four. It is not computed, because no address depends on it: zeros."""
+    warps = 4 if ins.name == "HGMMA" else 1
+    if warps == 4:
+        rows, columns, depth = map(int, next(part for part in ins.modifiers if "x" in part).split("x"))
+    else:
+        rows, columns, depth = {"16816": (16, 8, 16), "1688": (16, 8, 8)}[ins.modifiers[0]]
+    kind = next((kind for kind in ("TF32", "BF16") if ins.has(kind)), "F16")
+    cycles = rows * columns * depth / warps / _PRODUCTS[kind] / (1 if warps == 4 else _OF_A_WARP)
+    to, zeros = ins.operands[0], [U32(0)] * (rows * columns // WARP // warps)
+
+    def run(mask):
+        m.counting.tensor_cycles += cycles * m.here(mask).reshape(-1, WARP).any(1).sum() / len(m.blocks)
+        _put_words(m, to, zeros, mask)
 
     return run

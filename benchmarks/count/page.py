@@ -27,8 +27,26 @@ STATED = estimate.BANDWIDTH["H200"]
 
 def save(counted: list[dict], versions: dict[str, str]) -> None:
     """Write one row a line, so that a diff shows what changes."""
-    lines = ",\n".join(json.dumps(_compact(row)) for row in counted)
-    COUNTS.write_text(f'{{"versions": {json.dumps(versions)},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    _write(versions, [_compact(row) for row in counted], load()["pooling"])
+
+
+def save_pooling(counted: list[dict]) -> None:
+    """Replace the rows of pooling with many queries that have been counted again."""
+    stored = load()
+    found = {_identity(row): row for row in (*stored["pooling"], *map(_compact, counted))}
+    _write(stored["versions"], stored["rows"], list(found.values()))
+
+
+def _identity(row):
+    return rows.case_of(row), row["pass"], row["backend"]
+
+
+def _write(versions, counted, pooling):
+    text = [",\n".join(map(json.dumps, part)) for part in (counted, pooling)]
+    COUNTS.write_text(
+        f'{{"versions": {json.dumps(versions)},\n"rows": [\n{text[0]}\n],\n"pooling": [\n{text[1]}\n]}}\n',
+        encoding="utf-8",
+    )
 
 
 def _compact(row):
@@ -355,6 +373,36 @@ issue while these bytes pass at {stated:.1f} TB/s.
 """
 
 
+def pooling_table(counted: list[dict]) -> str:
+    """Estimates of pooling with many queries, beside the time for its bytes and launches."""
+    lines = []
+    for (case, which), found in by_case(counted).items():
+        for backend, row in found.items():
+            time, main = estimate.row(row, "H200"), rows.main_launch(row)
+            cycles = main["tensor_cycles"] * main["grid"] / (estimate.SCHEDULERS * estimate.MULTIPROCESSORS)
+            times = estimate.row(row, "H100").seconds, rows.goal(row, "H200"), cycles / estimate.CLOCK
+            lines.append([
+                f"{name(case)} {which}", backend, f"{time.seconds * 1e6:.1f} ({time.limit})",
+                *(f"{seconds * 1e6:.1f}" for seconds in times),
+                str(len(row["launches"])), f"{rows.per_element(row):.1f}", str(main["registers"]),
+            ])  # fmt: skip
+    head = ["row", "backend", "H200", "H100", "goal", "tensor cores", "launches", "instructions", "registers"]
+    return markdown(head, lines)
+
+
+def pooling(counted: list[dict]) -> list[str]:
+    """The section of pooling with many queries."""
+    if not counted:
+        return []
+    return [
+        "## Pooling with many queries\n\nEstimated microseconds with M queries per image. The goal is the time on an"
+        " H200 for the launches and for the bytes of the features, read and written once; tensor cores are the"
+        " microseconds of the main kernel's matrix products alone. Instructions are those of threads for each element"
+        " of the features.",
+        pooling_table(counted),
+    ]
+
+
 def coverage(table) -> str:
     """How many of the benchmark's rows the page has."""
     wanted = [(case, which) for case in GPU_CASES for which in PASSES]
@@ -390,6 +438,7 @@ def text(stored: dict) -> str:
         "## Estimated microseconds\n\nEach time is followed by what limits the longest launch; best is the better of"
         " native and Triton.",
         *(f"### {device}\n\n{times_table(table, device)}" for device in ("H200", "H100")),
+        *pooling(stored.get("pooling", [])),
         "## Counts\n\nInstructions are those of all launches; the columns from loads on are the main kernel's, which"
         " moves most bytes. Loads and stores name the width in bits that most bytes have; bank cycles are those of a"
         " block; MB are the bytes of all launches.",

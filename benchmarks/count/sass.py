@@ -110,6 +110,7 @@ class Counts:
     written: dict[int, float] = field(default_factory=dict)
     shared: dict[str, float] = field(default_factory=dict)  #: warp requests to shared memory by opcode and width
     shared_cycles: dict[str, float] = field(default_factory=dict)  #: cycles of these requests, conflicts included
+    tensor_cycles: float = 0.0  #: cycles of a scheduler's tensor cores
     waits: float = 0.0  #: waits for loads that nothing hides within the block, in latencies of memory
 
     @property

@@ -42,8 +42,10 @@ template <typename A> struct Queries {
   int64_t count, stride;
 
   explicit Queries(const Tensor& query)
-      : values(query), count(query.dim() == 3 ? query.size(1) : 1),
-        stride(query.dim() == 1 || (query.dim() == 3 && query.size(0) == 1) ? 0 : query.numel() / std::max<int64_t>(1, query.size(0))) {}
+      : values(query), count(query.dim() == 3 ? query.size(1) : 1), stride(count * query.size(query.dim() - 1)) {
+    if (query.dim() == 1 || (query.dim() == 3 && query.size(0) == 1))
+      stride = 0;
+  }
   const A* at(int64_t image) const { return values.begin() + image * stride; }
 };
 

@@ -43,20 +43,33 @@ void sum_positions(const Tiles& tiles, const Matrix<T>& m, Vectors<const Wide<T>
   tiles.shape.channels_inner ? sums(m, weights, out) : dots(m, weights, out);
 }
 
+template <typename A> bool finite(const Vectors<const A>& vectors, int64_t length) {
+  for (int64_t k = 0; k < vectors.count; ++k)
+    if (!std::all_of(vectors.at(k), vectors.at(k) + length, [](A x) { return std::isfinite(x); }))
+      return false;
+  return true;
+}
+
 template <typename T>
 void pool_forward(const Tiles& tiles, const T* local, const Queries<Wide<T>>& queries, const Mask& mask, T* pooled,
                   Wide<T>* attention, Wide<T>* scores, Wide<T>* pooled_wide) {
   using A = Wide<T>;
   const int64_t channels = tiles.shape.channels, positions = tiles.shape.positions, count = queries.count;
+  A* wide = pooled_wide;
+  if constexpr (std::is_same_v<T, A>)
+    wide = pooled;
   std::vector<A> maxima(tiles.count() * count), totals(tiles.count() * count);
-  const auto sum = std::make_unique_for_overwrite<A[]>(tiles.count() * count * channels);
+  // An image that is a single tile is summed in place.
+  const bool whole = tiles.per_image == 1;
+  const auto buffer = std::make_unique_for_overwrite<A[]>(whole ? 0 : tiles.count() * count * channels);
+  A* sum = whole ? wide : buffer.get();
   parallel(tiles.count(), tiles.length * channels * count, [&](int64_t tile) {
     const Matrix<T> m = tile_of(tiles, local, tile);
     const int64_t length = tiles.length_of(tile), first = tiles.first_of(tile), image = tile / tiles.per_image;
     const bool* kept = mask.at(image, first);
     const Vectors<const A> query{queries.at(image), count, channels};
     const Vectors<A> score{scores + image * count * positions + first, count, positions};
-    std::vector<A> buffer, weights(count * length);
+    std::vector<A> features, weights(count * length);
     const Vectors<A> weight{weights.data(), count, length};
     const auto weigh = [&] {
       for (int64_t k = 0; k < count; ++k) {
@@ -78,20 +91,16 @@ void pool_forward(const Tiles& tiles, const T* local, const Queries<Wide<T>>& qu
         totals[tile * count + k] = sum_lanes<A>(length, [&](int64_t i) { return w[i]; });
       }
     };
-    const Vectors<A> to{&sum[tile * count * channels], count, channels};
-    if (widens<T>(count)) {
-      const Matrix<A> wide = widened(tiles, m, nullptr, buffer);
-      dot_channels(tiles, wide, query, score);
-      weigh();
-      sum_positions(tiles, kept == nullptr ? wide : widened(tiles, m, kept, buffer), constant(weight), to);
-    } else {
-      dot_channels(tiles, m, query, score);
+    const Vectors<A> to{sum + tile * count * channels, count, channels};
+    const auto pool = [&](const auto& values) {
+      dot_channels(tiles, values, query, score);
       weigh();
       if (kept == nullptr)
-        sum_positions(tiles, m, constant(weight), to);
-      else
-        sum_positions(tiles, widened(tiles, m, kept, buffer), constant(weight), to);
-    }
+        sum_positions(tiles, values, constant(weight), to);
+      else // 0 times NaN would be NaN
+        sum_positions(tiles, widened(tiles, m, kept, features), constant(weight), to);
+    };
+    widens<T>(count) ? pool(widened(tiles, m, nullptr, features)) : pool(m);
   });
   parallel(tiles.shape.images * count, positions + tiles.per_image * channels, [&](int64_t row) {
     const int64_t image = row / count, k = row % count, first = image * tiles.per_image;
@@ -99,11 +108,11 @@ void pool_forward(const Tiles& tiles, const T* local, const Queries<Wide<T>>& qu
     A max = maxima[of_tile(0)];
     for (int64_t tile = 1; tile < tiles.per_image; ++tile)
       max = std::max(max, maxima[of_tile(tile)]);
-    A* total_sum = &sum[of_tile(0) * channels]; // of the first tile, then of all tiles
+    A* total_sum = sum + of_tile(0) * channels; // of the first tile, then of all tiles
     A total = 0;
     for (int64_t tile = 0; tile < tiles.per_image; ++tile) {
       const A weight = softmax_weight(maxima[of_tile(tile)], max);
-      const A* more = &sum[of_tile(tile) * channels];
+      const A* more = sum + of_tile(tile) * channels;
       total += weight * totals[of_tile(tile)];
 #pragma omp simd
       for (int64_t c = 0; c < channels; ++c)
@@ -112,7 +121,7 @@ void pool_forward(const Tiles& tiles, const T* local, const Queries<Wide<T>>& qu
     const bool* kept = mask.at(image, 0);
     const bool empty = kept != nullptr && std::find(kept, kept + positions, true) == kept + positions;
     const A inverse = empty ? A(0) : A(1) / total;
-    const A *score = scores + row * positions;
+    const A* score = scores + row * positions;
     A* to = attention + row * positions;
     if (kept == nullptr)
       for_lanes(positions, [&](int64_t i) { to[i] = exponential(score[i] - max) * inverse; });
@@ -121,9 +130,9 @@ void pool_forward(const Tiles& tiles, const T* local, const Queries<Wide<T>>& qu
         to[i] = kept[i] ? exponential(score[i] - max) * inverse : A(0);
     for (int64_t c = 0; c < channels; ++c) {
       const A value = total_sum[c] * inverse;
-      pooled[row * channels + c] = narrow<T>(value);
-      if (pooled_wide != nullptr)
-        pooled_wide[row * channels + c] = value;
+      wide[row * channels + c] = value;
+      if constexpr (!std::is_same_v<T, A>)
+        pooled[row * channels + c] = narrow<T>(value);
     }
   });
 }
@@ -143,8 +152,11 @@ void pool_backward(const Tiles& tiles, const Wide<T>* grad_pooled, const Wide<T>
     const A *grad = grad_pooled + row * channels, *value = pooled + row * channels;
     deltas[row] = sum_lanes<A>(channels, [&](int64_t c) { return grad[c] * value[c]; });
     if (grad_attention != nullptr) {
-      const A *a = attention + row * positions, *grad = grad_attention + row * positions;
-      deltas[row] += sum_lanes<A>(positions, [&](int64_t i) { return a[i] * grad[i]; });
+      const A *a = attention + row * positions, *more = grad_attention + row * positions;
+      const bool* kept = mask.at(row / count, 0);
+      deltas[row] += kept == nullptr
+                         ? sum_lanes<A>(positions, [&](int64_t i) { return a[i] * more[i]; })
+                         : sum_lanes<A>(positions, [&](int64_t i) { return kept[i] ? a[i] * more[i] : A(0); });
     }
   });
   parallel(tiles.count(), 2 * tiles.length * channels * count, [&](int64_t tile) {
@@ -152,8 +164,8 @@ void pool_backward(const Tiles& tiles, const Wide<T>* grad_pooled, const Wide<T>
     const int64_t length = tiles.length_of(tile), image = tile / tiles.per_image;
     const int64_t row = image * count, first = row * positions + tiles.first_of(tile);
     const bool* kept = mask.at(image, tiles.first_of(tile));
-    const Vectors<const A> grad{grad_pooled + row * channels, count, channels}, query{queries.at(image), count, channels},
-        weight{attention + first, count, positions};
+    const Vectors<const A> grad{grad_pooled + row * channels, count, channels};
+    const Vectors<const A> query{queries.at(image), count, channels}, weight{attention + first, count, positions};
     std::vector<A> features, gradients(count * length);
     const Vectors<A> grad_score{gradients.data(), count, length};
     const auto differentiate = [&] {
@@ -171,22 +183,15 @@ void pool_backward(const Tiles& tiles, const Wide<T>* grad_pooled, const Wide<T>
         }
       }
     };
-    const Vectors<A> to{&sum[tile * count * channels], count, channels};
+    const Vectors<A> to{sum + tile * count * channels, count, channels};
     // A feature that is masked reaches the queries through the scores alone.
     const bool* used = grad_scores == nullptr ? kept : nullptr;
-    if (widens<T>(count)) {
-      const Matrix<A> wide = widened(tiles, m, used, features);
-      dot_channels(tiles, wide, grad, grad_score);
+    const auto pull = [&](const auto& values) {
+      dot_channels(tiles, values, grad, grad_score);
       differentiate();
-      sum_positions(tiles, wide, constant(grad_score), to);
-    } else {
-      dot_channels(tiles, m, grad, grad_score);
-      differentiate();
-      if (used == nullptr)
-        sum_positions(tiles, m, constant(grad_score), to);
-      else
-        sum_positions(tiles, widened(tiles, m, used, features), constant(grad_score), to);
-    }
+      sum_positions(tiles, values, constant(grad_score), to);
+    };
+    widens<T>(count) || used != nullptr ? pull(widened(tiles, m, used, features)) : pull(m);
     if (grad_local == nullptr)
       return;
     T* out = grad_local + (m.first - local);
@@ -194,11 +199,19 @@ void pool_backward(const Tiles& tiles, const Wide<T>* grad_pooled, const Wide<T>
     const Outer<A> factors = inner ? Outer<A>{weight, grad, constant(grad_score), query}
                                    : Outer<A>{grad, weight, query, constant(grad_score)};
     outers(m, factors, streams<T>(tiles.shape), out);
-    if (used != nullptr)
-      for (int64_t r = 0; r < m.rows; ++r)
-        for (int64_t i = 0; i < m.columns; ++i)
-          if (!used[inner ? r : i])
-            out[r * m.stride + i] = narrow<T>(A(0));
+    // At masked positions the weights are 0, but 0 times NaN is NaN.
+    if (kept == nullptr || (finite(grad, channels) && (grad_scores != nullptr || finite(query, channels))))
+      return;
+    for (int64_t r = 0; r < m.rows; ++r)
+      for (int64_t i = 0; i < m.columns; ++i) {
+        const int64_t position = inner ? r : i, channel = inner ? i : r;
+        if (kept[position])
+          continue;
+        A value = 0;
+        for (int64_t k = 0; grad_scores != nullptr && k < count; ++k)
+          value += grad_score.at(k)[position] * query.at(k)[channel];
+        out[r * m.stride + i] = narrow<T>(value);
+      }
   });
   if (whole)
     return;
@@ -206,7 +219,7 @@ void pool_backward(const Tiles& tiles, const Wide<T>* grad_pooled, const Wide<T>
     A* to = grad_query + row * channels;
     std::fill_n(to, channels, A(0));
     for (int64_t tile = 0; tile < tiles.per_image; ++tile) {
-      const A* more = &sum[((row / count * tiles.per_image + tile) * count + row % count) * channels];
+      const A* more = sum + ((row / count * tiles.per_image + tile) * count + row % count) * channels;
 #pragma omp simd
       for (int64_t c = 0; c < channels; ++c)
         to[c] += more[c];

@@ -83,6 +83,34 @@ template <typename T> ATTNKERN_DEVICE uint32_t narrow_pair(float first, float se
 
 namespace attnkern {
 
+// Numbers of a type that is known.
+template <typename T> struct Numbers {
+  const T* pointer;
+
+  template <typename A> ATTNKERN_DEVICE A load(int64_t i) const { return static_cast<A>(widen(pointer[i])); }
+  // Loads K neighbours, of which the first `exist` are there; the others become zeros.
+  template <typename A, int K> ATTNKERN_DEVICE void load_run(int64_t i, int64_t exist, A (&to)[K]) const {
+    constexpr int kBytes = std::min<int>(16, K * sizeof(T)), kWidth = kBytes / sizeof(T);
+    struct alignas(kBytes) Piece {
+      T of[kWidth];
+    };
+    const T* from = pointer + i;
+    const bool whole = exist >= K && reinterpret_cast<uintptr_t>(from) % kBytes == 0;
+#pragma unroll
+    for (int k = 0; k < K; k += kWidth)
+      if (whole) {
+        const Piece piece = *reinterpret_cast<const Piece*>(from + k);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j)
+          to[k + j] = static_cast<A>(widen(piece.of[j]));
+      } else {
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j)
+          to[k + j] = k + j < exist ? static_cast<A>(widen(from[k + j])) : A(0);
+      }
+  }
+};
+
 // A small tensor beside the features (rectangle, anchors, query, a, a scalar). Its dtype is a run-time value, so that
 // kernels are not compiled for every pair of dtypes. The pointer is null if there is no tensor.
 struct Companion {
@@ -104,6 +132,18 @@ struct Companion {
       return static_cast<A>(widen(static_cast<const BFloat16*>(pointer)[i]));
     default:
       return static_cast<A>(static_cast<const float*>(pointer)[i]);
+    }
+  }
+  template <typename A, int K> ATTNKERN_DEVICE void load_run(int64_t i, int64_t exist, A (&to)[K]) const {
+    switch (type) {
+    case ScalarType::Double:
+      return Numbers<double>{static_cast<const double*>(pointer)}.load_run(i, exist, to);
+    case ScalarType::Half:
+      return Numbers<Half>{static_cast<const Half*>(pointer)}.load_run(i, exist, to);
+    case ScalarType::BFloat16:
+      return Numbers<BFloat16>{static_cast<const BFloat16*>(pointer)}.load_run(i, exist, to);
+    default:
+      return Numbers<float>{static_cast<const float*>(pointer)}.load_run(i, exist, to);
     }
   }
 };
@@ -232,7 +272,7 @@ constexpr size_t kUsualSharedMemory = 48 << 10; // of a block that does not ask 
 // Runs kernels under the emulation.
 struct Queue {
   explicit Queue(const Tensor&) {}
-  size_t shared_memory() const { return cuda_on_host::kSharedMemory; }
+  size_t shared_memory() const { return cuda_on_host::shared_memory(); }
 
   template <typename... Parameters, typename... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t items, int threads, size_t shared_bytes,

@@ -33,7 +33,8 @@ ATTNKERN_DEVICE void mma(float (&d)[4], const float (&a)[4], const float (&b)[2]
   cuda_on_host::mma_tf32(d, a, b);
 #elif __CUDA_ARCH__ >= 800
   const auto bits = [](float x) { return bit_cast<uint32_t>(x); };
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(bits(a[0])), "r"(bits(a[1])), "r"(bits(a[2])), "r"(bits(a[3])), "r"(bits(b[0])), "r"(bits(b[1])));
 #else
@@ -54,11 +55,13 @@ ATTNKERN_DEVICE float round_to_tf32(float x) {
 #endif
 }
 
-// x as a sum of two TF32 numbers, up to an error of one unit in the last place. The first one is cut off and not
-// rounded, so that no finite number becomes Inf.
+// x as a sum of two TF32 numbers, up to an error of two units in the last place. The first one is cut off and not
+// rounded, so that no finite number becomes Inf. The second one has the sign of x and is zero only if x is, so that
+// products with Inf have the same sign, and none of them is 0·Inf: where nothing is left, it is below the rounding of x.
 ATTNKERN_DEVICE void split_factor(float x, float& high, float& low) {
   high = bit_cast<float>(bit_cast<uint32_t>(x) & 0xffffe000u);
-  low = round_to_tf32(std::fabs(x) == INFINITY ? 0.0f : x - high); // not Inf - Inf
+  const float rest = x - high; // NaN if x is Inf
+  low = round_to_tf32(std::fabs(rest) > 0 ? rest : x * 0x1p-40f);
 }
 ATTNKERN_DEVICE void split_factor(double x, double& high, double& low) { high = x, low = 0; }
 
@@ -80,7 +83,7 @@ template <typename A, int N, bool kWhole> struct Factor {
   }
 };
 
-// Leaves out the product of the low parts, which is below the rounding of float.
+// d += a·b. Leaves out the product of the low parts, which is below the rounding of float.
 template <typename A, bool kWholeA, bool kWholeB>
 ATTNKERN_DEVICE void multiply(A (&d)[4], const Factor<A, 4, kWholeA>& a, const Factor<A, 2, kWholeB>& b) {
   if constexpr (!kWholeA)
@@ -88,6 +91,16 @@ ATTNKERN_DEVICE void multiply(A (&d)[4], const Factor<A, 4, kWholeA>& a, const F
   if constexpr (!kWholeB)
     mma(d, a.high, b.low);
   mma(d, a.high, b.high);
+}
+
+// The same for a long sum. Tensor cores round sums towards zero, so this adds the product as the ordinary units do.
+template <typename A, bool kWholeA, bool kWholeB>
+ATTNKERN_DEVICE void add_product(A (&d)[4], const Factor<A, 4, kWholeA>& a, const Factor<A, 2, kWholeB>& b) {
+  A product[4] = {};
+  multiply(product, a, b);
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    d[i] += product[i];
 }
 
 // Four neighbouring elements.
@@ -108,8 +121,8 @@ template <typename T> ATTNKERN_DEVICE Quad<T> load_quad(const T* from) {
   return both.quad;
 }
 
-// Starts to copy kWidth elements from global to shared memory, or zeros if they do not exist. wait_for_copies() waits
-// for all copies that this thread has started.
+// Starts to copy kWidth elements from global to shared memory, or zeros if they do not exist. commit_copies() ends
+// a group of a thread's copies, and wait_for_copies<n>() waits for all of its groups but the last n.
 template <int kWidth, typename T> ATTNKERN_DEVICE void copy_piece(T* to, const T* from, bool exists) {
 #if defined(ATTNKERN_ON_HOST)
   piece_at<kWidth>(to), piece_at<kWidth>(exists ? from : to); // must be aligned
@@ -129,12 +142,39 @@ template <int kWidth, typename T> ATTNKERN_DEVICE void copy_piece(T* to, const T
     piece_at<kWidth>(to) = exists ? piece_at<kWidth>(from) : Piece<T, kWidth>{};
 #endif
 }
-ATTNKERN_DEVICE void wait_for_copies() {
+ATTNKERN_DEVICE void commit_copies() {
 #if defined(ATTNKERN_ON_HOST)
-  cuda_on_host::wait_for_copies();
+  cuda_on_host::commit_copies();
 #elif __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
+}
+template <int kLeft> ATTNKERN_DEVICE void wait_for_copies() {
+#if defined(ATTNKERN_ON_HOST)
+  cuda_on_host::wait_for_copies(kLeft);
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
+// Hides from the compiler that memory holds what it held before.
+ATTNKERN_DEVICE void forget_memory() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" ::: "memory");
+#endif
+}
+
+// Four neighbouring numbers at an aligned address.
+template <typename A> ATTNKERN_DEVICE void store_vector4(const A (&from)[4], A* to) {
+#pragma unroll
+  for (int i = 0; i < 4; i += kVector<A>) {
+    A some[kVector<A>];
+#pragma unroll
+    for (int k = 0; k < kVector<A>; ++k)
+      some[k] = from[i + k];
+    const Packed<A> packed = pack<A>(some);
+    store_packed<kVector<A>, 1>(packed, to + i, true, kVector<A>);
+  }
 }
 
 } // namespace attnkern

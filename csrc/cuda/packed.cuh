@@ -63,6 +63,14 @@ template <typename T> ATTNKERN_DEVICE void forget(T*& global) {
 #endif
 }
 
+// A number that the compiler computes again instead of keeping it.
+ATTNKERN_DEVICE int64_t forgotten(int64_t number) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(number));
+#endif
+  return number;
+}
+
 // kWidth elements as one access. nvcc does not merge accesses to narrower members under a predicate.
 template <int kBytes> struct PieceOf;
 template <> struct PieceOf<2> { using type = uint16_t; };

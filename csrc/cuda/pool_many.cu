@@ -81,7 +81,7 @@ void backward_many(const std::optional<Tensor>& grad_pooled, const std::optional
                             nullptr,
                             false,
                             grad_query};
-  queue.launch(many_deltas<T>, rows.images, kDeltaThreads, 0, rows, of_rows, deltas);
+  queue.launch(many_deltas<T>, rows.images, kDeltaThreads, 0, rows, of_rows, plan.mask, plan.queries, deltas);
   const ManyBackward<T> pass{grad_pooled, false, grad_pooled.has_value(), scores, sums, of_rows.grad_attention,
                              of_rows.grad_scores, of_rows.attention, deltas, weights};
   launch_many<T>(queue, plan, pass, local);

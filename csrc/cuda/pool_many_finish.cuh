@@ -26,17 +26,28 @@ template <typename T> struct MaskedForward : Forward<T> {
 
 constexpr int kDeltaThreads = 128;
 
-// Δ of each query, whose number is the image.
+// Δ of each query, whose number is the image. The attention of masked positions has no gradient, whatever is stored.
 template <typename T>
-__global__ void __launch_bounds__(kDeltaThreads) many_deltas(Shape shape, Backward<T> pass, Wide<T>* deltas) {
-  if (block_index() >= shape.images)
+__global__ void __launch_bounds__(kDeltaThreads)
+    many_deltas(Shape shape, Backward<T> pass, Mask mask, int64_t queries, Wide<T>* deltas) {
+  const int64_t row = block_index();
+  if (row >= shape.images)
     return;
-  const Wide<T> delta = pass.delta(shape, block_index());
+  Wide<T> total[1] = {};
+  if (pass.grad_attention != nullptr)
+    for (int64_t p = threadIdx.x; p < shape.positions; p += blockDim.x) {
+      const int64_t at = row * shape.positions + p;
+      if (mask.keeps(divide(row, queries), p))
+        total[0] = std::fma(pass.attention[at], pass.grad_attention[at], total[0]);
+    }
+  block_reduce(total);
+  pass.grad_attention = nullptr;
+  const Wide<T> delta = pass.delta(shape, row) + total[0];
   if (threadIdx.x == 0)
-    deltas[block_index()] = delta;
+    deltas[row] = delta;
 }
 
-// dℓ = Σ a·dg + Σ dc·q over the queries. The product has rows of positions if channels are innermost, and of channels
+// dℓ = Σ a·dg + Σ dc·q over the queries. The product's rows are positions if channels are innermost, and channels
 // otherwise. A warp computes 32 rows and 32 columns; its factors come from the caches.
 constexpr int kOuterWarps = 8, kOuterRows = 32, kOuterColumns = 32;
 
@@ -76,42 +87,49 @@ __global__ void __launch_bounds__(kOuterWarps* kWarp) many_grad_local(ManyOuter<
   if (channel >= shape.channels)
     return;
   A d[2][4][4] = {};
-  // Adds Σ of_position(m, p)·of_channel(m, c).
-  const auto add = [&](auto whole, const auto& of_position, const auto& of_channel) {
-    constexpr bool kWhole = sizeof(A) == 8, kWholeChannel = decltype(whole)::value;
-    const auto load = [&](bool is_row, int64_t m, int64_t i) {
-      const bool exists = m < plan.queries && i < (is_row ? rows : columns);
-      return !exists ? A(0) : is_row == kInner ? of_position(m, i) : of_channel(m, i);
+  // Adds the products of maps and vectors, of which these are the rows of the image's first query.
+  const int64_t first = image * plan.queries;
+  const auto add = [&](auto whole, const Numbers<A>& maps, const auto& vectors, int64_t first_vector) {
+    constexpr bool kWholeMap = sizeof(A) == 8, kWholeVector = decltype(whole)::value;
+    const auto one = [&](int64_t m, int64_t i) {
+      if (m >= plan.queries || i >= rows)
+        return A(0);
+      if constexpr (kInner)
+        return maps.template load<A>((first + m) * rows + i);
+      else
+        return vectors.template load<A>((first_vector + m) * rows + i);
+    };
+    const auto four = [&](int64_t m, int64_t i, A(&to)[4]) {
+      const int64_t exist = m < plan.queries ? columns - i : 0;
+      if constexpr (kInner)
+        vectors.load_run((first_vector + m) * columns + i, exist, to);
+      else
+        maps.load_run((first + m) * columns + i, exist, to);
     };
 #pragma unroll 1
     for (int64_t m = t; m < plan.queries + t; m += 8) {
-      Factor<A, 2, kInner ? kWholeChannel : kWhole> b[4];
+      using B = Factor<A, 2, kInner ? kWholeVector : kWholeMap>;
+      A upper[4], lower[4];
+      four(m, column + g * 4, upper);
+      four(m + 4, column + g * 4, lower);
+      B b[4];
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const int64_t i = column + g * 4 + n;
-        b[n] = Factor<A, 2, kInner ? kWholeChannel : kWhole>({load(false, m, i), load(false, m + 4, i)});
-      }
+      for (int n = 0; n < 4; ++n)
+        b[n] = B({upper[n], lower[n]});
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int64_t i = row + r * 16 + g;
-        const Factor<A, 4, kInner ? kWhole : kWholeChannel> a(
-            {load(true, m, i), load(true, m, i + 8), load(true, m + 4, i), load(true, m + 4, i + 8)});
+        const Factor<A, 4, kInner ? kWholeMap : kWholeVector> a(
+            {one(m, i), one(m, i + 8), one(m + 4, i), one(m + 4, i + 8)});
 #pragma unroll
         for (int n = 0; n < 4; ++n)
-          multiply(d[r][n], a, b[n]);
+          add_product(d[r][n], a, b[n]);
       }
     }
   };
-  const int64_t first = image * plan.queries;
-  add(std::bool_constant<sizeof(A) == 8>(),
-      [&](int64_t m, int64_t p) { return pass.weights[(first + m) * shape.positions + p]; },
-      [&](int64_t m, int64_t c) {
-        return pass.query.template load<A>(plan.vector_row(image, m, plan.shared_query) * shape.channels + c);
-      });
+  add(std::bool_constant<sizeof(A) == 8>(), Numbers<A>{pass.weights}, pass.query, plan.shared_query ? 0 : first);
   if (pass.grad_pooled != nullptr)
-    add(std::bool_constant<kIsFactor<T>>(),
-        [&](int64_t m, int64_t p) { return pass.attention[(first + m) * shape.positions + p]; },
-        [&](int64_t m, int64_t c) { return widen(pass.grad_pooled[(first + m) * shape.channels + c]); });
+    add(std::bool_constant<kIsFactor<T>>(), Numbers<A>{pass.attention}, Numbers<T>{pass.grad_pooled}, first);
 
   // A lane has eight neighbouring columns of four rows.
 #pragma unroll

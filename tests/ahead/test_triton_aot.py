@@ -153,8 +153,9 @@ def widths(found):
     return ", ".join(f"{found.count(width)} x {width}" for width in sorted(set(found), reverse=True))
 
 
-POINTERS = {FLOAT: "*fp32", HALF: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32"}
-POINTERS[torch.bool] = "*i1"
+POINTERS = {
+    FLOAT: "*fp32", HALF: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
+}  # fmt: skip
 
 
 def source(launch):
@@ -198,9 +199,9 @@ def nvidia_code(compiled, path):
 
 #: width in bits of an AMD memory instruction, by the suffix of its name
 AMD_WIDTHS = {
-    "ubyte": 8, "byte": 8, "short": 16, "ushort": 16, "short_d16": 16, "short_d16_hi": 16, "d16_b16": 16,
-    "d16_hi_b16": 16, "b16": 16, "u16": 16, "dword": 32, "b32": 32, "dwordx2": 64, "b64": 64, "dwordx3": 96,
-    "b96": 96, "dwordx4": 128, "b128": 128,
+    "ubyte": 8, "byte": 8, "u8": 8, "b8": 8, "short": 16, "ushort": 16, "short_d16": 16, "short_d16_hi": 16,
+    "d16_b16": 16, "d16_hi_b16": 16, "b16": 16, "u16": 16, "dword": 32, "b32": 32, "dwordx2": 64, "b64": 64,
+    "dwordx3": 96, "b96": 96, "dwordx4": 128, "b128": 128,
 }  # fmt: skip
 
 
@@ -409,9 +410,9 @@ def test_missing_barrier_is_detected(launches):
 
 
 def test_at_most_two_launches(launches):
-    """Two launches per pass; one if a single block can process the map."""
+    """Two launches per pass; one if a single block can process the map. Many queries have one more for Δ."""
     for run, shape, channels_last in itertools.product(RUNS.values(), [*SHAPES, (2, 64, 7, 7)], (False, True)):
         run(meta(*shape, channels_last=channels_last), FLOAT)
-        small = shape == (2, 64, 7, 7)
-        assert len(launches) <= (2 if small else 4), (run.__name__, shape, [launch.name for launch in launches])
+        most = 5 if run in (run_pool_many, run_pool_masked) else 2 if shape == (2, 64, 7, 7) else 4
+        assert len(launches) <= most, (run.__name__, shape, [launch.name for launch in launches])
         launches.clear()

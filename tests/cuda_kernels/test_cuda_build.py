@@ -142,7 +142,7 @@ def test_cuda_is_built_where_a_gpu_is_visible_or_it_is_asked_for(carried):
     [
         ("cpu", "9.0", "3", "compiling the CPU kernels: 3 files, 3 at a time, less than a minute"),
         ("cuda", "8.0;9.0+PTX", "2",
-         "compiling the CUDA kernels for compute capability 8.0 9.0+PTX: 3 files, 2 at a time, about 6 minutes"),
+         "compiling the CUDA kernels for compute capability 8.0 9.0+PTX: 4 files, 2 at a time, about 6 minutes"),
     ],
 )  # fmt: skip
 def test_building_says_what_is_compiled_and_how_long_it_takes(kind, architectures, jobs, message, carried, capsys):

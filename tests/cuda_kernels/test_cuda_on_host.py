@@ -330,7 +330,7 @@ def test_pool(case, shared):
     query = normal(shape[1:2] if shared else shape[:2], companion, 1) / max(1, shape[1]) ** 0.5
     exact = double(local), double(query)
     want = reference.compatibility_pool(*exact)
-    pooled, attention, scores, pooled_wide = ops.pool_fwd(local, query)
+    pooled, attention, scores, pooled_wide = ops.pool_fwd(local, query, None)
     wide = attention.dtype
     assert pooled_wide.shape == ((0,) if wide == dtype else shape[:2])
     for name, got, exact_output, of in zip(
@@ -342,23 +342,189 @@ def test_pool(case, shared):
     for present in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
         given = tuple(grad if here else None for grad, here in zip(grads, present, strict=True))
         wants = gradients(reference.compatibility_pool(*exact), given, exact)
-        grad_local, grad_query = ops.pool_bwd(*given, local, query, attention, pooled_wide if wide != dtype else pooled,
-                                              True)  # fmt: skip
+        grad_local, grad_query = ops.pool_bwd(*given, local, query, None, attention,
+                                              pooled_wide if wide != dtype else pooled, True)  # fmt: skip
         assert grad_local.stride() == local.stride()
         assert_near("grad_local", grad_local, wants[0], dtype, wide)
         assert_near("grad_query", grad_query, wants[1], companion, wide)
-        none, again = ops.pool_bwd(*given, local, query, attention, pooled_wide if wide != dtype else pooled, False)
+        kept = pooled_wide if wide != dtype else pooled
+        none, again = ops.pool_bwd(*given, local, query, None, attention, kept, False)
         assert none.shape == (0,)
         assert torch.equal(again, grad_query)
 
 
 def test_pool_tokens():
     tokens, query = normal((2, 33, 40), BF16, 0), normal((2, 40), FLOAT, 1)
-    pooled, attention, scores, _ = ops.pool_fwd(tokens.transpose(1, 2), query)
+    pooled, attention, scores, _ = ops.pool_fwd(tokens.transpose(1, 2), query, None)
     want = reference.compatibility_pool(tokens.double().transpose(1, 2), query.double())
     assert_near("pooled", pooled, want[0], BF16)
     assert_near("attention", attention, want[1], FLOAT)
     assert_near("scores", scores, want[2], FLOAT)
+
+
+# --- pool with many queries, or with a mask ---
+
+# (N, C, H, W), channels_last, dtype of the features, dtype of the query, queries, and what the case covers
+MANY = [
+    ((2, 24, 6, 7), False, BF16, FLOAT, 3, "rows in pieces of one element"),
+    ((2, 24, 6, 7), True, HALF, HALF, 17, "two groups of queries"),
+    ((2, 5, 7, 7), True, FLOAT, FLOAT, 1, "an odd number of channels"),
+    ((3, 70, 1, 9), False, DOUBLE, DOUBLE, 4, "channels of the last unit that do not exist"),
+    ((1, 40, 28, 32), False, FLOAT, FLOAT, 2, "several tiles in each of several splits, two stages"),
+    ((1, 40, 27, 31), True, BF16, FLOAT, 16, "several tiles in each of several splits"),
+    ((1, 768, 5, 8), True, FLOAT, FLOAT, 16, "as many channels as 99 KiB of shared memory take, in slices"),
+    ((2, 600, 7, 8), True, BF16, FLOAT, 12, "three units of channels a warp, one stage"),
+    ((1, 520, 9, 8), False, HALF, FLOAT, 20, "pieces of four elements in rows of positions"),
+    ((1, 1500, 5, 5), False, BF16, BF16, 2, "slices of channels"),
+    ((1, 300, 4, 4), True, DOUBLE, DOUBLE, 2, "slices of channels"),
+    ((2, 0, 3, 3), False, FLOAT, FLOAT, 2, "no channels"),
+    ((0, 8, 3, 3), False, BF16, FLOAT, 2, "no images"),
+    ((2, 8, 3, 3), True, FLOAT, FLOAT, 0, "no queries"),
+    ((2, 33, 5, 5), False, FLOAT, FLOAT, None, "one query without an axis"),
+    ((1, 5, 14, 14), True, FLOAT, FLOAT, 33, "a long sum over queries"),
+]
+
+
+def masked(kind, shape):
+    """A mask of a kind; "empty" leaves out every position of the first image."""
+    if kind is None:
+        return None
+    generator = torch.Generator().manual_seed(9)
+    mask = torch.rand((1 if kind == "shared" else shape[0], *shape[2:]), generator=generator) > 0.4
+    if kind == "empty":
+        mask[:1] = False
+    return mask
+
+
+def many_inputs(shape, channels_last, dtype, companion, queries, shared):
+    local = normal(shape, dtype, 0, channels_last)
+    of_query = shape[:2] if queries is None else ((1 if shared else shape[0]), queries, shape[1])
+    return local, (normal(of_query, FLOAT, 1) / max(1, shape[1]) ** 0.5).to(companion)
+
+
+@pytest.mark.parametrize(
+    "case, shared, kind",
+    [
+        *((case, False, None if case[4] is not None else "own") for case in MANY),
+        *((MANY[i], True, "own") for i in (0, 1, 4, 9)),
+        *((MANY[i], False, kind) for i, kind in ((0, "shared"), (1, "empty"), (3, "own"), (7, "own"), (9, "empty"))),
+    ],
+)
+def test_pool_with_many_queries(case, shared, kind):
+    shape, channels_last, dtype, companion, queries, _ = case
+    local, query = many_inputs(shape, channels_last, dtype, companion, queries, shared)
+    mask = masked(kind, shape)
+    exact = double(local), double(query)
+    want = reference.compatibility_pool(*exact, mask)
+    pooled, attention, scores, pooled_wide = ops.pool_fwd(local, query, mask)
+    wide = attention.dtype
+    for name, got, exact_output, of in zip(
+        ("pooled", "attention", "scores"), (pooled, attention, scores), want, (dtype, wide, wide), strict=True
+    ):
+        assert_near(name, got, exact_output, of, wide)
+    kept = pooled_wide if wide != dtype else pooled
+    grads = normal(pooled.shape, dtype, 2), normal(scores.shape, wide, 3), normal(scores.shape, wide, 4)
+    for present in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        given = tuple(grad if here else None for grad, here in zip(grads, present, strict=True))
+        wants = gradients(reference.compatibility_pool(*exact, mask), given, exact)
+        grad_local, grad_query = ops.pool_bwd(*given, local, query, mask, attention, kept, True)
+        assert grad_local.stride() == local.stride()
+        assert_near("grad_local", grad_local, wants[0], dtype, wide)
+        assert_near("grad_query", grad_query, wants[1], companion, wide)
+        if mask is not None and not present[2]:
+            assert not grad_local.masked_select(~mask[:, None]).any()
+        none, again = ops.pool_bwd(*given, local, query, mask, attention, kept, False)
+        assert none.shape == (0,)
+        assert torch.equal(again, grad_query)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16, DOUBLE])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels", [24, 1600], ids=["whole", "slices"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_what_stands_at_a_masked_position_does_not_matter(dtype, channels_last, channels, poison):
+    shape = (2, channels, 5, 4)
+    local, query = many_inputs(shape, channels_last, dtype, dtype, 3, False)
+    mask = masked("own", shape)
+    poisoned = torch.where(mask[:, None], local, poison)
+    assert poisoned.stride() == local.stride()
+    clean, pooled = ops.pool_fwd(local, query, mask), ops.pool_fwd(poisoned, query, mask)
+    assert torch.equal(clean[0], pooled[0])
+    assert torch.equal(clean[1], pooled[1])
+    assert not pooled[2].masked_select(~mask[:, None]).isfinite().any()
+    grads = normal(clean[0].shape, dtype, 2), normal(clean[1].shape, clean[1].dtype, 3)
+    kept = clean[3] if dtype == BF16 else clean[0]
+    for x in (local, poisoned):
+        grad_local, grad_query = ops.pool_bwd(*grads, None, x, query, mask, clean[1], kept, True)
+        assert not grad_local.masked_select(~mask[:, None]).any()
+        if x is local:
+            want = grad_local, grad_query
+        assert torch.equal(grad_local, want[0])
+        assert torch.equal(grad_query, want[1])
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, HALF])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_infinite_features_and_queries(dtype, channels_last):
+    """A product with Inf is Inf, and not NaN: factors are split into parts."""
+    local, query = many_inputs((1, 8, 3, 3), channels_last, dtype, dtype, 2, False)
+    local[0, 2, 1, 1] = torch.inf
+    query[0, 1, 3] = -torch.inf
+    want = reference.compatibility_pool(local.double(), query.double())
+    for got, exact in zip(ops.pool_fwd(local, query, None)[:3], want, strict=True):
+        assert torch.equal(got.isnan(), exact.isnan())
+        assert torch.equal(got.isposinf(), exact.isposinf())
+        assert torch.equal(got.isneginf(), exact.isneginf())
+
+
+def test_a_mask_of_an_image_whose_scores_are_all_infinite():
+    """No position that takes part gives zeros; only positions of weight zero give NaN, as softmax does."""
+    local, query = torch.ones(2, 3, 2, 2), torch.full((1, 2, 3), -torch.inf)
+    mask = torch.tensor([[[False, False], [False, False]], [[True, False], [True, True]]])
+    pooled, attention, *_ = ops.pool_fwd(local, query, mask)
+    assert not pooled[0].any()
+    assert not attention[0].any()
+    assert pooled[1].isnan().all()
+    assert torch.equal(attention[1].isnan(), mask[1].expand(2, 2, 2))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels", [40, 1600], ids=["whole", "slices"])
+@pytest.mark.parametrize("dtype", [FLOAT, BF16])
+def test_many_queries_do_not_depend_on_batch_place_or_alignment(channels_last, channels, dtype):
+    shape = (3, channels, 5, 8)
+    local, query = many_inputs(shape, channels_last, dtype, FLOAT, 5, False)
+    mask, grad = masked("own", shape), normal((3, 5, channels), dtype, 2)
+
+    def run(local, query, mask, grad):
+        pooled, attention, scores, wide = ops.pool_fwd(local, query, mask)
+        kept = pooled if dtype == FLOAT else wide
+        return pooled, attention, scores, *ops.pool_bwd(grad, None, None, local, query, mask, attention, kept, True)
+
+    last = [tensor[2:] for tensor in (local, query, mask, grad)]
+    moved = torch.empty(last[0].numel() + 1, dtype=dtype)[1:].as_strided(last[0].shape, last[0].stride(), 1)
+    for whole, alone, elsewhere in zip(
+        run(local, query, mask, grad), run(*last), run(moved.copy_(last[0]), *last[1:]), strict=True
+    ):
+        assert torch.equal(whole[2:], alone)
+        assert torch.equal(alone, elsewhere)
+
+
+@pytest.mark.parametrize(
+    "case, forward, backward", [(MANY[0], 2, 4), (MANY[1], 2, 4), (MANY[9], 3, 5), (MANY[14], 2, 4)]
+)
+def test_launches_for_many_queries(case, forward, backward):
+    """Forward: the pooling and its end, and before them the scores of slices. Backward: Δ, the weights of the features
+    and their sums, the sum over splits, and the gradient of the features."""
+    shape, channels_last, dtype, companion, queries, _ = case
+    local, query = many_inputs(shape, channels_last, dtype, companion, queries, False)
+    mask = masked("own", shape)
+    before = ops.launches(torch.empty(0))
+    pooled, attention, _, wide = ops.pool_fwd(local, query, mask)
+    between = ops.launches(torch.empty(0))
+    ops.pool_bwd(pooled, None, None, local, query, mask, attention, pooled if wide.dtype == dtype else wide, True)
+    assert between - before == forward
+    assert ops.launches(torch.empty(0)) - between == backward
 
 
 # --- launches ---
@@ -375,7 +541,7 @@ def passes(shape, channels_last, anchors):
     map, map_stats = ops.window_map_fwd(rectangle, *shape[2:], 6.0, True, False)
     _, _, stats = ops.window_fwd(x, rectangle, 6.0, True, True, False)
     _, _, index, loss, _, _, residuals = ops.anchor_fwd(x, a, anchors, True, 1)
-    pooled, attention, scores, _ = ops.pool_fwd(x, query)
+    pooled, attention, scores, _ = ops.pool_fwd(x, query, None)
     return {
         "window_map_fwd": lambda: ops.window_map_fwd(rectangle, *shape[2:], 6.0, True, False),
         "window_map_bwd": lambda: ops.window_map_bwd(map, rectangle, map_stats, 6.0, True, False),
@@ -385,8 +551,8 @@ def passes(shape, channels_last, anchors):
         "quantize_bwd": lambda: ops.quantize_bwd(a, loss, loss, a, anchors, index, residuals, 1),
         "anchor_fwd": lambda: ops.anchor_fwd(x, a, anchors, True, 1),
         "anchor_bwd": lambda: ops.anchor_bwd(x, a, loss, loss, x, a, anchors, index, residuals, True, 1, True),
-        "pool_fwd": lambda: ops.pool_fwd(x, query),
-        "pool_bwd": lambda: ops.pool_bwd(pooled, attention, scores, x, query, attention, pooled, True),
+        "pool_fwd": lambda: ops.pool_fwd(x, query, None),
+        "pool_bwd": lambda: ops.pool_bwd(pooled, attention, scores, x, query, None, attention, pooled, True),
     }
 
 
@@ -428,9 +594,9 @@ def test_results_do_not_depend_on_batch_place_or_alignment(dtype, channels_last,
         modulated, values, index, _, _, _, residuals = ops.anchor_fwd(x, a, anchors, True, 1)
         others = ops.anchor_bwd(grad_output, None, None, None, x, a, anchors, index, residuals, True, 1, True)
         query, grad_pooled = rectangle.repeat(1, 4)[:, : x.shape[1]].contiguous(), x[:, :, 1, 1].contiguous()
-        pooled = ops.pool_fwd(x, query)
+        pooled = ops.pool_fwd(x, query, None)
         grads_pool = ops.pool_bwd(
-            grad_pooled, None, None, x, query, pooled[1], pooled[0] if x.dtype == FLOAT else pooled[3], True
+            grad_pooled, None, None, x, query, None, pooled[1], pooled[0] if x.dtype == FLOAT else pooled[3], True
         )
         return output, map, *grads, modulated, values, *others[:2], *pooled[:3], *grads_pool
 

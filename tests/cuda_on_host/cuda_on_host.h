@@ -75,6 +75,7 @@ struct Copy {
   void* to;
   const void* from; // null for zeros
   size_t bytes;
+  int group;
 };
 
 struct Fiber {
@@ -90,6 +91,7 @@ struct Fiber {
   // This lane's factors in mma_tf32(): of even and of odd calls, because other lanes may still read the previous ones.
   float a[2][4], b[2][2];
   int calls;
+  int groups; // of copies that have been committed
   std::vector<Copy> copies; // started and not waited for
 };
 
@@ -187,7 +189,7 @@ inline void run_block(const std::vector<int>& order) {
     Fiber& fiber = block.fibers[i];
     fiber.started = false;
     fiber.state = State::ready;
-    fiber.calls = 0;
+    fiber.calls = fiber.groups = 0;
     fiber.copies.clear();
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = fiber.stack.get();
@@ -284,6 +286,9 @@ inline bool is_mapped(uint64_t address) {
 
 inline const char* record_file() { return std::getenv("ATTNKERN_HOST_RECORD"); }
 
+// What a block can have: where it runs here, or on the GPU of compute capability 9.0 that launches are recorded for.
+inline size_t shared_memory() { return record_file() != nullptr ? 227 << 10 : kSharedMemory; }
+
 // Appends a line to the file: the kernel's offset in this library, blocks, threads, bytes of dynamic shared memory,
 // blocks of a cluster, the parameters in hexadecimal, and the places of the pointers among them.
 template <typename... Parameters, typename... Arguments>
@@ -364,17 +369,20 @@ inline float round_to_tf32(float x) {
   return x != x ? x : std::bit_cast<float>((bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u);
 }
 
-// cp.async. The bytes arrive when the thread waits for them.
+// cp.async. The bytes arrive when the thread waits for their group.
 inline void copy_async(void* to, const void* from, size_t bytes, bool exists) {
-  self().copies.push_back({to, exists ? from : nullptr, bytes});
+  self().copies.push_back({to, exists ? from : nullptr, bytes, self().groups});
 }
-inline void wait_for_copies() {
-  for (const Copy& copy : self().copies)
-    if (copy.from == nullptr)
+inline void commit_copies() { ++self().groups; }
+inline void wait_for_copies(int left) {
+  std::vector<Copy>& copies = self().copies;
+  const auto waits = [&](const Copy& copy) { return copy.group < self().groups - left; };
+  for (const Copy& copy : copies)
+    if (waits(copy) && copy.from == nullptr)
       std::memset(copy.to, 0, copy.bytes);
-    else
+    else if (waits(copy))
       std::memcpy(copy.to, copy.from, copy.bytes);
-  self().copies.clear();
+  std::erase_if(copies, waits);
 }
 
 inline int barrier(int vote) {
@@ -423,7 +431,7 @@ template <typename S> S& shared() {
   static S* memory = nullptr;
   if (of_block != block.serial) {
     const size_t bytes = (sizeof(S) + 15) / 16 * 16;
-    if (block.used + bytes > kSharedMemory || (block.dynamic <= kUsualSharedMemory && block.used + bytes > kUsualSharedMemory))
+    if (block.used + bytes > (block.dynamic > kUsualSharedMemory ? kSharedMemory : kUsualSharedMemory))
       fail("more shared memory than a block has");
     memory = reinterpret_cast<S*>(block.memory + block.used);
     block.used += bytes;

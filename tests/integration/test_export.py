@@ -212,6 +212,41 @@ def test_onnx_in_one_step(dynamo, tmp_path):
             torch.testing.assert_close(torch.from_numpy(found), wanted.detach(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx_of_many_queries(dynamo, masked, tmp_path):
+    """At another number of images, queries and positions; NaN at masked positions reaches the scores alone."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+
+    class Pool(nn.Module):
+        def forward(self, local, query, mask=None):
+            return tuple(attnkern.compatibility_pool(local, query, mask=mask))
+
+    def inputs(n, m, size):
+        tensors = make("compatibility_pool_masked", n, 5, size, dtype=torch.float32)
+        given = {"local": tensors["local"], "query": torch.randn(n, m, 5)}
+        return given | {"mask": tensors["mask"]} if masked else given
+
+    axes = {"local": {0: "n", 2: "h", 3: "w"}, "query": {0: "n", 1: "m"}, "mask": {0: "n", 1: "h", 2: "w"}}
+    example, path = inputs(3, 4, (4, 6)), tmp_path / "module.onnx"
+    free = [dict.fromkeys(axes[name], torch.export.Dim.DYNAMIC) for name in example]
+    sizes = {"dynamic_shapes": tuple(free)} if dynamo else {"dynamic_axes": axes}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Pool(), tuple(example.values()), path, input_names=list(example), dynamo=dynamo, verbose=False, **sizes
+        )
+    session = runtime.InferenceSession(path)
+    for n, m, size in ((3, 4, (4, 6)), (5, 7, (6, 3))):
+        given = inputs(n, m, size)
+        if masked:
+            given["local"] = given["local"].masked_fill(~given["mask"][:, None], torch.nan)
+        found = session.run(None, {name: tensor.numpy() for name, tensor in given.items()})
+        for got, wanted in zip(found, Pool()(**given), strict=True):
+            torch.testing.assert_close(torch.from_numpy(got), wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 def test_onnx_of_a_module_with_options(tmp_path):
     """The older exporter passes default arguments as tensors."""
     pytest.importorskip("onnxscript")

@@ -35,6 +35,10 @@ MODULES = {
     "pool-dot-query": (lambda: ann.CompatibilityPool(C, G, "dot", project="query"), True),
     "pool-dot-local": (lambda: ann.CompatibilityPool(C, G, "dot", project="local"), True),
     "progressive": (lambda: ann.ProgressiveAttention(C), False),
+    "attention": (lambda: ann.AttentionPool(C, 1, 3), False),
+    "attention-folded": (lambda: ann.AttentionPool(C, 3, 2, attention_channels=16, out_channels=5), False),
+    "attention-plain": (lambda: ann.AttentionPool(C, 2, 1, project=False), False),
+    "attention-given": (lambda: ann.AttentionPool(C, 2, 1, learned=False, query_channels=G, bias=False), True),
 }
 every_module = pytest.mark.parametrize("name", MODULES)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -59,8 +63,9 @@ def inputs(name, dtype=torch.float32):
     generator = torch.Generator().manual_seed(1)
     tensors = [torch.randn(N, C, H, W, generator=generator, dtype=torch.float64)]
     if MODULES[name][1]:
-        channels = build(name).query_channels
-        tensors.append(torch.randn(N, channels, generator=generator, dtype=torch.float64))
+        module = build(name)
+        shape = (N, module.num_queries) if name.startswith("attention") else (N,)
+        tensors.append(torch.randn(*shape, module.query_channels, generator=generator, dtype=torch.float64))
     return [tensor.to(dtype).requires_grad_() for tensor in tensors]
 
 
@@ -193,7 +198,10 @@ def test_changing_the_map_changes_the_output(name, backend, change):
             module.map = Zero()
         after = run(module, tensors)[0]
         residual = name in ("window", "positionwise", "bottleneck", "bottleneck-anchors")
-        torch.testing.assert_close(after, tensors[0] if residual else torch.zeros_like(before), rtol=0, atol=0)
+        expected = tensors[0] if residual else torch.zeros_like(before)
+        if name.startswith("attention") and isinstance(module.out, nn.Linear) and module.out.bias is not None:
+            expected = expected + module.out.bias
+        torch.testing.assert_close(after, expected, rtol=0, atol=0)
         assert (before - after).abs().max() > 0.1
         if change == "hook":
             handle.remove()
@@ -256,7 +264,8 @@ def test_return_map(name):
     module(*tensors)
     handle.remove()
     output, map = module(*tensors, return_map=True)
-    assert map.shape == (N, H, W)
+    heads = (module.num_queries * module.num_heads,) if name.startswith("attention") else ()
+    assert map.shape == (N, *heads, H, W)
     torch.testing.assert_close(map, seen[0])
     torch.testing.assert_close(output, module(*tensors))
 

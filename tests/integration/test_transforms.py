@@ -542,6 +542,96 @@ def test_export(function, backend, device):
     check(dict(enumerate(exported.module()(*inputs(5)))), doubles(dict(enumerate(Module()(*inputs(5))))))
 
 
+# --- many queries and masks ------------------------------------------------------------------------------------------
+
+
+def queries_and_mask(n, m, size, c=5, **options):
+    """local, query and mask as arguments by position."""
+    tensors = make("compatibility_pool_masked", n, c, size, **options)
+    query = torch.randn(n, m, c, generator=torch.Generator().manual_seed(m), dtype=torch.float64)
+    return tensors["local"], query.to(tensors["local"]), tensors["mask"]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("masked", [False, True])
+def test_any_number_of_queries_is_one_graph(masked, backend, device):
+    """Dynamic numbers of queries, images and positions."""
+    counter = Counter()
+
+    def f(local, query, mask):
+        return tuple(attnkern.compatibility_pool(local, query, mask=mask, backend=backend))
+
+    compiled = torch.compile(f, backend=counter, fullgraph=True, dynamic=True)
+    for n, m, size in ((2, 3, (4, 6)), (3, 5, (4, 6)), (4, 2, (7, 5)), (3, 16, (5, 9))):
+        local, query, mask = queries_and_mask(n, m, size, dtype=torch.float32, device=device)
+        mask = mask if masked else None
+        compare(lambda *v, mask=mask: compiled(*v, mask), lambda *v, mask=mask: f(*v, mask), (local, query))
+    assert counter.graphs == 1
+
+
+@pytest.mark.parametrize("argument", range(3))
+def test_vmap_over_features_queries_or_masks(argument, device):
+    """Over one argument and over all; the gradient within."""
+    sets = [queries_and_mask(2, 3, SIZE, device=device, seed=seed) for seed in range(3)]
+    sets = [(*tensors[:2], tensors[2] ^ (torch.arange(4, device=device) == i)) for i, tensors in enumerate(sets)]
+
+    def f(local, query, mask):
+        return tuple(attnkern.compatibility_pool(local, query, mask=mask))
+
+    def total(*tensors):
+        return sum(result.sin().sum() for result in f(*tensors))
+
+    for over in ({argument}, {0, 1, 2}):
+        given = [torch.stack(values) if i in over else values[0] for i, values in enumerate(zip(*sets, strict=True))]
+        dims = tuple(0 if i in over else None for i in range(3))
+        found = torch.func.vmap(f, dims)(*given), torch.func.vmap(torch.func.grad(total, (0, 1)), dims)(*given)
+        for k in range(3):
+            alone = [sets[k][i] if i in over else sets[0][i] for i in range(3)]
+            for got, want in zip(found, (f(*alone), torch.func.grad(total, (0, 1))(*alone)), strict=True):
+                check(dict(enumerate(g[k] for g in got)), dict(enumerate(want)))
+
+
+def test_make_fx_and_saved_tensor_hooks(backend, device):
+    """The operators are recorded, and backward works with copies of what was saved."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    local, query, mask = queries_and_mask(2, 3, SIZE, dtype=torch.float32, device=device)
+
+    def gradients(local, query, mask):
+        leaves = local.detach().requires_grad_(), query.detach().requires_grad_()
+        results = attnkern.compatibility_pool(*leaves, mask=mask, backend=backend)
+        return torch.autograd.grad(sum(result.sin().sum() for result in results), leaves)
+
+    wanted = dict(enumerate(gradients(local, query, mask)))
+    graph = make_fx(gradients)(local, query, mask)
+    targets = [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    held = [target.name() for target in targets if target.namespace.startswith("attnkern")]
+    assert held == operators("compatibility_pool", backend)
+    check(dict(enumerate(graph(local, query, mask))), doubles(wanted))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.cpu().numpy().copy(), torch.from_numpy):
+        check(dict(enumerate(gradients(local, query, mask))), doubles(wanted))
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_export_for_any_number_of_queries(decomposed, device):
+    """Of images and of positions as well."""
+
+    class Module(torch.nn.Module):
+        def forward(self, local, query, mask):
+            return tuple(attnkern.compatibility_pool(local, query, mask=mask))
+
+    n, m, h, w = (torch.export.Dim(name, min=2, max=64) for name in "nmhw")
+    dynamic = ({0: n, 2: h, 3: w}, {0: n, 1: m}, {0: n, 1: h, 2: w})
+    program = torch.export.export(
+        Module(), queries_and_mask(3, 4, (4, 6), dtype=torch.float32, device=device), dynamic_shapes=dynamic
+    )
+    if decomposed:
+        program = program.run_decompositions(attnkern.decompositions())
+    for n, m, size in ((3, 4, (4, 6)), (5, 7, (6, 3)), (2, 3, (9, 8))):
+        given = queries_and_mask(n, m, size, dtype=torch.float32, device=device)
+        check(dict(enumerate(program.module()(*given))), doubles(dict(enumerate(Module()(*given)))))
+
+
 # --- records of the operators ---
 
 

@@ -5,14 +5,18 @@ import math
 
 import pytest
 import torch
-from cases import FUNCTIONS, call, case_id, check, check_run, doubles, make, run, upstream
+from cases import FUNCTIONS, POOLS, call, case_id, check, check_run, doubles, make, run, upstream
 from conftest import every_case, every_dtype, large
 
 import attnkern
 
 SIZE = (3, 4)
-ARGUMENTS = [(function, name) for function, (names, _) in FUNCTIONS.items() for name in names]
-OF_AN_IMAGE = [(function, name) for function, name in ARGUMENTS if name != "anchors"]
+OF_AN_IMAGE = [
+    pytest.param(function, name, marks=large if function in POOLS[1:] else ())
+    for function, (names, _) in FUNCTIONS.items()
+    for name in names
+    if name != "anchors"
+]
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -81,6 +85,8 @@ def test_denormal_numbers(function, options, dtype, backend, device, interpreted
         assert dtype == torch.float16 or not gradient[:, 2:4].any()
     check(found, expected)
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    if backend == "triton" and function in POOLS[1:]:
+        smallest = max(smallest, 2.0**-136)  # the last bit of TF32, whose products are used
     tight = {"output", "pooled", "values", "grad_x", "grad_query", "grad_anchors"}
     for name in tight & found.keys():  # the tolerance of check() is far larger than these numbers
         assert expected[name].any() or options.get("residual") is False  # v·x alone underflows

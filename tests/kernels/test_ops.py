@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from cases import FUNCTIONS, POOLS, case_id, check, check_run, make, run, same
-from conftest import every_case, every_function, large
+from conftest import EMULATED, every_case, every_function, large
 
 from attnkern import testing
 
@@ -84,7 +84,7 @@ def test_shapes(function, options, n, c, size, layout, dtype, backend, device):
 @pytest.mark.kernels
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("c, size", [(600, (7, 7)), (4200, (3, 3)), (70, (22, 23)), (5, (47, 45))], ids=case_id)
-@every_function
+@pytest.mark.parametrize("function", [function for function in FUNCTIONS if function not in POOLS[1:]])
 def test_images_of_several_programs(function, c, size, layout, backend, device):
     """Several blocks of channels, and splits and chunks of positions, with more than one image."""
     tensors = make(function, 2, c, size, dtype=torch.float32, layout=layout, device=device)
@@ -186,7 +186,7 @@ def test_any_subset_of_gradients(function, dtype, backend, device, interpreted):
         ("compatibility_pool", {}, "contiguous"),
         pytest.param("compatibility_pool", {}, "channels_last", marks=large),
         ("compatibility_pool_shared", {}, "tokens"),
-        ("compatibility_pool_many", {}, "contiguous"),
+        pytest.param("compatibility_pool_many", {}, "contiguous", marks=large),
         pytest.param("compatibility_pool_many", {}, "tokens", marks=large),
         pytest.param("compatibility_pool_masked", {}, "contiguous", marks=large),
         ("compatibility_pool_masked", {}, "channels_last"),
@@ -203,7 +203,7 @@ def test_accuracy(name, options, layout, dtype, backend, device, interpreted):
 @pytest.mark.parametrize(
     "shape, layout", [((2, 2048, 7, 7), "contiguous"), ((1, 8, 128, 128), "channels_last")], ids=case_id
 )
-@pytest.mark.parametrize("function", POOLS)
+@pytest.mark.parametrize("function", POOLS[:1] if EMULATED else POOLS)
 def test_accuracy_of_long_sums(function, shape, layout, backend, device):
     """The rounding error does not grow with the number of summands as it does in a sequential sum."""
     testing.check_accuracy(function, backend, torch.float32, shape=shape, layout=layout, device=device)

@@ -12,6 +12,7 @@ import torch
 from cases import FUNCTIONS
 from conftest import BACKENDS
 
+import attnkern
 from attnkern import _ops
 
 INTERPRETED = _ops.TRITON_INTERPRETS
@@ -64,6 +65,13 @@ def writes_its_input(results, local, *_):
     return results
 
 
+def forgets_a_mask(results, local, query, mask):
+    """A fault: the first position of each image takes part."""
+    mask = mask.clone()
+    mask.flatten(1)[:, :1] = True
+    return (*attnkern.compatibility_pool(local, query, mask=mask, backend="reference"), results[3])
+
+
 def next_index(results, *_):
     if results[1].numel():
         results[1][(-1,) * results[1].dim()] = results[4].argmin()
@@ -79,6 +87,7 @@ FAULTS = {
     "a wrong index": ("anchor_quantize", "quantize_fwd", next_index),
     "strides forgotten": ("window_attention", "window_fwd", forgets_strides),
     "NaN in the wrong image": ("anchor_attention", "anchor_fwd", leaks),
+    "a position not masked": ("compatibility_pool_masked", "pool_fwd", forgets_a_mask),
     "an input written": ("compatibility_pool", "pool_fwd", writes_its_input),
 }  # fmt: skip
 

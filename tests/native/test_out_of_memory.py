@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import FUNCTIONS, call, leaves_of, make, run, same, upstream
+from cases import FUNCTIONS, POOLS, call, leaves_of, make, run, same, upstream
 from conftest import DEVICE
 
 import attnkern
@@ -119,4 +119,6 @@ def test_every_tensor_of_every_operator(no_memory):
         assert forward >= 2
         assert backward >= 1
         assert counts[function, "sliced"][0] > forward  # a copy in another layout
+    for function in POOLS:  # no copy of the features for many queries or a mask
+        assert counts[function, "contiguous"] == counts["compatibility_pool", "contiguous"]
     assert counts["compiled", "contiguous"][0] == counts["window_attention", "contiguous"][0]

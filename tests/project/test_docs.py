@@ -50,7 +50,9 @@ def needs(code):
             pytest.importorskip(name, exc_type=ImportError)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/how-to.md", "docs/tutorial.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/index.md", "docs/how-to.md", "docs/tutorial.md", "docs/attention-pooling.md"]
+)
 def test_python_runs(page, request, tmp_path, monkeypatch):
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = [

@@ -157,6 +157,7 @@ GIVEN = {
 #: Valid values that apply to one function only.
 GIVEN_TO = {
     "insert": {"name": "local7"},
+    "nn.AttentionPool": {"num_heads": 3},
     "testing.accuracy": {"name": "window_attention"},
     "testing.check_accuracy": {"name": "window_attention"},
     "training.recipes.read_recipe": {"name": "vgg"},

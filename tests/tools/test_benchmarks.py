@@ -15,6 +15,13 @@ from benchmarks.cases import CPU_CASES, GPU_CASES, PASSES, Case, calls
 from benchmarks.store import COMMITTED, Store, code_version
 
 CPU = torch.device("cpu")
+#: Small cases with many queries: two layers of timm, and pooling alone.
+POOLING = [
+    Case("AttentionPoolLatent", (3, 8, 6), layout="tokens", queries=2),
+    Case("AttentionPool2d", (3, 8, 3, 4), queries=2),
+    Case("compatibility_pool", (3, 8, 6), layout="tokens", queries=5),
+    Case("compatibility_pool", (3, 8, 3, 4), queries=1),
+]
 ROWS = [
     run.row_of("window float32 contiguous", "forward+backward", {"eager": 6e-3, "compile": 3e-3, "native": 1e-3}),
     run.row_of("pool float32 contiguous", "forward+backward", {"eager": 4e-3, "compile": 1e-3, "native": 2e-3}),
@@ -30,6 +37,8 @@ def test_order_of_a_gpu_run():
     def kind(case, which):
         if not isinstance(case, Case):
             return case if case == cases.HOST else "network"
+        if case.queries:
+            return "many queries"
         if which == cases.AUTOTUNED:
             return "autotuned"
         return case.op if case.op == "anchor_quantize" else f"{case.layout} {case.dtype}"
@@ -37,12 +46,19 @@ def test_order_of_a_gpu_run():
     order = [kind for kind, _ in itertools.groupby(kind(*item) for item in work)]
     assert order == [
         cases.HOST, "anchor_quantize", "contiguous torch.bfloat16", "contiguous torch.float32", "network",
-        "channels_last torch.bfloat16", "channels_last torch.float32", "autotuned",
+        "many queries", "channels_last torch.bfloat16", "channels_last torch.float32", "autotuned",
     ]  # fmt: skip
 
 
+def test_many_queries_are_measured_in_both_processes():
+    first, again = (cases.work("", gpu=False, compiled=True, again=again) for again in (False, True))
+    left_out = [item for item in first if item not in again]
+    assert left_out == [(case, "forward") for case in cases.CPU_POOLING]
+    assert set(again) < set(first)
+
+
 def test_a_case_is_found_by_its_name():
-    for case in (*GPU_CASES, *CPU_CASES):
+    for case in (*GPU_CASES, *CPU_CASES, *cases.CPU_POOLING):
         assert Case.parse(str(case)) == case
 
 
@@ -276,6 +292,61 @@ def test_code_version_depends_on_the_given_files(tmp_path, monkeypatch):
     assert code_version("a") != before
 
 
+def pooling_rows():
+    """A layer, tokens and an NCHW map with many queries, in both processes."""
+    cases = {
+        "AttentionPoolLatent 3x8x6 float32 tokens M=2": {"timm": 24e-3, "timm compile": 22e-3, "sdpa": 3e-3},
+        "compatibility_pool 3x8x6 float32 tokens M=2": {"sdpa": 3e-3, "einsum": 1.96e-3},
+        "compatibility_pool 3x8x3x4 float32 contiguous M=1": {"sdpa": 9e-3, "einsum": 5e-3, "einsum compile": 3e-3},
+    }
+    return [
+        run.row_of(
+            case, "forward+backward", {**ms, "native": 2e-3}, process=process, peak_mb={"sdpa": 6.0, "native": 3.0}
+        )
+        for case, ms in cases.items()
+        for process in ("default", "tuned")
+    ]
+
+
+def test_goals_and_table_of_many_queries(monkeypatch):
+    rows = pooling_rows()
+    text = report.goals(rows)
+    assert "**11.0 times as fast as timm's attention-pooling layers** in the default process" in text
+    tokens, maps = "compatibility_pool 3x8x6 float32 tokens M=2", "compatibility_pool 3x8x3x4 float32 contiguous M=1"
+    expected = [
+        ["many queries, layers", f"timm's layer, the faster of eager and compiled, lowest row: {rows[0]['case']}",
+         "11.00 ×", "10 ×", "yes"],
+        ["many queries, all", f"the fastest folded form, lowest row: {tokens}", "0.98 ×", "0.95 ×", "yes"],
+        ["many queries, NCHW maps", f"the fastest folded form, lowest row: {maps}", "1.50 ×", "2 ×", "no"],
+        ["many queries, all", f"the least peak memory of a folded form, lowest row: {rows[0]['case']}",
+         "2.00 ×", "0.95 ×", "yes"],
+    ]  # fmt: skip
+    lines = cells_of(text)
+    assert [line[0] for line in lines] == ["default"] * 4 + ["tuned"] * 4
+    for got, wanted in zip(lines[:4], expected, strict=True):
+        assert [got[1], got[3], got[4], got[5]] == [wanted[0], *wanted[2:]]
+    assert [line[2] for line in lines[1:3]] == [line[1] for line in expected[1:3]]
+    content = run_of([*ROWS, *rows])
+    for shown in (report.body(content), report.printed(content)):
+        assert "× timm" in shown
+        assert "3.5 times as fast as eager" in shown  # rows with many queries have no part in this
+    assert cells_of(report.pooling_table(rows, brief=True))[0][2:] == ["2.00 / 2.00", "11.0 / 11.0", "1.5 / 1.5", "–"]
+    (row,) = [line for line in cells_of(report.pooling_table(rows)) if line[0] == maps]
+    assert row[2:] == [
+        "–", "–", "9.00 / 9.00", "5.00 / 5.00", "3.00 / 3.00", "2.00 / 2.00", "–", "1.5 / 1.5",
+        "–", "–", "6.0", "–", "–", "3.0", "–",
+    ]  # fmt: skip
+
+
+def test_rows_with_many_queries_are_no_others_on_a_gpu():
+    """Neither the goals of a GPU nor the choice of a backend count them."""
+    more = {"bytes": 1e6, "share_of_copy": 0.1, "device_ms": {"native": 1.0, "triton": 2.0}}
+    rows = [{**row, **more} for row in pooling_rows()]
+    assert not any(figures for group in report.gpu_figures(rows, 1.0).values() for figures in group.values())
+    assert "No row has device times" in report.choice(rows)
+    assert report.slowest(rows, 3) == []
+
+
 def test_regressions_are_flagged():
     earlier = {"date": "2026-01-01", "rows": ROWS}
     slower = run.row_of(ROWS[0]["case"], ROWS[0]["pass"], {"eager": 6e-3, "native": 1.5e-3})
@@ -381,6 +452,66 @@ def test_input_copies_give_the_same_results(op):
             assert (a is None and b is None) or torch.equal(a, b)
         copies = [[*inputs.values(), *grads] for inputs, grads in map(call.work.copy, (0, 1))]
         assert all(a.data_ptr() != b.data_ptr() for a, b in zip(*copies, strict=True))
+
+
+pooled = pytest.mark.parametrize("case", POOLING, ids=lambda case: f"{case.op} {case.layout}")
+
+
+@pooled
+def test_competitors_with_many_queries_have_the_same_gradients(case):
+    """timm's layer, its folded forms and ours: results, and gradients of inputs and parameters."""
+    pytest.importorskip("timm")
+    ready = calls(case, "forward+backward", CPU, compiled=None)
+    layer = case.op != "compatibility_pool"
+    assert set(ready) == {*(["timm"] if layer else []), "sdpa", "einsum", "native"}
+    found = {name: [each for each in call.run() if each is not None] for name, call in ready.items()}
+    expected = found["timm" if layer else "einsum"]
+    for name, results in found.items():
+        results = results if layer or name == "einsum" else [results[0], *results[-2:]]
+        assert len(results) == len(expected)
+        for result, right in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, right, atol=2e-6, rtol=2e-5)
+
+
+@pooled
+def test_competitors_with_many_queries_compile(case):
+    pytest.importorskip("timm")
+    torch._dynamo.reset()
+    ready = calls(case, "forward+backward", CPU, cases.REHEARSED)
+    compiled = [name for name in ready if name.endswith(" compile")]
+    layers = ["timm compile", "einsum compile", "native compile"]
+    assert compiled == (["einsum compile"] if case.op == "compatibility_pool" else layers)
+    for name in compiled:
+        ready[name]()
+
+
+def test_slow_calls_have_few_turns():
+    """Slow calls are measured three times, others seven times or more."""
+    clock = {"now": 0.0}
+
+    def call(seconds):
+        def run():
+            clock["now"] += seconds
+
+        return run
+
+    times = run.turns({"slow": call(2.0), "fast": call(0.25)}, 0, None, lambda: clock["now"])
+    assert times == {"slow": [2.0] * 3, "fast": [0.25] * 7}
+    assert run.turns({"slow": call(2.0)}, 100, None, lambda: clock["now"]) == {"slow": [2.0] * 3}
+    assert len(run.turns({"fast": call(0.25)}, 10, None, lambda: clock["now"])["fast"]) == 20
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory on a CPU is Linux's")
+def test_peak_of_the_memory():
+    """The peak includes what a call has freed again when it ends, and not what was there before."""
+    kept = torch.ones(2**22)
+
+    def call():
+        torch.ones(2**22)
+        kept.add_(1)
+        return torch.ones(2**23)
+
+    assert 0.95 < run.peak_bytes(call, CPU) / 2**25 < 1.2
 
 
 # --- the steps of a run on a GPU, tested on the CPU -----------------------------------------------------------------
@@ -613,6 +744,26 @@ def test_passes_of_a_network(which):
     assert {"reference", "native"} <= ready.keys()
     for call in ready.values():
         call()
+
+
+@pytest.mark.parametrize("name", cases.TIMM_MODELS)
+def test_timm_networks_are_measured_with_and_without_their_pools(name, monkeypatch):
+    """A training step of the network, and its head alone, for timm's own code and for ours."""
+    pytest.importorskip("timm")
+    small = {
+        "resnet50_clip": ({"width_factor": 0.125}, 64, 2),
+        "vit_base_patch32_siglip_256": ({"embed_dim": 16, "depth": 1, "num_heads": 2, "img_size": 64}, 64, 2),
+    }
+    monkeypatch.setitem(cases.NETWORKS, name, small[name])
+    for which in report.NETWORK_PASSES:
+        found = (
+            cases.attention_calls(name, CPU)
+            if which == report.ATTENTION
+            else cases.network_calls(name, which, CPU, compiled=False)
+        )
+        assert list(found) == ["timm", "native"]
+        for call in found.values():
+            call()
 
 
 def test_shares_of_attention():

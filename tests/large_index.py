@@ -79,11 +79,18 @@ def passes(ops, shape, layout):
     indices[-1] = ops.anchor_fwd(x[-1:], a[-1:], anchors, True, 7)[2]
     residuals = torch.zeros(5)
     yield "anchor_bwd", (grad, a, loss, loss, x, a, anchors, indices, residuals, True, 7, True), (0, 1)
-    yield "pool_fwd", (x, query), (0, 1, 2, 3)
+    yield "pool_fwd", (x, query, None), (0, 1, 2, 3)
     attention, pooled = torch.zeros(n, h, w), torch.zeros(n, c)
-    one = ops.pool_fwd(x[-1:], query[-1:])
+    one = ops.pool_fwd(x[-1:], query[-1:], None)
     attention[-1], pooled[-1] = one[1], one[3]
-    yield "pool_bwd", (grad_pooled, grad_map, grad_map, x, query, attention, pooled, True), (0, 1)
+    yield "pool_bwd", (grad_pooled, grad_map, grad_map, x, query, None, attention, pooled, True), (0, 1)
+    query, grad_pooled = companion(n, 3, c, generator=g), companion(n, 3, c, generator=g).bfloat16()
+    grad_map, mask = companion(n, 3, h, w, generator=g), companion(n, h, w, generator=g) > 0.3
+    yield "pool_fwd", (x, query, mask), (0, 1, 2, 3)
+    attention, pooled = torch.zeros(n, 3, h, w), torch.zeros(n, 3, c)
+    one = ops.pool_fwd(x[-1:], query[-1:], mask[-1:])
+    attention[-1], pooled[-1] = one[1], one[3]
+    yield "pool_bwd", (grad_pooled, grad_map, None, x, query, mask, attention, pooled, True), (0, 1)
 
 
 def main(kind):

@@ -55,15 +55,21 @@ void pool_forward(const Tiles& tiles, const T* local, const Queries<Wide<T>>& qu
                   Wide<T>* attention, Wide<T>* scores, Wide<T>* pooled_wide) {
   using A = Wide<T>;
   const int64_t channels = tiles.shape.channels, positions = tiles.shape.positions, count = queries.count;
+  A* wide = pooled_wide;
+  if constexpr (std::is_same_v<T, A>)
+    wide = pooled;
   std::vector<A> maxima(tiles.count() * count), totals(tiles.count() * count);
-  const auto sum = std::make_unique_for_overwrite<A[]>(tiles.count() * count * channels);
+  // An image that is a single tile is summed in place.
+  const bool whole = tiles.per_image == 1;
+  const auto buffer = std::make_unique_for_overwrite<A[]>(whole ? 0 : tiles.count() * count * channels);
+  A* sum = whole ? wide : buffer.get();
   parallel(tiles.count(), tiles.length * channels * count, [&](int64_t tile) {
     const Matrix<T> m = tile_of(tiles, local, tile);
     const int64_t length = tiles.length_of(tile), first = tiles.first_of(tile), image = tile / tiles.per_image;
     const bool* kept = mask.at(image, first);
     const Vectors<const A> query{queries.at(image), count, channels};
     const Vectors<A> score{scores + image * count * positions + first, count, positions};
-    std::vector<A> buffer, weights(count * length);
+    std::vector<A> features, weights(count * length);
     const Vectors<A> weight{weights.data(), count, length};
     const auto weigh = [&] {
       for (int64_t k = 0; k < count; ++k) {
@@ -85,16 +91,16 @@ void pool_forward(const Tiles& tiles, const T* local, const Queries<Wide<T>>& qu
         totals[tile * count + k] = sum_lanes<A>(length, [&](int64_t i) { return w[i]; });
       }
     };
-    const Vectors<A> to{sum.get() + tile * count * channels, count, channels};
-    const auto pool = [&](const auto& features) {
-      dot_channels(tiles, features, query, score);
+    const Vectors<A> to{sum + tile * count * channels, count, channels};
+    const auto pool = [&](const auto& values) {
+      dot_channels(tiles, values, query, score);
       weigh();
       if (kept == nullptr)
-        sum_positions(tiles, features, constant(weight), to);
+        sum_positions(tiles, values, constant(weight), to);
       else // 0 times NaN would be NaN
-        sum_positions(tiles, widened(tiles, m, kept, buffer), constant(weight), to);
+        sum_positions(tiles, widened(tiles, m, kept, features), constant(weight), to);
     };
-    widens<T>(count) ? pool(widened(tiles, m, nullptr, buffer)) : pool(m);
+    widens<T>(count) ? pool(widened(tiles, m, nullptr, features)) : pool(m);
   });
   parallel(tiles.shape.images * count, positions + tiles.per_image * channels, [&](int64_t row) {
     const int64_t image = row / count, k = row % count, first = image * tiles.per_image;
@@ -102,11 +108,11 @@ void pool_forward(const Tiles& tiles, const T* local, const Queries<Wide<T>>& qu
     A max = maxima[of_tile(0)];
     for (int64_t tile = 1; tile < tiles.per_image; ++tile)
       max = std::max(max, maxima[of_tile(tile)]);
-    A* total_sum = sum.get() + of_tile(0) * channels; // of the first tile, then of all tiles
+    A* total_sum = sum + of_tile(0) * channels; // of the first tile, then of all tiles
     A total = 0;
     for (int64_t tile = 0; tile < tiles.per_image; ++tile) {
       const A weight = softmax_weight(maxima[of_tile(tile)], max);
-      const A* more = sum.get() + of_tile(tile) * channels;
+      const A* more = sum + of_tile(tile) * channels;
       total += weight * totals[of_tile(tile)];
 #pragma omp simd
       for (int64_t c = 0; c < channels; ++c)
@@ -124,9 +130,9 @@ void pool_forward(const Tiles& tiles, const T* local, const Queries<Wide<T>>& qu
         to[i] = kept[i] ? exponential(score[i] - max) * inverse : A(0);
     for (int64_t c = 0; c < channels; ++c) {
       const A value = total_sum[c] * inverse;
-      pooled[row * channels + c] = narrow<T>(value);
-      if (pooled_wide != nullptr)
-        pooled_wide[row * channels + c] = value;
+      wide[row * channels + c] = value;
+      if constexpr (!std::is_same_v<T, A>)
+        pooled[row * channels + c] = narrow<T>(value);
     }
   });
 }

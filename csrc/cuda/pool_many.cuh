@@ -111,7 +111,7 @@ template <typename T> struct ManyMemory {
 
 // The scores of a tile of positions, from all channels, for features that do not fit into a block.
 template <typename T, bool kInner, typename Pass>
-__global__ void __launch_bounds__(kUsualWarps * kWarp)
+__global__ void __launch_bounds__(kUsualWarps* kWarp, 1)
     many_scores(ManyPlan plan, Pass pass, const T* __restrict__ local) {
   using A = Wide<T>;
   constexpr int kTile = kManyTile<kInner>;

@@ -109,6 +109,23 @@ def test_a_union_is_at_most_one(dtype, shape, backend, device):
     assert map.min() >= 0
 
 
+@every_shape
+@pytest.mark.parametrize("count", [1, 2, 5, 32])
+def test_errors_do_not_depend_on_how_small_the_windows_are(count, shape, backend, device):
+    """Relative errors of f in float32, for exact exponents: 1 - Π (1 - f_k) would lose all digits of a small f."""
+    images = 2000 // count
+    rectangle = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.0]).repeat(images, count, 1)
+    steps = torch.randint(-40, 105, (images, count, 2), generator=torch.Generator().manual_seed(count))
+    rectangle[..., :2] = steps / 64
+    options = {"rescale": False, "shape": shape}
+    exact = attnkern.window_map(rectangle.double(), (1, 1), backend="reference", **options)
+    found = attnkern.window_map(rectangle.to(device), (1, 1), backend=backend, **options).double().cpu()
+    # Kernels that keep log f have its error: some units in the last place of the exponent.
+    exponents = exact.log().abs() + 6
+    assert ((found - exact).abs() <= torch.finfo(torch.float32).eps * exponents * exact).all()
+    assert count > 2 or exact.min() < 1e-12
+
+
 # --- extremes --------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import attnkern
 x, rectangle, a, anchors, query = (torch.zeros(()) for _ in range(5))
 
 assert_type(attnkern.window_map(rectangle, (3, 4), scale=5.0, aspect=True, backend="native"), torch.Tensor)
+assert_type(attnkern.window_map(rectangle[:, None], (3, 4), shape="ellipse"), torch.Tensor)
 windowed = attnkern.window_attention(x, rectangle, rescale=False, residual=False)
 assert_type(windowed, attnkern.WindowAttended)
 assert_type(windowed.map, torch.Tensor)

@@ -166,7 +166,7 @@ template <typename T> struct Union {
   // ∂log f/∂log f_k = f_k/f · Π_{j≠k} (1 - f_j)
   template <Outline kOutline> ATTNKERN_INLINE T share(const Window<T>& window) const {
     const T relative = window.fraction * exponential(window.exponent - exponent);
-    return relative / fraction * (outside / complement<kOutline>(window));
+    return relative * outside / (fraction * complement<kOutline>(window));
   }
 };
 

@@ -18,26 +18,73 @@ template <typename A, typename Body> void specialised(const Windows<A>& windows,
   windows.ellipse ? outlined(Ellipse{}) : outlined(Rectangle{});
 }
 
+// The unions of the windows at positions; not used where an image has one window.
+template <typename A> struct Unions {
+  std::vector<A> exponent, fraction, outside;
+
+  explicit Unions(int64_t positions) : exponent(positions), fraction(positions), outside(positions) {}
+};
+
 // The windows of an image at the positions of a block. Loops read copies on the stack, so that the compiler knows that
 // their stores do not change them.
 template <Outline kOutline, bool kOne, typename A> struct Block {
   const std::vector<Frame<A>>& frames;
   const A *rows, *columns;
   int64_t length;
-  // The union of the windows, unless there is only one.
-  struct Nothing {};
-  struct Unions {
-    A exponent[kBlock], fraction[kBlock], outside[kBlock];
-  };
-  std::conditional_t<kOne, Nothing, Unions> unions;
+  A *exponent, *fraction, *outside; // of the unions
 
-  Block(const Windows<A>& windows, const std::vector<Frame<A>>& frames, int64_t begin)
+  // `at` is the block's first position in the unions.
+  Block(const Windows<A>& windows, const std::vector<Frame<A>>& frames, Unions<A>& unions, int64_t begin, int64_t at)
       : frames(frames), rows(windows.rows.data() + begin), columns(windows.columns.data() + begin),
-        length(std::min(kBlock, windows.positions() - begin)) {
-    if constexpr (!kOne)
-      unite();
-  }
+        length(std::min(kBlock, windows.positions() - begin)), exponent(unions.exponent.data() + at),
+        fraction(unions.fraction.data() + at), outside(unions.outside.data() + at) {}
 
+  // Computes the unions, which all others need.
+  void unite() const {
+    if constexpr (kOne)
+      return;
+    const int64_t count = length;
+    const A *row = rows, *column = columns;
+    A *exponents = exponent, *fractions = fraction, *outsides = outside;
+    std::fill_n(exponents, count, -std::numeric_limits<A>::infinity());
+    std::fill_n(fractions, count, A(0));
+    std::fill_n(outsides, count, A(1));
+    for (const Frame<A>& each : frames) {
+      const Frame<A> frame = each;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        const A bound = exponent_bound<kOutline>(frame, row[i], column[i]);
+        exponents[i] = bound > exponents[i] ? bound : exponents[i];
+      }
+    }
+    for (const Frame<A>& each : frames) {
+      const Frame<A> frame = each;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        const auto sum = with_window<kOutline>(frame, row[i], column[i], {exponents[i], fractions[i], outsides[i]});
+        fractions[i] = sum.fraction, outsides[i] = sum.outside;
+      }
+    }
+  }
+  // The largest exponent, or `max` if that is larger.
+  A largest(A max) const {
+    const int64_t count = length;
+    if constexpr (kOne) {
+      const Frame<A> frame = frames[0];
+      const A *row = rows, *column = columns;
+#pragma omp simd reduction(max : max)
+      for (int64_t i = 0; i < count; ++i) {
+        const A found = exponent_bound<kOutline>(frame, row[i], column[i]);
+        max = found > max ? found : max;
+      }
+    } else {
+      const A* exponents = exponent;
+#pragma omp simd reduction(max : max)
+      for (int64_t i = 0; i < count; ++i)
+        max = exponents[i] > max ? exponents[i] : max;
+    }
+    return max;
+  }
   // to[i] = factor · f · e^-max
   void values(A factor, A max, A* to) const {
     const int64_t count = length;
@@ -50,10 +97,10 @@ template <Outline kOutline, bool kOne, typename A> struct Block {
         to[i] = factor * window.fraction * exponential(window.exponent - max);
       }
     } else {
-      const A *exponent = unions.exponent, *fraction = unions.fraction;
+      const A *exponents = exponent, *fractions = fraction;
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i)
-        to[i] = factor * fraction[i] * exponential(exponent[i] - max);
+        to[i] = factor * fractions[i] * exponential(exponents[i] - max);
     }
   }
   // to[i] = f, at most 1 in spite of rounding
@@ -89,9 +136,7 @@ template <Outline kOutline, bool kOne, typename A> struct Block {
   void add_slopes(const A* weight, const A* mean, double* total) const {
     const int64_t count = length;
     const A *row = rows, *column = columns;
-    const A *exponent = nullptr, *fraction = nullptr, *outside = nullptr;
-    if constexpr (!kOne)
-      exponent = unions.exponent, fraction = unions.fraction, outside = unions.outside;
+    const A *exponents = exponent, *fractions = fraction, *outsides = outside;
     for (const Frame<A>& each : frames) {
       const Frame<A> frame = each;
       const A m0 = mean[0], m1 = mean[1], m2 = mean[2], m3 = mean[3], m4 = mean[4];
@@ -102,7 +147,7 @@ template <Outline kOutline, bool kOne, typename A> struct Block {
         if constexpr (kOne)
           slopes_at<kOutline>(frame, row[i], column[i], A(0), slope);
         else
-          slopes_at<kOutline>(frame, row[i], column[i], {exponent[i], fraction[i], outside[i]}, slope);
+          slopes_at<kOutline>(frame, row[i], column[i], {exponents[i], fractions[i], outsides[i]}, slope);
         s0 += weight[i] * (slope[0] - m0), s1 += weight[i] * (slope[1] - m1), s2 += weight[i] * (slope[2] - m2);
         s3 += weight[i] * (slope[3] - m3), s4 += weight[i] * (slope[4] - m4);
       }
@@ -110,39 +155,14 @@ template <Outline kOutline, bool kOne, typename A> struct Block {
       mean += kParameters, total += kParameters;
     }
   }
-
-private:
-  void unite() {
-    const int64_t count = length;
-    const A *row = rows, *column = columns;
-    A *exponent = unions.exponent, *fraction = unions.fraction, *outside = unions.outside;
-    std::fill_n(exponent, count, -std::numeric_limits<A>::infinity());
-    std::fill_n(fraction, count, A(0));
-    std::fill_n(outside, count, A(1));
-    for (const Frame<A>& each : frames) {
-      const Frame<A> frame = each;
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) {
-        const A bound = exponent_bound<kOutline>(frame, row[i], column[i]);
-        exponent[i] = bound > exponent[i] ? bound : exponent[i];
-      }
-    }
-    for (const Frame<A>& each : frames) {
-      const Frame<A> frame = each;
-#pragma omp simd
-      for (int64_t i = 0; i < count; ++i) {
-        const auto sum = with_window<kOutline>(frame, row[i], column[i], {exponent[i], fraction[i], outside[i]});
-        fraction[i] = sum.fraction, outside[i] = sum.outside;
-      }
-    }
-  }
 };
 
-// Calls use(block, begin) for the blocks of an image.
+// Calls use(block, begin) for the blocks of an image, whose unions begin at `at`.
 template <Outline kOutline, bool kOne, typename A, typename Use>
-void for_blocks(const Windows<A>& windows, const std::vector<Frame<A>>& frames, const Use& use) {
+void for_blocks(const Windows<A>& windows, const std::vector<Frame<A>>& frames, Unions<A>& unions, int64_t at,
+                const Use& use) {
   for (int64_t begin = 0; begin < windows.positions(); begin += kBlock)
-    use(Block<kOutline, kOne, A>(windows, frames, begin), begin);
+    use(Block<kOutline, kOne, A>(windows, frames, unions, begin, at + begin), begin);
 }
 
 // The maps, and with rescale the statistics for the backward pass.
@@ -152,24 +172,21 @@ template <typename A> void window_maps(const Windows<A>& windows, A* map, A* sta
     parallel(windows.images(), 16 * positions * windows.count, [&](int64_t image) {
       const auto frames = windows.frames(image);
       A* to = map + image * positions;
-      A max = 0;
-      if (windows.rescale) {
-        max = exponent_bound<outline()>(frames[0], windows.rows[0], windows.columns[0]);
-        for (const Frame<A>& each : frames) {
-          const Frame<A> frame = each;
-          const A *rows = windows.rows.data(), *columns = windows.columns.data();
-#pragma omp simd reduction(max : max)
-          for (int64_t i = 0; i < positions; ++i) {
-            const A found = exponent_bound<outline()>(frame, rows[i], columns[i]);
-            max = found > max ? found : max;
-          }
-        }
-      }
+      Unions<A> unions(one() ? 0 : positions);
+      const auto blocks = [&](const auto& use) { for_blocks<outline(), one()>(windows, frames, unions, 0, use); };
+      A max = -std::numeric_limits<A>::infinity();
+      blocks([&](const auto& block, int64_t begin) {
+        block.unite();
+        if (windows.rescale)
+          max = block.largest(max);
+        else
+          block.plain(to + begin);
+      });
+      if (!windows.rescale)
+        return;
       double total = 0;
       std::vector<double> slopes(parameters);
-      for_blocks<outline(), one()>(windows, frames, [&](const auto& block, int64_t begin) {
-        if (!windows.rescale)
-          return block.plain(to + begin);
+      blocks([&](const auto& block, int64_t begin) {
         block.values_and_slopes(max, to + begin, slopes.data());
         A sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -177,8 +194,6 @@ template <typename A> void window_maps(const Windows<A>& windows, A* map, A* sta
           sum += to[begin + i];
         total += sum;
       });
-      if (!windows.rescale)
-        return;
       const A factor = static_cast<A>(positions / total);
 #pragma omp simd
       for (int64_t i = 0; i < positions; ++i)
@@ -192,14 +207,18 @@ template <typename A> void window_maps(const Windows<A>& windows, A* map, A* sta
   });
 }
 
-// The maps, recomputed from the statistics of the forward pass.
-template <typename A> void window_maps_again(const Windows<A>& windows, const A* stats, A* map) {
+// The maps, recomputed from the statistics of the forward pass, and the unions of all images.
+template <typename A> Unions<A> window_maps_again(const Windows<A>& windows, const A* stats, A* map) {
   const int64_t positions = windows.positions();
+  Unions<A> unions(windows.count == 1 ? 0 : windows.images() * positions);
   specialised(windows, [&](auto outline, auto one) {
     parallel(windows.images(), 16 * positions * windows.count, [&](int64_t image) {
+      const auto frames = windows.frames(image);
       const A* stat = stats + image * stats_of(windows.count);
       A* to = map + image * positions;
-      for_blocks<outline(), one()>(windows, windows.frames(image), [&](const auto& block, int64_t begin) {
+      const int64_t at = one() ? 0 : image * positions;
+      for_blocks<outline(), one()>(windows, frames, unions, at, [&](const auto& block, int64_t begin) {
+        block.unite();
         if (windows.rescale)
           block.values(positions / stat[1], stat[0], to + begin);
         else
@@ -207,12 +226,14 @@ template <typename A> void window_maps_again(const Windows<A>& windows, const A*
       });
     });
   });
+  return unions;
 }
 
 // dβ = Σ G·f·∂log f, or with rescale HW·Σ (G - Σ π G)·π·(∂log f - Σ π ∂log f): both are centred, so that neither a
 // large mean of G nor the steep slopes of a thin window cause cancellation. gather(image) is the image's G.
 template <typename A, typename Gather>
-void window_gradients(const Windows<A>& windows, const A* stats, const A* map, const Gather& gather, A* gradients) {
+void window_gradients(const Windows<A>& windows, Unions<A>& unions, const A* stats, const A* map, const Gather& gather,
+                      A* gradients) {
   const int64_t positions = windows.positions(), parameters = windows.count * kParameters;
   specialised(windows, [&](auto outline, auto one) {
     parallel(windows.images(), 16 * positions * windows.count, [&](int64_t image) {
@@ -237,7 +258,9 @@ void window_gradients(const Windows<A>& windows, const A* stats, const A* map, c
         }
       }
       std::vector<double> total(parameters);
-      for_blocks<outline(), one()>(windows, windows.frames(image), [&](const auto& block, int64_t begin) {
+      const auto frames = windows.frames(image);
+      const int64_t at = one() ? 0 : image * positions;
+      for_blocks<outline(), one()>(windows, frames, unions, at, [&](const auto& block, int64_t begin) {
         A weight[kBlock];
 #pragma omp simd
         for (int64_t i = 0; i < block.length; ++i)
@@ -253,8 +276,8 @@ void window_gradients(const Windows<A>& windows, const A* stats, const A* map, c
 template <typename A> void window_map_gradients(const Windows<A>& windows, const A* stats, const A* g, A* gradients) {
   const int64_t positions = windows.positions();
   std::vector<A> map(windows.images() * positions);
-  window_maps_again(windows, stats, map.data());
-  window_gradients(windows, stats, map.data(), [&](int64_t image) { return g + image * positions; }, gradients);
+  auto unions = window_maps_again(windows, stats, map.data());
+  window_gradients(windows, unions, stats, map.data(), [&](int64_t image) { return g + image * positions; }, gradients);
 }
 
 template <typename T>
@@ -262,10 +285,10 @@ void window_backward(const Windows<Wide<T>>& windows, const Shape& shape, const 
                      const T* x, const Wide<T>* stats, bool residual, T* dx, Wide<T>* gradients) {
   using A = Wide<T>;
   std::vector<A> map(shape.images * shape.positions), partial(map.size() * partial_sums(shape));
-  window_maps_again(windows, stats, map.data());
+  auto unions = window_maps_again(windows, stats, map.data());
   modulate_backward(shape, dy, x, map.data(), residual, dx, partial.data());
   window_gradients(
-      windows, stats, map.data(), [&](int64_t image) { return add_partials(shape, partial.data(), image, grad_map); },
+      windows, unions, stats, map.data(), [&](int64_t image) { return add_partials(shape, partial.data(), image, grad_map); },
       gradients);
 }
 

@@ -70,7 +70,7 @@ def passes(ops, shape, layout):
     )  # fmt: skip
     query, grad_pooled = companion(n, c, generator=g), companion(n, c, generator=g).bfloat16()
     anchors, loss = torch.linspace(0, 1, 5), torch.tensor(0.5)
-    window = (6.0, True, True, False)
+    window = (6.0, True, True, False, False)
     yield "window_fwd", (x, rectangle, *window), (0, 1, 2)
     stats = ops.window_fwd(x[-1:], rectangle[-1:], *window)[2]
     yield "window_bwd", (grad, grad_map, x, rectangle, stats.expand(n, -1).contiguous(), *window, True), (0, 1)

@@ -77,14 +77,14 @@ def meta(*shape, dtype=FLOAT, channels_last=False):
 
 def run_window(x, companion):
     rectangle = meta(x.shape[0], 5, dtype=companion)
-    output, map, stats = window.window_fwd(x, rectangle, 6.0, True, True, False)
-    window.window_bwd(output, map, x, rectangle, stats, 6.0, True, True, False, True)
+    output, map, stats = window.window_fwd(x, rectangle, 6.0, True, True, False, False)
+    window.window_bwd(output, map, x, rectangle, stats, 6.0, True, True, False, False, True)
 
 
 def run_window_map(x, companion):
     rectangle = meta(x.shape[0], 5, dtype=companion)
-    map, stats = window.window_map_fwd(rectangle, *x.shape[2:], 6.0, True, False)
-    window.window_map_bwd(map, rectangle, stats, 6.0, True, False)
+    map, stats = window.window_map_fwd(rectangle, *x.shape[2:], 6.0, True, False, False)
+    window.window_map_bwd(map, rectangle, stats, 6.0, True, False, False)
 
 
 def run_anchor_quantize(x, companion):

@@ -132,7 +132,7 @@ def test_window(case, options, kind):
     # The differences of coordinates behind a map with one peak lose digits to cancellation.
     sums = wide if kind == "ordinary" else {FLOAT: BF16, DOUBLE: FLOAT}[wide]
 
-    output, map, stats = ops.window_fwd(x, rectangle, scale, rescale, residual, aspect)
+    output, map, stats = ops.window_fwd(x, rectangle, scale, rescale, residual, aspect, False)
     assert output.stride() == x.stride()
     assert stats.shape == (shape[0], 7 if rescale else 0)
     for grad_maps in ((grad_map,), ()):
@@ -141,7 +141,7 @@ def test_window(case, options, kind):
         assert_near("output", output, want[0], dtype, sums)
         assert_near("map", map, want[1], sums)
         wants = gradients(want[: 1 + len(grad_maps)], (grad_output, *grad_maps), exact)
-        args = (grad_output, *(grad_maps or (None,)), x, rectangle, stats, scale, rescale, residual, aspect)
+        args = (grad_output, *(grad_maps or (None,)), x, rectangle, stats, scale, rescale, residual, aspect, False)
         grad_x, grad_rectangle = ops.window_bwd(*args, True)
         assert grad_x.stride() == x.stride()
         assert_near("grad_x", grad_x, wants[0], dtype, sums)
@@ -158,20 +158,20 @@ def test_window_map(size, dtype, rescale):
     rectangle = rectangles(3, dtype)
     exact = double(rectangle)
     want = reference.window_map(exact, size, rescale=rescale)
-    map, stats = ops.window_map_fwd(rectangle, *size, 6.0, rescale, False)
+    map, stats = ops.window_map_fwd(rectangle, *size, 6.0, rescale, False, False)
     assert_near("map", map, want, map.dtype)
     grad_map = normal((3, *size), map.dtype, 4)
-    grad = ops.window_map_bwd(grad_map, rectangle, stats, 6.0, rescale, False)
+    grad = ops.window_map_bwd(grad_map, rectangle, stats, 6.0, rescale, False, False)
     assert_near("grad", grad, *gradients((want,), (grad_map,), (exact,)), dtype, map.dtype)
 
 
 def test_window_nan_propagation():
     x, rectangle = normal((3, 5, 7, 7), FLOAT, 0), rectangles(3, FLOAT)
     x[0, 1, 2, 3] = rectangle[2, 4] = torch.nan
-    output, map, stats = ops.window_fwd(x, rectangle, 6.0, True, True, False)
+    output, map, stats = ops.window_fwd(x, rectangle, 6.0, True, True, False, False)
     assert output.isnan().nonzero()[:, 0].bincount().tolist() == [1, 0, 5 * 49]
     assert map.isnan().flatten(1).sum(1).tolist() == [0, 0, 49]
-    _, grad = ops.window_bwd(torch.ones_like(x), None, x, rectangle, stats, 6.0, True, True, False, False)
+    _, grad = ops.window_bwd(torch.ones_like(x), None, x, rectangle, stats, 6.0, True, True, False, False, False)
     assert grad.isnan().sum(1).tolist() == [5, 0, 5]
 
 
@@ -538,15 +538,15 @@ def passes(shape, channels_last, anchors):
         normal(shape[:2], FLOAT, 2),
     )
     rectangle, anchors = rectangles(shape[0], FLOAT), torch.linspace(-1, 1, anchors)
-    map, map_stats = ops.window_map_fwd(rectangle, *shape[2:], 6.0, True, False)
-    _, _, stats = ops.window_fwd(x, rectangle, 6.0, True, True, False)
+    map, map_stats = ops.window_map_fwd(rectangle, *shape[2:], 6.0, True, False, False)
+    _, _, stats = ops.window_fwd(x, rectangle, 6.0, True, True, False, False)
     _, _, index, loss, _, _, residuals = ops.anchor_fwd(x, a, anchors, True, 1)
     pooled, attention, scores, _ = ops.pool_fwd(x, query, None)
     return {
-        "window_map_fwd": lambda: ops.window_map_fwd(rectangle, *shape[2:], 6.0, True, False),
-        "window_map_bwd": lambda: ops.window_map_bwd(map, rectangle, map_stats, 6.0, True, False),
-        "window_fwd": lambda: ops.window_fwd(x, rectangle, 6.0, True, True, False),
-        "window_bwd": lambda: ops.window_bwd(x, map, x, rectangle, stats, 6.0, True, True, False, True),
+        "window_map_fwd": lambda: ops.window_map_fwd(rectangle, *shape[2:], 6.0, True, False, False),
+        "window_map_bwd": lambda: ops.window_map_bwd(map, rectangle, map_stats, 6.0, True, False, False),
+        "window_fwd": lambda: ops.window_fwd(x, rectangle, 6.0, True, True, False, False),
+        "window_bwd": lambda: ops.window_bwd(x, map, x, rectangle, stats, 6.0, True, True, False, False, True),
         "quantize_fwd": lambda: ops.quantize_fwd(a, anchors, 1),
         "quantize_bwd": lambda: ops.quantize_bwd(a, loss, loss, a, anchors, index, residuals, 1),
         "anchor_fwd": lambda: ops.anchor_fwd(x, a, anchors, True, 1),
@@ -589,8 +589,8 @@ def test_results_do_not_depend_on_batch_place_or_alignment(dtype, channels_last,
     rectangle, a, anchors = rectangles(3, FLOAT), normal((3, 1, *size), FLOAT, 2), torch.tensor([0.0, 1.0, -1.0])
 
     def run(x, grad_output, rectangle, a):
-        output, map, stats = ops.window_fwd(x, rectangle, 6.0, True, True, False)
-        grads = ops.window_bwd(grad_output, None, x, rectangle, stats, 6.0, True, True, False, True)
+        output, map, stats = ops.window_fwd(x, rectangle, 6.0, True, True, False, False)
+        grads = ops.window_bwd(grad_output, None, x, rectangle, stats, 6.0, True, True, False, False, True)
         modulated, values, index, _, _, _, residuals = ops.anchor_fwd(x, a, anchors, True, 1)
         others = ops.anchor_bwd(grad_output, None, None, None, x, a, anchors, index, residuals, True, 1, True)
         query, grad_pooled = rectangle.repeat(1, 4)[:, : x.shape[1]].contiguous(), x[:, :, 1, 1].contiguous()

@@ -111,35 +111,25 @@ template <Outline kOutline, bool kOne, typename A> struct Block {
     for (int64_t i = 0; i < count; ++i)
       to[i] = to[i] > A(1) ? A(1) : to[i];
   }
-  // to[i] = f · e^-max, and adds Σ to[i]·∂log f/∂β to `total`.
-  void values_and_slopes(A max, A* to, double* total) const {
-    if constexpr (!kOne) {
-      values(A(1), max, to);
-      const std::vector<A> zeros(frames.size() * kParameters);
-      return add_slopes(to, zeros.data(), total);
-    }
-    const int64_t count = length;
-    const Frame<A> frame = frames[0];
-    const A *row = rows, *column = columns;
-    A s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3, s4)
-    for (int64_t i = 0; i < count; ++i) {
+  // ∂log f/∂β at the i-th position, for the parameters of all windows.
+  void slopes(int64_t i, A* to) const {
+    for (const Frame<A>& frame : frames) {
       A slope[kParameters];
-      const A value = slopes_at<kOutline>(frame, row[i], column[i], max, slope);
-      to[i] = value;
-      s0 += value * slope[0], s1 += value * slope[1], s2 += value * slope[2];
-      s3 += value * slope[3], s4 += value * slope[4];
+      if constexpr (kOne)
+        slopes_at<kOutline>(frame, rows[i], columns[i], A(0), slope);
+      else
+        slopes_at<kOutline>(frame, rows[i], columns[i], {exponent[i], fraction[i], outside[i]}, slope);
+      to = std::copy_n(slope, kParameters, to);
     }
-    total[0] += s0, total[1] += s1, total[2] += s2, total[3] += s3, total[4] += s4;
   }
-  // Adds Σ weight[i]·(∂log f/∂β - mean) to `total`, for the parameters of all windows.
-  void add_slopes(const A* weight, const A* mean, double* total) const {
+  // Adds Σ weight[i]·(∂log f/∂β - centre) to `total`, for the parameters of all windows.
+  void add_slopes(const A* weight, const A* centre, double* total) const {
     const int64_t count = length;
     const A *row = rows, *column = columns;
     const A *exponents = exponent, *fractions = fraction, *outsides = outside;
     for (const Frame<A>& each : frames) {
       const Frame<A> frame = each;
-      const A m0 = mean[0], m1 = mean[1], m2 = mean[2], m3 = mean[3], m4 = mean[4];
+      const A c0 = centre[0], c1 = centre[1], c2 = centre[2], c3 = centre[3], c4 = centre[4];
       A s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3, s4)
       for (int64_t i = 0; i < count; ++i) {
@@ -148,11 +138,11 @@ template <Outline kOutline, bool kOne, typename A> struct Block {
           slopes_at<kOutline>(frame, row[i], column[i], A(0), slope);
         else
           slopes_at<kOutline>(frame, row[i], column[i], {exponents[i], fractions[i], outsides[i]}, slope);
-        s0 += weight[i] * (slope[0] - m0), s1 += weight[i] * (slope[1] - m1), s2 += weight[i] * (slope[2] - m2);
-        s3 += weight[i] * (slope[3] - m3), s4 += weight[i] * (slope[4] - m4);
+        s0 += weight[i] * (slope[0] - c0), s1 += weight[i] * (slope[1] - c1), s2 += weight[i] * (slope[2] - c2);
+        s3 += weight[i] * (slope[3] - c3), s4 += weight[i] * (slope[4] - c4);
       }
       total[0] += s0, total[1] += s1, total[2] += s2, total[3] += s3, total[4] += s4;
-      mean += kParameters, total += kParameters;
+      centre += kParameters, total += kParameters;
     }
   }
 };
@@ -165,9 +155,9 @@ void for_blocks(const Windows<A>& windows, const std::vector<Frame<A>>& frames, 
     use(Block<kOutline, kOne, A>(windows, frames, unions, begin, at + begin), begin);
 }
 
-// The maps, and with rescale the statistics for the backward pass.
+// The maps, and with rescale the statistics for the backward pass. The means among these are not needed here.
 template <typename A> void window_maps(const Windows<A>& windows, A* map, A* stats) {
-  const int64_t positions = windows.positions(), parameters = windows.count * kParameters;
+  const int64_t positions = windows.positions();
   specialised(windows, [&](auto outline, auto one) {
     parallel(windows.images(), 16 * positions * windows.count, [&](int64_t image) {
       const auto frames = windows.frames(image);
@@ -185,9 +175,8 @@ template <typename A> void window_maps(const Windows<A>& windows, A* map, A* sta
       if (!windows.rescale)
         return;
       double total = 0;
-      std::vector<double> slopes(parameters);
       blocks([&](const auto& block, int64_t begin) {
-        block.values_and_slopes(max, to + begin, slopes.data());
+        block.values(A(1), max, to + begin);
         A sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t i = 0; i < block.length; ++i)
@@ -199,10 +188,9 @@ template <typename A> void window_maps(const Windows<A>& windows, A* map, A* sta
       for (int64_t i = 0; i < positions; ++i)
         to[i] *= factor;
       A* stat = stats + image * stats_of(windows.count);
+      std::fill_n(stat, stats_of(windows.count), A(0));
       stat[0] = max;
       stat[1] = static_cast<A>(total);
-      for (int64_t k = 0; k < parameters; ++k)
-        stat[2 + k] = static_cast<A>(slopes[k] / total);
     });
   });
 }
@@ -229,20 +217,28 @@ template <typename A> Unions<A> window_maps_again(const Windows<A>& windows, con
   return unions;
 }
 
-// dβ = Σ G·f·∂log f, or with rescale HW·Σ (G - Σ π G)·π·(∂log f - Σ π ∂log f): both are centred, so that neither a
-// large mean of G nor the steep slopes of a thin window cause cancellation. gather(image) is the image's G.
+// The first position of the largest number; 0 if all are NaN.
+template <typename A> int64_t place_of_largest(const A* f, int64_t positions) {
+  A max = -std::numeric_limits<A>::infinity();
+#pragma omp simd reduction(max : max)
+  for (int64_t i = 0; i < positions; ++i)
+    max = f[i] > max ? f[i] : max;
+  const int64_t place = std::find(f, f + positions, max) - f;
+  return place < positions ? place : 0;
+}
+
+// dβ = Σ G·f·∂log f, or with rescale HW·Σ (G - Σ π G)·π·(∂log f - c) for any c: both are centred, so that neither a
+// large mean of G nor the steep slopes of a thin window cause cancellation. c are the slopes where f is largest.
+// gather(image) is the image's G.
 template <typename A, typename Gather>
-void window_gradients(const Windows<A>& windows, Unions<A>& unions, const A* stats, const A* map, const Gather& gather,
-                      A* gradients) {
+void window_gradients(const Windows<A>& windows, Unions<A>& unions, const A* map, const Gather& gather, A* gradients) {
   const int64_t positions = windows.positions(), parameters = windows.count * kParameters;
   specialised(windows, [&](auto outline, auto one) {
     parallel(windows.images(), 16 * positions * windows.count, [&](int64_t image) {
       const auto gathered = gather(image);
       const A *g = &gathered[0], *f = map + image * positions;
-      std::vector<A> mean(parameters);
       A centre = 0; // Σ π G
       if (windows.rescale) {
-        std::copy_n(stats + image * stats_of(windows.count) + 2, parameters, mean.begin());
         // The second sum removes the rounding error of the first, which steep slopes would multiply.
         for (int times = 0; times < 2; ++times) {
           double total = 0;
@@ -257,15 +253,20 @@ void window_gradients(const Windows<A>& windows, Unions<A>& unions, const A* sta
           centre += static_cast<A>(total / positions);
         }
       }
-      std::vector<double> total(parameters);
       const auto frames = windows.frames(image);
       const int64_t at = one() ? 0 : image * positions;
+      std::vector<A> slopes(parameters);
+      if (windows.rescale) {
+        const int64_t place = place_of_largest(f, positions);
+        Block<outline(), one(), A>(windows, frames, unions, place, at + place).slopes(0, slopes.data());
+      }
+      std::vector<double> total(parameters);
       for_blocks<outline(), one()>(windows, frames, unions, at, [&](const auto& block, int64_t begin) {
         A weight[kBlock];
 #pragma omp simd
         for (int64_t i = 0; i < block.length; ++i)
           weight[i] = (g[begin + i] - centre) * f[begin + i];
-        block.add_slopes(weight, mean.data(), total.data());
+        block.add_slopes(weight, slopes.data(), total.data());
       });
       for (int64_t k = 0; k < parameters; ++k)
         gradients[image * parameters + k] = static_cast<A>(total[k]);
@@ -277,7 +278,7 @@ template <typename A> void window_map_gradients(const Windows<A>& windows, const
   const int64_t positions = windows.positions();
   std::vector<A> map(windows.images() * positions);
   auto unions = window_maps_again(windows, stats, map.data());
-  window_gradients(windows, unions, stats, map.data(), [&](int64_t image) { return g + image * positions; }, gradients);
+  window_gradients(windows, unions, map.data(), [&](int64_t image) { return g + image * positions; }, gradients);
 }
 
 template <typename T>
@@ -288,7 +289,7 @@ void window_backward(const Windows<Wide<T>>& windows, const Shape& shape, const 
   auto unions = window_maps_again(windows, stats, map.data());
   modulate_backward(shape, dy, x, map.data(), residual, dx, partial.data());
   window_gradients(
-      windows, unions, stats, map.data(), [&](int64_t image) { return add_partials(shape, partial.data(), image, grad_map); },
+      windows, unions, map.data(), [&](int64_t image) { return add_partials(shape, partial.data(), image, grad_map); },
       gradients);
 }
 

@@ -505,8 +505,10 @@ def test_slow_calls_have_few_turns():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory on a CPU is Linux's")
 def test_peak_of_the_memory():
-    """The peak includes what a call has freed again when it ends, and not what was there before. In a new process, since
-    malloc keeps more of what is freed the longer a process runs."""
+    """The peak includes what a call has freed again when it ends, and not what was there before.
+
+    It is measured in a new process, because malloc keeps more of what is freed the longer a process runs.
+    """
     program = """
 import torch
 from benchmarks import run

@@ -113,7 +113,7 @@ def compatibility_pool(
     query = companion(where, "query", query, "local", local)
     if mask is not None:
         check_mask(where, mask, local)
-    chosen = _backend.choose(backend, local)
+    chosen = _backend.choose(backend, local, many=query.dim() == 3 or mask is not None)
     if chosen == "reference" or transformed(local, query):
         return CompatibilityPooled(*reference.compatibility_pool(local, query, mask))
     return CompatibilityPooled(*_CompatibilityPool.apply(local, query, mask, chosen))

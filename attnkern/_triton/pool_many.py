@@ -271,7 +271,7 @@ def _pool_many_bwd_kernel(
     used = p < P if grad_scores is not None else kept
     query += n * stride_qn
     row = n * stride_dn + split
-    maps = n * M * P + tl.arange(0, BLOCK_M).to(tl.int64)[:, None] * P + p[None, :]
+    maps = tl.arange(0, BLOCK_M).to(tl.int64)[:, None] * P + p[None, :]
     if slopes is None:  # a single group of queries, whose maps stay in registers
         a, dc = _score_grads(
             grad_pooled, grad_attention, grad_scores, local, attention, delta, kept, n, 0, first_p, M, C, P,
@@ -294,7 +294,7 @@ def _pool_many_bwd_kernel(
                 CHANNELS_LAST, BLOCK_M, BLOCK_C, BLOCK_P, PRECISION,
             )  # fmt: skip
             m = first_m + tl.arange(0, BLOCK_M)
-            tl.store(slopes + first_m.to(tl.int64) * P + maps, dc, (m < M)[:, None] & (p < P)[None, :])
+            tl.store(slopes + (n * M + first_m) * P + maps, dc, (m < M)[:, None] & (p < P)[None, :])
         tl.debug_barrier()  # other threads stored gradients of the scores
         for first_c in range(0, C, BLOCK_C):
             tile = _load(local, n, first_c, first_p, used, C, P, CHANNELS_LAST, BLOCK_C, BLOCK_P)

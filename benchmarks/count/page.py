@@ -297,8 +297,9 @@ def choices(counted: list[dict]) -> str:
     native = choice.always_native(counted)
     lines += [
         "",
-        f"The automatic choice is native for every call. Over all of them this takes {native.mean:.2f} × the time of"
-        f" the better backend by geometric mean, at most {native.worst:.2f} × ({native.worst_at}). Most of these"
+        "The automatic choice is native for every call, except for pooling with many queries or a mask, where it is"
+        f" Triton. Over the calls of this section native takes {native.mean:.2f} × the time of the better backend by"
+        f" geometric mean, at most {native.worst:.2f} × ({native.worst_at}). Most of these"
         " differences are smaller than the uncertainty of the estimates.",
     ]
     return "\n".join(lines)

@@ -47,12 +47,12 @@ template <typename T>
 void forward(Tensor local, const Tensor& query, const std::optional<Tensor>& mask, const Tensor& pooled,
              const Tensor& attention, const Tensor& scores, const Tensor& pooled_wide) {
   using A = Wide<T>;
-  if (query.dim() == 3 || mask.has_value())
+  if (is_many(query, mask))
     return forward_many<T>(local, query, mask, pooled, attention, scores, pooled_wide);
   const Queue queue(local);
   const Shape shape(local);
   const int64_t n = shape.images, c = shape.channels;
-  Forward<T> pass{{query, query.dim() == 1}, mutable_data<A>(scores), nullptr, nullptr, mutable_data<T>(pooled),
+  Forward<T> pass{{query, shares_query(query)}, mutable_data<A>(scores), nullptr, nullptr, mutable_data<T>(pooled),
                   std::is_same_v<T, A> ? nullptr : mutable_data<A>(pooled_wide), mutable_data<A>(attention)};
   if (!PoolPlan::fits<T>(shape))
     return launch_slices<T>(queue, shape, pass, local, pass.query);
@@ -75,7 +75,7 @@ void backward(const std::optional<Tensor>& grad_pooled, const std::optional<Tens
               const std::optional<Tensor>& mask, const Tensor& attention, const Tensor& pooled_wide, T* grad_local,
               const Tensor& grad_query) {
   using A = Wide<T>;
-  if (query.dim() == 3 || mask.has_value())
+  if (is_many(query, mask))
     return backward_many<T>(grad_pooled, grad_attention, grad_scores, local, query, mask, attention, pooled_wide,
                             grad_local, grad_query);
   const Queue queue(local);
@@ -86,7 +86,7 @@ void backward(const std::optional<Tensor>& grad_pooled, const std::optional<Tens
     torch::stable::zero_(none);
     return;
   }
-  const bool shared_query = query.dim() == 1;
+  const bool shared_query = shares_query(query);
   Backward<T> pass{data<T>(grad_pooled),
                    data<A>(grad_attention),
                    data<A>(grad_scores),

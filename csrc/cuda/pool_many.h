@@ -6,6 +6,13 @@
 
 namespace attnkern {
 
+// Whether pooling takes these kernels: with several queries per image, with none, or with a mask.
+inline bool is_many(const Tensor& query, const std::optional<Tensor>& mask) {
+  return mask.has_value() || (query.dim() == 3 && query.size(1) != 1);
+}
+// Whether all images have the same queries, (C,) or (1, M, C).
+inline bool shares_query(const Tensor& query) { return query.dim() == 1 || (query.dim() == 3 && query.size(0) == 1); }
+
 template <typename T>
 void forward_many(Tensor local, const Tensor& query, const std::optional<Tensor>& mask, const Tensor& pooled,
                   const Tensor& attention, const Tensor& scores, const Tensor& pooled_wide);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/mma.cuh"
+#include "cuda/pool_many.h"
 
 namespace attnkern {
 
@@ -52,7 +53,7 @@ struct ManyPlan {
   template <typename T>
   ManyPlan(const Shape& features, const Tensor& query, const std::optional<Tensor>& given, size_t shared_memory, T)
       : shape(features), queries(query.dim() == 3 ? query.size(1) : 1), mask(given) {
-    shared_query = query.dim() == 1 || (query.dim() == 3 && query.size(0) == 1);
+    shared_query = shares_query(query);
     tile = shape.channels_inner ? kManyTile<true> : kManyTile<false>;
     width = widest_piece<T>(shape.channels_inner ? shape.channels : shape.positions);
     groups = ceil_div(queries, kQueries);

@@ -1,5 +1,6 @@
 """Wrong calls raise, before any operator runs, an error that names the argument, its value and what is expected."""
 
+import types
 from importlib import metadata
 
 import numpy
@@ -227,6 +228,21 @@ def test_a_triton_that_cannot_interpret_says_why(versions, message, monkeypatch)
     monkeypatch.setattr(_ops, "TRITON_INTERPRETS", True)
     monkeypatch.setattr(_backend, "_INTERPRETER_FAULT", fault)
     assert _backend.reason("triton", torch.device("cpu"), torch.float32) == fault
+
+
+@pytest.mark.parametrize("kind, many, missing, expected", [
+    ("cuda", False, None, "native"),
+    ("cuda", True, None, "triton"),  # faster there for many queries and masks
+    ("cuda", True, "triton", "native"),
+    ("cuda", False, "native", "triton"),
+    ("cpu", True, None, "native"),
+])  # fmt: skip
+def test_the_automatic_choice(kind, many, missing, expected, monkeypatch):
+    monkeypatch.setattr(_backend, "_current", None)
+    monkeypatch.setattr(_backend, "reason", lambda name, *_: "missing" if name == missing else None)
+    monkeypatch.setattr(_backend, "_first_kernel_fails", lambda device: False)
+    x = types.SimpleNamespace(device=torch.device(kind), dtype=torch.float32)
+    assert _backend.choose(None, x, many) == expected
 
 
 def test_an_unbuilt_library_says_why_and_automatic_goes_on(monkeypatch):

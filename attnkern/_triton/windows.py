@@ -30,7 +30,8 @@ def _union(position, rectangle, n, K, H, W, scale, row, column, ELLIPSE: tl.cons
         total = total * tl.exp(largest - larger) + outside * tl.exp(z - larger)
         outside *= own
         largest = larger
-    return largest + tl.log(total), outside
+    z = largest + tl.log(total)
+    return tl.where(z > 0, 0.0, z), outside  # rounding must not make f larger than 1
 
 
 @triton.jit

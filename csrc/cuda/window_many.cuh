@@ -35,6 +35,11 @@ public:
     });
     for_windows([&](int64_t, const Frame<A>& frame) { sum = with_window<kOutline>(frame, row_, column_, sum); });
   }
+  // log f, of which the map is computed. Rounding must not make f larger than 1.
+  ATTNKERN_DEVICE A log() const {
+    const A log = sum.exponent + std::log(sum.fraction);
+    return log > A(0) ? A(0) : log;
+  }
   ATTNKERN_DEVICE bool exists() const { return position < windows_.positions(); }
   ATTNKERN_DEVICE int64_t image() const { return image_; }
   ATTNKERN_DEVICE int64_t element() const { return image_ * windows_.positions() + position; }
@@ -71,13 +76,14 @@ __global__ void __launch_bounds__(kThreads) many_values_kernel(Windows windows, 
   if (block_index() >= items)
     return;
   const Point<A, kOutline> point(windows, block_index());
+  const A log = point.log();
   if (point.exists())
-    logs[point.element()] = point.sum.exponent + std::log(point.sum.fraction);
+    logs[point.element()] = log;
   if (rows == nullptr)
     return;
-  A max[1] = {point.exists() ? point.sum.exponent : -A(INFINITY)};
+  A max[1] = {point.exists() ? log : -A(INFINITY)};
   block_reduce<Max>(max);
-  const A f = point.exists() ? point.sum.fraction * exponential(point.sum.exponent - max[0]) : A(0);
+  const A f = point.exists() ? exponential(log - max[0]) : A(0);
   const int64_t block = block_index() - point.image() * windows.blocks();
   point.for_slopes([&](int64_t k, const A(&slope)[kParameters]) {
     A sums[1 + kParameters] = {f};
@@ -178,7 +184,7 @@ __global__ void __launch_bounds__(kThreads)
   A f = 0, map_grad = 0; // f and G
   if (point.exists()) {
     const A max = windows.rescale ? stats[0] : A(0), factor = windows.rescale ? windows.positions() / stats[1] : A(1);
-    f = factor * point.sum.fraction * exponential(point.sum.exponent - max);
+    f = factor * exponential(point.log() - max);
     if (sums.pointer != nullptr)
       map_grad = sums.at(point.element());
     if (grad_map != nullptr)

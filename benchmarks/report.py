@@ -60,12 +60,12 @@ ABOUT_POOLING = (
 #: Goals for several windows, forward and backward: what every row should reach.
 WINDOW_GOALS = {"eager": 5, "compile": 1.5}
 #: Goals for many queries, forward and backward: rows, what they are compared with, the key and the names of its
-#: numbers, and how many times ours it should be at least. Folded forms should never need less; 0.05 is for noise.
+#: numbers, and how many times ours it should be at least. Folded forms should never be faster; 0.05 is for noise.
 POOLING_GOALS = (
     ("layers", "timm's layer, the faster of eager and compiled", "ms", TIMM, 10),
     ("all", "the fastest folded form", "ms", FOLDED, 0.95),
     ("NCHW maps", "the fastest folded form", "ms", FOLDED, 2),
-    ("all", "the least peak memory of a folded form", "peak_mb", FOLDED, 0.95),
+    ("all", "the least peak memory of a folded form", "peak_mb", FOLDED, 1),
 )
 COLUMNS = (
     "eager", "compile", *TIMM, "timm compiled", *FOLDED, "reference", "reference compiled",

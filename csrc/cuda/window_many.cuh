@@ -72,7 +72,7 @@ constexpr int kRow = 2 + kParameters; // the statistics of a block for a window:
 
 // log f; and unless `rows` is null, the statistics of each block for each window, (N, count, blocks, kRow).
 template <typename A, Outline kOutline>
-__global__ void __launch_bounds__(kThreads) many_values_kernel(Windows windows, A* logs, A* rows, int64_t items) {
+__global__ void __launch_bounds__(kThreads) windows_values_kernel(Windows windows, A* logs, A* rows, int64_t items) {
   if (block_index() >= items)
     return;
   const Point<A, kOutline> point(windows, block_index());
@@ -119,7 +119,7 @@ ATTNKERN_DEVICE void fill_from_logs(const Windows& windows, const Wide<T>* logs,
 // The features times the map. One tile of each image writes the statistics for the backward pass.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    many_forward_kernel(const T* x, Windows windows, const Wide<T>* logs, const Wide<T>* rows, bool residual, T* output,
+    windows_forward_kernel(const T* x, Windows windows, const Wide<T>* logs, const Wide<T>* rows, bool residual, T* output,
                         Wide<T>* map, Wide<T>* stats, Tiling tiling) {
   using A = Wide<T>;
   if (block_index() >= tiling.shape.images * tiling.tiles())
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
 // The gradient of the features, and that of the map as sums over tiles.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    many_backward_kernel(const T* grad_output, const T* x, Windows windows, const Wide<T>* logs, const Wide<T>* stats,
+    windows_backward_kernel(const T* grad_output, const T* x, Windows windows, const Wide<T>* logs, const Wide<T>* stats,
                          bool residual, T* grad_x, Wide<T>* grad_map, Tiling tiling) {
   using A = Wide<T>;
   if (block_index() >= tiling.shape.images * tiling.tiles())
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
 // The sums of a block for each window, (N, count, blocks, kSums).
 template <typename A, Outline kOutline>
 __global__ void __launch_bounds__(kThreads)
-    many_slopes_kernel(Windows windows, GradMap<A> sums, const A* grad_map, const A* stats, A* partial, int64_t items) {
+    windows_slopes_kernel(Windows windows, GradMap<A> sums, const A* grad_map, const A* stats, A* partial, int64_t items) {
   if (block_index() >= items)
     return;
   const Point<A, kOutline> point(windows, block_index());

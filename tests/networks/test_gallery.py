@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-for package in ("lightning", "torchvision", "sklearn", "skimage", "captum", "matplotlib"):
-    pytest.importorskip(package)
+pytest.importorskip("lightning")
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+pytest.importorskip("captum")
+pytest.importorskip("matplotlib")
 
 from attnkern.training.train import train
 

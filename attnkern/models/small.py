@@ -14,7 +14,7 @@ from attnkern.models.learn_to_pay_attention import COMPATIBILITIES
 from attnkern.models.registry import register_model
 from attnkern.nn import BottleneckAttention, CompatibilityPool, PositionwiseAttention, WindowAttention
 
-#: Channels of the five convolutions: three at half of the resolution, of which the first has stride 2, two at a quarter.
+#: Channels of the five convolutions: three at half of the resolution, the first with stride 2, and two at a quarter.
 _CHANNELS = (16, 24, 24, 48, 48)
 #: Values of the hidden layer between the averaged map and the classifier.
 _HIDDEN = 64

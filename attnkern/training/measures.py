@@ -1,10 +1,11 @@
-"""The numbers that :mod:`attnkern.training.reproduce` compares: of one trained run, measured once and kept beside it."""
+"""The numbers of one trained run that :mod:`attnkern.training.reproduce` compares."""
 
 import csv
 import functools
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 
 import torch
@@ -37,7 +38,6 @@ _SMALL = (
 _COVERED = (1 / 8, 1 / 4, 3 / 8)
 #: Steps of the adversarial images.
 _EPSILONS = (1 / 255, 2 / 255, 4 / 255)
-_EVERY = 8
 
 
 def measure(folder: Path) -> dict[str, float | None]:
@@ -212,3 +212,7 @@ def curves(folder: Path) -> dict[str, float | None]:
         "train_accuracy": trained[-1] if trained else None,
         "gain": statistics.fmean(tests[-part:]) - statistics.fmean(tests[-2 * part : -part]) if enough else None,
     }
+
+
+if __name__ == "__main__":
+    measure(Path(sys.argv[1]))

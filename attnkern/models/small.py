@@ -7,7 +7,7 @@ that nothing but the average can undo what it does.
 import torch
 from torch import nn
 
-from attnkern._checks import check_choice
+from attnkern._checks import check_choice, check_count
 from attnkern.models.information_bottleneck import BottleneckNetwork
 from attnkern.models.layers import MapNorm, Network, conv_bn_relu, halved, scaled
 from attnkern.models.learn_to_pay_attention import COMPATIBILITIES
@@ -151,7 +151,9 @@ class SmallCompatibility(Network):
         super().__init__(num_classes, in_chans, width)
         where = type(self).__name__
         check_choice(where, "compatibility", compatibility, COMPATIBILITIES)
-        check_choice(where, "levels", levels, (1, 2))
+        check_count(where, levels=levels)
+        if levels > 2:
+            raise ValueError(f"{where}: levels must be 1 or 2, got {levels}")
         self.features, (fine, channels) = _trunk(in_chans, width)
         kind = COMPATIBILITIES[compatibility]
         self.query = None if compatibility == "pc" else nn.Sequential(*_averaged(), nn.Linear(channels, channels))

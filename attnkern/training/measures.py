@@ -36,8 +36,8 @@ _SMALL = (
 )
 #: Sides of the squares that cover a part of the images, as a share of the images' side, and the headline's share.
 _COVERED = (1 / 8, 1 / 4, 3 / 8)
-#: Steps of the adversarial images.
-_EPSILONS = (1 / 255, 2 / 255, 4 / 255)
+#: Step of the adversarial images.
+_EPSILON = 2 / 255
 
 
 def measure(folder: Path) -> dict[str, float | None]:
@@ -49,8 +49,8 @@ def measure(folder: Path) -> dict[str, float | None]:
     ``interpretability`` and ``interpretability_centred`` (mean score at 0.9 of squares of three sizes); ``occluded``,
     the accuracy on images with a square of a quarter of the side; ``fooled``, the rate at 2/255. Of windows also
     ``centre`` (share of windows whose centre lies in a box), ``window_iou``, ``window_catching``, ``half_extent``, and
-    the mean errors ``equivariance`` and ``equivariance_centre``. ``train_accuracy`` of the last epoch and ``gain``, by
-    how much the test accuracy of the last fifth of the epochs exceeds that of the fifth before.
+    the mean errors ``equivariance`` and ``equivariance_centre``. ``train_accuracy`` of the last epoch and ``gain``
+    (:func:`curves`).
     """
     path = folder / "measures.json"
     if not path.exists():
@@ -169,7 +169,7 @@ def _robustness(subject, raw, labels):
         "interpretability": statistics.fmean(scores),
         "interpretability_centred": statistics.fmean(centred),
         "occluded": accuracies[1],
-        "fooled": fooling_rate(subject.network, raw, _EPSILONS, **subject.common).rates[1],
+        "fooled": fooling_rate(subject.network, raw, [_EPSILON], **subject.common).rates[0],
     }
 
 
@@ -197,7 +197,7 @@ def _windows(subject, raw, boxes, truth, cells):
 
 
 def curves(folder: Path) -> dict[str, float | None]:
-    """``train_accuracy`` of the last epoch, and ``gain``: whether the test accuracy still rises at the end."""
+    """``train_accuracy`` of the last epoch; ``gain``, the last test accuracy minus the mean of the two before it."""
     columns = {"train_accuracy": [], "val_accuracy": []}
     for path in sorted(folder.glob("csv/version_*/metrics.csv")):
         with path.open(encoding="utf-8") as file:
@@ -206,11 +206,9 @@ def curves(folder: Path) -> dict[str, float | None]:
                     if row.get(name):
                         values.append(float(row[name]))
     tests, trained = columns["val_accuracy"], columns["train_accuracy"]
-    part = max(1, len(tests) // 5)
-    enough = len(tests) >= 2 * part
     return {
         "train_accuracy": trained[-1] if trained else None,
-        "gain": statistics.fmean(tests[-part:]) - statistics.fmean(tests[-2 * part : -part]) if enough else None,
+        "gain": tests[-1] - statistics.fmean(tests[-3:-1]) if len(tests) > 2 else None,
     }
 
 

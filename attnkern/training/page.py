@@ -136,7 +136,7 @@ SECTIONS = (
     *(
         Section(
             f"Few images: {count}",
-            f"One digit in clutter with {count} training images, for as many steps as with {2876} or somewhat fewer.",
+            f"One digit in clutter with {count} training images, and at least 600 steps.",
             "few", f"-{count}", f"small_none-{count}",
             (Column("accuracy", "accuracy"), *_FINDING, *_MOVING, Column("training accuracy", "train_accuracy")),
             _few(count),
@@ -244,8 +244,8 @@ regular differences are seen, and of twenty claims that do not hold one is expec
 - *equivariance*: squared distance of the rectangle of a transformed image from the transformed rectangle.
 - *centre in box*: share of windows whose centre lies in a digit's box. *window IoU*: of the union of the windows and
   the boxes. *half extent*: mean σ; 1 is the side of the map.
-- *gain*: by how much the test accuracy of the last fifth of the epochs exceeds that of the fifth before. Curves have
-  flattened where it is about zero.
+- *gain*: accuracy after the last epoch minus the mean of those after the two before it. Curves have flattened where it
+  is about zero.
 """
 
 _PAPERS = """## The papers' architectures
@@ -278,7 +278,7 @@ def _papers(results, families):
 
 
 def _belongs(row, end):
-    name, dash, rest = row.partition("-")
+    _, dash, rest = row.partition("-")
     return dash + rest == end
 
 
@@ -286,16 +286,14 @@ def page(results: Mapping[str, Any], parts: Mapping[str, Sequence[str]], papers:
     """The page in Markdown.
 
     Args:
-        results: ``{"small": {row: {seed: numbers}}, "papers": {recipe: result}}``.
+        results: ``{"parts": [part that was run], "small": {row: {seed: numbers}}, "papers": {recipe: result}}``.
         parts: rows by part.
         papers: recipes by family.
     """
-    runs, lines = results["small"], _INTRODUCTION.splitlines() + [""]
+    runs, lines = results["small"], [*_INTRODUCTION.splitlines(), ""]
     for section in SECTIONS:
         rows = [row for row in parts[section.part] if _belongs(row, section.data)]
-        ran = [row for row in rows if row in runs and row != section.baseline]
-        # Parts share rows: a section needs more than what another one has trained.
-        if set(rows) <= set(runs) or (ran and len(ran) == len(rows) - 1):
+        if section.part in results["parts"]:
             lines += _section(section, rows, runs)
     if results["papers"]:
         lines += _papers(results["papers"], papers)

@@ -114,7 +114,8 @@ def run_paper(recipe: str, folder: Path) -> dict[str, Any]:
 
 
 def reproduce(parts: list[str], seeds: list[int], folder: Path, results: dict[str, Any]) -> None:
-    """Add the numbers of the parts to ``results``: ``{"small": {row: {seed: numbers}}, "papers": {recipe: result}}``."""
+    """Add the numbers of the parts to ``results``, in the form that :func:`attnkern.training.page.page` takes."""
+    results["parts"] = [part for part in PARTS if part in {*results["parts"], *parts}]
     rows = list({row.name: row for part in parts if part in PARTS for row in PARTS[part]}.values())
     # Rows that others start from come first.
     stages = [[(row, seed) for seed in seeds for row in rows if bool(row.start) == later] for later in (False, True)]
@@ -141,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     numbers, text = options.docs / "reproduction.json", options.docs / "reproduction.md"
     for path in (numbers, text):
         check_writable("reproduce", path, "--docs")
-    results = {"small": {}, "papers": {}}
+    results = {"parts": [], "small": {}, "papers": {}}
     if numbers.exists():
         results |= json.loads(numbers.read_text(encoding="utf-8"))
     reproduce([*PARTS, "papers"] if options.full else options.part, options.seeds, options.runs, results)

@@ -80,8 +80,8 @@ each_class = pytest.mark.parametrize(
         "small_bottleneck_qt",
     ],
 )  # fmt: skip
-#: Without similar networks.
-LESS = {"rn164": {"blocks": 2}, "wrn28_10": {"blocks": 1}}
+#: Options of the networks in tests, by the beginning of the name.
+LESS = {"rn164": {"blocks": 2}, "wrn28_10": {"blocks": 1}, "small_": {"width": 1.0}}
 
 
 def small(name, num_classes=4, **options):

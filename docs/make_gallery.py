@@ -77,15 +77,15 @@ def against_none(title: str, folder: Path, baseline: Path) -> list:
 
 
 def small_window(runs):
-    return against_none("rectangle", runs / "small_window", runs / "small_none")
+    return against_none("rectangle", runs / "small_window/seed0", runs / "small_none/seed0")
 
 
 def small_compatibility(runs):
-    return against_none("compatibility (parametrised)", runs / "small_compatibility_pc", runs / "small_none")
+    return against_none("compatibility", runs / "small_compatibility_pc/seed0", runs / "small_none/seed0")
 
 
 def small_bottleneck(runs):
-    return against_none("bottleneck (quantized)", runs / "small_bottleneck_qt", runs / "small_none")
+    return against_none("quantized bottleneck", runs / "small_bottleneck_qt/seed0", runs / "small_none/seed0")
 
 
 def levels(runs):
@@ -245,27 +245,28 @@ class Entry(NamedTuple):
 ROWS = (
     "Above each map is the predicted class with its probability. Grad-CAM is that of the predicted class, at the "
     "feature map with the best results on the test images, as in [Reproduction](reproduction.md). The images are the "
-    "first ones of the test set, in the second picture the first ones that the network with attention gets wrong."
+    "first ones of the test set, in the second picture the first ones that the network with attention gets wrong. "
+    "Both networks are those of seed 0."
 )
 ENTRIES = (
     Entry(
         "A rectangle",
         f"The small network with a rectangle, and below the same network without attention. {ROWS}",
         small_window,
-        ("small_window", "small_none"),
+        ("small_window/seed0", "small_none/seed0"),
     ),
     Entry(
         "Compatibility with the global vector",
         f"The small network with the parametrised score, and below the same network without attention. {ROWS}",
         small_compatibility,
-        ("small_compatibility_pc", "small_none"),
+        ("small_compatibility_pc/seed0", "small_none/seed0"),
     ),
     Entry(
         "A quantized bottleneck",
         "The small network with a quantized bottlenecked map, and below the same network without attention. High "
         f"values of this map need not mark the object. {ROWS}",
         small_bottleneck,
-        ("small_bottleneck_qt", "small_none"),
+        ("small_bottleneck_qt/seed0", "small_none/seed0"),
     ),
     Entry(
         "Two levels of attention",

@@ -204,6 +204,7 @@ RIGHT = {
     "mapping": ("dict",),
     "masks": ("bool tensor",),
     "predicted": ("bool tensor",),
+    "report.report.results": ("dict",),
     "scales": ("bool tensor",),
     "synonyms": ("dict",),
     "target": ("bool tensor",),

@@ -132,7 +132,8 @@ SECTIONS = (
         "Several windows: two digits",
         "The same on images with two digits; the class is whether their sum is even, so both have to be found. In a "
         "trial without attention and from random weights, the loss stayed at that of guessing for eight epochs. Each "
-        "network therefore starts from the weights that the same row learned with the same seed on one digit. *Both* is the share of images where the map points at each of the two digits: the largest value among "
+        "network therefore starts from the weights that the same row learned with the same seed on one digit. "
+        "*Both* is the share of images where the map points at each of the two digits: the largest value among "
         "the pixels closer to this digit's box than to the other's lies inside the box.",
         "windows", "-pairs", "small_none-pairs",
         (

@@ -45,12 +45,12 @@ def measure(folder: Path) -> dict[str, float | None]:
 
     ``accuracy``; ``pointing``, ``iou`` (box of the map above a fifth of its range), ``catching`` (map above Otsu's
     threshold) against the object's box; of several objects also ``pointing_each`` and ``pointing_all``
-    (:func:`each_object`); ``sign`` (:func:`sign`); ``stability`` and ``unrelated`` (:func:`stability`);
-    ``interpretability`` and ``interpretability_centred`` (mean score at 0.9 of squares of three sizes); ``occluded``,
-    the accuracy on images with a square of a quarter of the side; ``fooled``, the rate at 2/255. Of windows also
-    ``centre`` (share of windows whose centre lies in a box), ``window_iou``, ``window_catching``, ``half_extent``, and
-    the mean errors ``equivariance`` and ``equivariance_centre``. ``train_accuracy`` of the last epoch and ``gain``
-    (:func:`curves`).
+    (:func:`each_object`); ``contrast`` and ``sign`` (:func:`contrast`, :func:`sign`); ``stability`` and ``unrelated``
+    (:func:`stability`); ``interpretability`` and ``interpretability_centred`` (mean score at 0.9 of squares of three
+    sizes); ``occluded``, the accuracy on images with a square of a quarter of the side; ``fooled``, the rate at 2/255.
+    Of windows also ``centre`` (share of windows whose centre lies in a box), ``window_iou``, ``window_catching``,
+    ``half_extent``, and the mean errors ``equivariance`` and ``equivariance_centre``. ``train_accuracy`` of the last
+    epoch and ``gain`` (:func:`curves`).
     """
     path = folder / "measures.json"
     if not path.exists():
@@ -76,6 +76,7 @@ def _measured(folder):
         "pointing": found.pointing,
         "iou": found.iou_tight,
         "catching": catching_rate(binarise(large), truth).mean().item(),
+        "contrast": contrast(maps),
         "sign": sign(large, truth),
     }
     if boxes.dim() == 3:
@@ -89,6 +90,12 @@ def _measured(folder):
 
 def _accuracy(logits, labels):
     return (logits.argmax(1) == labels).double().mean().item()
+
+
+def contrast(maps: torch.Tensor) -> float:
+    """Mean of (max - min)/(max + min) of maps (N, h, w) without negative values: 0 of constant maps, at most 1."""
+    low, high = maps.double().amin((1, 2)), maps.double().amax((1, 2))
+    return ((high - low) / (high + low).clamp(min=1e-30)).mean().item()
 
 
 def sign(maps: torch.Tensor, inside: torch.Tensor) -> float:

@@ -13,7 +13,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
 from attnkern.training import page, reproduce
-from attnkern.training.measures import curves, each_object, measure, sign, stability
+from attnkern.training.measures import contrast, curves, each_object, measure, sign, stability
 from attnkern.training.page import Claim
 from attnkern.training.reproduce import Row
 from attnkern.training.train import train
@@ -45,6 +45,15 @@ def runs_of(measure, **rows):
 def test_a_verdict_follows_from_the_numbers(window, other, lower, expected):
     runs = runs_of("accuracy", window=window, other=other)
     assert page.verdict(Claim("", "accuracy", "window", "other", lower), runs)[0] == expected
+
+
+def test_a_verdict_on_maps_says_which_are_constant():
+    runs = runs_of("stability", window=[0.9, 0.91], other=[0.0, 0.01])
+    for seed, entry in runs["other"].items():
+        entry["contrast"] = float(seed)
+    found, numbers = page.verdict(Claim("", "stability", "window", "other"), runs)
+    assert found == "seen"
+    assert numbers.endswith("; `other` has constant maps in 1 of 2 runs")
 
 
 def test_paired_test_is_scipys():
@@ -187,6 +196,13 @@ def test_sign_is_that_of_the_object():
     inside[:, 2:5, 3:6] = True
     assert sign(inside.float(), inside) == pytest.approx(1)
     assert sign(1 - inside.float(), inside) == pytest.approx(-1)
+
+
+def test_contrast():
+    maps = torch.ones(2, 4, 4)
+    maps[1, 0, 0] = 3
+    assert contrast(maps) == pytest.approx(0.25)
+    assert contrast(torch.zeros(1, 2, 2)) == 0
 
 
 def test_stability_of_maps_that_follow_and_of_maps_that_do_not():

@@ -2,8 +2,11 @@
 
 K windows are expensive to evaluate at a position. This is not repeated for each group of channels, as the kernels of
 one rectangle do. Forward, a launch evaluates the union and the statistics of chunks of the map, and another one
-multiplies the features. Backward, the first launch computes the map again, the second one the gradients of the features
-and of the map, and the third one the sums for the windows' parameters.
+multiplies the features. Backward, the first launch evaluates the union again, the second one computes the gradients of
+the features and of the map, and the third one the sums for the windows' parameters.
+
+The derivatives of log f are centred, as those of one rectangle, but by their values where f is largest: any centre is
+correct, and this one needs no sums. The statistics have the position in place of the first mean, and no others.
 """
 
 import torch
@@ -13,6 +16,8 @@ import triton.language as tl
 from attnkern._numerics import aspect_factors
 from attnkern._triton.common import Features, Tile, ceil_power, launch, modulate, modulate_backward, place
 from attnkern._triton.window_math import columns, frame_of, log_window_of_union
+
+_KS = tl.constexpr(32)  # windows that are evaluated side by side at one position
 
 # --- mathematics -----------------------------------------------------------------------------------------------------
 
@@ -46,15 +51,40 @@ def _slopes(position, z, outside, rectangle, row_k, H, W, scale, row, column, EL
     return share * by_mu1, share * by_mu2, share * by_sigma1, share * by_sigma2, share * by_alpha
 
 
+@triton.jit
+def _store_slopes(place, z, rectangle, n, centres, K, H, W, scale, row, column, ELLIPSE: tl.constexpr):
+    """The derivatives of log f at one position, where it is z, for all windows of image n; _KS at a time."""
+    log_outside = 0.0
+    for first in range(0, K, _KS):
+        k = first + tl.arange(0, _KS)
+        frame = frame_of(rectangle, n * K + tl.minimum(k, K - 1))
+        _, own, _, _, _, _, _ = log_window_of_union(place + 0 * k, frame, H, W, scale, row, column, ELLIPSE)
+        log_outside += tl.sum(tl.where(k < K, tl.log(own), 0.0))
+    for first in range(0, K, _KS):
+        k = first + tl.arange(0, _KS)
+        frame = frame_of(rectangle, n * K + tl.minimum(k, K - 1))
+        z_k, own, by_mu1, by_mu2, by_sigma1, by_sigma2, by_alpha = log_window_of_union(
+            place + 0 * k, frame, H, W, scale, row, column, ELLIPSE
+        )
+        share = tl.exp(z_k - z + log_outside - tl.log(own))
+        at = centres + (n * K + k) * 5
+        tl.store(at, share * by_mu1, k < K)
+        tl.store(at + 1, share * by_mu2, k < K)
+        tl.store(at + 2, share * by_sigma1, k < K)
+        tl.store(at + 3, share * by_sigma2, k < K)
+        tl.store(at + 4, share * by_alpha, k < K)
+
+
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["K", "H", "W"])
 def _windows_log_kernel(
-    rectangle, logs, chunks, K, H, W, scale, row, column, ELLIPSE: tl.constexpr, CHUNK: tl.constexpr
-):
-    """log f of a chunk of a map; and unless ``chunks`` is None, for each window a row of max log f, Σ f and
-    Σ f ∂log f/∂β of the chunk, relative to its largest f."""
+    rectangle, logs, chunks, outsides, stats, centres, K, H, W, scale, row, column,
+    ELLIPSE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """log f of a chunk of a map. Forward, unless ``chunks`` is None, also max log f, Σ f relative to the largest f, and
+    its position. Backward Π (1 - f_k), and unless ``centres`` is None the derivatives where f is largest."""
     HW = H * W
     per_image = tl.cdiv(HW, CHUNK)
     n = (tl.program_id(0) // per_image).to(tl.int64)
@@ -64,13 +94,18 @@ def _windows_log_kernel(
     tl.store(logs + n * HW + position, z, position < HW)
     if chunks is not None:
         exists = tl.where(position < HW, z, -float("inf"))
-        largest = tl.max(exists)
-        f = tl.exp(exists - largest)
-        for k in range(K):
-            a, b, c, d, e = _slopes(position, z, outside, rectangle, n * K + k, H, W, scale, row, column, ELLIPSE)
-            sums = tl.sum(columns(tl.zeros_like(f), f, f * a, f * b, f * c, f * d, f * e), 0)
-            i = tl.arange(0, 8)
-            tl.store(chunks + ((n * K + k) * per_image + chunk) * 8 + i, tl.where(i == 0, largest, sums))
+        largest, place = tl.max(exists, 0, return_indices=True)
+        chunks += tl.program_id(0) * 4
+        tl.store(chunks, largest)
+        tl.store(chunks + 1, tl.sum(tl.exp(exists - largest)))
+        tl.store(chunks + 2, (chunk * CHUNK + place).to(tl.float32))
+    if outsides is not None:
+        tl.store(outsides + n * HW + position, outside, position < HW)
+    if centres is not None:  # noqa: SIM102
+        if chunk == 0:  # the other condition is one of the compiler
+            stats += n * (2 + 5 * K)
+            place = tl.minimum(tl.load(stats + 2), HW - 1).to(tl.int32)
+            _store_slopes(place, tl.load(stats), rectangle, n, centres, K, H, W, scale, row, column, ELLIPSE)
 
 
 @triton.jit(do_not_specialize=["K", "H", "W"])
@@ -89,22 +124,17 @@ def _windows_fwd_kernel(
     else:
         s = tl.arange(0, BLOCK_S)
         per_image = tl.cdiv(HW, CHUNK)
-        chunks += n * K * per_image * 8
-        largest_s = tl.load(chunks + s * 8, s < per_image, other=-float("inf"))
+        chunks += n * per_image * 4
+        largest_s = tl.load(chunks + s * 4, s < per_image, other=-float("inf"))
         largest = tl.max(largest_s)
-        weight = tl.exp(largest_s - largest)
-        total = tl.sum(weight * tl.load(chunks + s * 8 + 1, s < per_image, other=0.0))
+        total = tl.sum(tl.exp(largest_s - largest) * tl.load(chunks + s * 4 + 1, s < per_image, other=0.0))
         f = tl.exp(f - largest) * (HW / total)
         if (group == 0) & (tile == 0):
             stats += n * (2 + 5 * K)
             tl.store(stats, largest)
             tl.store(stats + 1, total)
-            i = tl.arange(0, 8)
-            mask = (s < per_image)[:, None] & (i > 0)[None, :]
-            for k in range(K):
-                rows = tl.load(chunks + (k * per_image + s)[:, None] * 8 + i[None, :], mask, other=0.0)
-                means = tl.sum(weight[:, None] * rows, 0) / total
-                tl.store(stats + 5 * k + i, means, (i > 1) & (i < 7))
+            place_s = tl.load(chunks + s * 4 + 2, (s < per_image) & (largest_s == largest), other=float("inf"))
+            tl.store(stats + 2, tl.min(place_s))
     if group == 0:
         tl.store(map + n * HW + p, f, p < HW)
     if x is not None:
@@ -144,10 +174,11 @@ def _windows_bwd_kernel(
 
 @triton.jit(do_not_specialize=["K", "H", "W"])
 def _windows_slopes_kernel(
-    grad_map, partials, rectangle, logs, stats, sums, K, parts, H, W, scale, row, column,
+    grad_map, partials, rectangle, logs, outsides, stats, centres, sums, K, parts, H, W, scale, row, column,
     RESCALE: tl.constexpr, ELLIPSE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of a chunk for each window, as those of one rectangle: Σ G f (∂log f - mean), Σ G f, Σ f (∂log f - mean)."""
+    """Sums of a chunk for each window, as those of one rectangle, with centre c: Σ G f (∂log f - c), Σ G f,
+    Σ f (∂log f - c)."""
     HW = H * W
     per_image = tl.cdiv(HW, CHUNK)
     n = (tl.program_id(0) // per_image).to(tl.int64)
@@ -161,19 +192,21 @@ def _windows_slopes_kernel(
         for part in range(parts):
             grad_f += tl.load(partials + (n * parts + part) * HW + position, exists, other=0.0)
     f = _f(logs, stats, n, position, exists, K, HW, RESCALE)
-    z, outside = _union(position, rectangle, n, K, H, W, scale, row, column, ELLIPSE)
+    # At positions that do not exist f is zero, and the others must be finite.
+    z = tl.load(logs + n * HW + position, exists, other=0.0)
+    outside = tl.load(outsides + n * HW + position, exists, other=1.0)
     weight = grad_f * f
     zero = tl.zeros_like(f)
     for k in range(K):
         a, b, c, d, e = _slopes(position, z, outside, rectangle, n * K + k, H, W, scale, row, column, ELLIPSE)
         at = sums + ((n * K + k) * per_image + chunk) * 16 + tl.arange(0, 8)
         if RESCALE:
-            means = stats + n * (2 + 5 * K) + 2 + 5 * k
-            a -= tl.load(means)
-            b -= tl.load(means + 1)
-            c -= tl.load(means + 2)
-            d -= tl.load(means + 3)
-            e -= tl.load(means + 4)
+            centre = centres + (n * K + k) * 5
+            a -= tl.load(centre)
+            b -= tl.load(centre + 1)
+            c -= tl.load(centre + 2)
+            d -= tl.load(centre + 3)
+            e -= tl.load(centre + 4)
             tl.store(at + 8, tl.sum(columns(f * a, f * b, f * c, f * d, f * e, zero, zero), 0))
         else:
             tl.store(at + 8, tl.zeros((8,), tl.float32))
@@ -187,13 +220,13 @@ def _count(rectangle) -> int:
     return rectangle.shape[1] if rectangle.dim() == 3 else 1
 
 
-def _logs(rectangle, size, scale, aspect, ellipse, chunk, chunks):
-    """log f (N, H, W), and the statistics of chunks unless ``chunks`` is None."""
+def _logs(rectangle, size, scale, aspect, ellipse, chunk, chunks=None, outsides=None, stats=None, centres=None):
+    """log f (N, H, W), and what the kernel writes besides unless it is None."""
     n, positions = rectangle.shape[0], size[0] * size[1]
     logs = rectangle.new_empty((n, *size), dtype=torch.float32)
     launch(
-        _windows_log_kernel, n * triton.cdiv(positions, chunk), rectangle, logs, chunks, _count(rectangle), *size,
-        scale, *aspect_factors(*size, aspect), ELLIPSE=ellipse, CHUNK=chunk,
+        _windows_log_kernel, n * triton.cdiv(positions, chunk), rectangle, logs, chunks, outsides, stats, centres,
+        _count(rectangle), *size, scale, *aspect_factors(*size, aspect), ELLIPSE=ellipse, CHUNK=chunk,
     )  # fmt: skip
     return logs
 
@@ -204,7 +237,7 @@ def forward(x, rectangle, size, scale, rescale, residual, aspect, ellipse, layou
     map = rectangle.new_empty((n, *size), dtype=torch.float32)
     stats = rectangle.new_empty((n, 2 + 5 * count if rescale else 0), dtype=torch.float32)
     per_image = triton.cdiv(positions, chunk)
-    chunks = map.new_empty((n, count, per_image, 8)) if rescale else None
+    chunks = map.new_empty((n, per_image, 4)) if rescale else None
     logs = _logs(rectangle, size, scale, aspect, ellipse, chunk, chunks)
     launch(
         _windows_fwd_kernel, n * tile.programs(layout),
@@ -221,7 +254,9 @@ def backward(
 ):  # fmt: skip
     """The sums of chunks, (N, K, chunks, 16), as those of the programs of one rectangle. Writes to ``grad_x``."""
     n, count, positions = rectangle.shape[0], _count(rectangle), size[0] * size[1]
-    logs = _logs(rectangle, size, scale, aspect, ellipse, chunk, None)
+    outsides = rectangle.new_empty((n, *size), dtype=torch.float32)
+    centres = outsides.new_empty((n, count, 5)) if rescale else None
+    logs = _logs(rectangle, size, scale, aspect, ellipse, chunk, None, outsides, stats, centres)
     partials, parts = None, 0
     if x is not None:
         groups = max(1, triton.cdiv(layout.channels, tile.group))
@@ -235,7 +270,7 @@ def backward(
     chunks = triton.cdiv(positions, chunk)
     sums = logs.new_empty((n, count, chunks, 16))
     launch(
-        _windows_slopes_kernel, n * chunks, grad_map, partials, rectangle, logs, stats, sums, count, parts, *size,
-        scale, *aspect_factors(*size, aspect), RESCALE=rescale, ELLIPSE=ellipse, CHUNK=chunk,
+        _windows_slopes_kernel, n * chunks, grad_map, partials, rectangle, logs, outsides, stats, centres, sums,
+        count, parts, *size, scale, *aspect_factors(*size, aspect), RESCALE=rescale, ELLIPSE=ellipse, CHUNK=chunk,
     )  # fmt: skip
     return sums

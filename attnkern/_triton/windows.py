@@ -15,9 +15,10 @@ import triton.language as tl
 
 from attnkern._numerics import aspect_factors
 from attnkern._triton.common import Features, Tile, ceil_power, launch, modulate, modulate_backward, place
-from attnkern._triton.window_math import columns, frame_of, log_window_of_union
+from attnkern._triton.window_math import columns, frame_of, window_of_union
 
 _KS = tl.constexpr(32)  # windows that are evaluated side by side at one position
+_AT_A_TIME = tl.constexpr(4)  # windows whose gradients a program computes
 
 # --- mathematics -----------------------------------------------------------------------------------------------------
 
@@ -26,15 +27,16 @@ _KS = tl.constexpr(32)  # windows that are evaluated side by side at one positio
 def _union(position, rectangle, n, K, H, W, scale, row, column, ELLIPSE: tl.constexpr):
     """log f of f = 1 - Π (1 - f_k) = Σ_k f_k Π_{j<k} (1 - f_j), in which nothing cancels, and Π (1 - f_k)."""
     largest = tl.full(position.shape, -float("inf"), tl.float32)
-    total = tl.zeros(position.shape, tl.float32)  # f relative to the largest
+    total = tl.zeros(position.shape, tl.float32)  # f relative to e^largest
     outside = tl.full(position.shape, 1.0, tl.float32)
     for k in range(K):
         frame = frame_of(rectangle, n * K + k)
-        z, own, _, _, _, _, _ = log_window_of_union(position, frame, H, W, scale, row, column, ELLIPSE)
-        larger = tl.maximum(largest, z)
-        total = total * tl.exp(largest - larger) + outside * tl.exp(z - larger)
+        exponent, fraction, own, _, _, _, _, _ = window_of_union(position, frame, H, W, scale, row, column, ELLIPSE)
+        ratio = tl.exp(-tl.abs(exponent - largest))
+        own_f = outside * fraction
+        total = tl.where(exponent > largest, total * ratio + own_f, total + own_f * ratio)
+        largest = tl.maximum(largest, exponent)
         outside *= own
-        largest = larger
     z = largest + tl.log(total)
     return tl.where(z > 0, 0.0, z), outside  # rounding must not make f larger than 1
 
@@ -44,10 +46,10 @@ def _slopes(position, z, outside, rectangle, row_k, H, W, scale, row, column, EL
     """The derivatives of log f with respect to the parameters of window ``row_k``: its share of the union,
     f_k/f · Π_{j≠k} (1 - f_j), times those of log f_k."""
     frame = frame_of(rectangle, row_k)
-    z_k, own, by_mu1, by_mu2, by_sigma1, by_sigma2, by_alpha = log_window_of_union(
+    exponent, fraction, own, by_mu1, by_mu2, by_sigma1, by_sigma2, by_alpha = window_of_union(
         position, frame, H, W, scale, row, column, ELLIPSE
     )
-    share = tl.exp(z_k - z) * (outside / own)
+    share = tl.exp(exponent - z) * (fraction * outside / own)
     return share * by_mu1, share * by_mu2, share * by_sigma1, share * by_sigma2, share * by_alpha
 
 
@@ -58,15 +60,15 @@ def _store_slopes(place, z, rectangle, n, centres, K, H, W, scale, row, column, 
     for first in range(0, K, _KS):
         k = first + tl.arange(0, _KS)
         frame = frame_of(rectangle, n * K + tl.minimum(k, K - 1))
-        _, own, _, _, _, _, _ = log_window_of_union(place + 0 * k, frame, H, W, scale, row, column, ELLIPSE)
+        _, _, own, _, _, _, _, _ = window_of_union(place + 0 * k, frame, H, W, scale, row, column, ELLIPSE)
         log_outside += tl.sum(tl.where(k < K, tl.log(own), 0.0))
     for first in range(0, K, _KS):
         k = first + tl.arange(0, _KS)
         frame = frame_of(rectangle, n * K + tl.minimum(k, K - 1))
-        z_k, own, by_mu1, by_mu2, by_sigma1, by_sigma2, by_alpha = log_window_of_union(
+        exponent, fraction, own, by_mu1, by_mu2, by_sigma1, by_sigma2, by_alpha = window_of_union(
             place + 0 * k, frame, H, W, scale, row, column, ELLIPSE
         )
-        share = tl.exp(z_k - z + log_outside - tl.log(own))
+        share = fraction * tl.exp(exponent - z + log_outside - tl.log(own))
         at = centres + (n * K + k) * 5
         tl.store(at, share * by_mu1, k < K)
         tl.store(at + 1, share * by_mu2, k < K)
@@ -177,12 +179,14 @@ def _windows_slopes_kernel(
     grad_map, partials, rectangle, logs, outsides, stats, centres, sums, K, parts, H, W, scale, row, column,
     RESCALE: tl.constexpr, ELLIPSE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of a chunk for each window, as those of one rectangle, with centre c: Σ G f (∂log f - c), Σ G f,
+    """Sums of a chunk for each of a few windows, as those of one rectangle, with centre c: Σ G f (∂log f - c), Σ G f,
     Σ f (∂log f - c)."""
     HW = H * W
     per_image = tl.cdiv(HW, CHUNK)
-    n = (tl.program_id(0) // per_image).to(tl.int64)
-    chunk = tl.program_id(0) % per_image
+    first = tl.program_id(0) % tl.cdiv(K, _AT_A_TIME) * _AT_A_TIME
+    block = tl.program_id(0) // tl.cdiv(K, _AT_A_TIME)
+    n = (block // per_image).to(tl.int64)
+    chunk = block % per_image
     position = chunk * CHUNK + tl.arange(0, CHUNK)
     exists = position < HW
     grad_f = tl.zeros((CHUNK,), tl.float32)
@@ -197,7 +201,7 @@ def _windows_slopes_kernel(
     outside = tl.load(outsides + n * HW + position, exists, other=1.0)
     weight = grad_f * f
     zero = tl.zeros_like(f)
-    for k in range(K):
+    for k in range(first, tl.minimum(first + _AT_A_TIME, K)):
         a, b, c, d, e = _slopes(position, z, outside, rectangle, n * K + k, H, W, scale, row, column, ELLIPSE)
         at = sums + ((n * K + k) * per_image + chunk) * 16 + tl.arange(0, 8)
         if RESCALE:
@@ -267,10 +271,12 @@ def backward(
             RESCALE=rescale, RESIDUAL=residual, FOLD=layout.fold, **layout.constants, **tile.constants,
             num_warps=warps,
         )  # fmt: skip
+    chunk *= 2 if positions > 2 * chunk else 1  # fewer sums, because windows share the work among programs, too
     chunks = triton.cdiv(positions, chunk)
     sums = logs.new_empty((n, count, chunks, 16))
     launch(
-        _windows_slopes_kernel, n * chunks, grad_map, partials, rectangle, logs, outsides, stats, centres, sums,
-        count, parts, *size, scale, *aspect_factors(*size, aspect), RESCALE=rescale, ELLIPSE=ellipse, CHUNK=chunk,
+        _windows_slopes_kernel, n * chunks * triton.cdiv(count, _AT_A_TIME.value),
+        grad_map, partials, rectangle, logs, outsides, stats, centres, sums, count, parts, *size, scale,
+        *aspect_factors(*size, aspect), RESCALE=rescale, ELLIPSE=ellipse, CHUNK=chunk,
     )  # fmt: skip
     return sums

@@ -220,13 +220,24 @@ def _windows_slopes_kernel(
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
+def _chunk(positions):
+    """Positions per program: few, so that many programs share the work, unless there were too many chunks to add."""
+    return 128 if positions <= 1024 else 256 if positions <= 4096 else 1024
+
+
+def _slopes_chunk(positions):
+    """More positions where there are enough programs, because each adds up eleven sums for each window."""
+    return 128 if positions <= 256 else 512 if positions <= 4096 else 1024
+
+
 def _count(rectangle) -> int:
     return rectangle.shape[1] if rectangle.dim() == 3 else 1
 
 
-def _logs(rectangle, size, scale, aspect, ellipse, chunk, chunks=None, outsides=None, stats=None, centres=None):
+def _logs(rectangle, size, scale, aspect, ellipse, chunks=None, outsides=None, stats=None, centres=None):
     """log f (N, H, W), and what the kernel writes besides unless it is None."""
     n, positions = rectangle.shape[0], size[0] * size[1]
+    chunk = _chunk(positions)
     logs = rectangle.new_empty((n, *size), dtype=torch.float32)
     launch(
         _windows_log_kernel, n * triton.cdiv(positions, chunk), rectangle, logs, chunks, outsides, stats, centres,
@@ -235,14 +246,15 @@ def _logs(rectangle, size, scale, aspect, ellipse, chunk, chunks=None, outsides=
     return logs
 
 
-def forward(x, rectangle, size, scale, rescale, residual, aspect, ellipse, layout: Features, tile: Tile, chunk: int):
+def forward(x, rectangle, size, scale, rescale, residual, aspect, ellipse, layout: Features, tile: Tile):
     n, count, positions = rectangle.shape[0], _count(rectangle), size[0] * size[1]
+    chunk = _chunk(positions)
     output = None if x is None else torch.empty_like(x)
     map = rectangle.new_empty((n, *size), dtype=torch.float32)
     stats = rectangle.new_empty((n, 2 + 5 * count if rescale else 0), dtype=torch.float32)
     per_image = triton.cdiv(positions, chunk)
     chunks = map.new_empty((n, per_image, 4)) if rescale else None
-    logs = _logs(rectangle, size, scale, aspect, ellipse, chunk, chunks)
+    logs = _logs(rectangle, size, scale, aspect, ellipse, chunks)
     launch(
         _windows_fwd_kernel, n * tile.programs(layout),
         x, logs, chunks, output, map, stats, count, *layout.sizes, *size,
@@ -254,13 +266,13 @@ def forward(x, rectangle, size, scale, rescale, residual, aspect, ellipse, layou
 
 def backward(
     grad_output, grad_map, x, rectangle, stats, size, scale, rescale, residual, aspect, ellipse, grad_x,
-    layout: Features, tile: Tile, warps: int, chunk: int,
+    layout: Features, tile: Tile, warps: int,
 ):  # fmt: skip
     """The sums of chunks, (N, K, chunks, 16), as those of the programs of one rectangle. Writes to ``grad_x``."""
     n, count, positions = rectangle.shape[0], _count(rectangle), size[0] * size[1]
     outsides = rectangle.new_empty((n, *size), dtype=torch.float32)
     centres = outsides.new_empty((n, count, 5)) if rescale else None
-    logs = _logs(rectangle, size, scale, aspect, ellipse, chunk, None, outsides, stats, centres)
+    logs = _logs(rectangle, size, scale, aspect, ellipse, None, outsides, stats, centres)
     partials, parts = None, 0
     if x is not None:
         groups = max(1, triton.cdiv(layout.channels, tile.group))
@@ -271,7 +283,7 @@ def backward(
             RESCALE=rescale, RESIDUAL=residual, FOLD=layout.fold, **layout.constants, **tile.constants,
             num_warps=warps,
         )  # fmt: skip
-    chunk *= 2 if positions > 2 * chunk else 1  # fewer sums, because windows share the work among programs, too
+    chunk = _slopes_chunk(positions)
     chunks = triton.cdiv(positions, chunk)
     sums = logs.new_empty((n, count, chunks, 16))
     launch(

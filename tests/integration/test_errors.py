@@ -232,7 +232,7 @@ def test_a_triton_that_cannot_interpret_says_why(versions, message, monkeypatch)
 
 @pytest.mark.parametrize("kind, many, missing, expected", [
     ("cuda", False, None, "native"),
-    ("cuda", True, None, "triton"),  # faster there for many queries and masks
+    ("cuda", True, None, "triton"),  # faster there for many queries, masks and several windows
     ("cuda", True, "triton", "native"),
     ("cuda", False, "native", "triton"),
     ("cpu", True, None, "native"),

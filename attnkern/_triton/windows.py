@@ -227,7 +227,7 @@ def _chunk(positions):
 
 def _slopes_chunk(positions):
     """More positions where there are enough programs, because each adds up eleven sums for each window."""
-    return 128 if positions <= 256 else 512 if positions <= 4096 else 1024
+    return 256 if positions <= 256 else 512 if positions <= 4096 else 1024
 
 
 def _count(rectangle) -> int:

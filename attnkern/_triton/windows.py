@@ -103,8 +103,8 @@ def _windows_log_kernel(
         tl.store(chunks + 2, (chunk * CHUNK + place).to(tl.float32))
     if outsides is not None:
         tl.store(outsides + n * HW + position, outside, position < HW)
-    if centres is not None:  # noqa: SIM102
-        if chunk == 0:  # the other condition is one of the compiler
+    if centres is not None:  # noqa: SIM102 - decided when the kernel is compiled
+        if chunk == 0:
             stats += n * (2 + 5 * K)
             place = tl.minimum(tl.load(stats + 2), HW - 1).to(tl.int32)
             _store_slopes(place, tl.load(stats), rectangle, n, centres, K, H, W, scale, row, column, ELLIPSE)

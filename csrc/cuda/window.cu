@@ -7,8 +7,8 @@ namespace attnkern {
 namespace {
 
 template <typename T>
-void forward_single(const Rectangles& rectangles, const Shape& shape, const T* x, bool residual, T* output, const Tensor& map,
-             const Tensor& stats) {
+void forward_single(const Rectangles& rectangles, const Shape& shape, const T* x, bool residual, T* output,
+                    const Tensor& map, const Tensor& stats) {
   using A = Wide<T>;
   const Windows windows(rectangles);
   const Queue queue(map);
@@ -81,8 +81,8 @@ void backward(const Rectangles& rectangles, const Shape& shape, const T* grad_ou
     const Tensor logs = empty<A>(stats, {shape.images * shape.positions});
     scratch = empty<A>(stats, {shape.images * tiling.row_tiles * tiling.columns});
     with_outline(windows, [&](auto outline) {
-      queue.launch(windows_values_kernel<A, outline()>, items, kThreads, 0, windows, mutable_data<A>(logs), static_cast<A*>(nullptr),
-                   items);
+      queue.launch(windows_values_kernel<A, outline()>, items, kThreads, 0, windows, mutable_data<A>(logs),
+                   static_cast<A*>(nullptr), items);
     });
     queue.launch(windows_backward_kernel<T>, shape.images * tiling.tiles(), kThreads, 0, grad_output, x, windows,
                  data<A>(logs), data<A>(stats), residual, grad_x, mutable_data<A>(scratch), tiling);

@@ -45,9 +45,10 @@ LANES = {
     "native": (["kernels", "native", "integration"], {**COMPILED, **PASSIVE, **POISON, **SEED}),
     "interpreted": (["kernels"], {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1", **ONE_THREAD}),
     "cuda": (
-        ["cuda_kernels", "kernels"], {"ATTNKERN_TEST_BACKENDS": "native", "ATTNKERN_TEST_CUDA_ON_HOST": "1", **POISON},
+        ["cuda_kernels", "kernels"],
+        {"ATTNKERN_TEST_BACKENDS": "native", "ATTNKERN_TEST_CUDA_ON_HOST": "1", **ONE_THREAD, **POISON},
     ),
-    "ahead": (["ahead"], {}),
+    "ahead": (["ahead"], ONE_THREAD),
 }  # fmt: skip
 
 OUTCOMES = ("passed", "failed", "skipped")

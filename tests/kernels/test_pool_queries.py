@@ -250,6 +250,7 @@ def test_second_derivatives_beside_nan(queries, backend, device):
     same(found, second(clean))
 
 
+@pytest.mark.pairs
 @large
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("queries", [None, 3, 9])

@@ -133,17 +133,22 @@ def _pairs(items):
             yield item
     for product in products.values():
         # One id for each parametrize, also for one of several parameters.
-        pairs = {item: set(itertools.combinations(enumerate(item.callspec._idlist), 2)) for item in product}
+        rows = {item: list(enumerate(item.callspec._idlist)) for item in product}
+        pairs, triples = ({i: set(itertools.combinations(row, k)) for i, row in rows.items()} for k in (2, 3))
         left, met = set().union(*pairs.values()), collections.Counter()
 
-        def gain(item, pairs=pairs, left=left, met=met):
-            """New pairs, and then how rarely the pairs have met."""
-            return len(pairs[item] & left), -sum(met[pair] for pair in pairs[item])
+        def gain(item, pairs=pairs, triples=triples, left=left, met=met):
+            """New pairs, and of several items with as many, how rarely its pairs and triples have met."""
+            return (
+                len(pairs[item] & left),
+                -sum(map(met.__getitem__, pairs[item])),
+                -sum(map(met.__getitem__, triples[item])),
+            )
 
         while left:
             chosen = max(product, key=gain)
             left -= pairs[chosen]
-            met.update(pairs[chosen])
+            met.update(pairs[chosen] | triples[chosen])
             yield chosen
 
 

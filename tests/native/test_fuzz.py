@@ -101,7 +101,9 @@ def test_planted_faults_are_found(fault, monkeypatch, capsys):
     right = getattr(handles, operator)
     with monkeypatch.context() as patch:
         patch.setattr(handles, operator, lambda *args: break_it(right(*args), *args))
-        failure = fuzz.find(EXAMPLES, functions=(function,), backends=KERNELS[:1], shrink=fault == "an output off by 0.01")
+        failure = fuzz.find(
+            EXAMPLES, functions=(function,), backends=KERNELS[:1], shrink=fault == "an output off by 0.01"
+        )
         assert failure is not None
         line = fuzz.repro(failure[0])
         repeat = ["--case", line.split("'")[1], "--backends", KERNELS[0]]

@@ -58,16 +58,18 @@ class RectangularBase(Network):
 
     split: int
 
-    def _set_attention(self, channels, attention, num_windows, shape, head=(64, 128, 256), hidden=80):
+    def _set_attention(self, channels, attention, num_windows, shape, norm, head=(64, 128, 256), hidden=80):
         """``head`` and ``hidden`` are channels in the heads of window and position-wise attention."""
         where = type(self).__name__
         check_choice(where, "attention", attention, ATTENTIONS)
+        if attention != "window" and (num_windows, shape) != (1, "rectangle"):
+            raise ValueError(f"{where}: num_windows and shape are options of 'window' attention, got {attention!r}")
+        if attention != "positionwise" and norm:
+            raise ValueError(f"{where}: norm is an option of 'positionwise' attention, got {attention!r}")
         if attention == "window":
             self.attention = WindowAttention(channels, head, num_windows=num_windows, shape=shape)
-        elif (num_windows, shape) != (1, "rectangle"):
-            raise ValueError(f"{where}: num_windows and shape are options of 'window' attention, got {attention!r}")
         elif attention == "positionwise":
-            self.attention = PositionwiseAttention(channels, hidden)
+            self.attention = PositionwiseAttention(channels, hidden, norm=norm)
         else:
             self.attention = nn.Identity()
 
@@ -110,6 +112,7 @@ class RectangularNetwork(RectangularBase):
         attention: "window" (:class:`attnkern.nn.WindowAttention`), "positionwise"
             (:class:`attnkern.nn.PositionwiseAttention`) or "none".
         num_windows, shape: of :class:`attnkern.nn.WindowAttention`, only with "window" attention.
+        norm: of :class:`attnkern.nn.PositionwiseAttention`, only with "positionwise" attention.
         width: multiplier of the backbone's channels.
         in_chans: channels of the images.
         dropout: multiplier of torchvision's rates of dropout and EfficientNet's stochastic depth, 0.2 each.
@@ -133,6 +136,7 @@ class RectangularNetwork(RectangularBase):
         attention: str = "window",
         num_windows: int = 1,
         shape: str = "rectangle",
+        norm: bool = False,
         width: float = 1.0,
         in_chans: int = 3,
         dropout: float = 1.0,
@@ -146,7 +150,7 @@ class RectangularNetwork(RectangularBase):
         last = self.features[-1][0]
         self.split = len(self.features) - after
         channels = last.in_channels if after else last.out_channels
-        self._set_attention(channels, attention, num_windows, shape)
+        self._set_attention(channels, attention, num_windows, shape, norm)
         self.head = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(_DROPOUT * dropout), nn.Linear(last.out_channels, 512),
             nn.ReLU(inplace=True),

@@ -57,6 +57,7 @@ class SmallNetwork(RectangularBase):
         attention: "window" (:class:`attnkern.nn.WindowAttention`), "positionwise"
             (:class:`attnkern.nn.PositionwiseAttention`) or "none".
         num_windows, shape: of :class:`attnkern.nn.WindowAttention`, only with "window" attention.
+        norm: of :class:`attnkern.nn.PositionwiseAttention`, only with "positionwise" attention.
         width: multiplier of all channels.
         in_chans: channels of the images.
 
@@ -73,6 +74,7 @@ class SmallNetwork(RectangularBase):
         attention: str = "window",
         num_windows: int = 1,
         shape: str = "rectangle",
+        norm: bool = False,
         width: float = 1.0,
         in_chans: int = 3,
     ):
@@ -80,7 +82,7 @@ class SmallNetwork(RectangularBase):
         self.features, (_, channels) = _trunk(in_chans, width)
         self.split = len(self.features)
         head = tuple(scaled(outputs, width) for outputs in _WINDOW_HEAD)
-        self._set_attention(channels, attention, num_windows, shape, head, scaled(_POSITIONWISE_HEAD, width))
+        self._set_attention(channels, attention, num_windows, shape, norm, head, scaled(_POSITIONWISE_HEAD, width))
         hidden = scaled(_HIDDEN, width)
         self.head = nn.Sequential(*_averaged(), *_hidden(channels, hidden))
         self.classifier = nn.Linear(hidden, num_classes)

@@ -54,17 +54,18 @@ class Row(NamedTuple):
 
 #: Training images: epochs, so that few images do not mean few steps.
 _EPOCHS = {50: 300, 200: 100, 1000: 25}
-_WINDOWS = ("none", "positionwise", "window", "window4", "ellipse", "ellipse4")
+_WINDOWS = ("none", "positionwise_norm", "window", "window4", "ellipse", "ellipse4")
 _ATTENTIONS = (
-    "none", "positionwise", "window", "window_equivariance", "compatibility_dp", "compatibility_pc",
-    "compatibility2_dp", "compatibility2_pc", "dvib", "bottleneck", "bottleneck_qt",
+    "none", "positionwise", "positionwise_norm", "window", "window_equivariance",
+    "compatibility_dp", "compatibility_pc", "compatibility2_dp", "compatibility2_pc",
+    "dvib", "bottleneck", "bottleneck_qt",
 )  # fmt: skip
 #: Rows of the parts of the page with small networks.
 PARTS = {
     "attention": [Row(f"small_{name}") for name in _ATTENTIONS],
     "windows": [Row(f"small_{name}") for name in _WINDOWS]
     + [Row(f"small_{name}", "digits-pairs", start=f"small_{name}") for name in _WINDOWS],
-    "few": [Row(f"small_{name}", count=count) for count in _EPOCHS for name in ("none", "positionwise", "window")],
+    "few": [Row(f"small_{name}", count=count) for count in _EPOCHS for name in ("none", "positionwise_norm", "window")],
 }
 #: The papers' architectures by family; baselines come first.
 PAPERS = {

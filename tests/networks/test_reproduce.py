@@ -86,7 +86,7 @@ def test_page_of_made_up_results():
     entry = {"accuracy": 0.5, "seconds": 60.0, "versions": VERSIONS}
     numbers = {str(seed): entry | {"stability": 0.9 + 0.001 * seed} for seed in range(3)}
     less = {str(seed): entry | {"stability": 0.5 + 0.002 * seed} for seed in range(3)}
-    runs = {"small_none": numbers, "small_window": numbers, "small_positionwise": less}
+    runs = {"small_none": numbers, "small_window": numbers, "small_positionwise_norm": less}
     text = page.page({"parts": ["windows"], "small": runs, "papers": {}}, ROWS, reproduce.PAPERS)
     assert "## Several windows: one digit" in text
     assert "## Kinds of attention" not in text  # this part was not run

@@ -66,8 +66,8 @@ def test_every_network_has_a_recipe():
     ported = {"attn_vgg_after", "attn_vgg_before"}  # there for the weights that another implementation trained
     assert set(models.list_models()) - ported <= set(list_recipes())
     extra = set(list_recipes()) - set(models.list_models())
-    windows = {"small_window_equivariance", "small_window4", "small_ellipse", "small_ellipse4"}
-    assert extra == windows | {"efficientnet_b0_window_equivariance", "mobilenet_v3_large_window_equivariance"}
+    small = {f"small_{name}" for name in ("positionwise_norm", "window_equivariance", "window4", "ellipse", "ellipse4")}
+    assert extra == small | {"efficientnet_b0_window_equivariance", "mobilenet_v3_large_window_equivariance"}
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -319,7 +319,11 @@ def test_nothing_is_overwritten_unasked(folder):
     with pytest.raises(FileExistsError, match=r"'run' already contains a run; continue it with --resume true"):
         tiny("vgg_gap", epochs=1)
     assert (folder / "run" / "result.json").read_text(encoding="utf-8") == before
+    curves = {path.name: path for path in folder.glob("run/*/**/*") if path.is_file() and path.suffix != ".yaml"}
+    assert "metrics.csv" in curves
     assert tiny("vgg_gap", "--overwrite", "true", epochs=1)["epochs"] == 1
+    assert not any(path.exists() for path in curves.values())  # they would be drawn together with the new ones
+    assert len(list(folder.glob("run/csv/*/metrics.csv"))) == 1
     with pytest.raises(FileNotFoundError, match=r"resume: there is no checkpoint 'other/last\.ckpt'"):
         tiny("vgg_gap", "--resume", "true", out="other")
 

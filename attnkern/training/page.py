@@ -27,13 +27,14 @@ class Column(NamedTuple):
     title: str
     measure: str
     digits: int = 3
+    each: bool = False  #: the value of every seed, not their mean
 
 
 class Section(NamedTuple):
     title: str
     text: str
     part: str
-    data: str  #: the rows of the part whose names end in this
+    data: str | None  #: the rows of the part whose names end in this; None: all
     baseline: str
     columns: Sequence[Column]
     claims: Sequence[Claim]
@@ -209,6 +210,10 @@ def spread(values: Sequence[float | None], digits: int) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
+def _listed(values, digits):
+    return ", ".join("–" if value is None else f"{value:+.{digits}f}" for value in values)
+
+
 def _section(section, rows, runs):
     titles = [column.title for column in section.columns]
     lines = [f"## {section.title}", "", section.text, ""]
@@ -220,7 +225,7 @@ def _section(section, rows, runs):
             continue
         entries = runs[row]
         cells = [
-            spread([entry.get(column.measure) for entry in entries.values()], column.digits)
+            (_listed if column.each else spread)([e.get(column.measure) for e in entries.values()], column.digits)
             for column in section.columns
         ]
         found = None if row == section.baseline else paired(entries, runs.get(section.baseline, {}), "accuracy")
@@ -301,7 +306,7 @@ def _papers(results, families):
 
 def _belongs(row, end):
     _, dash, rest = row.partition("-")
-    return dash + rest == end
+    return end is None or dash + rest == end
 
 
 def page(results: Mapping[str, Any], parts: Mapping[str, Sequence[str]], papers: Mapping[str, Sequence[str]]) -> str:

@@ -638,7 +638,7 @@ def test_bottleneck_without_residual(num_anchors, observed):
     (x,) = inputs("bottleneck")
     attended = module(x)
     torch.testing.assert_close(attended.output, attended.map[:, None] * x)
-    with pytest.raises(TypeError, match="^BottleneckAttention: residual must be"):
+    with pytest.raises(TypeError, match=r"^BottleneckAttention: residual must be"):
         ann.BottleneckAttention(C, residual=1)
 
 

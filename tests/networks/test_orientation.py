@@ -150,7 +150,7 @@ def test_orientation_sees_training_images_without_augmentation():
     assert label == images.train.part[7][1]
     assert torch.equal(box, torch.cat((mask.nonzero().amin(0), mask.nonzero().amax(0))).float())
     assert orientations(Bright(), images, 100)["map"]["sign"] == 1
-    with pytest.raises(ValueError, match="ImageData: part must be .test. or .train."):
+    with pytest.raises(ValueError, match=r"ImageData: part must be .test. or .train."):
         images.located("val")
 
 

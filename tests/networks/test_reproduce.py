@@ -117,6 +117,9 @@ def test_rows_start_from_the_same_seed_and_few_images_take_as_many_steps():
     for count, epochs in reproduce._EPOCHS.items():
         assert epochs * (count // 32) >= 300
         assert Row("small_none", count=count).name == f"small_none-{count}"
+    row = Row("small_bottleneck", variant="beta0", options=(("model.options.beta", "0"),))
+    assert row.name == "small_bottleneck-beta0"
+    assert row.arguments(Path("runs"), 1)[-2:] == ["--model.options.beta", "0"]
 
 
 def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):

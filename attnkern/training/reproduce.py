@@ -66,13 +66,14 @@ _ATTENTIONS = (
 )  # fmt: skip
 #: What may decide whether high or low values of a bottlenecked map mark the digit.
 _SIGNS = {
+    "short": {},
     "no_residual": {"model.options.residual": "false"},
     "norm_behind": {"model.options.norm": "behind"},
     "norm_both": {"model.options.norm": "both"},
     "beta0": {"model.options.beta": "0"},
     "beta0.05": {"model.options.beta": "0.05"},
-    "epochs20": {"trainer.max_epochs": "20", "model.lr_scheduler.init_args.T_max": "19"},
 }
+_SHORT = {"trainer.max_epochs": "5", "model.lr_scheduler.init_args.T_max": "4"}
 #: Rows of the parts of the page with small networks.
 PARTS = {
     "attention": [Row(f"small_{name}") for name in _ATTENTIONS],
@@ -80,7 +81,10 @@ PARTS = {
     "pairs": [Row(f"small_{name}", "digits-pairs", start=f"small_{name}") for name in _WINDOWS],
     "few": [Row(f"small_{name}", count=count) for count in _EPOCHS for name in ("none", "positionwise_norm", "window")],
     "sign": [Row(f"small_{name}") for name in ("bottleneck", "bottleneck_qt")]
-    + [Row("small_bottleneck", variant=name, options=tuple(options.items())) for name, options in _SIGNS.items()],
+    + [
+        Row("small_bottleneck", variant=name, options=tuple((_SHORT | options).items()))
+        for name, options in _SIGNS.items()
+    ],
 }
 #: Parts that are made by default, in an hour and a quarter on two cores.
 DEFAULT = ("attention", "windows", "few")

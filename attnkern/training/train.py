@@ -217,8 +217,9 @@ def train(name: str, data: str | None = None, arguments: list[str] | None = None
 
     Returns:
         the content of ``result.json``. ``accuracy`` is None if nothing was tested (``--trainer.limit_test_batches 0``),
-        ``localisation`` also if the data set has no boxes. ``orientations`` are those of :func:`orientations`, or None
-        if the data set has no boxes; the checkpoint has them, too.
+        ``localisation`` also if the data set has no boxes. ``orientations`` holds the fields of
+        :class:`attnkern.evaluation.Orientation` for each attention map, from training images, or is None if the data
+        set has no boxes; the checkpoint has them, too.
 
     Raises:
         ValueError, TypeError: an unknown recipe, data set or option, an argument of another type, an option that
@@ -398,7 +399,7 @@ class Run(NamedTuple):
     normalise: torch.nn.Module  #: from images (N, 3, H, W) in [0, 1] to the network's inputs
     class_names: list[str]
     data: dict[str, Any]  #: arguments of :class:`attnkern.training.data.ImageData`
-    orientations: dict[str, Orientation]  #: of :func:`orientations`; {} without boxes, and until training has ended
+    orientations: dict[str, Orientation]  #: by name of the map; {} without boxes, or before training has ended
 
 
 def load_run(checkpoint: str | os.PathLike) -> Run:

@@ -165,6 +165,26 @@ SECTIONS = (
         for count in (50, 200, 1000)
     ),
     Section(
+        "Twice as many epochs",
+        "Whether ten epochs are enough: the same networks with 20 epochs, and with the cosine schedule of the learning "
+        "rate stretched to them.",
+        "epochs", None, "small_none",
+        (
+            Column("accuracy", "accuracy"), *_FINDING, Column("window IoU", "window_iou"),
+            Column("half extent", "half_extent"), Column("training accuracy", "train_accuracy"), Column("gain", "gain"),
+        ),
+        [
+            Claim(f"`{row}` is more accurate after 20 epochs", "accuracy", f"{row}-epochs20", row)
+            for row in ("small_none", "small_window", "small_compatibility_pc", "small_bottleneck")
+        ]
+        + [
+            Claim(
+                "The rectangle overlaps the box more after 20 epochs", "window_iou", "small_window-epochs20",
+                "small_window",
+            ),
+        ],
+    ),
+    Section(
         "Sign of bottlenecked maps",
         "Whether high or low values mark the digit, with a change of one thing at a time. `small_bottleneck` and "
         "`small_bottleneck_qt` train as above, the others for five epochs: `short` as it is, `no_residual` with v·x in "

@@ -74,12 +74,17 @@ _SIGNS = {
     "beta0.05": {"model.options.beta": "0.05"},
 }
 _SHORT = {"trainer.max_epochs": "5", "model.lr_scheduler.init_args.T_max": "4"}
+#: Whether ten epochs are enough.
+_LONG = {"trainer.max_epochs": "20", "model.lr_scheduler.init_args.T_max": "19"}
+_TRAINED_LONG = ("none", "window", "compatibility_pc", "bottleneck")
 #: Rows of the parts of the page with small networks.
 PARTS = {
     "attention": [Row(f"small_{name}") for name in _ATTENTIONS],
     "windows": [Row(f"small_{name}") for name in _WINDOWS],
     "pairs": [Row(f"small_{name}", "digits-pairs", start=f"small_{name}") for name in _WINDOWS],
     "few": [Row(f"small_{name}", count=count) for count in _EPOCHS for name in ("none", "positionwise_norm", "window")],
+    "epochs": [Row(f"small_{name}") for name in _TRAINED_LONG]
+    + [Row(f"small_{name}", variant="epochs20", options=tuple(_LONG.items())) for name in _TRAINED_LONG],
     "sign": [Row(f"small_{name}") for name in ("bottleneck", "bottleneck_qt")]
     + [
         Row("small_bottleneck", variant=name, options=tuple((_SHORT | options).items()))

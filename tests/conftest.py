@@ -60,10 +60,6 @@ _asked = os.environ.get("ATTNKERN_TEST_BACKENDS")
 BACKENDS = _asked.split(",") if _asked else [name for name in _backend.NAMES if missing(name) is None]
 
 
-#: The GPU kernels keep log f of a union as one number: f may be above 1 by rounding, and the map of windows so far off
-#: that log f is in the millions does not have mean 1. Remove it with the marker exact_unions when they are corrected.
-GPU_UNIONS_ARE_EXACT = False
-
 #: With --quick about one in so many parametrisations of a test runs, and at least one.
 SAMPLE = 5
 
@@ -74,7 +70,6 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "kernels: a promise of the kernels that the reference does not make")
-    config.addinivalue_line("markers", "exact_unions: see GPU_UNIONS_ARE_EXACT")
     config.addinivalue_line("markers", "large: too slow for interpreted kernels")
     config.addinivalue_line("markers", "slow: not part of `make test`, only of `make test-all`")
     # NumPy warns about the NaN and Inf of the tests, and PyTorch about its own use of jit.script.
@@ -96,9 +91,6 @@ def _exists(item):
     if backend in BACKENDS and dtype is not None and missing(backend, dtype) is not None:
         return False
     if backend == "reference" and item.get_closest_marker("kernels"):
-        return False
-    on_gpu = backend == "triton" or (backend == "native" and (EMULATED or DEVICE.type == "cuda"))
-    if on_gpu and not GPU_UNIONS_ARE_EXACT and item.get_closest_marker("exact_unions"):
         return False
     return not (backend == "triton" and _ops.TRITON_INTERPRETS and item.get_closest_marker("large"))
 

@@ -75,16 +75,27 @@ def meta(*shape, dtype=FLOAT, channels_last=False):
     return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=layout)
 
 
-def run_window(x, companion):
-    rectangle = meta(x.shape[0], 5, dtype=companion)
-    output, map, stats = window.window_fwd(x, rectangle, 6.0, True, True, False, False)
-    window.window_bwd(output, map, x, rectangle, stats, 6.0, True, True, False, False, True)
+def run_window(x, companion, windows=(), ellipse=False):
+    rectangle = meta(x.shape[0], *windows, 5, dtype=companion)
+    output, map, stats = window.window_fwd(x, rectangle, 6.0, True, True, False, ellipse)
+    window.window_bwd(output, map, x, rectangle, stats, 6.0, True, True, False, ellipse, True)
 
 
-def run_window_map(x, companion):
-    rectangle = meta(x.shape[0], 5, dtype=companion)
-    map, stats = window.window_map_fwd(rectangle, *x.shape[2:], 6.0, True, False, False)
-    window.window_map_bwd(map, rectangle, stats, 6.0, True, False, False)
+def run_window_map(x, companion, windows=(), ellipse=False):
+    rectangle = meta(x.shape[0], *windows, 5, dtype=companion)
+    map, stats = window.window_map_fwd(rectangle, *x.shape[2:], 6.0, True, False, ellipse)
+    window.window_map_bwd(map, rectangle, stats, 6.0, True, False, ellipse)
+
+
+# The number of windows is not a constant of the kernels.
+
+
+def run_window_many(x, companion):
+    run_window(x, companion, windows=(4,))
+
+
+def run_window_map_many(x, companion):
+    run_window_map(x, companion, windows=(4,))
 
 
 def run_anchor_quantize(x, companion):
@@ -121,7 +132,9 @@ def pool_both(x, query, mask):
 
 RUNS = {
     "window_attention": run_window,
+    "window_attention_many": run_window_many,
     "window_map": run_window_map,
+    "window_map_many": run_window_map_many,
     "anchor_quantize": run_anchor_quantize,
     "anchor_attention": run_anchor_attention,
     "compatibility_pool": run_pool,
@@ -289,6 +302,8 @@ def _by_kernel():
 FEATURES = {
     "_window_fwd_kernel": (1, 1),
     "_window_bwd_kernel": (2, 1),
+    "_windows_fwd_kernel": (1, 1),
+    "_windows_bwd_kernel": (2, 1),
     "_anchor_fwd_kernel": (1, 1),
     "_anchor_bwd_kernel": (2, 1),
     "_pool_fwd_kernel": (1, 0),
@@ -377,6 +392,15 @@ def test_half_precision_companions_fit(run, launches, tmp_path):
             check(launches.pop(), x, "sm_90", tmp_path)
 
 
+@pytest.mark.parametrize("windows", [(), (4,)], ids=str)
+def test_ellipses_fit(windows, launches, tmp_path):
+    x = meta(32, 512, 14, 14)
+    run_window(x, FLOAT, windows=windows, ellipse=True)
+    assert {launch.options["ELLIPSE"] for launch in launches if "ELLIPSE" in launch.options} == {True}
+    for launch in launches:
+        check(launch, x, "sm_90", tmp_path)
+
+
 @pytest.mark.parametrize("shape", [(2, 4096, 20, 20), (2, 3000, 7, 7)])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_fits_more_channels_than_a_tile(shape, channels_last, launches, tmp_path):
@@ -410,9 +434,11 @@ def test_missing_barrier_is_detected(launches):
 
 
 def test_at_most_two_launches(launches):
-    """Two launches per pass; one if a single block can process the map. Many queries have one more for Δ."""
+    """Two launches per pass; one if a single block can process the map. Many queries have one more for Δ. Of several
+    windows the map is computed before the features are read: two launches forward, four backward."""
     for run, shape, channels_last in itertools.product(RUNS.values(), [*SHAPES, (2, 64, 7, 7)], (False, True)):
         run(meta(*shape, channels_last=channels_last), FLOAT)
-        most = 5 if run in (run_pool_many, run_pool_masked) else 2 if shape == (2, 64, 7, 7) else 4
+        most = 2 if shape == (2, 64, 7, 7) else 4
+        most = {run_pool_many: 5, run_pool_masked: 5, run_window_many: 6, run_window_map_many: 6}.get(run, most)
         assert len(launches) <= most, (run.__name__, shape, [launch.name for launch in launches])
         launches.clear()

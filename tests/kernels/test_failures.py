@@ -87,11 +87,13 @@ def test_each_allocation_fails_once(backend):
     """Forward or backward raises, whichever thread the allocation failed on, and the next call is correct."""
     if backend == "triton":
         pytest.skip("Triton allocates on a GPU only, by PyTorch's allocator")
-    # malloc takes every block from the system instead of reusing freed ones, and has no second arena, whose address
-    # space is reserved, to fall back on.
+    # malloc takes every block from the system instead of reusing freed ones, returns the free end of the heap, and has
+    # no second arena, whose address space is reserved, to fall back on.
     # The blocks of the reference have some MiB; the kernels also allocate small ones.
     code = SCARCE.format(backend=backend, step=1 << (20 if backend == "reference" else 18))
-    status, found = python(code, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")
+    status, found = python(
+        code, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0", MALLOC_TOP_PAD_="0", MALLOC_ARENA_MAX="1"
+    )
     assert status == 0, found
     ended = {function: where for function, *where in map(str.split, found.splitlines())}
     assert ended.keys() == FUNCTIONS.keys()

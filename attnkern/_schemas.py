@@ -6,7 +6,7 @@ or channels innermost (see attnkern/_layout.py); all else is contiguous.
 
 ``rectangle``  (N, 5), or (N, K, 5) for the union of K windows.
 ``stats``      (N, 2 + 5K): max log f or a bound near it, Σ f relative to it, and Σ π ∂log f/∂β for the parameters of
-               all windows; (N, 0) without rescale.
+               all windows, or what the backward pass of the same backend uses instead; (N, 0) without rescale.
 ``*_loss``     (): Σ (v - a)² / divisor, the same number twice: autograd needs a tensor of each.
 ``residuals``  (Q,): Σ (v - a) over the elements that chose anchor k, so that the anchors' gradient is 2·residuals.
 ``divisor``    what the sums of the two losses are divided by.

@@ -153,9 +153,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     out = Path(options.out or Path(options.checkpoint).with_name("evaluation.json"))
     protocols = PROTOCOLS if "all" in options.protocol else options.protocol
     check_protocols(protocols)
-    subject, name = _subject(options, out)
+    subject, name = _subject(options, out, options.checkpoint, options.map)
     results = {"network": name, "checkpoint": options.checkpoint, **choices(subject), "protocols": {}}
-    with _printed(results["protocols"]):
+    with _printed({options.checkpoint: results["protocols"]}):
         _measure(subject, protocols, results["protocols"])
         write_json(out, results)
     print(f"details: {out}")
@@ -175,19 +175,21 @@ def _measure(subject, protocols, results):
 
 
 @contextlib.contextmanager
-def _printed(results):
-    """Print a summary of ``results`` at the end of the block, after an error too: measuring them took minutes."""
+def _printed(measured):
+    """Print a summary of {run: results} at the end of the block, after an error too: measuring them took minutes."""
     from attnkern.evaluation.protocols import plain
     from attnkern.evaluation.summary import summary
 
     try:
         yield
     finally:
-        print(summary(plain(results)))
+        for run, results in measured.items():
+            heading = f"{run}:\n" if len(measured) > 1 else ""
+            print(f"{heading}{summary(plain(results))}")
 
 
-def _subject(options, out):
-    """The network, images and settings that the options of ``evaluate`` and ``report`` name, and the network's name.
+def _subject(options, out, checkpoint, map):
+    """The network of a checkpoint with the images and settings that the options name, and the network's name.
 
     Raises OSError if ``out`` cannot be written, before anything is computed.
     """
@@ -197,12 +199,12 @@ def _subject(options, out):
         from attnkern.training.train import load_run
 
     device = _device(options)
-    run = load_run(options.checkpoint)
+    run = load_run(checkpoint)
     check_writable(options.command, out)
     settings = run.data if options.data is None else {"name": options.data, "size": run.data["size"]}
     images = ImageData(**settings | ({} if options.root is None else {"root": options.root}))
     images.setup()
-    shared = {"map": options.map, "limit": options.limit, "seed": options.seed, "device": device}
+    shared = {"map": map, "limit": options.limit, "seed": options.seed, "device": device}
     return Subject(run.network, images, run.normalise.to(device), run.class_names, **shared), run.name
 
 
@@ -220,26 +222,35 @@ def _device(options):
 
 
 def _report(options: argparse.Namespace) -> int:
-    import json
     from pathlib import Path
 
     with needs_extra("report", _EXTRAS):
         from attnkern.evaluation.protocols import PROTOCOLS, write_text
-        from attnkern.report import report
+        from attnkern.report import Reported, check_against, report, saved_results
 
-    run = Path(options.run)
-    options.checkpoint = run / "last.ckpt"
-    out = Path(options.out or run / "report.html")
-    subject, _ = _subject(options, out)
-    evaluated = run / "evaluation.json"
-    if evaluated.exists() and options.data is None:
-        page = report(subject, run, json.loads(evaluated.read_text(encoding="utf-8"))["protocols"], options.examples)
-        write_text(out, page)
-    else:
-        results = {}
-        with _printed(results):
-            _measure(subject, PROTOCOLS, results)
-            write_text(out, report(subject, run, results, options.examples))
+    given = {"run": (options.run, options.map), "against": (options.against, options.against_map)}
+    if options.against is None:
+        if options.against_map is not None:
+            raise ValueError("report: against-map needs a run to compare with, --against")
+        del given["against"]
+    out = Path(options.out or Path(options.run) / "report.html")
+    reported = []
+    for name, (run, map) in given.items():
+        checkpoint = Path(run) / "last.ckpt"
+        if not checkpoint.is_file():
+            why = f"there is no file {os.fspath(checkpoint)!r}"
+            raise FileNotFoundError(f"report: {name} must be the folder of a run of attnkern train, got {run!r}: {why}")
+        subject, _ = _subject(options, out, checkpoint, map)
+        reported.append(Reported(subject, run, saved_results(subject, run)))
+    first, *others = reported
+    for other in others:
+        check_against(first, other)
+
+    incomplete = [each for each in reported if not PROTOCOLS.keys() <= each.results.keys()]
+    with _printed({each.run: each.results for each in incomplete}):
+        for each in incomplete:
+            _measure(each.subject, [name for name in PROTOCOLS if name not in each.results], each.results)
+        write_text(out, report(*first, options.examples, *others))
     print(f"written: {out}")
     return 0
 
@@ -334,8 +345,17 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         "--protocol", nargs="+", default=["all"], metavar="NAME", help="protocols to run; all by default"
     )
     evaluate.add_argument("--out", help="JSON file to write, by default evaluation.json next to the checkpoint")
-    page = commands.add_parser("report", help="write a self-contained HTML page about a run")
+    page = commands.add_parser(
+        "report",
+        help="write a self-contained HTML page about a run, or about two runs side by side",
+        description="Writes a self-contained HTML page about a run: numbers, training curves, test images with their "
+        "maps, and the results of all protocols. With --against, all of this is shown for two runs side by side, with "
+        "the test images that only one of them gets right and McNemar's test. Results in a run's evaluation.json are "
+        "used if they are of the same images, map and seed; protocols that it lacks are run.",
+    )
     page.add_argument("run", help="folder of a run of attnkern train")
+    page.add_argument("--against", metavar="OTHER", help="folder of another run on the same test images, to compare")
+    page.add_argument("--against-map", metavar="MAP", help="--map of the other run")
     page.add_argument("--out", help="HTML file to write, by default report.html in the run's folder")
     page.add_argument("--examples", type=_positive, default=24, help="number of test images on the page, 24 by default")
     for command in (evaluate, page):

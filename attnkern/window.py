@@ -105,6 +105,11 @@ class _WindowAttention(torch.autograd.Function):
         return grad_x, grad_rectangle, None, None
 
 
+def _several(rectangle):
+    """Whether an image has several windows. One with an axis has the kernels, and so the bits, of one without it."""
+    return rectangle.dim() == 3 and rectangle.shape[1] > 1
+
+
 def _is_ellipse(where: str, shape: str) -> bool:
     check_choice(where, "shape", shape, SHAPES)
     return shape == "ellipse"
@@ -175,7 +180,7 @@ def window_map(
     check_number("window_map", scale=scale)
     check_flag("window_map", rescale=rescale, aspect=aspect)
     ellipse = _is_ellipse("window_map", shape)
-    chosen = _backend.choose(backend, rectangle)
+    chosen = _backend.choose(backend, rectangle, many=_several(rectangle))
     if chosen == "reference" or transformed(rectangle):
         options = {"scale": float_of(scale), "rescale": rescale, "aspect": aspect, "ellipse": ellipse}
         return reference.window_map(rectangle, (height, width), **options)
@@ -218,7 +223,7 @@ def window_attention(
     check_number(where, scale=scale)
     check_flag(where, rescale=rescale, residual=residual, aspect=aspect)
     ellipse = _is_ellipse(where, shape)
-    chosen = _backend.choose(backend, x)
+    chosen = _backend.choose(backend, x, many=_several(rectangle))
     if chosen == "reference" or transformed(x, rectangle):
         options = _Options(float_of(scale), rescale, residual, aspect, ellipse)
         attended = reference.window_attention(x, rectangle, **options._asdict())

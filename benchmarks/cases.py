@@ -93,6 +93,11 @@ GPU_CASES = [
     *_grid(_GPU_SHAPES, (torch.float32,), ("contiguous",)),
     *_grid(_GPU_SHAPES, (torch.bfloat16, torch.float32), ("channels_last",)),
 ]
+GPU_WINDOWS = [
+    Case("window_attention", shape, torch.bfloat16, windows=windows)
+    for shape in ((32, 256, 56, 56), (64, 512, 32, 32), (32, 512, 14, 14))
+    for windows in (4, 16)
+]
 GPU_AUTOTUNED = _grid(_GPU_SHAPES[:2], (torch.bfloat16,), ("contiguous",))
 #: What the rehearsal of a GPU's run measures on a CPU.
 TINY_CASES = [
@@ -314,6 +319,7 @@ def work(suite: str, gpu: bool, compiled: bool, again: bool = False) -> list[tup
         *itertools.product(layouts["contiguous"], PASSES),
         *networks,
         *itertools.product(GPU_POOLING, PASSES),
+        *itertools.product(GPU_WINDOWS, PASSES),
         *itertools.product(layouts["channels_last"], PASSES),
         *((case, AUTOTUNED) for case in GPU_AUTOTUNED if compiled),
     ]

@@ -1,7 +1,7 @@
 """Draw the pictures of the gallery, and write docs/gallery.md: ``make gallery``.
 
-Most of them show the networks that ``make reproduce`` trained. ``python docs/make_gallery.py --only equivariance``
-draws one picture and leaves the others as they are.
+Most of them show the networks that ``make reproduce`` trained. Pictures of networks that it has not trained stay as
+they are. ``python docs/make_gallery.py --only equivariance`` draws one picture and leaves the others as they are.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from attnkern.evaluation import (
     equivariance_distance,
     frequency,
     jaccard,
-    map_of,
     occlude,
     pool_attention,
     query_driven,
@@ -33,13 +32,14 @@ from attnkern.evaluation import (
 from attnkern.evaluation.protocols import Subject
 from attnkern.models import attention_maps
 from attnkern.nn import WindowAttention
+from attnkern.report import correct, side_by_side
 from attnkern.training import digits_clutter
 from attnkern.training.data import ImageData
 from attnkern.training.train import load_run
 
 DOCS = Path(__file__).parent
 #: The number of test images in a picture: always the first ones, so that nothing is selected.
-SHOWN = 6
+SHOWN, IN_A_ROW = 6, 8
 #: Recipe: the network's name in the pictures.
 NAMES = {
     "vgg": "VGG\n(Grad-CAM)",
@@ -52,15 +52,44 @@ NAMES = {
 LEVELS = {"attention10.map": "level 1:\nafter 10 layers", "attention13.map": "level 2:\nafter 13 layers"}
 
 
-def subject_of(runs: Path, name: str) -> Subject:
-    run = load_run(runs / name / "last.ckpt")
+def subject_of(folder: Path) -> Subject:
+    """The network and test images of a run. Grad-CAM is at the feature map that the run's result names."""
+    run = load_run(folder / "last.ckpt")
     images = ImageData(**run.data)
     images.setup()
-    return Subject(run.network, images, run.normalise)
+    title = json.loads((folder / "result.json").read_text(encoding="utf-8"))["localisation"]["map"]
+    _, gradcam, module = title.rpartition("Grad-CAM ")
+    return Subject(run.network, images, run.normalise, run.class_names, map=module if gradcam else None)
+
+
+def against_none(title: str, folder: Path, baseline: Path) -> list:
+    """Pictures of a network with attention and of one without: the first test images, and the first wrong ones."""
+    subject = subject_of(folder)
+    subjects = {title: subject, "no attention, Grad-CAM": subject_of(baseline)}
+    wrong = (~correct(subject)).nonzero().flatten().tolist()
+    chosen = {
+        f"The first {IN_A_ROW} of {len(subject.raw)} test images": list(range(IN_A_ROW)),
+        f"The first {len(wrong[:IN_A_ROW])} of {len(wrong)} test images that the network with attention gets wrong": (
+            wrong[:IN_A_ROW]
+        ),
+    }
+    return [side_by_side(subjects, indices, title=text) for text, indices in chosen.items() if indices]
+
+
+def small_window(runs):
+    return against_none("rectangle", runs / "small_window/seed0", runs / "small_none/seed0")
+
+
+def small_compatibility(runs):
+    return against_none("compatibility", runs / "small_compatibility_pc/seed0", runs / "small_none/seed0")
+
+
+def small_bottleneck(runs):
+    return against_none("quantized bottleneck", runs / "small_bottleneck_qt/seed0", runs / "small_none/seed0")
 
 
 def levels(runs):
-    subject = subject_of(runs, "vgg_att2_concat_pc")
+    subject = subject_of(runs / "vgg_att2_concat_pc")
     raw = subject.raw[:SHOWN]
     inputs = subject.normalise(raw)
     with torch.no_grad():
@@ -74,22 +103,21 @@ def networks(runs):
     maps = {}
     for name, title in NAMES.items():
         accuracy = json.loads((runs / name / "result.json").read_text(encoding="utf-8"))["accuracy"]
-        subject = subject_of(runs, name)
+        subject = subject_of(runs / name)
         raw = subject.raw[:SHOWN]
-        shown = "block3" if name == "vgg" else None
-        maps[f"{title}\n{accuracy:.1%} correct"] = map_of(subject.network, shown)[1](subject.normalise(raw))[1].detach()
+        maps[f"{title}\n{accuracy:.1%} correct"] = subject.predict(subject.normalise(raw))[1].detach()
     return [viz.levels(raw, maps)]
 
 
 def query(runs):
-    subject = subject_of(runs, "vgg_att2_concat_dp")
+    subject = subject_of(runs / "vgg_att2_concat_dp")
     attend = pool_attention(subject.network, "attention10", subject.normalise)
     targets, image = subject.raw[1:5], subject.raw[0]
     return [viz.query_pairs(targets, image, query_driven(attend, targets, image))]
 
 
 def bottleneck(runs):
-    subject = subject_of(runs, "vgg_aib_qt")
+    subject = subject_of(runs / "vgg_aib_qt")
     raw, generator = subject.raw[:4], torch.Generator().manual_seed(0)
     modified = {
         "8x8 pixels occluded": occlude(raw, 8, generator),
@@ -100,7 +128,7 @@ def bottleneck(runs):
 
 
 def anchors(runs):
-    subject = subject_of(runs, "vgg_aib_qt")
+    subject = subject_of(runs / "vgg_aib_qt")
     values = subject.network.attention.quantizer.anchors.detach()
     chosen = (subject.maps.flatten()[:, None] - values).abs().argmin(1).bincount(minlength=len(values))
     return [viz.anchor_histogram(values, chosen, title="Anchors of VGG-aib-qt")]
@@ -210,13 +238,41 @@ class Entry(NamedTuple):
     title: str
     text: str
     draw: Callable[[Path], list]
+    runs: tuple[str, ...] = ()  #: the recipes whose runs are drawn
 
 
+#: What the pictures of :func:`against_none` show.
+ROWS = (
+    "Above each map is the predicted class with its probability. Grad-CAM is that of the predicted class, at the "
+    "feature map with the best results on the test images, as in [Reproduction](reproduction.md). The images are the "
+    "first ones of the test set, in the second picture the first ones that the network with attention gets wrong. "
+    "Both networks are those of seed 0."
+)
 ENTRIES = (
+    Entry(
+        "A rectangle",
+        f"The small network with a rectangle, and below the same network without attention. {ROWS}",
+        small_window,
+        ("small_window/seed0", "small_none/seed0"),
+    ),
+    Entry(
+        "Compatibility with the global vector",
+        f"The small network with the parametrised score, and below the same network without attention. {ROWS}",
+        small_compatibility,
+        ("small_compatibility_pc/seed0", "small_none/seed0"),
+    ),
+    Entry(
+        "A quantized bottleneck",
+        "The small network with a quantized bottlenecked map, and below the same network without attention. High "
+        f"values of this map need not mark the object. {ROWS}",
+        small_bottleneck,
+        ("small_bottleneck_qt/seed0", "small_none/seed0"),
+    ),
     Entry(
         "Two levels of attention",
         "The maps of VGG-att2 with the parametrised score, at its two levels, and their combination.",
         levels,
+        ("vgg_att2_concat_pc",),
     ),
     Entry(
         "Networks with and without attention",
@@ -225,12 +281,14 @@ ENTRIES = (
         "minutes of training, VGG-att2 with the dot product attends to single positions, which lie on the digit in "
         "some runs and beside it in others.",
         networks,
+        tuple(NAMES),
     ),
     Entry(
         "Attention to the query of another image",
         "VGG-att2 with the dot product: the attention of each image with its own global vector, the attention with the "
         "global vector of the query image, and the relative change (red: more, blue: less).",
         query,
+        ("vgg_att2_concat_dp",),
     ),
     Entry(
         "Quantized attention of modified images",
@@ -238,18 +296,20 @@ ENTRIES = (
         "frequencies. On these images low values mark the digit: nothing in x + v·x before a batch normalisation "
         "determines whether attended positions have high or low values.",
         bottleneck,
+        ("vgg_aib_qt",),
     ),
     Entry(
         "Anchors in use",
         "The anchors of VGG-aib-qt and how often each of them is chosen on the test images.",
         anchors,
+        ("vgg_aib_qt",),
     ),
     Entry(
         "Rectangles of a rotated, scaled and shifted image",
         "Solid lines are the rectangles that the network finds in each image; dashed lines are the rectangle of the "
         "original image, transformed like the image. A small network with the head of `WindowAttention` was trained "
         "for this picture on training digits with their boxes; the image is the first test image. The networks of "
-        "`make reproduce` are trained with class labels only, and their rectangles do not find the digit.",
+        "`make reproduce` are trained with class labels only.",
         equivariance,
     ),
     Entry(
@@ -284,13 +344,20 @@ def main() -> int:
     ]
     for entry in ENTRIES:
         name = entry.draw.__name__
-        if options.only is None or name in options.only:
+        chosen = options.only is None or name in options.only
+        missing = [run for run in entry.runs if not (options.runs / run / "result.json").is_file()]
+        if chosen and missing:
+            text = f"there is no run of {', '.join(missing)} in {options.runs}"
+            if options.only is not None:
+                parser.error(f"{name}: {text}")
+            print(f"{name} stays as it is: {text}")
+        elif chosen:
             for old in folder.glob(f"{name}*.png"):
                 old.unlink()
             for index, figure in enumerate(entry.draw(options.runs)):
                 viz.save(figure, folder / f"{name}{index or ''}.png", dpi=80)
-        lines += ["", f"## {entry.title}", "", entry.text, ""]
-        lines += [f"![{entry.title}](gallery/{path.name})" for path in sorted(folder.glob(f"{name}*.png"))]
+        pictures = [f"![{entry.title}](gallery/{path.name})" for path in sorted(folder.glob(f"{name}*.png"))]
+        lines += ["", f"## {entry.title}", "", entry.text, "", *pictures] if pictures else []
     (DOCS / "gallery.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 0
 

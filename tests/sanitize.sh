@@ -75,16 +75,21 @@ plant() { # sanitizer, its message, file, sed script that plants the error
 where=$("$python" -c 'import attnkern; print(attnkern.__path__[0])')
 [[ $where == "$work/attnkern" ]] || { echo "attnkern comes from $where, not from the copy" >&2; exit 1; }
 build
-if run tests/kernels --ignore tests/kernels/test_model_backends.py -k "$suitable"; then
-  echo "tests: $(tail -1 log)"
-else
-  echo "tests: FAILED"
-  grep -n -m 5 -A 12 "ERROR: AddressSanitizer\|runtime error" log || tail -30 log
-  failed=1
-fi
+# All shapes, dtypes and layouts; of the other tests a sample.
+every="tests/kernels/test_ops.py tests/kernels/test_memory_layout.py"
+for selection in "$every" "tests/kernels --quick --ignore tests/kernels/test_model_backends.py ${every//tests/--ignore tests}"; do
+  # shellcheck disable=SC2086 # several arguments
+  if run $selection -k "$suitable"; then
+    echo "tests: $(tail -1 log)"
+  else
+    echo "tests: FAILED"
+    grep -n -m 5 -A 12 "ERROR: AddressSanitizer\|runtime error" log || tail -30 log
+    failed=1
+  fi
+done
 plant address "ERROR: AddressSanitizer: heap-buffer-overflow" csrc/cpu/window_kernels.h \
-  's/A max = to\[0\];/A max = to[positions];/'
+  's/A\* to = map + image \* positions;/A* to = map + (image + 1) * positions;/'
 plant undefined "runtime error: signed integer overflow" csrc/cpu/window_kernels.h \
-  's/const Frame<A> frame = windows.frame(image);/const Frame<A> frame = windows.frame(image + (INT64_MAX + positions) - INT64_MAX - positions);/'
+  's/const auto frames = windows.frames(image);/const auto frames = windows.frames(image + (INT64_MAX + positions) - INT64_MAX - positions);/'
 echo "sanitize: $SECONDS s"
 exit "$failed"

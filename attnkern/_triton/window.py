@@ -223,9 +223,8 @@ def _forward(x, rectangle, height, width, scale, rescale, residual, aspect, elli
     if _is_union(rectangle, ellipse):
         layout = _features(x, height, width)
         return windows.forward(
-            x, rectangle, (height, width), scale, rescale, residual, aspect, ellipse,
-            layout, fwd_tile(layout), _chunk(height * width),
-        )  # fmt: skip
+            x, rectangle, (height, width), scale, rescale, residual, aspect, ellipse, layout, fwd_tile(layout)
+        )
     output = None if x is None else torch.empty_like(x)
     map = rectangle.new_empty((n, height, width), dtype=torch.float32)
     stats = rectangle.new_empty((n, 7 if rescale else 0), dtype=torch.float32)
@@ -256,7 +255,7 @@ def _backward(grad_output, grad_map, x, rectangle, stats, size, scale, rescale, 
     if _is_union(rectangle, ellipse):
         sums = windows.backward(
             grad_output, grad_map, x, rectangle, stats, size, scale, rescale, residual, aspect, ellipse, grad_x,
-            layout, tile, warps, _chunk(size[0] * size[1]),
+            layout, tile, warps,
         )  # fmt: skip
         _add_programs(sums, grad_rectangle, size, rescale)
         return grad_x, grad_rectangle

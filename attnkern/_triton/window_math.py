@@ -85,26 +85,34 @@ def log_window(position, frame, H, W, scale, row, column):
 
 
 @triton.jit
-def log_window_of_union(position, frame, H, W, scale, row, column, ELLIPSE: tl.constexpr):
-    """log f and 1 - f of a rectangle or an ellipse, and the derivatives of log f.
+def window_of_union(position, frame, H, W, scale, row, column, ELLIPSE: tl.constexpr):
+    """Of a rectangle or an ellipse f = e^exponent · fraction, 1 - f, and the derivatives of log f.
 
-    1 - f is a sum of positive terms, so that it does not cancel where f is near 1. Its lower limit lets a product of
-    these be divided by one of its factors.
+    The exponent is at most 0 and the fraction at least 1/4. 1 - f is a sum of positive terms, so that it does not
+    cancel where f is near 1. Its lower limit lets a product of these be divided by one of its factors.
     """
     offsets = _offsets(position, frame, H, W, row, column)
     _, _, u_sigma, v_sigma = offsets
     if ELLIPSE:
         p = scale * (1.0 - u_sigma * u_sigma - v_sigma * v_sigma)
         e = tl.exp(-tl.abs(p))
-        z = tl.minimum(p, 0.0) - tl.log(1.0 + e)
-        outside1 = tl.where(p < 0, 1.0, e) / (1.0 + e)
+        exponent = tl.minimum(p, 0.0)
+        fraction = 1.0 / (1.0 + e)
+        outside1 = tl.where(p < 0, 1.0, e) * fraction
         outside2 = outside1
         outside = outside1
     else:
-        z, outside1, outside2 = _log_sigmoids(scale * (1.0 - u_sigma * u_sigma), scale * (1.0 - v_sigma * v_sigma))
+        p = scale * (1.0 - u_sigma * u_sigma)
+        q = scale * (1.0 - v_sigma * v_sigma)
+        e_p = tl.exp(-tl.abs(p))
+        e_q = tl.exp(-tl.abs(q))
+        exponent = tl.minimum(p, 0.0) + tl.minimum(q, 0.0)
+        fraction = 1.0 / ((1.0 + e_p) * (1.0 + e_q))
+        outside1 = tl.where(p < 0, 1.0, e_p) * ((1.0 + e_q) * fraction)
+        outside2 = tl.where(q < 0, 1.0, e_q) * ((1.0 + e_p) * fraction)
         outside = outside1 + (1.0 - outside1) * outside2
     slopes = _slopes(frame, offsets, outside1, outside2, scale, row, column)
-    return z, tl.maximum(outside, 1e-30), slopes[0], slopes[1], slopes[2], slopes[3], slopes[4]
+    return exponent, fraction, tl.maximum(outside, 1e-30), slopes[0], slopes[1], slopes[2], slopes[3], slopes[4]
 
 
 @triton.jit

@@ -6,7 +6,7 @@ needed only by the functions that mention them.
 """
 
 from attnkern.evaluation.anchors import AnchorUsage, perplexity, usage
-from attnkern.evaluation.classification import Top1, top1
+from attnkern.evaluation.classification import McNemar, Top1, mcnemar, top1
 from attnkern.evaluation.crossdomain import (
     DirectTransfer,
     LinearSvm,
@@ -55,6 +55,7 @@ __all__ = [
     "Interpretability",
     "LinearSvm",
     "Localisation",
+    "McNemar",
     "QueryDriven",
     "Top1",
     "Whitening",
@@ -79,6 +80,7 @@ __all__ = [
     "linear_svm",
     "localisation",
     "map_of",
+    "mcnemar",
     "missing_rate",
     "occlude",
     "perplexity",

@@ -1,11 +1,12 @@
-"""Classification accuracy."""
+"""Classification accuracy, and its comparison between two networks."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from attnkern._checks import check_labels, check_shape
+from attnkern._checks import check_labels, check_shape, check_tensor
 from attnkern.evaluation.inputs import Data, Normalise, batches, check_evaluating, identity
 
 
@@ -50,3 +51,42 @@ def top1(
         correct += (logits.argmax(1) == labels.to(logits.device)).sum().item()
         total += len(images)
     return Top1(correct / total, correct, total)
+
+
+class McNemar(NamedTuple):
+    """Result of :func:`mcnemar`: numbers of images, and the p-value."""
+
+    both: int  #: both networks are right
+    only_first: int
+    only_second: int
+    neither: int
+    p_value: float  #: exact, of the hypothesis that both networks are right equally often
+
+
+def mcnemar(first: torch.Tensor, second: torch.Tensor) -> McNemar:
+    """McNemar's exact test of two networks on the same images.
+
+    p = min(1, 2·Σ_{k ≤ min(b, c)} (n over k) / 2ⁿ) with n = b + c, where b and c images are classified correctly by the
+    first network only and by the second only. The images differ at random; the networks are given, so that the test
+    says nothing about other seeds of the training.
+
+    Args:
+        first, second: (N,) bool, whether each network is right on each image.
+
+    Raises:
+        ValueError, TypeError: no image, or tensors of another shape or kind.
+
+    Source: McNemar, Note on the sampling error of the difference between correlated proportions or percentages, 1947;
+    the exact form is the two-sided binomial test with probability ½.
+    """
+    for name, right in (("first", first), ("second", second)):
+        check_tensor("mcnemar", name, right, (torch.bool,))
+    check_shape("mcnemar", "first", first, "(N,) with N of at least 1", first.dim() == 1 and len(first) > 0)
+    check_shape("mcnemar", "second", second, "({},) (N as first)", second.shape == first.shape, len(first))
+    second = second.to(first.device)
+    both, neither = (first & second).sum().item(), (~(first | second)).sum().item()
+    only_first, only_second = (first & ~second).sum().item(), (second & ~first).sum().item()
+    count = only_first + only_second
+    # Integers are exact, and their quotient is rounded once.
+    tail = sum(math.comb(count, k) for k in range(min(only_first, only_second) + 1))
+    return McNemar(both, only_first, only_second, neither, min(1.0, 2 * tail / 2**count))

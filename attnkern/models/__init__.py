@@ -13,6 +13,7 @@ from attnkern.models.registry import (
     register_model,
 )
 from attnkern.models.resnet_attention import ResNetAttention
+from attnkern.models.small import SmallBottleneck, SmallCompatibility, SmallNetwork
 from attnkern.models.vgg import Vgg, VggAttention, VggGap
 from attnkern.models.wide_resnet import AttentionBranched, WideResNet, WideResNetBottleneck
 
@@ -25,6 +26,9 @@ __all__ = [
     "ImageNetBottleneck",
     "RectangularNetwork",
     "ResNetAttention",
+    "SmallBottleneck",
+    "SmallCompatibility",
+    "SmallNetwork",
     "Vgg",
     "VggAttention",
     "VggBottleneck",

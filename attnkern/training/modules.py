@@ -258,8 +258,13 @@ class Rectangular(Classification):
         return network.loss(logits, labels) + self.equivariance * distance, logits
 
 
+class Small(Rectangular, InformationBottleneck):
+    """The small networks, which have attention of all three papers. Arguments of both classes above."""
+
+
 FAMILIES = {
     "learn_to_pay_attention": LearnToPayAttention,
     "information_bottleneck": InformationBottleneck,
     "rectangular": Rectangular,
+    "small": Small,
 }

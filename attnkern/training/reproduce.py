@@ -1,8 +1,9 @@
-"""``make reproduce``: train the three families and their baselines on digits-clutter, and write one table.
+"""``make reproduce``: train networks with every kind of attention on digits, measure them, and write one page.
 
-Each row is ``attnkern train NAME --data digits-clutter`` with the settings of its recipe and seed 0, in a process with
-one thread; as many processes run at a time as there are cores. Rows with a result from an earlier call are not run
-again.
+The small networks, which differ in their attention only, are trained with several seeds; ``--full`` (``make reproduce
+FULL=1``) adds the papers' architectures. Each run is ``attnkern train`` in a process with one thread; as many processes
+run at a time as there are cores. A run that has its numbers from an earlier call is not trained again, and parts of the
+page that a call leaves out (``--part``) keep their numbers.
 """
 
 import argparse
@@ -12,11 +13,61 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from attnkern.evaluation.protocols import check_writable, write_text
+from attnkern.evaluation.protocols import check_writable, write_json, write_text
+from attnkern.training.page import page
 
-#: The rows of the table by family; baselines come first.
-ROWS = {
+SEEDS = (0, 1, 2, 3, 4)
+
+
+class Row(NamedTuple):
+    """A small network on a data set; its runs differ in the seed."""
+
+    recipe: str
+    data: str = "digits-clutter"
+    count: int | None = None  #: training images; None: the recipe's
+    start: str | None = None  #: name of the row whose network with the same seed training starts from
+
+    @property
+    def name(self) -> str:
+        """Unique, for a folder."""
+        parts = [
+            self.recipe,
+            "" if self.data == "digits-clutter" else "pairs",
+            "" if self.count is None else self.count,
+        ]
+        return "-".join(str(part) for part in parts if part)
+
+    def arguments(self, folder: Path, seed: int) -> list[str]:
+        """What ``attnkern train`` is called with, ``folder`` being that of all runs."""
+        found = {"data.seed": seed, "seed_everything": seed}
+        if self.start is not None:
+            found["model.pretrained"] = folder / self.start / f"seed{seed}" / "last.ckpt"
+        if self.count is not None:
+            epochs = _EPOCHS[self.count]
+            found |= {"data.count": self.count, "trainer.max_epochs": epochs}
+            found |= {"model.lr_scheduler.init_args.T_max": epochs - 1, "trainer.check_val_every_n_epoch": epochs // 10}
+        options = [part for key, value in found.items() for part in (f"--{key}", str(value))]
+        return [self.recipe, "--data", self.data, *options]
+
+
+#: Training images: epochs, so that few images do not mean few steps.
+_EPOCHS = {50: 300, 200: 100, 1000: 25}
+_WINDOWS = ("none", "positionwise", "window", "window4", "ellipse", "ellipse4")
+_ATTENTIONS = (
+    "none", "positionwise", "window", "window_equivariance", "compatibility_dp", "compatibility_pc",
+    "compatibility2_dp", "compatibility2_pc", "dvib", "bottleneck", "bottleneck_qt",
+)  # fmt: skip
+#: Rows of the parts of the page with small networks.
+PARTS = {
+    "attention": [Row(f"small_{name}") for name in _ATTENTIONS],
+    "windows": [Row(f"small_{name}") for name in _WINDOWS]
+    + [Row(f"small_{name}", "digits-pairs", start=f"small_{name}") for name in _WINDOWS],
+    "few": [Row(f"small_{name}", count=count) for count in _EPOCHS for name in ("none", "positionwise", "window")],
+}
+#: The papers' architectures by family; baselines come first.
+PAPERS = {
     "Learn to Pay Attention": ("vgg", "vgg_gap", "vgg_pan", "vgg_att2_concat_dp", "vgg_att2_concat_pc"),
     "Information bottleneck": ("vgg_dvib", "vgg_aib", "vgg_aib_qt"),
     "Rectangular": (
@@ -28,77 +79,76 @@ ROWS = {
 }
 
 
-def table(results: dict[str, dict]) -> str:
-    """The page in Markdown, from the results by recipe: one row per network."""
-    lines = [
-        "# Digits in clutter",
-        "",
-        "Written by `make reproduce`. The data set shows scikit-learn's handwritten digits, each at a random place, "
-        "angle and size on a cluttered canvas; the digits of the 359 test images do not appear in training. The "
-        "networks are narrow and train for a few minutes on one core: these are not the papers' experiments, but they "
-        "run the same code. All rows have one seed (0), so differences of a few images are not significant.",
-        "",
-        "*Pointing* is the share of images whose map has its maximum inside the digit's box. *IoU* is the mean "
-        "intersection over union of this box and the box around the largest region above a fifth of the map's range "
-        "(the method of Zhou et al. for class activation maps). For networks without attention, the map is Grad-CAM of "
-        "the predicted class at the feature map with the best results on these test images, which favours these "
-        "baselines. The box of the whole image has an IoU of 0.20 to 0.21.",
-        "",
-        "Compatibility pooling finds the digit. The quantized maps separate the digit from the background, but with "
-        "low values on the digit: x + v·x is followed by batch normalisation, so the loss does not prefer high values "
-        "of v to low ones. The rectangles do not find the digit here, with maps of 4x4 and a few hundred steps; their "
-        "networks classify as well as those without rectangles.",
-        "",
-        "| network | map | parameters | epochs | seconds | accuracy | pointing | IoU |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for family, names in ROWS.items():
-        lines.append(f"| **{family}** | | | | | | | |")
-        for name in names:
-            if name not in results:
-                lines.append(f"| `{name}` | not run | | | | | | |")
-                continue
-            result = results[name]
-            where = result["localisation"]
-            lines.append(
-                f"| `{name}` | {where['map']} | {result['parameters']:,} | {result['epochs']} | "
-                f"{result['seconds']:.0f} | {result['accuracy']:.3f} | {where['pointing']:.3f} | "
-                f"{where['iou_tight']:.3f} |"
-            )
-    versions = next(iter(results.values()))["versions"] if results else {}
-    lines += ["", ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
-    return "\n".join(lines) + "\n"
+def _python(*arguments: str) -> str:
+    """Run Python with one thread; the last line that it prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", *arguments], env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"reproduce: {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    return done.stdout.strip().partition("\n")[0]
 
 
-def run(name: str, folder: Path) -> dict:
-    """Train one row, unless it already has a result."""
-    out = folder / name
-    if not (out / "result.json").exists():
-        command = [sys.executable, "-m", "attnkern", "train", name, "--data", "digits-clutter", "--out", str(out)]
-        command += ["--overwrite", "true", "--trainer.enable_progress_bar", "false"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"reproduce: {name} failed:\n{done.stderr[-2000:]}")
-        print(done.stdout.strip().splitlines()[-1], flush=True)
-    return json.loads((out / "result.json").read_text(encoding="utf-8"))
+def _train(arguments: list[str], out: Path) -> dict[str, Any]:
+    """The result of a run in ``out``, which is trained unless there is one."""
+    path = out / "result.json"
+    if not path.exists():
+        quiet = ["--overwrite", "true", "--trainer.enable_progress_bar", "false"]
+        print(_python("attnkern", "train", *arguments, "--out", str(out), *quiet), flush=True)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def run(row: Row, seed: int, folder: Path) -> dict[str, Any]:
+    """Train and measure a row with a seed, unless that has been done: its numbers."""
+    out = folder / row.name / f"seed{seed}"
+    result = _train(row.arguments(folder, seed), out)
+    if not (out / "measures.json").exists():
+        _python("attnkern.training.measures", str(out))
+    measures = json.loads((out / "measures.json").read_text(encoding="utf-8"))
+    kept = ("parameters", "epochs", "seconds", "versions")
+    return {name: result[name] for name in kept} | measures
+
+
+def run_paper(recipe: str, folder: Path) -> dict[str, Any]:
+    """Train a paper's architecture with seed 0, unless that has been done."""
+    return _train([recipe, "--data", "digits-clutter"], folder / recipe)
+
+
+def reproduce(parts: list[str], seeds: list[int], folder: Path, results: dict[str, Any]) -> None:
+    """Add the numbers of the parts to ``results``, in the form that :func:`attnkern.training.page.page` takes."""
+    results["parts"] = [part for part in PARTS if part in {*results["parts"], *parts}]
+    rows = list({row.name: row for part in parts if part in PARTS for row in PARTS[part]}.values())
+    # Rows that others start from come first.
+    stages = [[(row, seed) for seed in seeds for row in rows if bool(row.start) == later] for later in (False, True)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for stage in stages:
+            numbers = pool.map(lambda each: run(*each, folder), stage)
+            for (row, seed), found in zip(stage, numbers, strict=True):
+                results["small"].setdefault(row.name, {})[str(seed)] = found
+        if "papers" in parts:
+            recipes = [recipe for family in PAPERS.values() for recipe in family]
+            found = pool.map(lambda recipe: run_paper(recipe, folder), recipes)
+            results["papers"] = dict(zip(recipes, found, strict=True))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="reproduce", description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the table")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds of the small networks")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--part", nargs="+", choices=[*PARTS, "papers"], default=list(PARTS), help="parts of the page")
+    chosen.add_argument("--full", action="store_true", help="all parts, also the papers' architectures")
     options = parser.parse_args(arguments)
-    numbers, page = options.docs / "reproduction.json", options.docs / "reproduction.md"
-    for path in (numbers, page):
+    numbers, text = options.docs / "reproduction.json", options.docs / "reproduction.md"
+    for path in (numbers, text):
         check_writable("reproduce", path, "--docs")
-    names = [name for rows in ROWS.values() for name in rows]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = dict(zip(names, pool.map(lambda name: run(name, options.runs), names), strict=True))
-    text = table(results)
-    print(text)
-    write_text(numbers, json.dumps(results, indent=1) + "\n")
-    write_text(page, text)
+    results = {"parts": [], "small": {}, "papers": {}}
+    if numbers.exists():
+        results |= json.loads(numbers.read_text(encoding="utf-8"))
+    reproduce([*PARTS, "papers"] if options.full else options.part, options.seeds, options.runs, results)
+    write_json(numbers, results)
+    write_text(text, page(results, {name: [row.name for row in rows] for name, rows in PARTS.items()}, PAPERS))
+    print(text.read_text(encoding="utf-8"))
     return 0
 
 

@@ -83,8 +83,10 @@ def grid(
             if cell:
                 check_image(f"{where}: rows[{i}][{j}]", "image", cell["image"])
                 ratios.append(cell["image"].shape[1] / cell["image"].shape[2])
-        captions = [cell["caption"] for cell in row if cell and cell.get("caption")]
-        heights.append(inches * max(ratios) + 0.16 * _lines(captions, inches, LABEL_SIZE) + 0.1)
+        text = 0.0
+        for name, size in (("title", TITLE_SIZE), ("caption", LABEL_SIZE)):
+            text += 0.16 * _lines([cell[name] for cell in row if cell and cell.get(name)], inches, size)
+        heights.append(inches * max(ratios) + text + 0.1)
     left = 0.0 if row_titles is None else 1.1
     width = columns * (inches + 0.08) + left
     top = 0.1 + 0.16 * _lines(column_titles or [], inches, TITLE_SIZE) + (0.0 if column_titles is None else 0.1)

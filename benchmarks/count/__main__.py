@@ -1,8 +1,8 @@
 """`make count`: counts what every kernel executes at the benchmark's shapes, without a GPU, and estimates its time.
 
 ``python -m benchmarks.count --op compatibility_pool --backend native`` prints a part of it; without a choice everything
-is counted, and docs/gpu.md and the committed counts are written. ``--pooling`` counts pooling with many queries and
-writes its section, for the backends that are chosen.
+is counted, and docs/gpu.md and the committed counts are written. ``--section`` counts pooling with many queries, or
+several windows, and writes their section, for the backends that are chosen.
 """
 
 import argparse
@@ -12,10 +12,16 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from benchmarks.cases import GPU_CASES, GPU_POOLING
+from benchmarks.cases import GPU_CASES, GPU_POOLING, GPU_WINDOWS
 from benchmarks.count import choice, estimate, page, rows
 from benchmarks.count.launches import PASSES
 from benchmarks.count.sass import SassError
+
+#: Cases of the sections of docs/gpu.md that are counted by themselves.
+SECTIONS = {
+    "pooling": [case for case in GPU_POOLING if case.op == "compatibility_pool"],
+    "windows": GPU_WINDOWS,
+}
 
 
 def _arguments():
@@ -30,7 +36,7 @@ def _arguments():
     parser.add_argument("--library", action="append", type=Path, help="native machine code of another build")
     parser.add_argument("--cubin", action="append", type=Path, help="native machine code of a cubin")
     parser.add_argument("--kernels", action="store_true", help="a line for each launch")
-    parser.add_argument("--pooling", action="store_true", help="pooling with many queries instead of all else")
+    parser.add_argument("--section", choices=SECTIONS, help="this section of the page instead of all else")
     parser.add_argument("--page", action="store_true", help="write docs/gpu.md from the committed counts")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     return parser.parse_args()
@@ -38,8 +44,7 @@ def _arguments():
 
 def chosen(arguments):
     """The cases that the options select."""
-    pooling = [case for case in GPU_POOLING if case.op == "compatibility_pool"]
-    for case in pooling if arguments.pooling else GPU_CASES:
+    for case in SECTIONS[arguments.section] if arguments.section else GPU_CASES:
         values = case.op, "x".join(map(str, case.shape)), str(case.dtype).removeprefix("torch."), case.layout
         options = arguments.op, arguments.shape, arguments.dtype, arguments.layout
         if all(option is None or value in option for value, option in zip(values, options, strict=True)):
@@ -124,7 +129,7 @@ def main():
         return
     sources = tuple((arguments.library or []) + (arguments.cubin or []))
     # torch.compile calls a library for the products of many queries, whose code cannot be counted.
-    known = [name for name in rows.BACKENDS if not (arguments.pooling and name == "compile")]
+    known = [name for name in rows.BACKENDS if not (arguments.section == "pooling" and name == "compile")]
     cases, backends = list(chosen(arguments)), arguments.backend or known
     if not cases:
         sys.exit("no case is left")
@@ -139,9 +144,9 @@ def main():
             print(line(row), flush=True)
             if arguments.kernels:
                 print("\n".join(detail(launch) for launch in row["launches"]), flush=True)
-    if arguments.pooling:
+    if arguments.section:
         if not (sources or errors):
-            page.save_pooling(counted)
+            page.save_section(arguments.section, counted)
             page.write()
         sys.exit(len(errors) > 0)
     for op, rule in choice.rules(counted).items():

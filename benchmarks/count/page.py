@@ -27,26 +27,26 @@ STATED = estimate.BANDWIDTH["H200"]
 
 def save(counted: list[dict], versions: dict[str, str]) -> None:
     """Write one row a line, so that a diff shows what changes."""
-    _write(versions, [_compact(row) for row in counted], load()["pooling"])
+    _write(load() | {"versions": versions, "rows": [_compact(row) for row in counted]})
 
 
-def save_pooling(counted: list[dict]) -> None:
-    """Replace the rows of pooling with many queries that have been counted again."""
+def save_section(section: str, counted: list[dict]) -> None:
+    """Replace the rows of a section, "pooling" or "windows", that have been counted again."""
     stored = load()
-    found = {_identity(row): row for row in (*stored["pooling"], *map(_compact, counted))}
-    _write(stored["versions"], stored["rows"], list(found.values()))
+    found = {_identity(row): row for row in (*stored.get(section, []), *map(_compact, counted))}
+    _write(stored | {section: list(found.values())})
 
 
 def _identity(row):
     return rows.case_of(row), row["pass"], row["backend"]
 
 
-def _write(versions, counted, pooling):
-    text = [",\n".join(map(json.dumps, part)) for part in (counted, pooling)]
-    COUNTS.write_text(
-        f'{{"versions": {json.dumps(versions)},\n"rows": [\n{text[0]}\n],\n"pooling": [\n{text[1]}\n]}}\n',
-        encoding="utf-8",
-    )
+def _write(stored):
+    parts = [f'"versions": {json.dumps(stored["versions"])}']
+    for name in ("rows", "pooling", "windows"):
+        lines = ",\n".join(map(json.dumps, stored.get(name, [])))
+        parts.append(f'"{name}": [\n{lines}\n]')
+    COUNTS.write_text("{" + ",\n".join(parts) + "}\n", encoding="utf-8")
 
 
 def _compact(row):
@@ -297,9 +297,10 @@ def choices(counted: list[dict]) -> str:
     native = choice.always_native(counted)
     lines += [
         "",
-        "The automatic choice is native for every call, except for pooling with many queries or a mask, where it is"
-        f" Triton. Over the calls of this section native takes {native.mean:.2f} × the time of the better backend by"
-        f" geometric mean, at most {native.worst:.2f} × ({native.worst_at}). Most of these"
+        "The automatic choice is native for every call, except for pooling with many queries or a mask and for several"
+        " windows, where it is Triton. Over the calls of this section native takes"
+        f" {native.mean:.2f} × the time of the better backend by geometric mean, at most {native.worst:.2f} ×"
+        f" ({native.worst_at}). Most of these"
         " differences are smaller than the uncertainty of the estimates.",
     ]
     return "\n".join(lines)
@@ -404,6 +405,17 @@ def pooling(counted: list[dict]) -> list[str]:
     ]
 
 
+def windows(counted: list[dict]) -> list[str]:
+    """The section of several windows."""
+    if not counted:
+        return []
+    return [
+        "## Several windows\n\nEstimated microseconds on an H200 with K windows per image. The map is computed by a"
+        " launch of its own, whose time is proportional to K.",
+        times_table(by_case(counted), "H200"),
+    ]
+
+
 def coverage(table) -> str:
     """How many of the benchmark's rows the page has."""
     wanted = [(case, which) for case in GPU_CASES for which in PASSES]
@@ -440,6 +452,7 @@ def text(stored: dict) -> str:
         " native and Triton.",
         *(f"### {device}\n\n{times_table(table, device)}" for device in ("H200", "H100")),
         *pooling(stored.get("pooling", [])),
+        *windows(stored.get("windows", [])),
         "## Counts\n\nInstructions are those of all launches; the columns from loads on are the main kernel's, which"
         " moves most bytes. Loads and stores name the width in bits that most bytes have; bank cycles are those of a"
         " block; MB are the bytes of all launches.",

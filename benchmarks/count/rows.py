@@ -24,7 +24,7 @@ def rows(case: cases.Case, backend: str, **options) -> list[dict]:
             "pass": which,
             "backend": backend,
             "others": recorded.others,
-            **({"queries": case.queries} if case.queries else {}),
+            **{name: getattr(case, name) for name in ("queries", "windows") if getattr(case, name)},
             "launches": [
                 min(map(counting.count, candidates), key=functools.partial(estimate.kernel, device="H200"))
                 for candidates in recorded.launches
@@ -37,7 +37,7 @@ def rows(case: cases.Case, backend: str, **options) -> list[dict]:
 def case_of(row: dict) -> cases.Case:
     return cases.Case(
         row["op"], tuple(row["shape"]), getattr(torch, row["dtype"]), row["layout"], row["anchors"],
-        row.get("queries", 0),
+        row.get("queries", 0), row.get("windows", 0),
     )  # fmt: skip
 
 

@@ -7,8 +7,8 @@ namespace attnkern {
 namespace {
 
 template <typename T>
-void forward_single(const Rectangles& rectangles, const Shape& shape, const T* x, bool residual, T* output, const Tensor& map,
-             const Tensor& stats) {
+void forward_single(const Rectangles& rectangles, const Shape& shape, const T* x, bool residual, T* output,
+                    const Tensor& map, const Tensor& stats) {
   using A = Wide<T>;
   const Windows windows(rectangles);
   const Queue queue(map);
@@ -58,10 +58,10 @@ void forward(const Rectangles& rectangles, const Shape& shape, const T* x, bool 
   const Tensor logs = empty_same(map);
   const Tensor rows = empty<A>(map, {windows.rescale ? items * windows.count * kRow : 0});
   with_outline(windows, [&](auto outline) {
-    queue.launch(many_values_kernel<A, outline()>, items, kThreads, 0, windows, mutable_data<A>(logs),
+    queue.launch(windows_values_kernel<A, outline()>, items, kThreads, 0, windows, mutable_data<A>(logs),
                  windows.rescale ? mutable_data<A>(rows) : nullptr, items);
   });
-  queue.launch(many_forward_kernel<T>, shape.images * tiling.tiles(), kThreads, 0, x, windows, data<A>(logs),
+  queue.launch(windows_forward_kernel<T>, shape.images * tiling.tiles(), kThreads, 0, x, windows, data<A>(logs),
                data<A>(rows), residual, output, mutable_data<A>(map), mutable_data<A>(stats), tiling);
 }
 
@@ -81,16 +81,16 @@ void backward(const Rectangles& rectangles, const Shape& shape, const T* grad_ou
     const Tensor logs = empty<A>(stats, {shape.images * shape.positions});
     scratch = empty<A>(stats, {shape.images * tiling.row_tiles * tiling.columns});
     with_outline(windows, [&](auto outline) {
-      queue.launch(many_values_kernel<A, outline()>, items, kThreads, 0, windows, mutable_data<A>(logs), static_cast<A*>(nullptr),
-                   items);
+      queue.launch(windows_values_kernel<A, outline()>, items, kThreads, 0, windows, mutable_data<A>(logs),
+                   static_cast<A*>(nullptr), items);
     });
-    queue.launch(many_backward_kernel<T>, shape.images * tiling.tiles(), kThreads, 0, grad_output, x, windows,
+    queue.launch(windows_backward_kernel<T>, shape.images * tiling.tiles(), kThreads, 0, grad_output, x, windows,
                  data<A>(logs), data<A>(stats), residual, grad_x, mutable_data<A>(scratch), tiling);
     sums = GradMap<A>{data<A>(scratch), tiling.row_tiles, tiling.columns, shape.positions};
   }
   const Tensor partial = empty<A>(stats, {items * windows.count * kSums});
   with_outline(windows, [&](auto outline) {
-    queue.launch(many_slopes_kernel<A, outline()>, items, kThreads, 0, windows, sums, grad_map, data<A>(stats),
+    queue.launch(windows_slopes_kernel<A, outline()>, items, kThreads, 0, windows, sums, grad_map, data<A>(stats),
                  mutable_data<A>(partial), items);
   });
   const int64_t count = shape.images * windows.count;

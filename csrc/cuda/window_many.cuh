@@ -72,7 +72,7 @@ constexpr int kRow = 2 + kParameters; // the statistics of a block for a window:
 
 // log f; and unless `rows` is null, the statistics of each block for each window, (N, count, blocks, kRow).
 template <typename A, Outline kOutline>
-__global__ void __launch_bounds__(kThreads) many_values_kernel(Windows windows, A* logs, A* rows, int64_t items) {
+__global__ void __launch_bounds__(kThreads) windows_values_kernel(Windows windows, A* logs, A* rows, int64_t items) {
   if (block_index() >= items)
     return;
   const Point<A, kOutline> point(windows, block_index());
@@ -119,8 +119,8 @@ ATTNKERN_DEVICE void fill_from_logs(const Windows& windows, const Wide<T>* logs,
 // The features times the map. One tile of each image writes the statistics for the backward pass.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    many_forward_kernel(const T* x, Windows windows, const Wide<T>* logs, const Wide<T>* rows, bool residual, T* output,
-                        Wide<T>* map, Wide<T>* stats, Tiling tiling) {
+    windows_forward_kernel(const T* x, Windows windows, const Wide<T>* logs, const Wide<T>* rows, bool residual,
+                           T* output, Wide<T>* map, Wide<T>* stats, Tiling tiling) {
   using A = Wide<T>;
   if (block_index() >= tiling.shape.images * tiling.tiles())
     return;
@@ -159,8 +159,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
 // The gradient of the features, and that of the map as sums over tiles.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks<T>)
-    many_backward_kernel(const T* grad_output, const T* x, Windows windows, const Wide<T>* logs, const Wide<T>* stats,
-                         bool residual, T* grad_x, Wide<T>* grad_map, Tiling tiling) {
+    windows_backward_kernel(const T* grad_output, const T* x, Windows windows, const Wide<T>* logs,
+                            const Wide<T>* stats, bool residual, T* grad_x, Wide<T>* grad_map, Tiling tiling) {
   using A = Wide<T>;
   if (block_index() >= tiling.shape.images * tiling.tiles())
     return;
@@ -176,7 +176,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
 // The sums of a block for each window, (N, count, blocks, kSums).
 template <typename A, Outline kOutline>
 __global__ void __launch_bounds__(kThreads)
-    many_slopes_kernel(Windows windows, GradMap<A> sums, const A* grad_map, const A* stats, A* partial, int64_t items) {
+    windows_slopes_kernel(Windows windows, GradMap<A> sums, const A* grad_map, const A* stats, A* partial,
+                          int64_t items) {
   if (block_index() >= items)
     return;
   const Point<A, kOutline> point(windows, block_index());

@@ -269,8 +269,9 @@ def demangled(names):
     return subprocess.run(["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True).stdout.split("\n")
 
 
-#: bytes of stack beyond which registers have been spilled: the reduction of huge angles takes 32, double's 40
-STACK = {"window": 40}
+#: bytes of stack beyond which registers have been spilled: the reduction of huge angles takes 32, double's 40. Kernels
+#: of several windows have copies of it.
+STACK = {"window": 40, "windows": 80}
 #: kernels that walk through features
 FEATURES = [f"{operator}_{which}_kernel" for operator in ("window", "anchor") for which in ("forward", "backward")]
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import attnkern
 from attnkern import (
     _backend,
     _ops,
@@ -232,7 +233,7 @@ def test_a_triton_that_cannot_interpret_says_why(versions, message, monkeypatch)
 
 @pytest.mark.parametrize("kind, many, missing, expected", [
     ("cuda", False, None, "native"),
-    ("cuda", True, None, "triton"),  # faster there for many queries and masks
+    ("cuda", True, None, "triton"),  # faster there for many queries, masks and several windows
     ("cuda", True, "triton", "native"),
     ("cuda", False, "native", "triton"),
     ("cpu", True, None, "native"),
@@ -243,6 +244,16 @@ def test_the_automatic_choice(kind, many, missing, expected, monkeypatch):
     monkeypatch.setattr(_backend, "_first_kernel_fails", lambda device: False)
     x = types.SimpleNamespace(device=torch.device(kind), dtype=torch.float32)
     assert _backend.choose(None, x, many) == expected
+
+
+@pytest.mark.parametrize("windows, many", [((), False), ((1,), False), ((2,), True)])
+def test_several_windows_are_many(windows, many, monkeypatch):
+    seen = []
+    monkeypatch.setattr(_backend, "choose", lambda backend, x, many=False: seen.append(many) or "reference")
+    rectangle = torch.full((2, *windows, 5), 0.5)
+    attnkern.window_map(rectangle, (3, 4))
+    attnkern.window_attention(torch.zeros(2, 1, 3, 4), rectangle)
+    assert seen == [many, many]
 
 
 def test_an_unbuilt_library_says_why_and_automatic_goes_on(monkeypatch):

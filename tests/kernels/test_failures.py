@@ -35,7 +35,7 @@ def python(code, **environment):
 #: Limits the address space, from no growth to nearly enough in small steps, so that each allocation of a forward and a
 #: backward pass is once the first that fails.
 SCARCE = """
-import resource, torch, attnkern
+import ctypes, resource, torch, attnkern
 from cases import FUNCTIONS, call, doubles, leaves_of, make, run, upstream
 
 def allow(extra=None):
@@ -44,6 +44,8 @@ def allow(extra=None):
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + extra, hard))
 
+malloc = ctypes.CDLL(None).malloc
+malloc.argtypes, malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
 torch.set_num_threads(2)
 hard = resource.getrlimit(resource.RLIMIT_AS)[1]
 size, small = (320, 256), (5, 6)
@@ -53,6 +55,9 @@ for function in FUNCTIONS:
     leaves = leaves_of(tensors)
     ends = FUNCTIONS[function][1]
     grads = upstream(call(function, leaves, size=size, backend={backend!r}))
+    allow(0)
+    while malloc(1 << 18):
+        pass  # blocks of the heap that are free would serve a large allocation
     ended, room = [], 0
     while "nowhere" not in ended:
         results = gradients = None
@@ -87,19 +92,24 @@ def test_each_allocation_fails_once(backend):
     """Forward or backward raises, whichever thread the allocation failed on, and the next call is correct."""
     if backend == "triton":
         pytest.skip("Triton allocates on a GPU only, by PyTorch's allocator")
-    # malloc takes every block from the system instead of reusing freed ones, returns the free end of the heap, and has
-    # no second arena, whose address space is reserved, to fall back on.
+    # malloc takes every large block from the system, and has no second arena, whose address space is reserved, to fall
+    # back on. Memory of Python's objects is not returned to the system, where tensors would find it.
     # The blocks of the reference have some MiB; the kernels also allocate small ones.
     code = SCARCE.format(backend=backend, step=1 << (20 if backend == "reference" else 18))
     status, found = python(
-        code, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="0", MALLOC_TOP_PAD_="0", MALLOC_ARENA_MAX="1"
+        code,
+        MALLOC_MMAP_THRESHOLD_="65536",
+        MALLOC_ARENA_MAX="1",
+        PYTHONMALLOC="malloc",
+        MALLOC_TRIM_THRESHOLD_="1000000000",
     )
     assert status == 0, found
     ended = {function: where for function, *where in map(str.split, found.splitlines())}
     assert ended.keys() == FUNCTIONS.keys()
     for function, where in ended.items():  # without features, backward needs no more memory than forward
         both = ["forward", "backward", "nowhere"]
-        assert where == both or (function in (*MAPS, "anchor_quantize") and where == ["forward", "nowhere"])
+        allowed = [both, ["forward", "nowhere"]] if function in (*MAPS, "anchor_quantize") else [both]
+        assert where in allowed, found
 
 
 IMPOSSIBLE = """

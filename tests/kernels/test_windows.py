@@ -74,7 +74,7 @@ def test_the_order_of_windows_does_not_matter(function, dtype, shape, backend, d
 
 
 @every_shape
-@pytest.mark.parametrize("count", [2, 5, pytest.param(40, marks=large)])
+@pytest.mark.parametrize("count", [2, 5, 40])
 @pytest.mark.parametrize("function", [MAPS[1], WINDOWS[1]])
 @full_precision
 def test_numbers_of_windows(dtype, function, count, shape, backend, device):

@@ -25,6 +25,7 @@ from attnkern.evaluation import (
     jaccard,
     linear_svm,
     localisation,
+    mcnemar,
     occlude,
     perplexity,
     pointing_game,
@@ -457,6 +458,27 @@ def test_anchor_usage():
     assert perplexity(torch.tensor([3, 1])) == pytest.approx(4 / 3**0.75)
     assert perplexity(torch.tensor([0, 9])) == 1
     assert math.isnan(perplexity(torch.tensor([0, 0])))
+
+
+def test_mcnemar_counts_and_agrees_with_the_binomial_test():
+    stats = pytest.importorskip("scipy.stats")
+    torch.manual_seed(0)
+    for count, share in ((1, 0.5), (40, 0.5), (40, 0.9), (3000, 0.4)):
+        first, second = torch.rand(count) < share, torch.rand(count) < 0.5
+        found = mcnemar(first, second)
+        pairs = list(zip(first.tolist(), second.tolist(), strict=True))
+        cases = [(True, True), (True, False), (False, True), (False, False)]
+        assert list(found[:4]) == [pairs.count(case) for case in cases]
+        differ = found.only_first + found.only_second
+        expected = stats.binomtest(found.only_first, differ, 0.5).pvalue if differ else 1.0
+        assert found.p_value == pytest.approx(expected, rel=1e-9)
+        assert mcnemar(second, first).p_value == found.p_value
+    assert mcnemar(torch.ones(5, dtype=torch.bool), torch.zeros(5, dtype=torch.bool)).p_value == 2 / 32
+    assert mcnemar(first, first).p_value == 1
+    with pytest.raises(TypeError, match=r"^mcnemar: first must be bool, got float32$"):
+        mcnemar(first.float(), second)
+    with pytest.raises(ValueError, match=r"^mcnemar: second must be \(3000,\) \(N as first\), got shape \(2,\)$"):
+        mcnemar(first, second[:2])
 
 
 def test_top1_counts_correct_predictions():

@@ -62,6 +62,12 @@ MODELS = {
         for backbone in ("efficientnet_b0", "efficientnet_lite0", "mobilenet_v3_large")
         for attention in ("none", "positionwise", "window")
     },
+    **{f"small_{name}": {} for name in ("none", "dvib")},
+    **{
+        f"small_{name}": {"attention.map": 4}
+        for name in ("positionwise", "window", "compatibility_dp", "compatibility_pc", "bottleneck", "bottleneck_qt")
+    },
+    **{f"small_compatibility2_{c}": {"attention_fine.map": 2, "attention.map": 4} for c in ("dp", "pc")},
 }
 BACKBONES = ("efficientnet", "mobilenet", "vgg16", "wrn50_2")
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -70,11 +76,12 @@ each_class = pytest.mark.parametrize(
     "name",
     [
         "attn_vgg_before", "vgg", "vgg_gap", "vgg_att2_concat_pc", "rn164_att2", "vgg_aib_qt", "wrn28_10_abn",
-        "wrn28_10_aib_qt", "vgg16_aib_qt", "efficientnet_b0_window",
+        "wrn28_10_aib_qt", "vgg16_aib_qt", "efficientnet_b0_window", "small_window", "small_compatibility2_dp",
+        "small_bottleneck_qt",
     ],
 )  # fmt: skip
-#: Without similar networks.
-LESS = {"rn164": {"blocks": 2}, "wrn28_10": {"blocks": 1}}
+#: Options of the networks in tests, by the beginning of the name.
+LESS = {"rn164": {"blocks": 2}, "wrn28_10": {"blocks": 1}, "small_": {"width": 1.0}}
 
 
 def small(name, num_classes=4, **options):
@@ -151,6 +158,34 @@ def test_parameter_counts_at_full_width(name):
     with torch.device("meta"):
         found = parameters(create_model(name, 10))
     assert found / 1e6 == pytest.approx(MILLIONS[name], abs=0.006)
+
+
+def test_small_networks_share_trunk_and_head():
+    trunks = {}
+    for name in list_models("small*"):
+        state = create_model(name, 10).state_dict()
+        trunks[name] = {key: value.shape for key, value in state.items() if key.startswith("features.")}
+        assert state["classifier.weight"].shape == (10, 64)
+    assert len(trunks) == 10
+    assert all(trunk == trunks["small_none"] for trunk in trunks.values())
+    convolutions = [shape for shape in trunks["small_none"].values() if len(shape) == 4]
+    assert len(convolutions) == 5
+    assert all(shape[2:] == (3, 3) for shape in convolutions)
+
+
+def test_small_network_with_given_windows():
+    images, rectangle = torch.randn(2, 3, 48, 48), torch.rand(2, 4, 5)
+    network = create_model("small_window", 3, num_windows=4, shape="ellipse").eval()
+    features = network.local_features(images)
+    assert features.shape == (2, 48, 12, 12)
+    torch.testing.assert_close(network.classify(features), network(images))
+    assert not torch.equal(network.classify(features, rectangle), network(images))
+    with pytest.raises(ValueError, match=r"^SmallNetwork: rectangle must be None unless attention is 'window', got a"):
+        create_model("small_none", 3).classify(features, rectangle)
+    with pytest.raises(ValueError, match=r"^SmallNetwork: num_windows and shape are options of 'window' attention"):
+        create_model("small_none", 3, num_windows=2)
+    with pytest.raises(ValueError, match=r"^SmallCompatibility: levels must be 1 or 2, got 3$"):
+        create_model("small_compatibility_pc", 3, levels=3)
 
 
 def test_parameter_counts_by_hand():

@@ -29,9 +29,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attnkern import _ops, cli, report
 from attnkern.evaluation import protocols
 from attnkern.models import create_model
-from attnkern.report import latency
+from attnkern.report import Reported, Subject, correct, latency, saved_results, side_by_side
 from attnkern.training import data
-from attnkern.training.train import train
+from attnkern.training.train import load_run, train
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +63,13 @@ def pages(tmp_path_factory):
     return pages
 
 
+def subject_of(run, **options):
+    trained = load_run(run / "last.ckpt")
+    images = data.ImageData(**trained.data)
+    images.setup()
+    return Subject(trained.network, images, trained.normalise, trained.class_names, **options)
+
+
 def examples_of(text):
     return json.loads(re.search(r'<script id="examples"[^>]*>(.*?)</script>', text, re.S)[1])
 
@@ -78,12 +85,12 @@ def test_a_page_is_whole_and_fetches_nothing(pages):
         examples = examples_of(text)
         assert len(examples) == 5
         for example in examples:
-            for key in ("image", "overlay"):
-                picture = base64.b64decode(example[key].removeprefix("data:image/png;base64,"))
+            for source in example["pictures"]:
+                picture = base64.b64decode(source.removeprefix("data:image/png;base64,"))
                 with Image.open(io.BytesIO(picture)) as image:
                     assert min(image.size) > 100
-            assert example["image"] != example["overlay"]
-        assert examples[0]["caption"].startswith("1 of 5: ")
+            assert len(set(example["pictures"])) == 2
+        assert examples[0]["caption"] == "1 of 5"
         assert "attention of 32 images, native" in text
         assert "pointing game" in text
     assert "Anchors: attention.quantizer" in pages["vgg_aib_qt"].read_text(encoding="utf-8")
@@ -141,8 +148,6 @@ class Read(HTMLParser):
 
 
 def test_names_appear_as_they_are_written(tmp_path):
-    from attnkern.report import Subject, report
-
     names = [
         "$x^2$",
         "</script><!--<script>",
@@ -165,7 +170,7 @@ def test_names_appear_as_they_are_written(tmp_path):
     table = run / "csv" / "version_0" / "metrics.csv"
     table.write_text("epoch,val_accuracy\n0,0.1\n1,0.2\n", encoding="utf-8")
     results = {"segmentation": {name: {"jaccard": 0.5} for name in names}}
-    page = report(whole, run, results, examples=12)
+    page = report.report(whole, run, results, examples=12)
     found = Read(page)
     assert found.texts["h1"] == found.texts["title"] == ["$run_ & <b>"]
     assert found.texts["td"][: 2 * len(names) : 2] == [f"{name} · jaccard" for name in names]
@@ -173,10 +178,11 @@ def test_names_appear_as_they_are_written(tmp_path):
     with torch.no_grad():
         chosen = network(images.normalise(whole.raw)).argmax(1).tolist()
     for example, label, best in zip(examples_of(page), whole.labels.tolist(), chosen, strict=True):
-        assert f": {names[best]} (" in example["caption"]
-        assert label == best or example["caption"].endswith(f"wrong, it is {names[label]}")
+        truth, said = example["texts"]
+        assert truth == f"class: {names[label]}"
+        assert said.startswith(f"{names[best]} (" if label == best else f"wrong: {names[best]} (")
     # Line ends and runs of spaces are kept.
-    assert re.search(r"h1, h2, p, summary, td, [^{]*{ white-space: pre-wrap; }", found.texts["style"][0])
+    assert re.search(r"h1, h2, p, summary, th, td, [^{]*{ white-space: pre-wrap; }", found.texts["style"][0])
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium")
@@ -188,14 +194,14 @@ def test_the_slider_moves_in_a_browser(pages, tmp_path, width):
     window.addEventListener("error", (event) => failures.push(event.message));
     console.error = (...all) => failures.push(all.join(" "));
     window.addEventListener("load", () => {
-      const before = document.getElementById("overlay").src;
+      const shown = () => [...document.querySelectorAll("#pictures img")].map((image) => image.src).join();
+      const before = shown();
       const slider = document.getElementById("slider");
       slider.value = slider.max;
       slider.dispatchEvent(new Event("input"));
       document.body.dataset.probe = JSON.stringify({
         failures, max: slider.max, caption: document.getElementById("caption").textContent,
-        changed: document.getElementById("overlay").src !== before,
-        drawn: document.getElementById("image").naturalWidth,
+        changed: shown() !== before, drawn: document.querySelector("#pictures img").naturalWidth,
         overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
       });
     });
@@ -210,7 +216,7 @@ def test_the_slider_moves_in_a_browser(pages, tmp_path, width):
         seen = json.loads(found[1].replace("&quot;", '"'))
         assert seen["failures"] == []
         assert (seen["max"], seen["changed"]) == ("4", True)
-        assert seen["caption"].startswith("5 of 5: ")
+        assert seen["caption"] == "5 of 5"
         assert seen["drawn"] > 100
         assert seen["overflow"] <= 0
 
@@ -229,7 +235,10 @@ def test_a_locale_without_utf8(pages, tmp_path):
     """The page and what is read for it are in UTF-8; a name that the terminal cannot show does not end the command."""
     run = tmp_path / "run ü"
     shutil.copytree(pages["vgg_aib_qt"].parent, run)
-    (run / "evaluation.json").write_text('{"protocols": {"top1": {"Σ": 0.5}}}', encoding="utf-8")
+    settings = protocols.plain(protocols.choices(subject_of(run, limit=20)))
+    results = {name: {"not applicable": "left out"} for name in protocols.PROTOCOLS} | {"top1": {"Σ": 0.5}}
+    text = json.dumps(settings | {"protocols": results}, ensure_ascii=False)
+    (run / "evaluation.json").write_text(text, encoding="utf-8")
     command = [
         sys.executable,
         "-m",
@@ -320,3 +329,154 @@ def test_a_folder_without_a_run(tmp_path, capsys):
     assert cli.main(["report", str(tmp_path)]) == 1
     assert "there is no file" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+# --- two runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair(pages, tmp_path_factory):
+    """Two runs on the same test images, the second without attention, and their page."""
+    first, folder = pages["vgg_att2_concat_pc"].parent, tmp_path_factory.mktemp("other")
+    second = folder / "vgg"
+    quiet = [
+        "--trainer.enable_progress_bar",
+        "false",
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.limit_val_batches",
+        "1",
+    ]
+    small = ["--data.count", "64", "--data.batch_size", "16", "--trainer.max_epochs", "1"]
+    train("vgg", "digits-clutter", [*quiet, *small, "--model.options.width", "0.0625", "--out", str(second)])
+    page = folder / "page.html"
+    arguments = ["--limit", "40", "--examples", "3", "--device", "cpu", "--out", str(page)]
+    assert cli.main(["report", str(first), "--against", str(second), *arguments]) == 0
+    return first, second, page
+
+
+def rows_of(page):
+    """The rows of all tables, as lists of texts."""
+    rows = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    return [re.findall(r"<t[dh]>(.*?)</t[dh]>", row, re.DOTALL) for row in rows]
+
+
+def test_a_page_about_two_runs(pair):
+    first, second, path = pair
+    page = path.read_text(encoding="utf-8")
+    assert Read(page).texts["h1"] == ["vgg_att2_concat_pc against vgg"]
+    subjects = [subject_of(run, limit=40) for run in (first, second)]
+    predicted, right = [], []
+    for subject in subjects:
+        with torch.no_grad():
+            predicted.append(subject.network(subject.normalise(subject.raw)).argmax(1))
+        right.append(predicted[-1] == subject.labels)
+        assert torch.equal(correct(subject), right[-1])
+    rows = rows_of(page)
+    assert ["", "vgg_att2_concat_pc", "vgg"] in rows
+    assert ["top-1 accuracy", *(f"{found.float().mean().item():.3f}" for found in right)] in rows
+    assert ["parameters", *(f"{sum(p.numel() for p in each.network.parameters()):,}" for each in subjects)] in rows
+    # The second run has no attention: no latency of it, and no pool for this protocol.
+    by_name = {row[0]: row[1:] for row in rows}
+    assert [text == "–" for text in by_name["attention of 32 images, native"]] == [False, True]
+    assert [text == "–" for text in by_name["attention10 · images"]] == [False, True]
+    assert [name for name in protocols.PROTOCOLS if f"<summary>{name}</summary>" not in page] == []
+
+    only = [(one & ~other).sum().item() for one, other in (right, right[::-1])]
+    assert f"only vgg_att2_concat_pc on {only[0]}, only vgg on {only[1]}" in page
+    for name, count in zip(("vgg_att2_concat_pc", "vgg"), only, strict=True):
+        assert (f"<h2>Only {name} is right</h2>" in page) == (count > 0)
+    assert page.count("<h2>Training</h2>") == 1
+    assert "Grad-CAM block4 (vgg)" in page
+
+    slides = examples_of(page)
+    assert [slide["caption"] for slide in slides] == ["1 of 3", "2 of 3", "3 of 3"]
+    for index, slide in enumerate(slides):
+        assert len(set(slide["pictures"])) == 3
+        assert slide["texts"][0] == f"class: {subjects[0].labels[index]}"
+        for name, text, found in zip(("vgg_att2_concat_pc", "vgg"), slide["texts"][1:], predicted, strict=True):
+            wrong = "" if found[index] == subjects[0].labels[index] else "wrong: "
+            assert text.startswith(f"{name}: {wrong}{found[index]} (")
+    for address in re.findall(r"(?:src|href|srcset)=\"([^\"]*)\"", page):
+        assert address.startswith("data:image/png;base64,") or not address
+
+
+def test_images_of_two_runs_side_by_side(pair):
+    """The cells of the figure, and the maps that are drawn in them."""
+    first, second, _ = pair
+    subjects = {"ours": subject_of(first), "theirs": subject_of(second)}
+    indices = [5, 0, 7]
+    figure = side_by_side(subjects, indices)
+    axes = figure.axes
+    assert len(axes) == 9
+    assert [axes[i].get_ylabel() for i in (0, 3, 6)] == ["image", "ours", "theirs"]
+    labels = subjects["ours"].labels[indices].tolist()
+    assert [ax.get_title() for ax in axes[:3]] == [str(label) for label in labels]
+    for row, subject in enumerate(subjects.values(), 1):
+        raw = subject.raw[indices]
+        with torch.no_grad():
+            logits = subject.network(subject.normalise(raw))
+        for column, label in enumerate(labels):
+            ax, best = axes[3 * row + column], logits[column].argmax().item()
+            said = f"{best} ({logits[column].softmax(0)[best]:.0%})"
+            assert ax.get_title() == ("" if best == label else "wrong: ") + said
+            image, map = ax.get_images()
+            assert torch.equal(torch.tensor(image.get_array()), raw[column].permute(1, 2, 0))
+            assert map.get_array().shape == (32, 32)
+        assert not axes[3 * row].patches
+    # A picture of the same images in another order has the same cells in another order.
+    turned = side_by_side(subjects, indices[::-1]).axes
+    assert (turned[3].get_images()[1].get_array() == axes[5].get_images()[1].get_array()).all()
+
+
+def test_runs_that_cannot_be_compared(pair, pages, tmp_path, capsys, monkeypatch):
+    first, second, _ = pair
+    link = tmp_path / "link"
+    link.symlink_to(first)
+    monkeypatch.setattr("attnkern.cli._measure", lambda *_: pytest.fail("nothing is to be measured"))
+    out = ["--out", str(tmp_path / "page.html"), "--device", "cpu"]
+    for other, said in (
+        (
+            tmp_path,
+            f"report: against must be the folder of a run of attnkern train, got '{tmp_path}': there is no file ",
+        ),
+        (first, f"report: against must be another run, got '{first}' twice"),
+        (link, f"report: against must be another run, got '{link}' twice"),
+        (
+            pages["mobilenet_v3_large_window"].parent,
+            "report: against must be a run with the same test images, got one with size 64 instead of 32",
+        ),
+    ):
+        assert cli.main(["report", str(first), "--against", str(other), *out]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"attnkern: {said}")
+        assert error.count("\n") == 1
+    assert cli.main(["report", str(first), "--against-map", "block3", *out]) == 1
+    assert capsys.readouterr().err == "attnkern: report: against-map needs a run to compare with, --against\n"
+    assert cli.main(["report", str(first), "--against", str(second), "--against-map", "attention10.map", *out]) == 1
+    assert "got 'attention10.map'" in capsys.readouterr().err
+    pairs = data.ImageData(name="digits-pairs", count=10)
+    pairs.setup()
+    other = Subject(subject_of(second).network, pairs, pairs.normalisation)
+    with pytest.raises(ValueError, match=r"^report: against must be a run on digits-clutter, got one on digits-pairs$"):
+        report.check_against(Reported(subject_of(first), first), Reported(other, second))
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_runs_of_the_same_recipe_are_told_apart(tmp_path):
+    def side(folder, recipe):
+        return report._Side(None, tmp_path / folder, {}, {"recipe": recipe}, [])
+
+    assert list(report._named([side("a", "vgg"), side("b", "vgg_gap")])) == ["vgg", "vgg_gap"]
+    assert list(report._named([side("a", "vgg"), side("b", "vgg")])) == ["a", "b"]
+    assert list(report._named([side("1/a", "vgg"), side("2/a", "vgg")])) == [str(tmp_path / f"{i}/a") for i in "12"]
+
+
+def test_saved_results_are_of_the_same_images(pages, tmp_path):
+    run = pages["vgg_aib_qt"].parent
+    subject = subject_of(run, limit=40)
+    saved = protocols.plain(protocols.choices(subject)) | {"protocols": {"top1": {"accuracy": 0.5}}}
+    assert saved_results(subject, tmp_path) == {}
+    for change in ({}, {"images": 41}, {"seed": 1}, {"map": "another"}, {"data": saved["data"] | {"name": "svhn"}}):
+        (tmp_path / "evaluation.json").write_text(json.dumps(saved | change), encoding="utf-8")
+        assert saved_results(subject, tmp_path) == ({} if change else saved["protocols"])

@@ -22,6 +22,7 @@ from torch import nn
 
 import attnkern
 from attnkern import _ops
+from attnkern.evaluation.protocols import Subject
 
 matplotlib = pytest.importorskip("matplotlib")
 for package in ("captum", "lightning", "skimage", "sklearn", "torchvision"):
@@ -34,6 +35,7 @@ MODULES = ("compat", "evaluation", "models", "nn", "testing", "training", "viz")
 #: Public names that are not checked.
 LEFT_OUT = {
     r"(evaluation|models)\..*": "they check what would give a wrong number or an error that is hard to read, not kinds",
+    r"report\.(correct|side_by_side)": "their errors are those of the run's network and of viz.grid",
     r"training\.data\.ImageData\.(prepare_data|setup|\w+_dataloader)": "called by Lightning",
     r"training\.data\.ImageData": "made by Lightning's command line, which checks arguments by their annotations",
     r"training\.images\.read_image": "Python's and Pillow's errors name the argument",
@@ -142,11 +144,13 @@ GIVEN = {
     "rectangles_of": lambda images: torch.rand(len(images), 5),
     "result": attnkern.evaluation.QueryDriven(maps, maps, maps),
     "rows": [[images[0]]],
+    "run": "runs/vgg",
     "runs": [{"epoch": 0, "val_loss": 1.0}],
     "samples": torch.rand(4, 3),
     "second": torch.rand(2, 5),
     "size": (4, 4),
     "split": "test",
+    "subject": Subject(network, None, lambda images: images, ["cat"]),
     "target": masks,
     "target_classes": ["cat", "bird"],
     "targets": images,
@@ -200,6 +204,7 @@ RIGHT = {
     "mapping": ("dict",),
     "masks": ("bool tensor",),
     "predicted": ("bool tensor",),
+    "report.report.results": ("dict",),
     "scales": ("bool tensor",),
     "synonyms": ("dict",),
     "target": ("bool tensor",),

@@ -41,6 +41,8 @@ def test_order_of_a_gpu_run():
             return case if case == cases.HOST else "network"
         if case.queries:
             return "many queries"
+        if case.windows:
+            return "several windows"
         if which == cases.AUTOTUNED:
             return "autotuned"
         return case.op if case.op == "anchor_quantize" else f"{case.layout} {case.dtype}"
@@ -48,7 +50,7 @@ def test_order_of_a_gpu_run():
     order = [kind for kind, _ in itertools.groupby(kind(*item) for item in work)]
     assert order == [
         cases.HOST, "anchor_quantize", "contiguous torch.bfloat16", "contiguous torch.float32", "network",
-        "many queries", "channels_last torch.bfloat16", "channels_last torch.float32", "autotuned",
+        "many queries", "several windows", "channels_last torch.bfloat16", "channels_last torch.float32", "autotuned",
     ]  # fmt: skip
 
 

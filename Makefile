@@ -89,7 +89,7 @@ docs: setup .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # Trains small networks with every kind of attention on digits, five seeds each: docs/reproduction.md. With FULL=1 also
-# the papers' architectures. A call that was interrupted continues where it was.
+# the parts that take longer and the papers' architectures. A call that was interrupted continues where it was.
 reproduce: setup
 	$(PY) -m attnkern.training.reproduce $(if $(FULL),--full)
 

@@ -66,10 +66,59 @@ _BACKBONES = {
     "efficientnet_lite0": _efficientnet_lite0,
     "mobilenet_v3_large": _mobilenet_v3_large,
 }
-_ATTENTIONS = {"none": None, "positionwise": PositionwiseAttention, "window": WindowAttention}
+ATTENTIONS = ("none", "positionwise", "window")
 
 
-class RectangularNetwork(Network):
+class RectangularBase(Network):
+    """Base of the networks with window, position-wise or no attention between modules of ``features``.
+
+    ``features[: split]`` come before the attention. After it come ``features[split :]``, ``head`` and ``classifier``.
+    """
+
+    split: int
+
+    def _set_attention(self, channels, attention, num_windows, shape, norm, head=(64, 128, 256), hidden=80):
+        """``head`` and ``hidden`` are channels in the heads of window and position-wise attention."""
+        where = type(self).__name__
+        check_choice(where, "attention", attention, ATTENTIONS)
+        if attention != "window" and (num_windows, shape) != (1, "rectangle"):
+            raise ValueError(f"{where}: num_windows and shape are options of 'window' attention, got {attention!r}")
+        if attention != "positionwise" and norm:
+            raise ValueError(f"{where}: norm is an option of 'positionwise' attention, got {attention!r}")
+        if attention == "window":
+            self.attention = WindowAttention(channels, head, num_windows=num_windows, shape=shape)
+        elif attention == "positionwise":
+            self.attention = PositionwiseAttention(channels, hidden, norm=norm)
+        else:
+            self.attention = nn.Identity()
+
+    def local_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (N, in_chans, H, W) to the maps (N, C, h, w) that attention is applied to."""
+        self._check_images(x)
+        return self.features[: self.split](x)
+
+    def classify(self, features: torch.Tensor, rectangle: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (N, num_classes) from the output of :meth:`local_features`.
+
+        Args:
+            rectangle: (N, 5) or (N, K, 5), used instead of those that the network computes; only with "window"
+                attention.
+
+        Raises:
+            ValueError: a rectangle, but attention is not "window".
+        """
+        if rectangle is not None and not isinstance(self.attention, WindowAttention):
+            where = type(self).__name__
+            raise ValueError(f"{where}: rectangle must be None unless attention is 'window', got a rectangle")
+        attended = self.attention(features) if rectangle is None else self.attention(features, rectangle=rectangle)
+        return self.classifier(self.head(self.features[self.split :](attended)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (N, num_classes) of images (N, in_chans, H, W)."""
+        return self.classify(self.local_features(x))
+
+
+class RectangularNetwork(RectangularBase):
     """EfficientNet-b0 or -Lite0 or MobileNetV3-Large with window, position-wise or no attention on its last maps.
 
     In EfficientNets attention follows block 15, the last of 16, and precedes the last 1x1 convolution; in MobileNet it
@@ -83,6 +132,7 @@ class RectangularNetwork(Network):
         attention: "window" (:class:`attnkern.nn.WindowAttention`), "positionwise"
             (:class:`attnkern.nn.PositionwiseAttention`) or "none".
         num_windows, shape: of :class:`attnkern.nn.WindowAttention`, only with "window" attention.
+        norm: of :class:`attnkern.nn.PositionwiseAttention`, only with "positionwise" attention.
         width: multiplier of the backbone's channels.
         in_chans: channels of the images.
         dropout: multiplier of torchvision's rates of dropout and EfficientNets' stochastic depth, 0.2 each.
@@ -107,6 +157,7 @@ class RectangularNetwork(Network):
         attention: str = "window",
         num_windows: int = 1,
         shape: str = "rectangle",
+        norm: bool = False,
         width: float = 1.0,
         in_chans: int = 3,
         dropout: float = 1.0,
@@ -114,20 +165,13 @@ class RectangularNetwork(Network):
     ):
         super().__init__(num_classes, in_chans, width)
         where = type(self).__name__
-        check_choice(where, "attention", attention, _ATTENTIONS)
         check_backbone(where, backbone, tuple(_BACKBONES), weights, width, in_chans)
         self.features, after = _BACKBONES[backbone](where, width, _DROPOUT * dropout, weights)
         replace_stem(self.features, in_chans)
         last = self.features[-1][0]
         self.split = len(self.features) - after
         channels = last.in_channels if after else last.out_channels
-        kind = _ATTENTIONS[attention]
-        if kind is WindowAttention:
-            self.attention = WindowAttention(channels, num_windows=num_windows, shape=shape)
-        elif (num_windows, shape) != (1, "rectangle"):
-            raise ValueError(f"{where}: num_windows and shape are options of 'window' attention, got {attention!r}")
-        else:
-            self.attention = nn.Identity() if kind is None else kind(channels)
+        self._set_attention(channels, attention, num_windows, shape, norm)
         self.head = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(_DROPOUT * dropout), nn.Linear(last.out_channels, 512),
             nn.ReLU(inplace=True),
@@ -143,31 +187,7 @@ class RectangularNetwork(Network):
         ends = [index - 1 for index in range(1, len(halving)) if halving[index]]
         return tuple(f"features.{index}" for index in [*ends, len(halving) - 1])
 
-    def local_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (N, in_chans, H, W) to the maps (N, C, h, w) that attention is applied to."""
-        self._check_images(x)
-        return self.features[: self.split](x)
-
-    def classify(self, features: torch.Tensor, rectangle: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (N, num_classes) from the output of :meth:`local_features`.
-
-        Args:
-            rectangle: (N, 5) or (N, K, 5), used instead of those that the network computes; only with "window"
-                attention.
-
-        Raises:
-            ValueError: a rectangle, but attention is not "window".
-        """
-        if rectangle is not None and not isinstance(self.attention, WindowAttention):
-            raise ValueError("RectangularNetwork: rectangle must be None unless attention is 'window', got a rectangle")
-        attended = self.attention(features) if rectangle is None else self.attention(features, rectangle=rectangle)
-        return self.classifier(self.head(self.features[self.split :](attended)))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (N, num_classes) of images (N, in_chans, H, W)."""
-        return self.classify(self.local_features(x))
-
 
 for _backbone in _BACKBONES:
-    for _attention in _ATTENTIONS:
+    for _attention in ATTENTIONS:
         register_model(f"{_backbone}_{_attention}", backbone=_backbone, attention=_attention)(RectangularNetwork)

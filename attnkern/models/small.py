@@ -11,8 +11,9 @@ from attnkern._checks import check_choice, check_count
 from attnkern.models.information_bottleneck import BottleneckNetwork
 from attnkern.models.layers import MapNorm, Network, conv_bn_relu, halved, scaled
 from attnkern.models.learn_to_pay_attention import COMPATIBILITIES
+from attnkern.models.rectangular import RectangularBase
 from attnkern.models.registry import register_model
-from attnkern.nn import BottleneckAttention, CompatibilityPool, PositionwiseAttention, WindowAttention
+from attnkern.nn import BottleneckAttention, CompatibilityPool
 
 #: Channels of the five convolutions: three at half of the resolution, the first with stride 2, and two at a quarter.
 _CHANNELS = (16, 24, 24, 48, 48)
@@ -20,7 +21,6 @@ _CHANNELS = (16, 24, 24, 48, 48)
 _HIDDEN = 64
 #: Channels in the heads of window and position-wise attention, fewer than published: the features have fewer, too.
 _WINDOW_HEAD, _POSITIONWISE_HEAD = (32, 64, 128), 32
-_ATTENTIONS = ("none", "positionwise", "window")
 
 
 def _trunk(in_chans, width):
@@ -47,7 +47,7 @@ def _hidden(channels, hidden):
 @register_model("small_none", attention="none")
 @register_model("small_positionwise", attention="positionwise")
 @register_model("small_window", attention="window")
-class SmallNetwork(Network):
+class SmallNetwork(RectangularBase):
     """Five 3x3 convolutions, attention on the last map, global average, a hidden layer of 64 and the classifier.
 
     Attention map: ``attention.map``, at a quarter of the image's resolution.
@@ -57,6 +57,7 @@ class SmallNetwork(Network):
         attention: "window" (:class:`attnkern.nn.WindowAttention`), "positionwise"
             (:class:`attnkern.nn.PositionwiseAttention`) or "none".
         num_windows, shape: of :class:`attnkern.nn.WindowAttention`, only with "window" attention.
+        norm: of :class:`attnkern.nn.PositionwiseAttention`, only with "positionwise" attention.
         width: multiplier of all channels.
         in_chans: channels of the images.
 
@@ -73,49 +74,18 @@ class SmallNetwork(Network):
         attention: str = "window",
         num_windows: int = 1,
         shape: str = "rectangle",
+        norm: bool = False,
         width: float = 1.0,
         in_chans: int = 3,
     ):
         super().__init__(num_classes, in_chans, width)
-        where = type(self).__name__
-        check_choice(where, "attention", attention, _ATTENTIONS)
         self.features, (_, channels) = _trunk(in_chans, width)
-        if attention == "window":
-            head = tuple(scaled(outputs, width) for outputs in _WINDOW_HEAD)
-            self.attention = WindowAttention(channels, head, num_windows=num_windows, shape=shape)
-        elif (num_windows, shape) != (1, "rectangle"):
-            raise ValueError(f"{where}: num_windows and shape are options of 'window' attention, got {attention!r}")
-        elif attention == "positionwise":
-            self.attention = PositionwiseAttention(channels, scaled(_POSITIONWISE_HEAD, width))
-        else:
-            self.attention = nn.Identity()
+        self.split = len(self.features)
+        head = tuple(scaled(outputs, width) for outputs in _WINDOW_HEAD)
+        self._set_attention(channels, attention, num_windows, shape, norm, head, scaled(_POSITIONWISE_HEAD, width))
         hidden = scaled(_HIDDEN, width)
         self.head = nn.Sequential(*_averaged(), *_hidden(channels, hidden))
         self.classifier = nn.Linear(hidden, num_classes)
-
-    def local_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (N, in_chans, H, W) to the maps (N, C, h, w) that attention is applied to."""
-        self._check_images(x)
-        return self.features(x)
-
-    def classify(self, features: torch.Tensor, rectangle: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (N, num_classes) from the output of :meth:`local_features`.
-
-        Args:
-            rectangle: (N, 5) or (N, K, 5), used instead of those that the network computes; only with "window"
-                attention.
-
-        Raises:
-            ValueError: a rectangle, but attention is not "window".
-        """
-        if rectangle is not None and not isinstance(self.attention, WindowAttention):
-            raise ValueError("SmallNetwork: rectangle must be None unless attention is 'window', got a rectangle")
-        attended = self.attention(features) if rectangle is None else self.attention(features, rectangle=rectangle)
-        return self.classifier(self.head(attended))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (N, num_classes) of images (N, in_chans, H, W)."""
-        return self.classify(self.local_features(x))
 
 
 @register_model("small_compatibility_dp", compatibility="dp")

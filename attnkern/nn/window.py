@@ -137,27 +137,27 @@ class PositionwiseAttention(Module):
         channels: C of the features.
         hidden: channels of the first three convolutions.
         dilation: of the 3x3 convolutions, and their padding.
+        norm: batch normalisation after each of the first three convolutions. The paper does not mention it, but follows
+            the design of BAM, which has it. Without it the map of a network that is trained from random weights tends
+            to saturate and to become constant.
 
     Raises:
         ValueError, TypeError: a number below 1, or features with another number of channels.
 
-    Source: Convolutional Rectangular Attention Module, Appendix G.
+    Source: Convolutional Rectangular Attention Module, Appendix G; BAM: Bottleneck Attention Module, Section 3.
     """
 
-    def __init__(self, channels: int, hidden: int = 80, dilation: int = 4):
+    def __init__(self, channels: int, hidden: int = 80, dilation: int = 4, norm: bool = False):
         super().__init__()
         check_count("PositionwiseAttention", channels=channels, hidden=hidden, dilation=dilation)
+        check_flag("PositionwiseAttention", norm=norm)
         self.channels = channels
         dilated = {"kernel_size": 3, "padding": dilation, "dilation": dilation}
-        self.head = nn.Sequential(
-            nn.Conv2d(channels, hidden, 1),
-            nn.ReLU(),
-            nn.Conv2d(hidden, hidden, **dilated),
-            nn.ReLU(),
-            nn.Conv2d(hidden, hidden, **dilated),
-            nn.ReLU(),
-            nn.Conv2d(hidden, 1, **dilated),
-        )
+        layers = []
+        for inputs, options in ((channels, {"kernel_size": 1}), (hidden, dilated), (hidden, dilated)):
+            normalisation = [nn.BatchNorm2d(hidden)] if norm else []
+            layers += [nn.Conv2d(inputs, hidden, **options), *normalisation, nn.ReLU()]
+        self.head = nn.Sequential(*layers, nn.Conv2d(hidden, 1, **dilated))
         self.map = nn.Identity()
 
     def forward(self, x: torch.Tensor, return_map: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:

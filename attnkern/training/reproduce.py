@@ -1,7 +1,7 @@
 """``make reproduce``: train networks with every kind of attention on digits, measure them, and write one page.
 
 The small networks, which differ in their attention only, are trained with several seeds; ``--full`` (``make reproduce
-FULL=1``) adds the papers' architectures. Each run is ``attnkern train`` in a process with one thread; as many processes
+FULL=1``) adds the parts that take longer and the papers' architectures. Each run is ``attnkern train`` in a process with one thread; as many processes
 run at a time as there are cores. A run that has its numbers from an earlier call is not trained again, and parts of the
 page that a call leaves out (``--part``) keep their numbers.
 """
@@ -54,18 +54,21 @@ class Row(NamedTuple):
 
 #: Training images: epochs, so that few images do not mean few steps.
 _EPOCHS = {50: 300, 200: 100, 1000: 25}
-_WINDOWS = ("none", "positionwise", "window", "window4", "ellipse", "ellipse4")
+_WINDOWS = ("none", "positionwise_norm", "window", "window4", "ellipse", "ellipse4")
 _ATTENTIONS = (
-    "none", "positionwise", "window", "window_equivariance", "compatibility_dp", "compatibility_pc",
-    "compatibility2_dp", "compatibility2_pc", "dvib", "bottleneck", "bottleneck_qt",
+    "none", "positionwise", "positionwise_norm", "window", "window_equivariance",
+    "compatibility_dp", "compatibility_pc", "compatibility2_dp", "compatibility2_pc",
+    "dvib", "bottleneck", "bottleneck_qt",
 )  # fmt: skip
 #: Rows of the parts of the page with small networks.
 PARTS = {
     "attention": [Row(f"small_{name}") for name in _ATTENTIONS],
-    "windows": [Row(f"small_{name}") for name in _WINDOWS]
-    + [Row(f"small_{name}", "digits-pairs", start=f"small_{name}") for name in _WINDOWS],
-    "few": [Row(f"small_{name}", count=count) for count in _EPOCHS for name in ("none", "positionwise", "window")],
+    "windows": [Row(f"small_{name}") for name in _WINDOWS],
+    "pairs": [Row(f"small_{name}", "digits-pairs", start=f"small_{name}") for name in _WINDOWS],
+    "few": [Row(f"small_{name}", count=count) for count in _EPOCHS for name in ("none", "positionwise_norm", "window")],
 }
+#: Parts that are made by default, in an hour and a quarter on two cores.
+DEFAULT = ("attention", "windows", "few")
 #: The papers' architectures by family; baselines come first.
 PAPERS = {
     "Learn to Pay Attention": ("vgg", "vgg_gap", "vgg_pan", "vgg_att2_concat_dp", "vgg_att2_concat_pc"),
@@ -116,8 +119,9 @@ def run_paper(recipe: str, folder: Path) -> dict[str, Any]:
 def reproduce(parts: list[str], seeds: list[int], folder: Path, results: dict[str, Any]) -> None:
     """Add the numbers of the parts to ``results``, in the form that :func:`attnkern.training.page.page` takes."""
     results["parts"] = [part for part in PARTS if part in {*results["parts"], *parts}]
-    rows = list({row.name: row for part in parts if part in PARTS for row in PARTS[part]}.values())
+    chosen = [row for part in parts if part in PARTS for row in PARTS[part]]
     # Rows that others start from come first.
+    rows = list({row.name: row for row in [*(Row(row.start) for row in chosen if row.start), *chosen]}.values())
     stages = [[(row, seed) for seed in seeds for row in rows if bool(row.start) == later] for later in (False, True)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for stage in stages:
@@ -136,8 +140,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds of the small networks")
     chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--part", nargs="+", choices=[*PARTS, "papers"], default=list(PARTS), help="parts of the page")
-    chosen.add_argument("--full", action="store_true", help="all parts, also the papers' architectures")
+    chosen.add_argument("--part", nargs="+", choices=[*PARTS, "papers"], default=DEFAULT, help="parts of the page")
+    chosen.add_argument(
+        "--full", action="store_true", help="all parts, also the papers' architectures, which take longer"
+    )
     options = parser.parse_args(arguments)
     numbers, text = options.docs / "reproduction.json", options.docs / "reproduction.md"
     for path in (numbers, text):

@@ -491,6 +491,19 @@ def test_parameter_counts_of_the_two_heads():
     assert sum(p.numel() for p in ann.PositionwiseAttention(320).parameters()) == positionwise == 141_761
 
 
+def test_positionwise_attention_with_normalisation():
+    # Normalised activations do not grow with the features, so the map does not saturate when these do.
+    x, maps = torch.randn(N, C, H, W), {}
+    for norm in (False, True):
+        torch.manual_seed(0)
+        module = ann.PositionwiseAttention(C, 5, 2, norm=norm)
+        output, map = module(x, return_map=True)
+        torch.testing.assert_close(output, x + map[:, None] * x)
+        maps[norm] = map, module(1000 * x, return_map=True)[1]
+    assert not torch.allclose(*maps[False], atol=0.1)
+    torch.testing.assert_close(*maps[True], atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("count", [2, 4, 16])
 def test_several_windows_start_apart_on_a_ring(count):
     module = ann.WindowAttention(C, (4,), num_windows=count)
@@ -915,6 +928,8 @@ ERRORS = {
     "no channels": (lambda: ann.WindowAttention(0), ValueError, "WindowAttention: channels must be at least 1, got 0"),
     "half a channel": (lambda: ann.PositionwiseAttention(2.5),
                        TypeError, "PositionwiseAttention: channels must be an integer, got 2.5"),
+    "norm": (lambda: ann.PositionwiseAttention(C, norm=1),
+             TypeError, "PositionwiseAttention: norm must be True or False, got 1"),
     "hidden channels": (lambda: ann.WindowAttention(C, hidden=(4, 0)),
                         ValueError, "WindowAttention: hidden must be at least 1, got 0"),
     "anchors by name": (lambda: ann.BottleneckAttention(C, "20"),

@@ -184,6 +184,8 @@ def test_small_network_with_given_windows():
         create_model("small_none", 3).classify(features, rectangle)
     with pytest.raises(ValueError, match=r"^SmallNetwork: num_windows and shape are options of 'window' attention"):
         create_model("small_none", 3, num_windows=2)
+    with pytest.raises(ValueError, match=r"^SmallNetwork: norm is an option of 'positionwise' attention, got 'none'$"):
+        create_model("small_none", 3, norm=True)
     with pytest.raises(ValueError, match=r"^SmallCompatibility: levels must be 1 or 2, got 3$"):
         create_model("small_compatibility_pc", 3, levels=3)
 
@@ -228,6 +230,8 @@ def test_backbones_are_torchvisions(backbone, attended):
     window, positionwise = (create_model(f"{backbone}_{kind}", 37).attention for kind in ("window", "positionwise"))
     assert parameters(window) == (9 * attended + 1) * 64 + (9 * 64 + 1) * 128 + (9 * 128 + 1) * 256 + 257 * 5
     assert parameters(positionwise) == (attended + 1) * 80 + 2 * (9 * 80 + 1) * 80 + 9 * 80 + 1
+    normalised = create_model(f"{backbone}_positionwise", 37, norm=True).attention
+    assert parameters(normalised) == parameters(positionwise) + 3 * 2 * 80
 
 
 def test_a_network_with_several_windows():

@@ -66,8 +66,8 @@ def test_every_network_has_a_recipe():
     ported = {"attn_vgg_after", "attn_vgg_before"}  # there for the weights that another implementation trained
     assert set(models.list_models()) - ported <= set(list_recipes())
     extra = set(list_recipes()) - set(models.list_models())
-    windows = {"small_window_equivariance", "small_window4", "small_ellipse", "small_ellipse4"}
-    assert extra == windows | {"efficientnet_b0_window_equivariance", "mobilenet_v3_large_window_equivariance"}
+    small = {f"small_{name}" for name in ("positionwise_norm", "window_equivariance", "window4", "ellipse", "ellipse4")}
+    assert extra == small | {"efficientnet_b0_window_equivariance", "mobilenet_v3_large_window_equivariance"}
 
 
 @pytest.mark.parametrize("name", list_recipes())

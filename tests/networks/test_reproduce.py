@@ -86,7 +86,7 @@ def test_page_of_made_up_results():
     entry = {"accuracy": 0.5, "seconds": 60.0, "versions": VERSIONS}
     numbers = {str(seed): entry | {"stability": 0.9 + 0.001 * seed} for seed in range(3)}
     less = {str(seed): entry | {"stability": 0.5 + 0.002 * seed} for seed in range(3)}
-    runs = {"small_none": numbers, "small_window": numbers, "small_positionwise": less}
+    runs = {"small_none": numbers, "small_window": numbers, "small_positionwise_norm": less}
     text = page.page({"parts": ["windows"], "small": runs, "papers": {}}, ROWS, reproduce.PAPERS)
     assert "## Several windows: one digit" in text
     assert "## Kinds of attention" not in text  # this part was not run
@@ -96,7 +96,7 @@ def test_page_of_made_up_results():
     assert "| seen | +0.399" in claim
     assert "attnkern 1." in text
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 4  # of each of the two sections: rows and claims
+    assert len(tables) == 2  # rows and claims
     assert all(len({line.count("|") for line in table}) == 1 for table in tables)
 
 
@@ -136,13 +136,13 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "_python", python)
     (tmp_path / "docs").mkdir()
     command = ["--runs", str(tmp_path / "runs"), "--docs", str(tmp_path / "docs"), "--seeds", "0", "1"]
-    assert reproduce.main([*command, "--part", "windows"]) == 0
-    assert len(calls) == 2 * 2 * len(ROWS["windows"])
+    assert reproduce.main([*command, "--part", "pairs"]) == 0
+    assert len(calls) == 2 * 2 * (len(ROWS["pairs"]) + len(ROWS["windows"]))  # each starts from a row of windows
     trained = [call[2] for call in calls if call[1] == "train"]
     assert trained.index("small_none") < len(trained) - 1
     (tmp_path / "runs/small_ellipse-pairs/seed1/measures.json").unlink()
     calls.clear()
-    assert reproduce.main([*command, "--part", "windows"]) == 0
+    assert reproduce.main([*command, "--part", "pairs"]) == 0
     assert [call[0] for call in calls] == ["attnkern.training.measures"]
     calls.clear()
     assert reproduce.main([*command, "--part", "attention"]) == 0

@@ -48,9 +48,9 @@ def measure(folder: Path) -> dict[str, float | None]:
     (:func:`each_object`); ``contrast`` and ``sign`` (:func:`contrast`, :func:`sign`); ``stability`` and ``unrelated``
     (:func:`stability`); ``interpretability`` and ``interpretability_centred`` (mean score at 0.9 of squares of three
     sizes); ``occluded``, the accuracy on images with a square of a quarter of the side; ``fooled``, the rate at 2/255.
-    Of windows also ``centre`` (share of windows whose centre lies in a box), ``window_iou``, ``window_catching``,
-    ``half_extent``, and the mean errors ``equivariance`` and ``equivariance_centre``. ``train_accuracy`` of the last
-    epoch and ``gain`` (:func:`curves`).
+    The last four are missing for photographs. Of windows also ``centre`` (share of windows whose centre lies in a box),
+    ``window_iou``, ``window_catching``, ``half_extent``, and the mean errors ``equivariance`` and
+    ``equivariance_centre``. ``train_accuracy`` of the last epoch and ``gain`` (:func:`curves`).
     """
     path = folder / "measures.json"
     if not path.exists():
@@ -82,7 +82,8 @@ def _measured(folder):
     if boxes.dim() == 3:
         result |= each_object(large, boxes)
     result |= stability(subject.predict, raw[::2], maps[::2], **subject.common)
-    result |= _robustness(subject, raw, labels)
+    if images.name != "photo-clutter":  # of large images it would take longer than their training
+        result |= _robustness(subject, raw, labels)
     if isinstance(getattr(run.network, "attention", None), WindowAttention):
         result |= _windows(subject, raw, boxes, truth, maps.shape[1:])
     return plain(result | curves(folder))

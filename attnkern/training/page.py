@@ -170,7 +170,7 @@ SECTIONS = (
         "recognised. TUNING",
         "photographs", "-photo-clutter", "efficientnet_lite0_none-photo-clutter",
         (
-            Column("accuracy", "accuracy"), *_FINDING, *_MOVING, *_WINDOWS, Column("equivariance", "equivariance", 4),
+            Column("accuracy", "accuracy"), *_FINDING, *_MOVING, *_WINDOWS,
             Column("training accuracy", "train_accuracy"), Column("gain", "gain"),
         ),
         [

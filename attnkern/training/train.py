@@ -39,6 +39,7 @@ with needs_extra("attnkern.training.train", "train"):
     from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
     from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+    from lightning.pytorch.utilities import rank_zero_only
 
 
 class _SaveSettings(SaveConfigCallback):
@@ -133,8 +134,17 @@ class _Command(LightningCLI):
                 "with --overwrite true, or choose another folder with --out"
             )
         self._check_network()
+        if not config.resume and not config.trainer.fast_dev_run:
+            self._remove_curves()
         if config.seed_everything is False:  # an earlier run in this process may have left its seed
             os.environ.pop("PL_GLOBAL_SEED", None)
+
+    @rank_zero_only
+    def _remove_curves(self):
+        """Remove those of an earlier run in the same folder, which would be drawn as the beginning of this one."""
+        for pattern in ("csv/version_*/metrics.csv", "tensorboard/events.out.tfevents.*"):
+            for path in self.out.glob(pattern):
+                path.unlink()
 
     def _check_network(self):
         """Raise ValueError for wrong options of the network, before any file is created or downloaded."""

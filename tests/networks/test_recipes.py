@@ -356,7 +356,11 @@ def test_nothing_is_overwritten_unasked(folder):
     with pytest.raises(FileExistsError, match=r"'run' already contains a run; continue it with --resume true"):
         tiny("vgg_gap", epochs=1)
     assert (folder / "run" / "result.json").read_text(encoding="utf-8") == before
+    curves = {path.name: path for path in folder.glob("run/*/**/*") if path.is_file() and path.suffix != ".yaml"}
+    assert "metrics.csv" in curves
     assert tiny("vgg_gap", "--overwrite", "true", epochs=1)["epochs"] == 1
+    assert not any(path.exists() for path in curves.values())  # they would be drawn together with the new ones
+    assert len(list(folder.glob("run/csv/*/metrics.csv"))) == 1
     with pytest.raises(FileNotFoundError, match=r"resume: there is no checkpoint 'other/last\.ckpt'"):
         tiny("vgg_gap", "--resume", "true", out="other")
 

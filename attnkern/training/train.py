@@ -308,6 +308,7 @@ def _silence():
         "The number of training batches .* is smaller than the logging interval",
         ".*does not have many workers",
         ".*LeafSpec",
+        r"Found \d+ module\(s\) in eval mode",
     ):
         warnings.filterwarnings("ignore", message=message)
 

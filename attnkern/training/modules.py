@@ -12,6 +12,7 @@ import attnkern
 from attnkern._extras import needs_extra
 from attnkern.evaluation.rectangles import equivariance_distance, transform_images, transform_rectangle
 from attnkern.models import create_model
+from attnkern.models.rectangular import RectangularBase
 from attnkern.models.registry import load_weights
 from attnkern.nn import AnchorQuantizer, WindowAttention
 from attnkern.training.normalisation import normalisation_state
@@ -246,6 +247,11 @@ class Rectangular(Classification):
                 f"Rectangular: equivariance needs a network with rectangles (..._window), got {self.hparams.name!r}"
             )
         if self.frozen:
+            if not isinstance(self.network, RectangularBase):
+                raise ValueError(
+                    "Rectangular: frozen needs a network with window, position-wise or no attention, "
+                    f"got {self.hparams.name!r}"
+                )
             self.network.features.requires_grad_(False).eval()  # Lightning keeps the modes of modules
 
     def on_fit_start(self):

@@ -28,7 +28,7 @@ from attnkern.evaluation.rectangles import equivariance_distance, transform_imag
 from attnkern.models.rectangular import RectangularBase
 from attnkern.training import photographs
 from attnkern.training.data import ImageData
-from attnkern.training.modules import FAMILIES, Classification, InformationBottleneck, Rectangular
+from attnkern.training.modules import FAMILIES, Classification, InformationBottleneck, Rectangular, Small
 from attnkern.training.recipes import list_recipes, read_recipe
 from attnkern.training.train import _Command, load_network, load_run, train
 
@@ -232,6 +232,11 @@ def test_equivariance_needs_rectangles():
         ValueError, match=r"needs a network with rectangles \(\..\._window\), got 'mobilenet_v3_large_no"
     ):
         built(Rectangular, "mobilenet_v3_large_none", equivariance=0.1)
+
+
+def test_frozen_needs_features_that_attention_follows():
+    with pytest.raises(ValueError, match=r"frozen needs a network with window, .* got 'small_compatibility_pc'$"):
+        built(Small, "small_compatibility_pc", frozen=True)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------

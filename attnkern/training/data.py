@@ -125,7 +125,7 @@ class ImageData(LightningDataModule):
         root: folder that contains the data sets; for "folder" and "cub" the data set itself.
         batch_size: images per batch.
         size: side that images are resized to, by default 32 for cifar10, cifar100, svhn and the digits, 80 for cub, 96
-            for stl10, 300 for pets, 224 for the others.
+            for stl10, 300 for pets, 289 for photo-clutter, 224 for the others.
         augment: modules of torchvision.transforms.v2 for training images (3, size, size), float32 in [0, 1]. They use
             PyTorch's global generator.
         whiten: normalise by ZCA of the training images, for sizes up to 32, instead of by the mean and standard
@@ -133,9 +133,9 @@ class ImageData(LightningDataModule):
             ImageNet's (the others).
         ratio: pets only: share for training of a stratified split of all images, instead of the official split.
         split: number of the stratified split, for pets with a ratio, caltech101 and folder.
-        count: digits-clutter and digits-pairs only: number of training images.
+        count: digits-clutter, digits-pairs and photo-clutter only: number of training images.
         box_crop: cub only: crop images to the bird's box first.
-        seed: random seed of the order of batches, and of the clutter of the training digits.
+        seed: random seed of the order of batches, and of the clutter of the training images that are drawn.
         download: let ``prepare_data`` download a missing data set.
         workers: number of processes that load images.
 
@@ -253,9 +253,9 @@ class ImageData(LightningDataModule):
     def located(self, part: str = "test") -> Dataset | None:
         """Images with the place of the labelled objects, or None if the data set has no boxes or masks.
 
-        The mask is the digit's ink for digits-clutter, everything but the trimap's background for pets, and the filled
-        box of the bird for cub (after ``box_crop`` the whole image). digits-pairs has two masks (2, size, size) and two
-        boxes (2, 4) in an item.
+        The mask is the digit's ink for digits-clutter, the object's ellipse for photo-clutter, everything but the
+        trimap's background for pets, and the filled box of the bird for cub (after ``box_crop`` the whole image).
+        digits-pairs has two masks (2, size, size) and two boxes (2, 4) in an item.
 
         Args:
             part: "test" or "train"; training images are not augmented.

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, TensorDataset
 from attnkern._extras import needs_extra
 from attnkern.evaluation.inputs import listed
 from attnkern.training.digits import digits_clutter, digits_pairs
+from attnkern.training.photographs import OBJECTS, photo_clutter
 
 with needs_extra("attnkern.training.data", "train"):
     from lightning.pytorch.utilities import rank_zero_warn
@@ -62,6 +63,7 @@ SPECS = {
         300, ("download", "ratio", "split"),
         torchvision="OxfordIIITPet", parts=({"split": "trainval"}, {"split": "test"}), paths=("oxford-iiit-pet",),
     ),
+    "photo-clutter": Spec(289, ("count",), ((127 / 255,) * 3, (128 / 255,) * 3)),  # as EfficientNet-Lite was trained
     "stl10": Spec(
         96, ("download",), ((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)),
         "STL10", _SPLIT_ARGUMENTS, ("stl10_binary",),
@@ -166,7 +168,7 @@ def read_dataset(
 ) -> tuple[Part, Part, list[str]]:
     """Training images, test images and class names of a data set.
 
-    Args: those of :class:`attnkern.training.data.ImageData`. ``size``, ``seed`` and ``count`` are of digits.
+    Args: those of :class:`attnkern.training.data.ImageData`. ``size``, ``seed`` and ``count`` are of drawn images.
 
     Raises:
         FileNotFoundError: the data set is not there, or a class has no images.
@@ -182,9 +184,11 @@ def read_dataset(
     elif name == "caltech101":
         train, test, classes = _caltech101(root, split)
     elif name == "digits-clutter":
-        train, test, classes = *_digits(digits_clutter, size, seed, count), range(10)
+        train, test, classes = *_drawn(digits_clutter, size, seed, count), range(10)
     elif name == "digits-pairs":
-        train, test, classes = *_digits(digits_pairs, size, seed, count), ("odd", "even")
+        train, test, classes = *_drawn(digits_pairs, size, seed, count), ("odd", "even")
+    elif name == "photo-clutter":
+        train, test, classes = *_drawn(photo_clutter, size, seed, count), OBJECTS
     else:
         train, test, classes = _torchvision(name, root)
     return train, test, list(map(str, classes))
@@ -290,7 +294,7 @@ def _cub(root, crop):
     return *(Part(images, labels, part, region) for part in parts), classes.values()
 
 
-def _digits(make, size, seed, count):
+def _drawn(make, size, seed, count):
     parts = make("train", size, seed, count), make("test", size)
     return [Part(TensorDataset(part.images), part.labels, region=part.masks.__getitem__) for part in parts]
 

@@ -36,7 +36,7 @@ def _sources(split):
     return images, torch.from_numpy(digits.target)[chosen].long()
 
 
-def _draw(patches, size, extent, degrees, generator, sides=None):
+def draw(patches, size, extent, degrees, generator, sides=None):
     """Patches of ink at random places in images: (N, 1, size, size).
 
     Args:
@@ -105,7 +105,7 @@ def _clutter(sources, n, size, generator):
         corners = torch.randint(5, (2, n, 1), generator=generator)
         rows, columns = corners + torch.arange(4)
         fragments = sources[others[:, None, None], 0, rows[:, :, None], columns[:, None, :]][:, None]
-        ink = _draw(fragments, size, (0.12, 0.22), 180, generator)
+        ink = draw(fragments, size, (0.12, 0.22), 180, generator)
         images = torch.lerp(images, _colours(0.2, 0.8, n, generator), ink)
     return images
 
@@ -144,7 +144,7 @@ def digits_clutter(split: str, size: int = 32, seed: int = 0, count: int | None 
     sources, labels, generator, n = _prepared("digits_clutter", split, size, seed, count)
     chosen = torch.arange(n) % len(sources)
     images = _clutter(sources, n, size, generator)
-    ink = _draw(sources[chosen], size, (0.4, 0.65), 20, generator)
+    ink = draw(sources[chosen], size, (0.4, 0.65), 20, generator)
     images = _noisy(_painted(images, ink, generator), generator)
     masks = ink[:, 0] > 0.3
     return Digits(images, labels[chosen], extents(masks), masks)
@@ -173,7 +173,7 @@ def digits_pairs(split: str, size: int = 32, seed: int = 0, count: int | None = 
     axis, side = torch.randint(2, (n,), generator=generator), 1 - 2 * torch.randint(2, (n,), generator=generator)
     sides = F.one_hot(axis, 2) * side[:, None]
     placed = zip(chosen, (sides, -sides), strict=True)
-    inks = [_draw(sources[of], size, (0.3, 0.48), 20, generator, at) for of, at in placed]
+    inks = [draw(sources[of], size, (0.3, 0.48), 20, generator, at) for of, at in placed]
     for ink in inks:
         images = _painted(images, ink, generator)
     images = _noisy(images, generator)

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import attnkern
 from attnkern._extras import needs_extra
 from attnkern.evaluation.rectangles import equivariance_distance, transform_images, transform_rectangle
 from attnkern.models import create_model
+from attnkern.models.rectangular import RectangularBase
 from attnkern.models.registry import load_weights
 from attnkern.nn import AnchorQuantizer, WindowAttention
 from attnkern.training.normalisation import normalisation_state
@@ -89,7 +91,7 @@ class Classification(pl.LightningModule):
 
     def step(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of a batch and its logits."""
-        output = self.network(images)
+        output = self(images)
         loss = self.network.loss(output, labels)
         return loss, output if isinstance(output, torch.Tensor) else output.logits
 
@@ -110,7 +112,7 @@ class Classification(pl.LightningModule):
 
     def _evaluate(self, stage, batch):
         images, labels = batch
-        logits = self.network(images)
+        logits = self(images)
         self.log(f"{stage}_loss", nn.functional.cross_entropy(logits, labels))
         metric = getattr(self, f"{stage}_accuracy")
         metric(logits, labels)
@@ -211,6 +213,8 @@ class Rectangular(Classification):
         scales: smallest and largest factor of the scaling.
         shift: largest shift, as a fraction of the side.
         literal: compare angles by their squared difference.
+        frozen: keep the backbone, also its batch normalisation, as it is, and train attention and head only. Without
+            augmentation and equivariance loss the backbone then runs once over each image, before the first epoch.
         others: those of :class:`Classification`.
 
     Source: Convolutional Rectangular Attention Module, Section 4.4, which does not give the ranges.
@@ -224,6 +228,7 @@ class Rectangular(Classification):
         scales: tuple[float, float] = (0.8, 1.2),
         shift: float = 0.1,
         literal: bool = False,
+        frozen: bool = False,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -232,6 +237,8 @@ class Rectangular(Classification):
         self.scales = scales
         self.shift = shift
         self.literal = literal
+        self.frozen = frozen
+        self.images: tuple[Dataset, Dataset] | None = None  # while the data module has their features instead
 
     def configure_model(self):
         super().configure_model()
@@ -239,6 +246,35 @@ class Rectangular(Classification):
             raise ValueError(
                 f"Rectangular: equivariance needs a network with rectangles (..._window), got {self.hparams.name!r}"
             )
+        if self.frozen:
+            if not isinstance(self.network, RectangularBase):
+                raise ValueError(
+                    "Rectangular: frozen needs a network with window, position-wise or no attention, "
+                    f"got {self.hparams.name!r}"
+                )
+            self.network.features.requires_grad_(False).eval()  # Lightning keeps the modes of modules
+
+    def on_fit_start(self):
+        data = self.trainer.datamodule
+        if self.frozen and not self.equivariance and not data.augment:
+            self.images = data.train, data.test
+            data.train, data.test = map(self._features, self.images)
+
+    def on_fit_end(self):
+        if self.images is not None:
+            self.trainer.datamodule.train, self.trainer.datamodule.test = self.images
+            self.images = None
+
+    @torch.no_grad()
+    def _features(self, images):
+        parts = [
+            (self.network.local_features(batch.to(self.device, self.dtype)).cpu(), labels)
+            for batch, labels in DataLoader(images, self.trainer.datamodule.batch_size)
+        ]
+        return TensorDataset(*map(torch.cat, zip(*parts, strict=True)))
+
+    def forward(self, images):
+        return super().forward(images) if self.images is None else self.network.classify(images)
 
     def step(self, images, labels):
         if not self.equivariance:

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attnkern.evaluation.protocols import check_writable, write_json, write_text
+from attnkern.models.efficientnet_lite import weights_file
 from attnkern.training.page import page
 
 SEEDS = (0, 1, 2, 3, 4)
 
 
 class Row(NamedTuple):
-    """A small network on a data set; its runs differ in the seed."""
+    """A network on a data set; its runs differ in the seed."""
 
     recipe: str
     data: str = "digits-clutter"
@@ -36,7 +37,7 @@ class Row(NamedTuple):
         """Unique, for a folder."""
         parts = [
             self.recipe,
-            "" if self.data == "digits-clutter" else "pairs",
+            "" if self.data == "digits-clutter" else self.data.removeprefix("digits-"),
             "" if self.count is None else self.count,
             self.variant,
         ]
@@ -75,7 +76,7 @@ _SHORT = {"trainer.max_epochs": "5", "model.lr_scheduler.init_args.T_max": "4"}
 #: Whether ten epochs are enough.
 _LONG = {"trainer.max_epochs": "20", "model.lr_scheduler.init_args.T_max": "19"}
 _TRAINED_LONG = ("none", "window", "compatibility_pc", "bottleneck")
-#: Rows of the parts of the page with small networks.
+#: Rows of the parts of the page with several seeds.
 PARTS = {
     "attention": [Row(f"small_{name}") for name in _ATTENTIONS],
     "windows": [Row(f"small_{name}") for name in _WINDOWS],
@@ -87,6 +88,11 @@ PARTS = {
     + [
         Row("small_bottleneck", variant=name, options=tuple((_SHORT | options).items()))
         for name, options in _SIGNS.items()
+    ],
+    "photographs": [
+        # The test with Grad-CAM takes minutes, and the row is measured later anyway.
+        Row(f"efficientnet_lite0_{name}", "photo-clutter", options=(("trainer.limit_test_batches", "0"),))
+        for name in ("none", "positionwise_norm", "window")
     ],
 }
 #: Parts that are made by default, in an hour and a quarter on two cores.
@@ -171,7 +177,16 @@ def main(arguments: list[str] | None = None) -> int:
     results = {"parts": [], "small": {}, "papers": {}}
     if numbers.exists():
         results |= json.loads(numbers.read_text(encoding="utf-8"))
-    reproduce([*PARTS, "papers"] if options.full else options.part, options.seeds, options.runs, results)
+    parts = [*PARTS, "papers"] if options.full else options.part
+    if "photographs" in parts:
+        try:
+            weights_file("the part photographs")
+        except ModuleNotFoundError as error:
+            if not options.full:
+                parser.error(str(error))
+            print(f"reproduce: left out {error}", file=sys.stderr)
+            parts.remove("photographs")
+    reproduce(parts, options.seeds, options.runs, results)
     write_json(numbers, results)
     write_text(text, page(results, {name: [row.name for row in rows] for name, rows in PARTS.items()}, PAPERS))
     print(text.read_text(encoding="utf-8"))

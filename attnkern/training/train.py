@@ -25,6 +25,7 @@ from attnkern.evaluation.maps import attention_of, gradcam_of, map_of
 from attnkern.evaluation.orientation import Orientation, orientation
 from attnkern.evaluation.protocols import stratified, write_json
 from attnkern.models import create_model, map_names
+from attnkern.models.efficientnet_lite import WEIGHTS
 from attnkern.training._options import option_error
 from attnkern.training.data import ImageData
 from attnkern.training.modules import FAMILIES
@@ -237,7 +238,9 @@ def run_recipe(name: str, data: str | None = None, arguments: list[str] | None =
     family, settings, published = read_recipe(name, data)
     if arguments is not None:
         check_items("train", str, arguments=arguments)
-    weights = (settings["model"].get("options") or {}).pop("weights", None)
+    options = settings["model"].get("options") or {}
+    # Those in a package need no choice: they are installed or not, and never downloaded.
+    weights = None if options.get("weights") == WEIGHTS else options.pop("weights", None)
     _silence()
     with _in_one_sentence():
         cli = _Command(
@@ -316,6 +319,7 @@ def _silence():
         "The number of training batches .* is smaller than the logging interval",
         ".*does not have many workers",
         ".*LeafSpec",
+        r"Found \d+ module\(s\) in eval mode",
     ):
         warnings.filterwarnings("ignore", message=message)
 

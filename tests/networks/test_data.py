@@ -22,7 +22,7 @@ from PIL import Image  # noqa: E402
 from torch.utils.data import default_collate  # noqa: E402
 from torchvision.transforms import v2  # noqa: E402
 
-from attnkern.training import show  # noqa: E402
+from attnkern.training import photographs, show  # noqa: E402
 from attnkern.training.data import EpochSampler, ImageData, data_sets  # noqa: E402
 from attnkern.training.datasets import SPECS  # noqa: E402
 from attnkern.training.digits import digits_clutter, digits_pairs, extents  # noqa: E402
@@ -170,6 +170,7 @@ FAKES = {
     "digits-pairs": lambda root: None,
     "folder": write_folder,
     "pets": write_pets,
+    "photo-clutter": lambda root: None,
     "stl10": write_stl10,
     "svhn": write_svhn,
 }
@@ -477,14 +478,14 @@ def test_pairs_are_labelled_by_the_parity_of_their_sum(monkeypatch):
         source[0].view(-1)[: 6 * (value + 1)] = 1.0
     monkeypatch.setattr("attnkern.training.digits._sources", lambda split: (sources, values))
     drawn = []
-    draw = sys.modules["attnkern.training.digits"]._draw
+    draw = sys.modules["attnkern.training.digits"].draw
 
     def watched(patches, *arguments):
         if len(arguments) == 5:  # of a digit, which has a side
             drawn.append((patches.flatten(1).sum(1) / 6 - 1).round().long())
         return draw(patches, *arguments)
 
-    monkeypatch.setattr("attnkern.training.digits._draw", watched)
+    monkeypatch.setattr("attnkern.training.digits.draw", watched)
     labels = digits_pairs("train", count=60).labels
     first, second = drawn
     assert torch.equal(first, values.repeat(2))
@@ -499,6 +500,50 @@ def test_pairs_do_not_change_and_depend_on_the_seed():
     assert not torch.equal(same.images, other.images)
     with pytest.raises(ValueError, match=r"^digits_pairs: size must be at least 16, got 15$"):
         digits_pairs("train", 15)
+
+
+def test_photographs(monkeypatch):
+    pytest.importorskip("skimage")
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(photographs, "_PER_CLASS", {"train": 4, "test": 2})
+    data = loaded(name="photo-clutter", size=48, seed=1)
+    assert (len(data.train), len(data.test), data.class_names) == (32, 16, list(photographs.OBJECTS))
+    assert [data.train[i][1] for i in range(9)] == [*range(8), 0]
+    image, label, box, mask = data.located()[3]
+    assert (image.shape, label, box.shape, mask.shape) == ((3, 48, 48), 3, (4,), (48, 48))
+    height, width = (box[2:] - box[:2] + 1).tolist()
+    assert 0.1 * 48 < min(height, width) <= max(height, width) < 0.6 * 48
+    assert 0.4 < mask.sum() / (height * width) <= 1  # an ellipse, which may be tilted
+    torch.testing.assert_close(data.raw()[3][0], photographs.photo_clutter("test", 48).images[3] / 255)
+
+
+def test_the_object_of_a_photograph_is_where_its_mask_says(monkeypatch):
+    pytest.importorskip("skimage")
+    pytest.importorskip("sklearn")
+    cut_out = photographs._cut_out
+
+    def red(photo):
+        patch = cut_out(photo)
+        patch[:3] = torch.tensor([1.0, 0, 0])[:, None, None]
+        return patch
+
+    monkeypatch.setattr(photographs, "_cut_out", red)
+    images, _, _, masks = photographs.photo_clutter("train", 64, count=16)
+    reds = images.movedim(1, 3)[masks].float()
+    assert (reds[:, 0] > 2 * reds[:, 1:].amax(1)).float().mean() > 0.85
+
+
+def test_photographs_do_not_change_and_depend_on_the_seed():
+    pytest.importorskip("skimage")
+    pytest.importorskip("sklearn")
+    make = photographs.photo_clutter
+    assert all(map(torch.equal, make("train", 32, 1, 9), make("train", 32, 1, 9)))
+    assert not torch.equal(make("train", 32, 1, 9).images, make("train", 32, 2, 9).images)
+    assert not set(photographs.BACKGROUNDS["train"]) & set(photographs.BACKGROUNDS["test"])
+    with pytest.raises(ValueError, match=r"^photo_clutter: size must be at least 16, got 15$"):
+        make("train", 15)
+    with pytest.raises(ValueError, match=r"^photo_clutter: split must be 'train' or 'test', got 'val'$"):
+        make("val")
 
 
 def test_extents():

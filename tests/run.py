@@ -40,14 +40,15 @@ COMPILED = {"ATTNKERN_TEST_BACKENDS": "native,reference"}
 
 #: lane: folders, environment; the longest lanes start first
 LANES = {
+    "native": (["kernels", "native", "integration"], {**COMPILED, **PASSIVE, **POISON, **SEED}),
     "project": (["project", "tools"], {**COMPILED, **ONE_THREAD}),
     "networks": (["networks"], {**COMPILED, **ONE_THREAD, **POISON}),
-    "native": (["kernels", "native", "integration"], {**COMPILED, **PASSIVE, **POISON, **SEED}),
     "interpreted": (["kernels"], {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1", **ONE_THREAD}),
+    "ahead": (["ahead"], ONE_THREAD),
     "cuda": (
-        ["cuda_kernels", "kernels"], {"ATTNKERN_TEST_BACKENDS": "native", "ATTNKERN_TEST_CUDA_ON_HOST": "1", **POISON},
+        ["cuda_kernels", "kernels"],
+        {"ATTNKERN_TEST_BACKENDS": "native", "ATTNKERN_TEST_CUDA_ON_HOST": "1", **ONE_THREAD, **POISON},
     ),
-    "ahead": (["ahead"], {}),
 }  # fmt: skip
 
 OUTCOMES = ("passed", "failed", "skipped")

@@ -75,7 +75,7 @@ plant() { # sanitizer, its message, file, sed script that plants the error
 where=$("$python" -c 'import attnkern; print(attnkern.__path__[0])')
 [[ $where == "$work/attnkern" ]] || { echo "attnkern comes from $where, not from the copy" >&2; exit 1; }
 build
-# All shapes, dtypes and layouts; of the other tests a sample.
+# Every case with every shape, layout and dtype; of the other tests a sample.
 every="tests/kernels/test_ops.py tests/kernels/test_memory_layout.py"
 for selection in "$every" "tests/kernels --quick --ignore tests/kernels/test_model_backends.py ${every//tests/--ignore tests}"; do
   # shellcheck disable=SC2086 # several arguments

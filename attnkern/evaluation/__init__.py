@@ -30,6 +30,7 @@ from attnkern.evaluation.localisation import (
     upsample,
 )
 from attnkern.evaluation.maps import attention_of, gradcam_of, map_of
+from attnkern.evaluation.orientation import Orientation, orient, orientation, signed_scores
 from attnkern.evaluation.query import QueryDriven, pool_attention, query_driven
 from attnkern.evaluation.rectangles import (
     EquivarianceError,
@@ -56,6 +57,7 @@ __all__ = [
     "LinearSvm",
     "Localisation",
     "McNemar",
+    "Orientation",
     "QueryDriven",
     "Top1",
     "Whitening",
@@ -83,12 +85,15 @@ __all__ = [
     "mcnemar",
     "missing_rate",
     "occlude",
+    "orient",
+    "orientation",
     "perplexity",
     "pointing_game",
     "pool_attention",
     "query_driven",
     "rectangle_mask",
     "rescale",
+    "signed_scores",
     "tight_boxes",
     "top1",
     "transform_images",

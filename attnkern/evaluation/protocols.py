@@ -8,7 +8,7 @@ import os
 import platform
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from attnkern.evaluation.inputs import collect, listed
 from attnkern.evaluation.interpretability import frequency, interpretability_score, occlude
 from attnkern.evaluation.localisation import box_masks, localisation, upsample
 from attnkern.evaluation.maps import map_of
+from attnkern.evaluation.orientation import Orientation, orient, signed_scores
 from attnkern.evaluation.query import pool_attention, query_driven
 from attnkern.evaluation.rectangles import (
     catching_rate,
@@ -58,6 +59,7 @@ class Subject:
         batch_size, device: of every forward pass.
         seed: random seed of the test images under ``limit`` and of the occlusions.
         other: raw images (M, 3, h, w) to occlude with, by default the test images in another order.
+        orientations: by name of the map; chosen on training images, as ``load_run`` finds them in a checkpoint.
     """
 
     network: torch.nn.Module
@@ -70,6 +72,7 @@ class Subject:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seed: int = 0
     other: torch.Tensor | None = None
+    orientations: Mapping[str, Orientation] = field(default_factory=dict)
 
     def __post_init__(self):
         self.network.to(self.device)
@@ -174,7 +177,26 @@ def _crossdomain(subject):
 
 def _localisation(subject):
     boxes, masks = subject.located
-    return localisation(subject.maps, boxes, subject.raw.shape[2:], masks)._asdict()
+    size = subject.raw.shape[2:]
+    found = localisation(subject.maps, boxes, size, masks)._asdict()
+    return found | {"signed_score": signed_scores(subject.maps, boxes, size).mean().item()}
+
+
+def _orientation(subject):
+    """Localisation of the map, negated if low values mark the objects on the training images."""
+    chosen = subject.orientations.get(subject.map_name)
+    if chosen is None:
+        raise NotApplicableError(f"the checkpoint has no orientation of {subject.map_name} from training images")
+    if not chosen.sign:
+        raise NotApplicableError(f"on training images, {chosen}")
+    boxes, masks = subject.located
+    return {
+        "chosen on": "training images",
+        "meaning": str(chosen),
+        "map": "as it is" if chosen.sign == 1 else "negated",
+        **chosen._asdict(),
+        "oriented": localisation(orient(subject.maps, chosen.sign), boxes, subject.raw.shape[2:], masks)._asdict(),
+    }
 
 
 def _segmentation(subject):
@@ -284,6 +306,7 @@ PROTOCOLS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "fooling": _fooling,
     "crossdomain": _crossdomain,
     "localisation": _localisation,
+    "orientation": _orientation,
     "segmentation": _segmentation,
     "query": _query,
     "rectangles": _rectangles,

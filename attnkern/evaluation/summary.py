@@ -49,6 +49,10 @@ _HEADLINES = {
     "localisation": _Headline(
         lambda r: _number("pointing", r["pointing"]), "share of maps whose maximum lies in the object's box"
     ),
+    "orientation": _Headline(
+        lambda r: _number(f"{'high' if r['sign'] == 1 else 'low'} values, pointing", r["oriented"]["pointing"]),
+        "which values mark the objects on training images; localisation of the map, negated if low ones do",
+    ),
     "segmentation": _Headline(
         lambda r: _number("IoU", _mean(entry["jaccard"] for entry in r.values())),
         "overlap of binarised maps and object masks, mean over the classes",

@@ -21,6 +21,8 @@ _CHANNELS = (16, 24, 24, 48, 48)
 _HIDDEN = 64
 #: Channels in the heads of window and position-wise attention, fewer than published: the features have fewer, too.
 _WINDOW_HEAD, _POSITIONWISE_HEAD = (32, 64, 128), 32
+#: Of batch normalisation and bottleneck attention.
+_NORMS = ("before", "behind", "both", "none")
 
 
 def _trunk(in_chans, width):
@@ -158,6 +160,9 @@ class SmallBottleneck(BottleneckNetwork):
         num_classes: number of logits.
         attention: False for the bottleneck z alone.
         num_anchors: Q, or None for a continuous map.
+        residual: of :class:`attnkern.nn.BottleneckAttention`.
+        norm: where the batch normalisation next to the attention stands: "before" it, in the last convolution, as in
+            the trunk of the others; "behind" it; "both" or "none".
         width: multiplier of all channels and of z.
         in_chans: channels of the images.
         variant, samples, beta, anchor_weight, commitment_weight: as
@@ -177,6 +182,8 @@ class SmallBottleneck(BottleneckNetwork):
         *,
         attention: bool = True,
         num_anchors: int | None = None,
+        residual: bool = True,
+        norm: str = "before",
         width: float = 1.0,
         in_chans: int = 3,
         variant: str = "correct",
@@ -187,9 +194,13 @@ class SmallBottleneck(BottleneckNetwork):
     ):
         super().__init__(num_classes, in_chans, width)
         self._configure(variant, samples, beta=beta, anchor_weight=anchor_weight, commitment_weight=commitment_weight)
+        check_choice(type(self).__name__, "norm", norm, _NORMS)
         self.features, (_, channels) = _trunk(in_chans, width)
-        self.attention = BottleneckAttention(channels, num_anchors) if attention else None
+        if norm in ("behind", "none"):
+            self.features[-1][-2] = nn.Identity()
+        self.attention = BottleneckAttention(channels, num_anchors, residual=residual) if attention else None
         hidden = scaled(_HIDDEN, width)
-        self.encoder = nn.Sequential(*_averaged(), nn.Linear(channels, 2 * hidden))
+        behind = [MapNorm(channels)] if norm in ("behind", "both") else []
+        self.encoder = nn.Sequential(*behind, *_averaged(), nn.Linear(channels, 2 * hidden))
         self.decoder = nn.Sequential(*_hidden(hidden, hidden))
         self.classifier = nn.Linear(hidden, num_classes)

@@ -97,7 +97,7 @@ class BottleneckAttended(NamedTuple):
 
 
 class BottleneckAttention(Module):
-    """Attention with a map drawn from p(a|x) = N(μ, σ²) and quantized to anchors: output = x + v·x.
+    """Attention with a map drawn from p(a|x) = N(μ, σ²) and quantized to anchors: output = x + v·x, or v·x.
 
     μ = Λ(conv3x3(x)), σ = softplus(conv3x3(μ) - 5), a = μ + σε, and v the nearest anchor of a, or a itself without
     anchors. a is not limited to [0, 1]. Map, μ and σ are float32 under autocast.
@@ -106,18 +106,24 @@ class BottleneckAttention(Module):
         channels: C of the features.
         num_anchors: Q, or None for no quantization.
         mean: a module from features to raw maps (N, 1, H, W), instead of the 3x3 convolution before Λ.
+        residual: add x to v·x, as published.
 
     Raises:
-        ValueError, TypeError: a number below 1, or features with another number of channels.
+        ValueError, TypeError: a number below 1, features with another number of channels, or an argument of another
+            type.
 
     Source: Information Bottleneck Approach to Spatial Attention Learning, Eqs. 6-10; the heads as in the authors' code.
     """
 
-    def __init__(self, channels: int, num_anchors: int | None = None, mean: nn.Module | None = None):
+    def __init__(
+        self, channels: int, num_anchors: int | None = None, mean: nn.Module | None = None, residual: bool = True
+    ):
         super().__init__()
         check_count("BottleneckAttention", channels=channels)
         check_kind("BottleneckAttention", nn.Module | None, mean=mean)
+        check_flag("BottleneckAttention", residual=residual)
         self.channels = channels
+        self.residual = residual
         self.mean = nn.Conv2d(channels, 1, 3, padding=1) if mean is None else mean
         self.std = nn.Conv2d(1, 1, 3, padding=1)
         self.quantizer = None if num_anchors is None else AnchorQuantizer(num_anchors)
@@ -148,11 +154,11 @@ class BottleneckAttention(Module):
                 a = mean + std * torch.randn_like(std)
         if self.quantizer is None:
             map = self.map(a)
-            output, losses = modulate(x, map[:, None], residual=True), (a.new_zeros(()), a.new_zeros(()))
+            output, losses = modulate(x, map[:, None], self.residual), (a.new_zeros(()), a.new_zeros(()))
         elif untouched(self.map) and untouched(self.quantizer, AnchorQuantizer):
-            output, map, _, *losses, _ = self.quantizer.attend(x, a)
+            output, map, _, *losses, _ = self.quantizer.attend(x, a, self.residual)
         else:
             values, _, *losses, _ = self.quantizer(a)
             map = self.map(values)
-            output = modulate(x, map[:, None], residual=True)
+            output = modulate(x, map[:, None], self.residual)
         return BottleneckAttended(output, map, mean, std, *losses)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from attnkern._checks import check_tensor
+from attnkern._checks import check_choice, check_tensor
 from attnkern._extras import needs_extra
 from attnkern._spelling import did_you_mean
 
@@ -250,20 +250,29 @@ class ImageData(LightningDataModule):
         """The test set before normalisation: items (image (3, size, size) float32 in [0, 1], label)."""
         return _PreparedImages(self.test.part, self.size)
 
-    def located(self) -> Dataset | None:
-        """The test set with the place of the labelled objects, or None if the data set has no boxes or masks.
+    def located(self, part: str = "test") -> Dataset | None:
+        """Images with the place of the labelled objects, or None if the data set has no boxes or masks.
 
         The mask is the digit's ink for digits-clutter, the object's ellipse for photo-clutter, everything but the
         trimap's background for pets, and the filled box of the bird for cub (after ``box_crop`` the whole image).
         digits-pairs has two masks (2, size, size) and two boxes (2, 4) in an item.
 
+        Args:
+            part: "test" or "train"; training images are not augmented.
+
         Returns:
             items (image, label, box, mask): the image normalised; mask (size, size) bool; box (4,) float32, the mask's
             first row, first column, last row, last column, where (0, 0) is the centre of the first pixel. The box of an
             empty mask is the whole image.
+
+        Raises:
+            ValueError: another part.
         """
-        test = self.test.part
-        return None if test.region is None else _PreparedImages(test, self.size, None, self.normalisation, located=True)
+        check_choice("ImageData", "part", part, ("test", "train"))
+        chosen = getattr(self, part).part
+        if chosen.region is None:
+            return None
+        return _PreparedImages(chosen, self.size, None, self.normalisation, located=True)
 
     def train_dataloader(self) -> DataLoader:
         """Batches in another order every epoch. An incomplete batch is dropped unless it is the only one."""

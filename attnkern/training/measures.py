@@ -14,6 +14,7 @@ from attnkern.evaluation.inputs import collect
 from attnkern.evaluation.interpretability import interpretability_score, map_cosines, occlude
 from attnkern.evaluation.localisation import binarise, box_masks, localisation, upsample
 from attnkern.evaluation.maps import attention_of, gradcam_of
+from attnkern.evaluation.orientation import signed_scores
 from attnkern.evaluation.protocols import Subject, plain, write_json
 from attnkern.evaluation.rectangles import (
     catching_rate,
@@ -45,12 +46,13 @@ def measure(folder: Path) -> dict[str, float | None]:
 
     ``accuracy``; ``pointing``, ``iou`` (box of the map above a fifth of its range), ``catching`` (map above Otsu's
     threshold) against the object's box; of several objects also ``pointing_each`` and ``pointing_all``
-    (:func:`each_object`); ``contrast`` and ``sign`` (:func:`contrast`, :func:`sign`); ``stability`` and ``unrelated``
-    (:func:`stability`); ``interpretability`` and ``interpretability_centred`` (mean score at 0.9 of squares of three
-    sizes); ``occluded``, the accuracy on images with a square of a quarter of the side; ``fooled``, the rate at 2/255.
-    Of windows also ``centre`` (share of windows whose centre lies in a box), ``window_iou``, ``window_catching``,
-    ``half_extent``, and the mean errors ``equivariance`` and ``equivariance_centre``. ``train_accuracy`` of the last
-    epoch and ``gain`` (:func:`curves`). For photographs there are no scores, errors and rates of changed images.
+    (:func:`each_object`); ``contrast`` (:func:`contrast`); ``sign``, the mean signed score; ``stability`` and
+    ``unrelated`` (:func:`stability`); ``interpretability`` and ``interpretability_centred`` (mean score at 0.9 of
+    squares of three sizes); ``occluded``, the accuracy on images with a square of a quarter of the side; ``fooled``,
+    the rate at 2/255. Of windows also ``centre`` (share of windows whose centre lies in a box), ``window_iou``,
+    ``window_catching``, ``half_extent``, and the mean errors ``equivariance`` and ``equivariance_centre``.
+    ``train_accuracy`` of the last epoch and ``gain`` (:func:`curves`). For photographs there are no scores, errors and
+    rates of changed images.
     """
     path = folder / "measures.json"
     if not path.exists():
@@ -77,7 +79,7 @@ def _measured(folder):
         "iou": found.iou_tight,
         "catching": catching_rate(binarise(large), truth).mean().item(),
         "contrast": contrast(maps),
-        "sign": sign(large, truth),
+        "sign": signed_scores(maps, boxes, size).mean().item(),
     }
     if boxes.dim() == 3:
         result |= each_object(large, boxes)
@@ -103,11 +105,6 @@ def contrast(maps: torch.Tensor) -> float:
     """Mean of (max - min)/(max + min) of maps (N, h, w) without negative values: 0 of constant maps, at most 1."""
     low, high = maps.double().amin((1, 2)), maps.double().amax((1, 2))
     return ((high - low) / (high + low).clamp(min=1e-30)).mean().item()
-
-
-def sign(maps: torch.Tensor, inside: torch.Tensor) -> float:
-    """Mean correlation of maps (N, H, W) with the objects' filled boxes: positive if high values mark the objects."""
-    return map_cosines(maps, inside, centred=True).mean().item()
 
 
 def each_object(maps: torch.Tensor, boxes: torch.Tensor) -> dict[str, float]:

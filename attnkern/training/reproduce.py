@@ -29,6 +29,8 @@ class Row(NamedTuple):
     data: str = "digits-clutter"
     count: int | None = None  #: training images; None: the recipe's
     start: str | None = None  #: name of the row whose network with the same seed training starts from
+    variant: str = ""  #: a short name for the options
+    options: tuple[tuple[str, str], ...] = ()  #: further options of ``attnkern train`` and their values
 
     @property
     def name(self) -> str:
@@ -37,6 +39,7 @@ class Row(NamedTuple):
             self.recipe,
             "" if self.data == "digits-clutter" else self.data.removeprefix("digits-"),
             "" if self.count is None else self.count,
+            self.variant,
         ]
         return "-".join(str(part) for part in parts if part)
 
@@ -49,8 +52,7 @@ class Row(NamedTuple):
             epochs = _EPOCHS[self.count]
             found |= {"data.count": self.count, "trainer.max_epochs": epochs}
             found |= {"model.lr_scheduler.init_args.T_max": epochs - 1, "trainer.check_val_every_n_epoch": epochs // 10}
-        if self.data == "photo-clutter":  # the test with Grad-CAM takes minutes, and the row is measured later anyway
-            found["trainer.limit_test_batches"] = 0
+        found |= dict(self.options)
         options = [part for key, value in found.items() for part in (f"--{key}", str(value))]
         return [self.recipe, "--data", self.data, *options]
 
@@ -63,14 +65,37 @@ _ATTENTIONS = (
     "compatibility_dp", "compatibility_pc", "compatibility2_dp", "compatibility2_pc",
     "dvib", "bottleneck", "bottleneck_qt",
 )  # fmt: skip
+#: What may decide whether high or low values of a bottlenecked map mark the digit.
+_SIGNS = {
+    "short": {},
+    "no_residual": {"model.options.residual": "false"},
+    "norm_behind": {"model.options.norm": "behind"},
+    "norm_both": {"model.options.norm": "both"},
+    "beta0": {"model.options.beta": "0"},
+    "beta0.05": {"model.options.beta": "0.05"},
+}
+_SHORT = {"trainer.max_epochs": "5", "model.lr_scheduler.init_args.T_max": "4"}
+#: Whether ten epochs are enough.
+_LONG = {"trainer.max_epochs": "20", "model.lr_scheduler.init_args.T_max": "19"}
+_TRAINED_LONG = ("none", "window", "compatibility_pc", "bottleneck")
+#: For photographs, where the test with Grad-CAM takes minutes: the rows are measured later anyway.
+_UNTESTED = (("trainer.limit_test_batches", "0"),)
 #: Rows of the parts of the page with several seeds.
 PARTS = {
     "attention": [Row(f"small_{name}") for name in _ATTENTIONS],
     "windows": [Row(f"small_{name}") for name in _WINDOWS],
     "pairs": [Row(f"small_{name}", "digits-pairs", start=f"small_{name}") for name in _WINDOWS],
     "few": [Row(f"small_{name}", count=count) for count in _EPOCHS for name in ("none", "positionwise_norm", "window")],
+    "epochs": [Row(f"small_{name}") for name in _TRAINED_LONG]
+    + [Row(f"small_{name}", variant="epochs20", options=tuple(_LONG.items())) for name in _TRAINED_LONG],
+    "sign": [Row(f"small_{name}") for name in ("bottleneck", "bottleneck_qt")]
+    + [
+        Row("small_bottleneck", variant=name, options=tuple((_SHORT | options).items()))
+        for name, options in _SIGNS.items()
+    ],
     "photographs": [
-        Row(f"efficientnet_lite0_{name}", "photo-clutter") for name in ("none", "positionwise_norm", "window")
+        Row(f"efficientnet_lite0_{name}", "photo-clutter", options=_UNTESTED)
+        for name in ("none", "positionwise_norm", "window")
     ],
 }
 #: Parts that are made by default, in an hour and a quarter on two cores.

@@ -21,8 +21,9 @@ from attnkern._checks import check_items, check_kind
 from attnkern._extras import needs_extra
 from attnkern.evaluation.inputs import collect
 from attnkern.evaluation.localisation import localisation
-from attnkern.evaluation.maps import attention_of, gradcam_of
-from attnkern.evaluation.protocols import write_json
+from attnkern.evaluation.maps import attention_of, gradcam_of, map_of
+from attnkern.evaluation.orientation import Orientation, orientation
+from attnkern.evaluation.protocols import stratified, write_json
 from attnkern.models import create_model, map_names
 from attnkern.models.efficientnet_lite import WEIGHTS
 from attnkern.training._options import option_error
@@ -70,6 +71,9 @@ class _LastCheckpoint(ModelCheckpoint):
         # With the same name each epoch the file is replaced in one step: after a kill it is the old or the new one.
         super().__init__(out, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
 
+
+#: Largest number of training images that the orientation of a map is chosen on.
+_ORIENTING = 1000
 
 _LIGHTNING = Path(pl.__file__).parents[1]
 
@@ -214,7 +218,9 @@ def train(name: str, data: str | None = None, arguments: list[str] | None = None
 
     Returns:
         the content of ``result.json``. ``accuracy`` is None if nothing was tested (``--trainer.limit_test_batches 0``),
-        ``localisation`` also if the data set has no boxes.
+        ``localisation`` also if the data set has no boxes. ``orientations`` holds the fields of
+        :class:`attnkern.evaluation.Orientation` for each attention map, from training images, or is None if the data
+        set has no boxes; the checkpoint has them, too.
 
     Raises:
         ValueError, TypeError: an unknown recipe, data set or option, an argument of another type, an option that
@@ -266,6 +272,8 @@ def run_recipe(name: str, data: str | None = None, arguments: list[str] | None =
     if located is not None and trainer.fast_dev_run:
         located = Subset(located, range(min(int(trainer.fast_dev_run) * images.batch_size, len(located))))
     module.network.float()  # for localise, after a run with --trainer.precision 16-true or the like
+    limit = int(trainer.fast_dev_run) * images.batch_size or _ORIENTING
+    oriented = orientations(module.network, images, limit)
     result = {
         "recipe": name,
         "network": module.hparams.name,
@@ -278,6 +286,7 @@ def run_recipe(name: str, data: str | None = None, arguments: list[str] | None =
         "accuracy": None if accuracy is None else round(accuracy, 4),
         "published_error": published.get(data),
         "localisation": None if located is None else localise(module.network, located, cli.config.data.batch_size),
+        "orientations": oriented,
         "versions": {
             "attnkern": attnkern.__version__,
             "torch": torch.__version__,
@@ -292,6 +301,8 @@ def run_recipe(name: str, data: str | None = None, arguments: list[str] | None =
         write_json(path, result)
     except OSError as error:  # the message keeps the numbers
         raise OSError(f"train: {path} cannot be written ({error.strerror}): {json.dumps(result)}") from error
+    if oriented and any(isinstance(each, _LastCheckpoint) and each.best_model_path for each in trainer.callbacks):
+        _add_to_checkpoint(cli.last, {"orientations": oriented})
     return TrainedRun(result, out)
 
 
@@ -348,6 +359,42 @@ def localise(network: torch.nn.Module, located: Dataset, batch_size: int = 128) 
     return max(found, key=lambda entry: entry["pointing"] + entry["iou_tight"]) | {"images": len(images)}
 
 
+def orientations(network: torch.nn.Module, images: ImageData, limit: int) -> dict[str, dict[str, Any]] | None:
+    """The orientation of each attention map and of their combination, from training images without augmentation.
+
+    Args:
+        network: with or without attention.
+        images: after ``setup()``.
+        limit: largest number of images, drawn by :func:`attnkern.evaluation.protocols.stratified`.
+
+    Returns:
+        by the names that :func:`attnkern.evaluation.map_of` gives the maps, :class:`attnkern.evaluation.Orientation`
+        as a dictionary; {} of a network without attention; None if the data set has no boxes.
+    """
+    located, names = images.located("train"), map_names(network)
+    if located is None or not names:
+        return None if located is None else {}
+    network.eval()
+    part = located.part
+    chosen = stratified([part.labels[index] for index in part.indices], limit)
+    pixels, _, boxes, _ = next(iter(DataLoader(Subset(located, chosen), batch_size=len(chosen))))
+    predicts = dict(map_of(network, name) for name in (None, *names))
+    found = {}
+    for name, predict in predicts.items():
+        _, maps = collect(predict, pixels, batch_size=images.batch_size)
+        found[name] = orientation(maps, boxes, pixels.shape[2:])._asdict()
+    return found
+
+
+def _add_to_checkpoint(path: Path, entries: dict[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        torch.save(torch.load(path, map_location="cpu", weights_only=True) | entries, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 class Run(NamedTuple):
     """Result of :func:`load_run`."""
 
@@ -356,6 +403,7 @@ class Run(NamedTuple):
     normalise: torch.nn.Module  #: from images (N, 3, H, W) in [0, 1] to the network's inputs
     class_names: list[str]
     data: dict[str, Any]  #: arguments of :class:`attnkern.training.data.ImageData`
+    orientations: dict[str, Orientation]  #: by name of the map; {} without boxes, or before training has ended
 
 
 def load_run(checkpoint: str | os.PathLike) -> Run:
@@ -374,12 +422,13 @@ def load_run(checkpoint: str | os.PathLike) -> Run:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         name, num_classes, options = (saved["hyper_parameters"][key] for key in ("name", "num_classes", "options"))
         normalise, data = normalisation_from(saved["normalisation"]), saved["data"]
+        oriented = {name: Orientation(**entry) for name, entry in saved.get("orientations", {}).items()}
     except Exception as error:
         raise ValueError(f"checkpoint: {os.fspath(checkpoint)!r} is not a checkpoint of attnkern train") from error
     # The trained weights replace those from which training started.
     options = {key: value for key, value in (options or {}).items() if key != "weights"}
     network = create_model(name, num_classes, pretrained=checkpoint, **options).eval()
-    return Run(network, name, normalise, list(data["class_names"]), dict(data["settings"]))
+    return Run(network, name, normalise, list(data["class_names"]), dict(data["settings"]), oriented)
 
 
 def load_network(checkpoint: str | os.PathLike) -> torch.nn.Module:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import FUNCTIONS
+from cases import FUNCTIONS, case_id
 
 triton = pytest.importorskip("triton")
 
@@ -339,13 +339,12 @@ def check(launch, x, name, folder):
             assert enough, f"{where}: expected {features} x {numbers} numbers, {wide} at a time"
 
 
-def check_all(run, shapes, name, launches, folder, dtypes=(FLOAT, HALF)):
-    for shape, dtype, channels_last in itertools.product(shapes, dtypes, (False, True)):
-        x = meta(*shape, dtype=dtype, channels_last=channels_last)
-        run(x, FLOAT)
-        assert launches
-        while launches:
-            check(launches.pop(), x, name, folder)
+def check_run(run, shape, dtype, channels_last, name, launches, folder):
+    x = meta(*shape, dtype=dtype, channels_last=channels_last)
+    run(x, FLOAT)
+    assert launches
+    for launch in launches:
+        check(launch, x, name, folder)
 
 
 SHAPES = [
@@ -359,30 +358,46 @@ SHAPES = [
 ]
 
 
+every_run = pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+every_layout = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+every_dtype = pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=case_id)
+
+
+@pytest.mark.pairs
+@every_dtype
+@every_layout
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_fits(run, shape, launches, tmp_path):
+@every_run
+def test_fits(run, shape, channels_last, dtype, launches, tmp_path):
     """No spills, shared memory within the limit, features loaded and stored in the widest possible vectors."""
-    check_all(run, [shape], "sm_90", launches, tmp_path)
+    check_run(run, shape, dtype, channels_last, "sm_90", launches, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.pairs
+@every_dtype
+@every_layout
+@pytest.mark.parametrize("shape", [(32, 256, 56, 56), (256, 320, 10, 10), (32, 2048, 7, 7)], ids=str)
 @pytest.mark.parametrize("name", ["sm_80", "sm_100"])
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_fits_other_nvidia_gpus(run, name, launches, tmp_path):
-    check_all(run, [(32, 256, 56, 56), (256, 320, 10, 10), (32, 2048, 7, 7)], name, launches, tmp_path)
+@every_run
+def test_fits_other_nvidia_gpus(run, name, shape, channels_last, dtype, launches, tmp_path):
+    check_run(run, shape, dtype, channels_last, name, launches, tmp_path)
 
 
+@pytest.mark.pairs
+@every_layout
+@pytest.mark.parametrize(
+    "shape, dtype", [((32, 256, 56, 56), FLOAT), ((32, 256, 56, 56), HALF), ((32, 2048, 7, 7), HALF)], ids=case_id
+)
 @pytest.mark.parametrize("name", AMD)
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_fits_amd_gpus(run, name, launches, tmp_path, monkeypatch):
+@every_run
+def test_fits_amd_gpus(run, name, shape, dtype, channels_last, launches, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(common, "warp_size", lambda device: AMD[name][0].warp_size)
-    check_all(run, [(32, 256, 56, 56)], name, launches, tmp_path)
-    check_all(run, [(32, 2048, 7, 7)], name, launches, tmp_path, (HALF,))
+    check_run(run, shape, dtype, channels_last, name, launches, tmp_path)
 
 
-@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+@every_run
 def test_half_precision_companions_fit(run, launches, tmp_path):
     """Rectangle, map, anchors and query have the features' dtype; one shape has too few channels for a vector."""
     for shape in ((32, 320, 10, 10), (32, 512, 14, 14), (32, 512, 7, 7), (2, 3, 5, 5)):

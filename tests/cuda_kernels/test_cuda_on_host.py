@@ -438,6 +438,7 @@ def test_pool_with_many_queries(case, shared, kind):
         assert torch.equal(again, grad_query)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [FLOAT, BF16, DOUBLE])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("channels", [24, 1600], ids=["whole", "slices"])

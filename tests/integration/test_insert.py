@@ -21,8 +21,8 @@ TORCHVISION = {
     "efficientnet": (lambda models: models.efficientnet_b0(), "features.6", 192),
     "mobilenet": (lambda models: models.mobilenet_v3_large(), "features.12", 112),
     "convnext": (lambda models: models.convnext_tiny(), "features.3", 192),
-    "vit": (lambda models: models.vit_b_16(), "encoder.layers.encoder_layer_3", 768),
-    "swin": (lambda models: models.swin_t(), "features.1", 96),
+    "vit": (lambda models: models.VisionTransformer(224, 16, 5, 3, 192, 768), "encoder.layers.encoder_layer_3", 192),
+    "swin": (lambda models: models.SwinTransformer([4, 4], 24, [2, 2, 2, 2], [3, 6, 12, 24], [7, 7]), "features.1", 24),
 }
 TIMM = {
     "resnet": ("resnet18", "layer3", 256),
@@ -46,7 +46,8 @@ def check_inserted(model, layer, channels, module):
     attnkern.insert(twin, layer, module)
     twin.load_state_dict(model.state_dict())
     model.eval(), twin.eval()
-    x = torch.randn(2, 3, 224, 224)
+    side = 224 if "VisionTransformer" in type(model).__name__ else 96
+    x = torch.randn(2, 3, side, side)
     seen = []
     inserted.register_forward_hook(lambda _module, inputs, output: seen.append((inputs[0], output)))
     output = model(x)

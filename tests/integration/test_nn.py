@@ -628,6 +628,20 @@ def test_bottleneck_written_out(backend):
     torch.testing.assert_close(attended.commitment_loss, (a - nearest).square().mean())
 
 
+@pytest.mark.parametrize("num_anchors", [None, 4])
+@pytest.mark.parametrize("observed", [False, True])
+def test_bottleneck_without_residual(num_anchors, observed):
+    """The output is v·x alone, on every path through the module."""
+    module = ann.BottleneckAttention(C, num_anchors, residual=False).eval()
+    if observed:  # a hook on the map takes another path than the fused operator
+        module.map.register_forward_hook(lambda module, args, output: output * 0.5)
+    (x,) = inputs("bottleneck")
+    attended = module(x)
+    torch.testing.assert_close(attended.output, attended.map[:, None] * x)
+    with pytest.raises(TypeError, match=r"^BottleneckAttention: residual must be"):
+        ann.BottleneckAttention(C, residual=1)
+
+
 def test_bottleneck_noise():
     module, (x,) = build("bottleneck"), inputs("bottleneck")
     assert not torch.equal(module(x).map, module(x).map)

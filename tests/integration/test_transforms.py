@@ -76,8 +76,11 @@ def operator_calls(device, backend, dtype, layout):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("layout", ["contiguous", pytest.param("channels_last", marks=pytest.mark.large)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=case_id)
+@pytest.mark.parametrize(
+    "dtype, layout",
+    [(torch.float64, "contiguous"), (torch.float32, "channels_last"), (torch.bfloat16, "contiguous")],
+    ids=case_id,
+)
 def test_opcheck(dtype, layout, backend, device):
     """Schema, autograd registration, fake kernel (shapes, dtypes, strides) and AOT dispatch of every operator."""
     checked = set()

@@ -22,6 +22,7 @@ OF_AN_IMAGE = [
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "max", "-max"])
 @pytest.mark.parametrize("function, name", OF_AN_IMAGE, ids=case_id)
 @every_dtype
@@ -148,6 +149,7 @@ def test_rectangles_of_any_extent_and_angle(parameters, rescale, dtype, backend,
         assert not found["grad_rectangle"][0, 2:4].any()
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=case_id)
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("scale", [0, 0.0, -1.0, -6.0, 1e4, -1e4])
@@ -186,6 +188,7 @@ def test_an_infinite_scale(rescale, backend, device):
         assert torch.equal(found.double().nan_to_num(7), expected.nan_to_num(7))
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("order", ["random", "equal"])
 @pytest.mark.parametrize("q", [1, 64, 65, pytest.param(1024, marks=large), pytest.param(5000, marks=large)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=case_id)

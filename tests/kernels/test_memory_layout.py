@@ -32,6 +32,7 @@ def odd(tensor, how):
     raise ValueError(how)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("how", ["flipped", "every other", "overlapping"])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=large)], ids=case_id)
 @every_function
@@ -107,6 +108,7 @@ def test_one_tensor_as_two_arguments(backend, device):
 # --- large tensors ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairs
 @large
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)

@@ -39,6 +39,7 @@ SHAPES += [] if EMULATED else [(600, (33,)), (70, (67, 71)), (4200, (5, 5))]  # 
 # --- queries ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairs
 @pytest.mark.kernels
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mask", [pytest.param(None, marks=large), "own", pytest.param("shared", marks=large)])
@@ -48,6 +49,7 @@ def test_numbers_of_queries(queries, mask, layout, dtype, backend, device):
     check_run(POOL, pool(queries, mask=mask, layout=layout, dtype=dtype, device=device), backend)
 
 
+@pytest.mark.pairs
 @pytest.mark.kernels
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("c, size", [(130, (3, 3)), (9, (15, 10))], ids=case_id)
@@ -57,6 +59,7 @@ def test_images_of_several_programs(dtype, c, size, layout, backend, device):
     check_run(POOL, pool(3, 2, c, size, mask="own", layout=layout, dtype=dtype, device=device), backend)
 
 
+@pytest.mark.pairs
 @large
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=case_id)
@@ -192,6 +195,7 @@ def test_scores_of_masked_positions_have_their_gradient(queries, layout, backend
     check({"query": found["grad_query"][2:]}, {"query": whole if queries is not None else whole[:, 0]})
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("value", [math.nan, *(pytest.param(x, marks=large) for x in (math.inf, -math.inf, "max"))])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("queries", [None, 3, pytest.param(9, marks=large)])
@@ -246,6 +250,7 @@ def test_second_derivatives_beside_nan(queries, backend, device):
     same(found, second(clean))
 
 
+@pytest.mark.pairs
 @large
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("queries", [None, 3, 9])

@@ -20,6 +20,7 @@ SIZE = (5, 6)
 # --- layouts ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, pytest.param(torch.bfloat16, marks=large)], ids=case_id
 )
@@ -198,6 +199,7 @@ def without_means(options):
     return options | {"reduction": "sum"} if "reduction" in options else options
 
 
+@pytest.mark.pairs
 @pytest.mark.kernels
 @half_and_float
 @every_layout
@@ -221,6 +223,7 @@ def test_bitwise_repeatable(function, options, n, c, size, layout, dtype, backen
         torch.set_num_threads(threads)
 
 
+@pytest.mark.pairs
 @pytest.mark.kernels
 @half_and_float
 @every_layout
@@ -247,6 +250,7 @@ def test_an_image_does_not_depend_on_its_batch(function, options, n, c, size, la
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairs
 @pytest.mark.kernels
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
 @half_and_float

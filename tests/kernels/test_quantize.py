@@ -59,6 +59,7 @@ TRAPS = {  # a, anchors; both are rounded to the dtype first
 }
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("function", ["anchor_quantize", "anchor_attention"])
 @every_dtype
 @pytest.mark.parametrize("a, anchors", TRAPS.values(), ids=TRAPS)

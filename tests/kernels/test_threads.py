@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 from cases import CASES, FUNCTIONS, call, check, doubles, make, run, same
-from conftest import PATIENCE, every_function, large
+from conftest import EMULATED, PATIENCE, every_function, large
 
 SIZE = (3, 4)
 
@@ -51,7 +51,7 @@ def test_eight_threads_at_once(backend, device):
 
     def loop(_):
         barrier.wait(PATIENCE)
-        return [everything() for _ in range(5)]
+        return [everything() for _ in range(2 if EMULATED else 5)]
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for found in itertools.chain(*pool.map(loop, range(8))):

@@ -160,6 +160,7 @@ def test_corners_on_an_axis_without_extent():
     torch.testing.assert_close(corners, expected)
 
 
+@pytest.mark.pairs
 @pytest.mark.kernels
 @pytest.mark.parametrize("size", [(10, 10), (40, 45)], ids=case_id)
 @pytest.mark.parametrize("mean", [0.0, 100.0])

@@ -30,6 +30,7 @@ def attend(rectangle, backend, **options):
 # --- what a union is -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairs
 @every_shape
 @pytest.mark.parametrize("options", [{}, pytest.param({"rescale": False, "aspect": True}, marks=large)], ids=case_id)
 @every_dtype
@@ -73,6 +74,7 @@ def test_the_order_of_windows_does_not_matter(function, dtype, shape, backend, d
     check(found, doubles(plain))
 
 
+@pytest.mark.pairs
 @every_shape
 @pytest.mark.parametrize("count", [2, 5, 40])
 @pytest.mark.parametrize("function", [MAPS[1], WINDOWS[1]])

@@ -16,7 +16,7 @@ import attnkern
 from attnkern import _ops
 
 INTERPRETED = _ops.TRITON_INTERPRETS
-EXAMPLES = 4 if INTERPRETED else 450
+EXAMPLES = 4 if INTERPRETED else 300
 KERNELS = [name for name in BACKENDS if name != "reference"]
 
 
@@ -101,7 +101,9 @@ def test_planted_faults_are_found(fault, monkeypatch, capsys):
     right = getattr(handles, operator)
     with monkeypatch.context() as patch:
         patch.setattr(handles, operator, lambda *args: break_it(right(*args), *args))
-        failure = fuzz.find(450, functions=(function,), backends=KERNELS[:1], shrink=fault == "an output off by 0.01")
+        failure = fuzz.find(
+            EXAMPLES, functions=(function,), backends=KERNELS[:1], shrink=fault == "an output off by 0.01"
+        )
         assert failure is not None
         line = fuzz.repro(failure[0])
         repeat = ["--case", line.split("'")[1], "--backends", KERNELS[0]]

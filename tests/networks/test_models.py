@@ -192,6 +192,29 @@ def test_small_network_with_given_windows():
         create_model("small_compatibility_pc", 3, levels=3)
 
 
+@pytest.mark.parametrize("norm", ["before", "behind", "both", "none"])
+def test_norms_of_the_small_bottleneck(norm):
+    network, images = create_model("small_bottleneck", 3, norm=norm, residual=False), torch.rand(8, 3, 48, 48)
+    plain = create_model("small_bottleneck", 3)
+    counted = sum(p.numel() for p in network.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert counted == {"before": 0, "behind": 0, "both": 2 * 48, "none": -2 * 48}[norm]
+    seen = {}
+    network.features[-1][-3].register_forward_hook(lambda module, args, output: seen.update(convolved=output.clone()))
+    network.features.register_forward_hook(lambda module, args, output: seen.update(before=output))
+    network.attention.register_forward_hook(lambda module, args, output: seen.update(attended=output))
+    network.encoder[-3].register_forward_hook(lambda module, args, output: seen.update(averaged=output.flatten(1)))
+    network(images)
+    assert torch.equal(seen["before"], seen["convolved"].relu()) == (norm in ("behind", "none"))
+    attended = seen["attended"].map[:, None] * seen["before"]
+    torch.testing.assert_close(seen["attended"].output, attended)
+    if norm in ("behind", "both"):  # normalised: the channels' means over the batch are zero
+        torch.testing.assert_close(seen["averaged"].mean(0), torch.zeros(48), rtol=0, atol=1e-4)
+    else:
+        torch.testing.assert_close(seen["averaged"], attended.mean((2, 3)))
+    with pytest.raises(ValueError, match="SmallBottleneck: norm must be 'before', "):
+        create_model("small_bottleneck", 3, norm="after")
+
+
 def test_parameter_counts_by_hand():
     # IB attention's VGG: 20.04 M and 20.06 M for CIFAR-10 and CIFAR-100.
     assert [round(parameters(create_model("vgg_aib_qt", k)) / 1e6, 2) for k in (10, 100)] == [20.04, 20.06]

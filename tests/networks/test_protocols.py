@@ -53,6 +53,12 @@ def subject(checkpoint, **options):
     return protocols.Subject(run.network, images, run.normalise, **options)
 
 
+def oriented(checkpoint):
+    """The orientation of the map that is evaluated, or none for Grad-CAM."""
+    entries = json.loads(checkpoint.with_name("result.json").read_text(encoding="utf-8"))["orientations"]
+    return [entries[name] for name in (map_of(load_run(checkpoint).network)[0],) if name in entries]
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_every_protocol_says_numbers_or_why_not(name, checkpoints, tmp_path, capsys):
     out = tmp_path / "evaluation.json"
@@ -62,7 +68,8 @@ def test_every_protocol_says_numbers_or_why_not(name, checkpoints, tmp_path, cap
     result = json.loads(out.read_text(encoding="utf-8"))
     assert set(result["protocols"]) == set(protocols.PROTOCOLS)
     missing = {key for key, value in result["protocols"].items() if "not applicable" in value}
-    assert missing == ONLY_SOME - RUNS[name] | {"transfer"} | ({"crossdomain"} & missing)
+    assert missing == ONLY_SOME - RUNS[name] | {"transfer"} | ({"crossdomain", "orientation"} & missing)
+    assert ("orientation" in missing) == all(found["sign"] == 0 for found in oriented(checkpoints[name]))
     assert (result["network"], result["images"], result["seed"]) == (name, 60, 0)
     assert result["data"]["name"] == "digits-clutter"
     table, (omitted, details) = printed.splitlines()[:-2], printed.splitlines()[-2:]

@@ -323,7 +323,8 @@ class Killed(Callback):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_killed_run_resumed_ends_with_the_weights_of_one_not_killed(workers, folder):
     crop = {"class_path": "torchvision.transforms.v2.RandomCrop", "init_args": {"size": 32, "padding": 4}}
-    settings = ["--data.augment", json.dumps([crop]), "--data.workers", str(workers), "--model.options.dropout", "0.5"]
+    settings = [*NARROW, "--data.augment", json.dumps([crop]), "--data.workers", str(workers)]
+    settings += ["--model.options.dropout", "0.5"]
     tiny("vgg_att2_concat_pc", *settings, epochs=3, out="whole")
     killed = ["--trainer.callbacks", json.dumps([{"class_path": f"{__name__}.Killed"}])]
     with pytest.raises(SystemExit):
@@ -342,28 +343,29 @@ def test_a_killed_run_resumed_ends_with_the_weights_of_one_not_killed(workers, f
 def test_seeds_differ_and_repeat(folder):
     states = []
     for out, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        tiny("vgg_gap", "--seed_everything", seed, epochs=1, out=out)
+        tiny("vgg_gap", *NARROW, "--seed_everything", seed, epochs=1, out=out)
         states.append(load_network(folder / out / "last.ckpt").state_dict()["classifier.weight"])
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
 
 
 def test_half_precision_and_accumulated_gradients(folder):
-    result = tiny("vgg_att_pc", "--trainer.precision", "bf16-mixed", "--trainer.accumulate_grad_batches", "2", epochs=1)
+    options = ["--trainer.precision", "bf16-mixed", "--trainer.accumulate_grad_batches", "2"]
+    result = tiny("vgg_att_pc", *NARROW, *options, epochs=1)
     state = torch.load(folder / "run" / "last.ckpt", weights_only=True)
     assert state["global_step"] == 2
     assert result["epochs"] == 1
 
 
 def test_nothing_is_overwritten_unasked(folder):
-    tiny("vgg_gap", epochs=1)
+    tiny("vgg_gap", *NARROW, epochs=1)
     before = (folder / "run" / "result.json").read_text(encoding="utf-8")
     with pytest.raises(FileExistsError, match=r"'run' already contains a run; continue it with --resume true"):
-        tiny("vgg_gap", epochs=1)
+        tiny("vgg_gap", *NARROW, epochs=1)
     assert (folder / "run" / "result.json").read_text(encoding="utf-8") == before
     curves = {path.name: path for path in folder.glob("run/*/**/*") if path.is_file() and path.suffix != ".yaml"}
     assert "metrics.csv" in curves
-    assert tiny("vgg_gap", "--overwrite", "true", epochs=1)["epochs"] == 1
+    assert tiny("vgg_gap", *NARROW, "--overwrite", "true", epochs=1)["epochs"] == 1
     assert not any(path.exists() for path in curves.values())  # they would be drawn together with the new ones
     assert len(list(folder.glob("run/csv/*/metrics.csv"))) == 1
     with pytest.raises(FileNotFoundError, match=r"resume: there is no checkpoint 'other/last\.ckpt'"):
@@ -381,7 +383,7 @@ def test_what_is_no_checkpoint(folder):
 @pytest.mark.slow
 def test_two_processes(folder):
     """Lightning's DDP on two gloo processes; the same command serves GPUs."""
-    command = [sys.executable, "-m", "attnkern", "train", "vgg_aib_qt", "--data", "digits-clutter", *TINY]
+    command = [sys.executable, "-m", "attnkern", "train", "vgg_aib_qt", "--data", "digits-clutter", *TINY, *NARROW]
     more = ["--trainer.max_epochs", "1", "--trainer.strategy", "ddp", "--trainer.devices", "2", "--out", "run"]
     done = subprocess.run([*command, *more], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]

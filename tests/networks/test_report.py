@@ -286,6 +286,7 @@ def test_numbers_are_printed_when_the_file_cannot_be_written(command, pages, tmp
     run = pages["vgg_aib_qt"].parent
     of = str(run / "last.ckpt" if command == "evaluate" else run)
     arguments = [command, of, "--limit", "20", "--device", "cpu", "--out", str(tmp_path / "out")]
+    arguments += ["--examples", "2"] if command == "report" else []
     assert cli.main(arguments) == 1
     printed = capsys.readouterr()
     assert re.search(r"^top1 +accuracy 0\.\d+ ", printed.out, re.MULTILINE)

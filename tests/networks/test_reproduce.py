@@ -14,7 +14,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
 from attnkern.training import page, reproduce
-from attnkern.training.measures import contrast, curves, each_object, measure, sign, stability
+from attnkern.training.measures import contrast, curves, each_object, measure, stability
 from attnkern.training.page import Claim
 from attnkern.training.reproduce import Row
 from attnkern.training.train import train
@@ -118,6 +118,9 @@ def test_rows_start_from_the_same_seed_and_few_images_take_as_many_steps():
     for count, epochs in reproduce._EPOCHS.items():
         assert epochs * (count // 32) >= 300
         assert Row("small_none", count=count).name == f"small_none-{count}"
+    row = Row("small_bottleneck", variant="beta0", options=(("model.options.beta", "0"),))
+    assert row.name == "small_bottleneck-beta0"
+    assert row.arguments(Path("runs"), 1)[-2:] == ["--model.options.beta", "0"]
 
 
 def test_finished_runs_are_not_run_again(tmp_path, monkeypatch):
@@ -210,13 +213,6 @@ def test_each_object_is_searched_on_its_side():
     maps[1, 2, 2], maps[1, 15, 8] = 9, 1  # the second peak lies outside its box
     maps[2] = 0.5  # a constant map finds nothing
     assert each_object(maps, boxes) == {"pointing_each": 0.5, "pointing_all": pytest.approx(1 / 3)}
-
-
-def test_sign_is_that_of_the_object():
-    inside = torch.zeros(2, 8, 8, dtype=torch.bool)
-    inside[:, 2:5, 3:6] = True
-    assert sign(inside.float(), inside) == pytest.approx(1)
-    assert sign(1 - inside.float(), inside) == pytest.approx(-1)
 
 
 def test_contrast():

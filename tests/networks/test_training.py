@@ -23,7 +23,7 @@ needs_native = pytest.mark.skipif(MISSING is not None, reason="the native CPU li
 # noise; with the published loss (variant "reference") they learn at once.
 #: name -> (options, side of the images, batch, learning rate, steps, accuracy to reach; chance is 0.1)
 RECIPES = {
-    "vgg_att2_concat_pc": ({"width": 1 / 16, "dropout": 0.0, "init": "pytorch"}, 32, 32, 1e-2, 200, 0.7),
+    "vgg_att2_concat_pc": ({"width": 1 / 16, "dropout": 0.0, "init": "pytorch"}, 32, 16, 1e-2, 200, 0.7),
     "vgg_aib_qt": ({"width": 1 / 8, "variant": "reference"}, 32, 32, 4e-3, 300, 0.3),
     "efficientnet_b0_window": ({"width": 1 / 4, "dropout": 0.0}, 48, 64, 5e-3, 300, 0.3),
 }

@@ -22,7 +22,7 @@ _HIDDEN = 64
 #: Channels in the heads of window and position-wise attention, fewer than published: the features have fewer, too.
 _WINDOW_HEAD, _POSITIONWISE_HEAD = (32, 64, 128), 32
 #: Of batch normalisation and bottleneck attention.
-_NORMS = ("before", "behind", "both", "none")
+_NORMS = ("before", "behind")
 
 
 def _trunk(in_chans, width):
@@ -162,7 +162,7 @@ class SmallBottleneck(BottleneckNetwork):
         num_anchors: Q, or None for a continuous map.
         residual: of :class:`attnkern.nn.BottleneckAttention`.
         norm: where the batch normalisation next to the attention stands: "before" it, in the last convolution, as in
-            the trunk of the others; "behind" it; "both" or "none".
+            the trunk of the others, or "behind" it.
         width: multiplier of all channels and of z.
         in_chans: channels of the images.
         variant, samples, beta, anchor_weight, commitment_weight: as
@@ -196,11 +196,11 @@ class SmallBottleneck(BottleneckNetwork):
         self._configure(variant, samples, beta=beta, anchor_weight=anchor_weight, commitment_weight=commitment_weight)
         check_choice(type(self).__name__, "norm", norm, _NORMS)
         self.features, (_, channels) = _trunk(in_chans, width)
-        if norm in ("behind", "none"):
+        if norm == "behind":
             self.features[-1][-2] = nn.Identity()
         self.attention = BottleneckAttention(channels, num_anchors, residual=residual) if attention else None
         hidden = scaled(_HIDDEN, width)
-        behind = [MapNorm(channels)] if norm in ("behind", "both") else []
+        behind = [MapNorm(channels)] if norm == "behind" else []
         self.encoder = nn.Sequential(*behind, *_averaged(), nn.Linear(channels, 2 * hidden))
         self.decoder = nn.Sequential(*_hidden(hidden, hidden))
         self.classifier = nn.Linear(hidden, num_classes)

@@ -189,8 +189,7 @@ SECTIONS = (
         "Whether high or low values mark the digit, with a change of one thing at a time. `small_bottleneck` and "
         "`small_bottleneck_qt` train as above, the others for five epochs: `short` as it is, `no_residual` with v·x in "
         "place of x + v·x, `norm_behind` with batch normalisation behind the attention instead of before it, "
-        "`norm_both` with both, `beta0` and `beta0.05` with another weight of the KL term than 0.005. The sign is "
-        "given for each seed.",
+        "`beta0` without the KL term. The sign is given for each seed.",
         "sign", None, "small_bottleneck-short",
         (
             Column("accuracy", "accuracy"), Column("sign", "sign", 2, each=True), Column("contrast", "contrast"),
@@ -202,9 +201,7 @@ SECTIONS = (
                 ("Longer training raises the sign", ""),
                 ("v·x alone raises the sign", "-no_residual"),
                 ("Batch normalisation behind the attention raises the sign", "-norm_behind"),
-                ("Batch normalisation before and behind the attention raises the sign", "-norm_both"),
                 ("No KL term raises the sign", "-beta0"),
-                ("A tenfold KL term raises the sign", "-beta0.05"),
             )
         ],
     ),

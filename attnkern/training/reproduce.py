@@ -70,9 +70,7 @@ _SIGNS = {
     "short": {},
     "no_residual": {"model.options.residual": "false"},
     "norm_behind": {"model.options.norm": "behind"},
-    "norm_both": {"model.options.norm": "both"},
     "beta0": {"model.options.beta": "0"},
-    "beta0.05": {"model.options.beta": "0.05"},
 }
 _SHORT = {"trainer.max_epochs": "5", "model.lr_scheduler.init_args.T_max": "4"}
 #: Whether ten epochs are enough.

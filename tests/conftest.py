@@ -4,9 +4,9 @@ ATTNKERN_TEST_BACKENDS (comma-separated) names the backends to test: if one of t
 it, all backends that can run here are tested. With ATTNKERN_TEST_CUDA_ON_HOST=1 the backend "native" is the CUDA
 kernels, emulated on the CPU. ``--quick`` selects the tests of `make test`.
 
-A test marked ``pairs`` does not run for every combination of its parameters, only for so many that any two values of
-two parameters meet in one of them, for each backend: a case with each layout, with each dtype and with each shape, but
-not with each triple of them.
+A test marked ``pairs`` runs only enough combinations of its parameters that each pair of values of two parameters
+occurs, for each backend: a case with each layout, with each dtype and with each shape, but not with each triple of
+them.
 """
 
 import collections

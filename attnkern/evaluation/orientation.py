@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from attnkern._checks import check_size, describe
+from attnkern._checks import check_count, check_size, describe
 from attnkern.evaluation.inputs import check_maps
 from attnkern.evaluation.interpretability import map_cosines
 from attnkern.evaluation.localisation import _check_boxes, box_masks, upsample
@@ -40,11 +40,13 @@ def signed_scores(
         batch_size: maps that are upsampled at a time.
 
     Raises:
-        ValueError, TypeError: maps or boxes of another shape or dtype, or a size that is not (H, W).
+        ValueError, TypeError: maps or boxes of another shape or dtype, a size that is not (H, W), or a batch size below
+            1.
     """
     check_maps("signed_scores", "maps", maps)
     _check_boxes("signed_scores", boxes, maps)
     size = check_size("signed_scores", size)
+    check_count("signed_scores", batch_size=batch_size)
     found = [torch.zeros(0, dtype=torch.float64)]
     for some, theirs in zip(maps.split(batch_size), boxes.to(maps.device).split(batch_size), strict=True):
         found.append(map_cosines(upsample(some, size), box_masks(theirs, size), centred=True).cpu())

@@ -50,15 +50,25 @@ def lite0_features(stages, dropout: float) -> nn.Sequential:
 
 
 def weights_file(where: str) -> Path:
-    """The file in the package :data:`WEIGHTS`; a ModuleNotFoundError says how to install it."""
+    """The file in the package :data:`WEIGHTS`; an error says how to install it.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+        ValueError: it has other files.
+    """
     found = importlib.util.find_spec(WEIGHTS)
     if found is None:
         raise ModuleNotFoundError(
             f"{where}: the weights of efficientnet_lite0 are in a package that is not installed: run `{INSTALL}`",
             name=WEIGHTS,
         )
-    (file,) = Path(found.origin).parent.glob("models/*.pth")
-    return file
+    folders = found.submodule_search_locations or ()
+    files = [file for folder in folders for file in Path(folder).glob("models/*.pth")]
+    if len(files) != 1:
+        raise ValueError(
+            f"{where}: the package {WEIGHTS} must contain one file models/*.pth, found {len(files)}: run `{INSTALL}`"
+        )
+    return files[0]
 
 
 def load_lite0(where: str, features: nn.Sequential, weights: str | os.PathLike) -> None:

@@ -129,8 +129,8 @@ class ImageData(LightningDataModule):
         augment: modules of torchvision.transforms.v2 for training images (3, size, size), float32 in [0, 1]. They use
             PyTorch's global generator.
         whiten: normalise by ZCA of the training images, for sizes up to 32, instead of by the mean and standard
-            deviation of the channels, which are the training set's (cifar10, cifar100, digits, stl10, svhn) or
-            ImageNet's (the others).
+            deviation of the channels, which are the training set's (cifar10, cifar100, digits, stl10, svhn),
+            those of EfficientNet-Lite's training (photo-clutter) or ImageNet's (the others).
         ratio: pets only: share for training of a stratified split of all images, instead of the official split.
         split: number of the stratified split, for pets with a ratio, caltech101 and folder.
         count: digits-clutter, digits-pairs and photo-clutter only: number of training images.

@@ -15,6 +15,7 @@ from attnkern.models import create_model
 from attnkern.models.rectangular import RectangularBase
 from attnkern.models.registry import load_weights
 from attnkern.nn import AnchorQuantizer, WindowAttention
+from attnkern.training.data import ImageData
 from attnkern.training.normalisation import normalisation_state
 
 with needs_extra("attnkern.training.modules", "train"):
@@ -214,7 +215,8 @@ class Rectangular(Classification):
         shift: largest shift, as a fraction of the side.
         literal: compare angles by their squared difference.
         frozen: keep the backbone, also its batch normalisation, as it is, and train attention and head only. Without
-            augmentation and equivariance loss the backbone then runs once over each image, before the first epoch.
+            augmentation and equivariance loss the layers before the attention run only once over each image, before
+            the first epoch, and their outputs for all images are kept in memory.
         others: those of :class:`Classification`.
 
     Source: Convolutional Rectangular Attention Module, Section 4.4, which does not give the ranges.
@@ -256,7 +258,7 @@ class Rectangular(Classification):
 
     def on_fit_start(self):
         data = self.trainer.datamodule
-        if self.frozen and not self.equivariance and not data.augment:
+        if self.frozen and not self.equivariance and isinstance(data, ImageData) and not data.augment:
             self.images = data.train, data.test
             data.train, data.test = map(self._features, self.images)
 
@@ -267,10 +269,11 @@ class Rectangular(Classification):
 
     @torch.no_grad()
     def _features(self, images):
-        parts = [
-            (self.network.local_features(batch.to(self.device, self.dtype)).cpu(), labels)
-            for batch, labels in DataLoader(images, self.trainer.datamodule.batch_size)
-        ]
+        with self.trainer.precision_plugin.forward_context():
+            parts = [
+                (self.network.local_features(batch.to(self.device, self.dtype)).cpu(), labels)
+                for batch, labels in DataLoader(images, self.trainer.datamodule.batch_size)
+            ]
         return TensorDataset(*map(torch.cat, zip(*parts, strict=True)))
 
     def forward(self, images):

@@ -157,7 +157,8 @@ SECTIONS = (
     *(
         Section(
             f"Few images: {count}",
-            f"One digit in clutter with {count} training images, and at least 600 steps.",
+            f"One digit in clutter with {count} training images, and at least 600 steps. Maps say little where the "
+            "accuracy is near that of guessing, 0.1.",
             "few", f"-{count}", f"small_none-{count}",
             (Column("accuracy", "accuracy"), *_FINDING, *_MOVING, Column("training accuracy", "train_accuracy")),
             _few(count),
@@ -316,9 +317,9 @@ def _section(section, rows, runs):
 _INTRODUCTION = f"""# Reproduction
 
 Written by `make reproduce`, which trains every network of this page with class labels only, measures it, and decides by
-the rule below which claims of the papers were seen. The data are scikit-learn's 1,797 handwritten digits on cluttered
-canvases (`digits-clutter`, `digits-pairs`); the digits of the 359 test images do not appear in training. These are not
-the papers' experiments.
+the rule below which claims of the papers were seen. Unless a section says otherwise, the data are scikit-learn's 1,797
+handwritten digits on cluttered canvases (`digits-clutter`, `digits-pairs`); the digits of the 359 test images do not
+appear in training. These are not the papers' experiments.
 
 The small networks (`small_*`) have one trunk of five convolutions, canvases of 48x48 and maps of 12x12. They differ
 only in the attention between the last convolution and the average over positions, and train with the same settings, 10
@@ -329,25 +330,26 @@ A claim compares two rows by the paired t-test over seeds. It is *seen* if the d
 p < {LEVEL}, *reversed* if it has the other sign and p < {LEVEL}, otherwise *not seen*. With few seeds only large and
 regular differences are seen, and of twenty claims that do not hold one is expected to come out as seen or reversed.
 
-- *pointing*: share of images whose map is largest inside a digit's box. *IoU*: of the boxes and the box of the map's
+- *pointing*: share of images whose map is largest inside the object's box. *IoU*: of the boxes and the box of the map's
   largest region above a fifth of its range. *catching*: mean product of the map above Otsu's threshold and the boxes,
   both as ±1. Without attention the map is Grad-CAM at the last map.
 - *contrast*: mean of (max - min)/(max + min) of a map; 0 means a constant map: attention that saturates and selects
   nothing. Such a map misses in *pointing*, has no place to be stable, and its networks are those without attention.
-- *sign*: correlation of map and box; negative if low values mark the digit.
+- *sign*: correlation of map and box; negative if low values mark the object.
 - *stability*: correlation of the map of a transformed image with the transformed map, for rotations by ±10°, scales of
-  0.9 and 1.1 and shifts by a twentieth of the side. Level and contrast of a map do not count, so that maps of all kinds
-  compare. *unrelated*: correlation of the maps of two different images; stability means little where it is as large.
+  0.9 and 1.1 and shifts by a twentieth of the side, of every second test image (of photographs every fifth). Level and
+  contrast of a map do not count, so that maps of all kinds compare. *unrelated*: correlation of the maps of two
+  different images; stability means little where it is as large.
 - *interpretability*: share of maps with a cosine of at least 0.9 when a square covers a part of the image and the
   prediction stays, mean over squares of 1/8, 1/4 and 3/8 of the side; *centred*: with the means of the maps subtracted.
 - *occluded*: accuracy on images with a square of a quarter of the side. *fooled*: share of predictions changed by one
   gradient step of 2/255.
 - *equivariance*: squared distance of the rectangle of a transformed image from the transformed rectangle.
-- *centre in box*: share of windows whose centre lies in a digit's box. *window IoU*: of the union of the windows and
+- *centre in box*: share of windows whose centre lies in an object's box. *window IoU*: of the union of the windows and
   the boxes. *half extent*: mean σ; 1 is the side of the map.
 - *seconds*: training time on one core; other programs on the machine make it longer.
 - *gain*: accuracy after the last epoch minus the mean of those after the two before it. The schedule of the learning
-  rate ends at zero and flattens every curve, so that a section of its own trains for twice as many epochs.
+  rate ends at zero and flattens every curve; with `FULL=1` a section trains for twice as many epochs.
 """
 
 _PAPERS = """## The papers' architectures

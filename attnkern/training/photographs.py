@@ -105,9 +105,9 @@ def photo_clutter(split: str, size: int = 289, seed: int = 0, count: int | None 
     """Eight photographed objects, each at a random place, angle and size in a photograph that shows none of them.
 
     The photographs ship with scikit-image and scikit-learn. Each image is a random part of a background with four
-    distractors, which are parts of other backgrounds with the objects' outlines, and then the object, 0.2 to 0.4 times
-    as large as the image. Outlines are ellipses with soft edges; colours are changed at random. The splits share no
-    background.
+    distractors, which are parts of the split's backgrounds with the objects' outlines, and then the object, 0.2 to 0.4
+    times as large as the image. Outlines are ellipses with soft edges; colours are changed at random. The splits share
+    no background.
 
     There is one photograph of each object, and both splits show it: a network that finds it in the test images knows it
     in another place, in another light and in front of something else, but has not learned what cats look like.

@@ -95,7 +95,7 @@ PARTS = {
         for name in ("none", "positionwise_norm", "window")
     ],
 }
-#: Parts that are made by default, in an hour and a quarter on two cores.
+#: Parts that are made by default.
 DEFAULT = ("attention", "windows", "few")
 #: The papers' architectures by family; baselines come first.
 PAPERS = {
@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "photographs" in parts:
         try:
             weights_file("the part photographs")
-        except ModuleNotFoundError as error:
+        except (ModuleNotFoundError, ValueError) as error:
             if not options.full:
                 parser.error(str(error))
             print(f"reproduce: left out {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import pickle
 import platform
 import re
 import shlex
@@ -40,18 +41,29 @@ with needs_extra("attnkern.training.train", "train"):
     from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
     from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-    from lightning.pytorch.utilities import rank_zero_only
+
+
+#: Files that describe a run, beside the checkpoint and ``result.json``, which the next run replaces at its end.
+_OF_A_RUN = ("csv/version_*/metrics.csv", "tensorboard/events.out.tfevents.*", "evaluation.json", "measures.json")
 
 
 class _SaveSettings(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run's folder after the data has been found."""
+    """Writes ``config.yaml`` into the run's folder after the data has been found.
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, save_to_log_dir=False, **kwargs)
+    It then removes what belongs to an earlier run there: curves, which would be drawn as the beginning of the new ones,
+    and measurements.
+    """
+
+    def __init__(self, parser, config, *args, **kwargs):
+        super().__init__(parser, config, *args, save_to_log_dir=False, **kwargs)
+        # Found now, before the loggers open files of their own.
+        self.replaced = [] if config.resume else [path for name in _OF_A_RUN for path in run_folder(config).glob(name)]
 
     def save_config(self, trainer, pl_module, stage):
         out = run_folder(self.config)
         out.mkdir(parents=True, exist_ok=True)
+        for path in self.replaced:
+            path.unlink(missing_ok=True)
         (out / "config.yaml").write_text(f"# attnkern train\n{self.parser.dump(self.config)}", encoding="utf-8")
 
 
@@ -73,7 +85,7 @@ class _LastCheckpoint(ModelCheckpoint):
 
 
 #: Largest number of training images that the orientation of a map is chosen on.
-_ORIENTING = 1000
+_ORIENTING = 256
 
 _LIGHTNING = Path(pl.__file__).parents[1]
 
@@ -138,17 +150,8 @@ class _Command(LightningCLI):
                 "with --overwrite true, or choose another folder with --out"
             )
         self._check_network()
-        if not config.resume and not config.trainer.fast_dev_run:
-            self._remove_curves()
         if config.seed_everything is False:  # an earlier run in this process may have left its seed
             os.environ.pop("PL_GLOBAL_SEED", None)
-
-    @rank_zero_only
-    def _remove_curves(self):
-        """Remove those of an earlier run in the same folder, which would be drawn as the beginning of this one."""
-        for pattern in ("csv/version_*/metrics.csv", "tensorboard/events.out.tfevents.*"):
-            for path in self.out.glob(pattern):
-                path.unlink()
 
     def _check_network(self):
         """Raise ValueError for wrong options of the network, before any file is created or downloaded."""
@@ -273,7 +276,7 @@ def run_recipe(name: str, data: str | None = None, arguments: list[str] | None =
         located = Subset(located, range(min(int(trainer.fast_dev_run) * images.batch_size, len(located))))
     module.network.float()  # for localise, after a run with --trainer.precision 16-true or the like
     limit = int(trainer.fast_dev_run) * images.batch_size or _ORIENTING
-    oriented = orientations(module.network, images, limit)
+    oriented = orientations(module.network, images, limit) if trainer.limit_test_batches else None
     result = {
         "recipe": name,
         "network": module.hparams.name,
@@ -297,12 +300,14 @@ def run_recipe(name: str, data: str | None = None, arguments: list[str] | None =
     if not trainer.is_global_zero or trainer.fast_dev_run:
         return TrainedRun(result, None)
     path = out / "result.json"
+    saved = any(isinstance(each, _LastCheckpoint) and each.best_model_path for each in trainer.callbacks)
     try:
+        if oriented and saved and cli.last.is_file():  # some strategies write a folder
+            _add_to_checkpoint(cli.last, {"orientations": oriented})
         write_json(path, result)
-    except OSError as error:  # the message keeps the numbers
-        raise OSError(f"train: {path} cannot be written ({error.strerror}): {json.dumps(result)}") from error
-    if oriented and any(isinstance(each, _LastCheckpoint) and each.best_model_path for each in trainer.callbacks):
-        _add_to_checkpoint(cli.last, {"orientations": oriented})
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # the message keeps the numbers
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(f"train: {path.parent} cannot be written ({reason}): {json.dumps(result)}") from error
     return TrainedRun(result, out)
 
 

@@ -52,6 +52,11 @@ def test_signed_scores_of_constant_maps_and_whole_boxes_are_zero():
     assert signed_scores(torch.zeros(0, 4, 4), torch.zeros(0, 4), SIZE).shape == (0,)
 
 
+def test_signed_scores_check_the_batch_size():
+    with pytest.raises(ValueError, match=r"^signed_scores: batch_size must be at least 1, got 0$"):
+        signed_scores(torch.rand(4, 4, 4), BOXES, SIZE, batch_size=0)
+
+
 def test_signed_scores_of_several_objects_use_all_boxes():
     boxes = torch.tensor([[[0, 0, 1, 1], [5, 5, 7, 7]]]).float()
     assert signed_scores(box_masks(boxes, SIZE).float(), boxes, SIZE).item() == pytest.approx(1)
@@ -177,10 +182,10 @@ def test_a_checkpoint_keeps_the_orientation(run):
     assert json.loads((out / "result.json").read_text(encoding="utf-8"))["orientations"] == result["orientations"]
     trained = load_run(out / "last.ckpt")
     assert {name: each._asdict() for name, each in trained.orientations.items()} == result["orientations"]
-    assert result["orientations"]["attention.map"]["images"] == 320
+    assert result["orientations"]["attention.map"]["images"] == 256  # of 320
     images = ImageData(**trained.data)
     images.setup()
-    again = orientations(trained.network, images, 1000)
+    again = orientations(trained.network, images, 256)
     assert again["attention.map"] == pytest.approx(result["orientations"]["attention.map"], abs=1e-6)
     assert not list(out.glob("*.partial"))
 

@@ -367,7 +367,14 @@ def test_nothing_is_overwritten_unasked(folder):
     assert "metrics.csv" in curves
     assert tiny("vgg_gap", *NARROW, "--overwrite", "true", epochs=1)["epochs"] == 1
     assert not any(path.exists() for path in curves.values())  # they would be drawn together with the new ones
-    assert len(list(folder.glob("run/csv/*/metrics.csv"))) == 1
+    (metrics,) = folder.glob("run/csv/*/metrics.csv")
+    (folder / "run/measures.json").touch()
+    with pytest.raises(FileNotFoundError):
+        train("vgg_gap", "folder", ["--out", "run", "--overwrite", "true", "--data.root", "nowhere"])
+    assert metrics.exists()  # a run that does not start replaces nothing
+    tiny("vgg_gap", *NARROW, "--resume", "true", epochs=2)
+    assert metrics.exists()
+    assert (folder / "run/measures.json").exists()
     with pytest.raises(FileNotFoundError, match=r"resume: there is no checkpoint 'other/last\.ckpt'"):
         tiny("vgg_gap", "--resume", "true", out="other")
 

@@ -64,7 +64,8 @@ def _measured(folder):
     run = load_run(folder / "last.ckpt")
     images = ImageData(**run.data)
     images.setup()
-    subject = Subject(run.network, images, run.normalise)
+    # Grad-CAM keeps the activations of a batch: the default would take 18 GB for photographs.
+    subject = Subject(run.network, images, run.normalise, batch_size=images.batch_size)
     # Without attention Grad-CAM at the map that the others attend to, the last one.
     last = run.network.feature_modules[-1]
     subject.predict = attention_of(run.network) if map_names(run.network) else gradcam_of(run.network, last)

@@ -54,7 +54,7 @@ def test_signed_scores_of_constant_maps_and_whole_boxes_are_zero():
 
 def test_signed_scores_check_the_batch_size():
     with pytest.raises(ValueError, match=r"^signed_scores: batch_size must be at least 1, got 0$"):
-        signed_scores(torch.rand(4, 4, 4), BOXES, SIZE, batch_size=0)
+        signed_scores(torch.rand(3, 4, 4), BOXES, SIZE, batch_size=0)
 
 
 def test_signed_scores_of_several_objects_use_all_boxes():

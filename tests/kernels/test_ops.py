@@ -212,7 +212,7 @@ def test_any_subset_of_gradients(function, dtype, backend, device, interpreted):
     ids=case_id,
 )
 def test_accuracy(name, options, layout, dtype, backend, device, interpreted, monkeypatch):
-    if SLOW:
+    if SLOW and not name.endswith("_many"):  # the errors of several windows vary more from seed to seed
         monkeypatch.setattr(testing, "SEEDS", testing.SEEDS[:8])
     shape = (1, 24, 6, 7) if interpreted else (2, 24, 6, 7)
     testing.check_accuracy(name, backend, dtype, shape=shape, layout=layout, device=device, **options)

@@ -94,6 +94,7 @@ def test_each_allocation_fails_once(backend):
         pytest.skip("Triton allocates on a GPU only, by PyTorch's allocator")
     # malloc takes every large block from the system, and has no second arena, whose address space is reserved, to fall
     # back on. Memory of Python's objects is not returned to the system, where tensors would find it.
+    # Two threads, because memory of one thread's earlier calls may suffice.
     # The blocks of the reference have some MiB; the kernels also allocate small ones.
     code = SCARCE.format(backend=backend, step=1 << (20 if backend == "reference" else 18))
     status, found = python(
@@ -101,6 +102,7 @@ def test_each_allocation_fails_once(backend):
         MALLOC_MMAP_THRESHOLD_="65536",
         MALLOC_ARENA_MAX="1",
         PYTHONMALLOC="malloc",
+        OMP_NUM_THREADS="2",
         MALLOC_TRIM_THRESHOLD_="1000000000",
     )
     assert status == 0, found

@@ -64,7 +64,7 @@ ARCHITECTURE := $(if $(shell command -v nvidia-smi),,TORCH_CUDA_ARCH_LIST="$(or 
 test: setup .venv/dev
 	@$(PY) tests/run.py --quick
 
-# Every test, sanitizers and planted errors included: about 20 minutes on two cores.
+# Every test, sanitizers and planted errors included: about half an hour on two cores.
 test-all: setup .venv/dev .venv/docs .venv/cuda
 	@env -u FORCE_CUDA -u TORCH_CUDA_ARCH_LIST ATTNKERN_TEST_CUDA_LIBRARY=$(or $(FORCE_CUDA),1) $(PY) tests/run.py
 

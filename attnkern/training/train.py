@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import os
-import pickle
 import platform
 import re
 import shlex
@@ -305,9 +304,9 @@ def run_recipe(name: str, data: str | None = None, arguments: list[str] | None =
         if oriented and saved and cli.last.is_file():  # some strategies write a folder
             _add_to_checkpoint(cli.last, {"orientations": oriented})
         write_json(path, result)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # the message keeps the numbers
+    except Exception as error:  # the message keeps the numbers
         reason = getattr(error, "strerror", None) or str(error)
-        raise OSError(f"train: {path.parent} cannot be written ({reason}): {json.dumps(result)}") from error
+        raise OSError(f"train: {path} cannot be written ({reason}): {json.dumps(result)}") from error
     return TrainedRun(result, out)
 
 

@@ -111,7 +111,7 @@ PAPERS = {
 
 
 def _python(*arguments: str) -> str:
-    """Run Python with one thread; the last line that it prints."""
+    """Run Python with one thread; the first line that it prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", *arguments], env=environment, capture_output=True, text=True)
     if done.returncode != 0:

@@ -502,6 +502,15 @@ def test_pairs_do_not_change_and_depend_on_the_seed():
         digits_pairs("train", 15)
 
 
+def test_centres_of_photographs_are_no_guess():
+    """The share that the page on the reproduction compares windows with."""
+    pytest.importorskip("skimage")
+    pytest.importorskip("sklearn")
+    boxes = photographs.photo_clutter("test").boxes
+    inside = (boxes[:, :2] <= 144) & (boxes[:, 2:] >= 144)
+    assert inside.all(1).double().mean() == pytest.approx(0.145)
+
+
 def test_photographs(monkeypatch):
     pytest.importorskip("skimage")
     pytest.importorskip("sklearn")

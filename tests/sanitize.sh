@@ -22,14 +22,14 @@ failed=0
 suitable="not accuracy and not fails_once and not larger_than_any_memory and not forked and not does_not_import"
 sanitizers="-fsanitize=address,undefined,float-cast-overflow"
 
-build() { # attnkern/_C.so of the copy; compiles the sources that have no object
+build() { # attnkern/_C.so of the copy; compiles the sources that have no object; the compiler's further options
   local pids=()
   for source in "${sources[@]}"; do
     [[ -e $(basename "$source").o ]] && continue
     # -O1 keeps the kernels' vectors (omp simd) and the frames of a report.
     "$cxx" -std=c++20 -O1 -g1 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -fvisibility=hidden \
       -fno-omit-frame-pointer "$sanitizers" -fno-sanitize-recover=all "-DATTNKERN_SCHEMA_HASH=\"$hash\"" -Icsrc \
-      -isystem "$torch/include" -c "$source" -o "$(basename "$source").o" &
+      -isystem "$torch/include" "$@" -c "$source" -o "$(basename "$source").o" &
     pids+=($!)
   done
   for pid in "${pids[@]}"; do wait "$pid"; done
@@ -57,7 +57,7 @@ plant() { # sanitizer, its message, file, sed script that plants the error
     return
   fi
   rm -f "$object"
-  build
+  build -DATTNKERN_BASELINE_ONLY # a third of the code
   if run tests/kernels/test_window.py -k hard_rectangles; then
     echo "$name: FAILED, the planted error was not found"
     failed=1

@@ -38,13 +38,13 @@ PASSIVE = {"OMP_WAIT_POLICY": "passive"}
 
 COMPILED = {"ATTNKERN_TEST_BACKENDS": "native,reference"}
 
-#: lane: folders, environment; the longest lanes start first
+#: lane: folders, environment; in an order in which both cores are busy to the end
 LANES = {
-    "native": (["kernels", "native", "integration"], {**COMPILED, **PASSIVE, **POISON, **SEED}),
-    "project": (["project", "tools"], {**COMPILED, **ONE_THREAD}),
     "networks": (["networks"], {**COMPILED, **ONE_THREAD, **POISON}),
-    "interpreted": (["kernels"], {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1", **ONE_THREAD}),
+    "native": (["kernels", "native", "integration"], {**COMPILED, **PASSIVE, **POISON, **SEED}),
     "ahead": (["ahead"], ONE_THREAD),
+    "project": (["project", "tools"], {**COMPILED, **ONE_THREAD}),
+    "interpreted": (["kernels"], {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1", **ONE_THREAD}),
     "cuda": (
         ["cuda_kernels", "kernels"],
         {"ATTNKERN_TEST_BACKENDS": "native", "ATTNKERN_TEST_CUDA_ON_HOST": "1", **ONE_THREAD, **POISON},

@@ -17,6 +17,9 @@ import torch
 ROOT = Path(__file__).parents[2]
 MOMENT = 1_700_000_000
 
+#: Builds without CUDA, for one instruction set, in a third of the time.
+SHORT = {"FORCE_CUDA": "0", "CFLAGS": "-DATTNKERN_BASELINE_ONLY"}
+
 
 def tracked():
     """The files of the project: those in git, or those that a source archive lists."""
@@ -155,9 +158,9 @@ def test_the_source_archive_is_the_same_bytes_again(archive, source, tmp_path):
 def test_the_unpacked_archive_builds_and_passes_tests(tree):
     """Builds and passes some tests without git, network or CUDA; `make release-check` runs the kernels' tests."""
     build = "setup.py", "--quiet", "build_ext", "--inplace"
-    offline.python(*build, cwd=tree, FORCE_CUDA="0")
+    offline.python(*build, cwd=tree, **SHORT)
     (tree / "build").rename(tree / "built")
-    offline.python(*build, cwd=tree, FORCE_CUDA="0", CXX="/bin/false", CC="/bin/false")  # nothing is compiled again
+    offline.python(*build, cwd=tree, **SHORT, CXX="/bin/false", CC="/bin/false")  # nothing is compiled again
     (tree / "built").rename(tree / "build")  # for the wheel
     environment = {"PYTHONPATH": str(tree), "ATTNKERN_TEST_BACKENDS": "native,reference"}
     found = offline.python("-c", "import attnkern; print(attnkern.__file__)", cwd="/", **environment)
@@ -177,7 +180,7 @@ def test_the_unpacked_archive_builds_and_passes_tests(tree):
 
 @pytest.mark.slow
 def test_the_unpacked_archive_builds_a_wheel_of_any_python(tree, source, tmp_path):
-    found = wheel(tree, tmp_path / "wheel", FORCE_CUDA="0")
+    found = wheel(tree, tmp_path / "wheel", **SHORT)
     assert "-py3-none-" in found.name
     assert "any" not in found.name
     names = zipfile.ZipFile(found).namelist()

@@ -340,6 +340,20 @@ def test_a_killed_run_resumed_ends_with_the_weights_of_one_not_killed(workers, f
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_a_killed_run_of_a_frozen_backbone_is_resumed(precision, folder):
+    frozen = ["--model.frozen", "true", "--trainer.precision", precision]
+    tiny("small_window", *frozen, epochs=3, out="whole")
+    killed = ["--trainer.callbacks", json.dumps([{"class_path": f"{__name__}.Killed"}])]
+    with pytest.raises(SystemExit):
+        tiny("small_window", *frozen, *killed, epochs=3, out="killed")
+    tiny("small_window", *frozen, "--resume", "true", epochs=3, out="killed")
+    whole, resumed = (load_network(folder / out / "last.ckpt").state_dict() for out in ("whole", "killed"))
+    for key, value in whole.items():
+        assert torch.equal(value, resumed[key]), key
+
+
+@pytest.mark.slow
 def test_seeds_differ_and_repeat(folder):
     states = []
     for out, seed in (("a", "1"), ("b", "1"), ("c", "2")):

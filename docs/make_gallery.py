@@ -243,10 +243,10 @@ class Entry(NamedTuple):
 
 #: What the pictures of :func:`against_none` show.
 ROWS = (
-    "Above each map is the predicted class with its probability. Grad-CAM is that of the predicted class, at the "
-    "feature map with the best results on the test images, as in [Reproduction](reproduction.md). The images are the "
-    "first ones of the test set, in the second picture the first ones that the network with attention gets wrong. "
-    "Both networks are those of seed 0."
+    "Above each map are the predicted class and its probability. Grad-CAM is that of the predicted class, at the "
+    "feature map where pointing and IoU are best on the test images; the tables of small networks in "
+    "[Reproduction](reproduction.md) use the last one. The first picture has the first test images, the second the "
+    "first test images that the network with attention gets wrong. Both networks are of seed 0."
 )
 ENTRIES = (
     Entry(
@@ -320,7 +320,7 @@ ENTRIES = (
     Entry(
         "Many windows on a photograph",
         "The map is the union of all windows, fitted by gradient descent to the dark parts of the photograph. The "
-        "windows start on a ring, as those of `WindowAttention` do, and part on their own.",
+        "windows start on a ring, as those of `WindowAttention` do, and move apart by themselves.",
         windows,
     ),
 )
@@ -338,9 +338,8 @@ def main() -> int:
     lines = [
         "# Gallery",
         "",
-        "Attention maps of the networks that `make reproduce` trains on handwritten digits in clutter, for the first "
-        "test images. `make gallery` draws these pictures; [Reproduction](reproduction.md) has the accuracy of the "
-        "networks.",
+        "Attention maps, most of them of networks that `make reproduce FULL=1` trains on handwritten digits in "
+        "clutter. `make gallery` draws the pictures; [Reproduction](reproduction.md) has the accuracy of the networks.",
     ]
     for entry in ENTRIES:
         name = entry.draw.__name__

@@ -16,7 +16,7 @@ class Orientation(NamedTuple):
 
     sign: int  #: 1: high values mark the objects; -1: low values; 0: the images do not decide it
     score: float  #: mean of :func:`signed_scores`; NaN over no image
-    error: float  #: standard error of the score; NaN over fewer than two images
+    error: float  #: standard error s/√N of the score, s with N - 1; NaN over fewer than two images
     images: int
 
     def __str__(self):
@@ -42,6 +42,8 @@ def signed_scores(
     Raises:
         ValueError, TypeError: maps or boxes of another shape or dtype, a size that is not (H, W), or a batch size below
             1.
+
+    Source: none of the papers; Pearson's correlation.
     """
     check_maps("signed_scores", "maps", maps)
     _check_boxes("signed_scores", boxes, maps)
@@ -56,14 +58,17 @@ def signed_scores(
 def orientation(maps: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> Orientation:
     """Whether high or low values of a network's maps mark the objects, by the mean of :func:`signed_scores`.
 
-    The sign is that of the mean if it is more than two standard errors from zero, else 0. Give it training images: an
-    orientation that is chosen on the test images makes every measure of the oriented map too good.
+    The sign is that of the mean if it is more than two standard errors from zero, else 0, also for fewer than two
+    images. Pass training images: an orientation that is chosen on the test images biases every measure of the oriented
+    map upwards.
 
     Args:
         maps, boxes, size: as in :func:`signed_scores`.
 
     Raises:
         ValueError, TypeError: as :func:`signed_scores`.
+
+    Source: none of the papers.
     """
     scores = signed_scores(maps, boxes, size)
     score = scores.mean().item()

@@ -35,7 +35,7 @@ _SMALL = (
     *({"scale": scale} for scale in (0.9, 1.1)),
     *({"shift": shift} for shift in ((-0.05, 0.0), (0.05, 0.0), (0.0, -0.05), (0.0, 0.05))),
 )
-#: Sides of the squares that cover a part of the images, as a share of the images' side, and the headline's share.
+#: Sides of the squares that cover a part of the images, as a share of the images' side; ``occluded`` has the second.
 _COVERED = (1 / 8, 1 / 4, 3 / 8)
 #: Step of the adversarial images.
 _EPSILON = 2 / 255
@@ -51,8 +51,13 @@ def measure(folder: Path) -> dict[str, float | None]:
     squares of three sizes); ``occluded``, the accuracy on images with a square of a quarter of the side; ``fooled``,
     the rate at 2/255. Of windows also ``centre`` (share of windows whose centre lies in a box), ``window_iou``,
     ``window_catching``, ``half_extent``, and the mean errors ``equivariance`` and ``equivariance_centre``.
-    ``train_accuracy`` of the last epoch and ``gain`` (:func:`curves`). For photographs there are no scores, errors
-    and rates of changed images.
+    ``train_accuracy`` of the last epoch and ``gain`` (:func:`curves`). For photographs,
+    ``interpretability``, ``interpretability_centred``, ``occluded``, ``fooled``, ``equivariance`` and
+    ``equivariance_centre`` are missing: they would take longer than the training.
+
+    Raises:
+        FileNotFoundError: there is no ``last.ckpt`` in the folder.
+        NotApplicableError: the data set has no boxes.
     """
     path = folder / "measures.json"
     if not path.exists():
@@ -66,7 +71,8 @@ def _measured(folder):
     images.setup()
     # Grad-CAM keeps the activations of a batch: the default would take 18 GB for photographs.
     subject = Subject(run.network, images, run.normalise, batch_size=images.batch_size)
-    # Without attention Grad-CAM at the map that the others attend to, the last one.
+    # Without attention: Grad-CAM at the last feature map. Attention of the small networks is applied to the same map;
+    # in EfficientNets it comes one convolution earlier.
     last = run.network.feature_modules[-1]
     subject.predict = attention_of(run.network) if map_names(run.network) else gradcam_of(run.network, last)
     raw, labels, size = subject.raw, subject.labels, subject.raw.shape[2:]

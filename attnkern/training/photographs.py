@@ -105,12 +105,12 @@ def photo_clutter(split: str, size: int = 289, seed: int = 0, count: int | None 
     """Eight photographed objects, each at a random place, angle and size in a photograph that shows none of them.
 
     The photographs ship with scikit-image and scikit-learn. Each image is a random part of a background with four
-    distractors, which are parts of the split's backgrounds with the objects' outlines, and then the object, 0.2 to 0.4
-    times as large as the image. Outlines are ellipses with soft edges; colours are changed at random. The splits share
-    no background.
+    distractors, which are parts of the split's backgrounds with the objects' outlines, and then the object, whose
+    longer side is 0.2 to 0.4 of the image's side before a rotation by at most 20°. Outlines are ellipses with soft
+    edges; colours are changed at random. The splits share no background.
 
-    There is one photograph of each object, and both splits show it: a network that finds it in the test images knows it
-    in another place, in another light and in front of something else, but has not learned what cats look like.
+    There is one photograph of each object, and both splits show it: test images change place, size, angle, colours and
+    background, but do not show other objects of the same class.
 
     Args:
         split: "train" or "test".

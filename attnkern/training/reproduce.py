@@ -129,7 +129,11 @@ def _train(arguments: list[str], out: Path) -> dict[str, Any]:
 
 
 def run(row: Row, seed: int, folder: Path) -> dict[str, Any]:
-    """Train and measure a row with a seed, unless that has been done: its numbers."""
+    """Train and measure a row with a seed, unless that has been done: its numbers.
+
+    Raises:
+        RuntimeError: training or measuring failed; the message ends with the last lines of its error.
+    """
     out = folder / row.name / f"seed{seed}"
     result = _train(row.arguments(folder, seed), out)
     if not (out / "measures.json").exists():
@@ -140,7 +144,11 @@ def run(row: Row, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def run_paper(recipe: str, folder: Path) -> dict[str, Any]:
-    """Train a paper's architecture with seed 0, unless that has been done."""
+    """Train a paper's architecture with seed 0, unless that has been done: its result.
+
+    Raises:
+        RuntimeError: training failed; the message ends with the last lines of its error.
+    """
     return _train([recipe, "--data", "digits-clutter"], folder / recipe)
 
 

@@ -27,8 +27,8 @@ class Accelerated(NamedTuple):
     left: dict[str, str]  #: name of a module that was recognised -> why it was not replaced
 
     def __str__(self):
-        lines = [f"{name}: now {kind}" for name, kind in self.replaced.items()]
-        lines += [f"{name}: left, {why}" for name, why in self.left.items()]
+        lines = [f"{name}: replaced by {kind}" for name, kind in self.replaced.items()]
+        lines += [f"{name}: not replaced: {why}" for name, why in self.left.items()]
         return "\n".join(lines) or "nothing to replace"
 
 

@@ -111,12 +111,12 @@ def reason(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         known = kind in _ops.NATIVE_REASON
         missing = _ops.NATIVE_REASON[kind] if known else f"it has kernels for cpu and cuda, not for {kind}"
     elif not _TRITON_FOUND:
-        package = "pytorch-triton-rocm, which PyTorch's wheels for ROCm bring" if torch.version.hip else "triton"
+        package = "pytorch-triton-rocm (installed with PyTorch's ROCm wheels)" if torch.version.hip else "triton"
         missing = f"Triton is not installed: pip install {package}"
     elif dtype == torch.float64:
         missing = "its kernels compute in float32 and do not take float64"
     elif kind == "cpu" and not _ops.TRITON_INTERPRETS:
-        missing = "it needs CUDA tensors (on a CPU only TRITON_INTERPRET=1, set before the start, runs it)"
+        missing = "it needs CUDA tensors (on a CPU it runs only if TRITON_INTERPRET=1 is set before Python starts)"
     elif kind == "cpu":
         missing = _INTERPRETER_FAULT
     elif kind != "cuda":

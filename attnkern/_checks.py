@@ -204,7 +204,7 @@ def numbers_of(where: str, name: str, items) -> list[float]:
 
 
 def device_of(where: str, device) -> torch.device:
-    """``device`` as a torch.device. Raises ValueError if it is none."""
+    """``device`` as a torch.device. Raises ValueError if it is not one."""
     try:
         return torch.device(device)
     except (TypeError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Packages that parts of attnkern need and that an installation without extras does not bring."""
+"""Packages that parts of attnkern need and that are not installed without extras."""
 
 import contextlib
 from collections.abc import Iterator

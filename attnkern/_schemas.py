@@ -1,7 +1,7 @@
 """The operators' schemas: the one place that Python, C++ and the build read them from.
 
-Tensors come in any strides. Outputs and gradients of features lie as the features do where those are dense, positions
-or channels innermost (see attnkern/_layout.py); all else is contiguous.
+Tensors may have any strides. Outputs and gradients of features have the memory layout of the features if these are
+dense with positions or channels innermost (see attnkern/_layout.py); all other results are contiguous.
 "Wide" means float64 for float64 features and float32 for all others; maps, statistics, losses and residuals are wide.
 
 ``rectangle``  (N, 5), or (N, K, 5) for the union of K windows.
@@ -50,7 +50,7 @@ SCHEMAS = {
     " -> (Tensor grad_local, Tensor grad_query)",
 }
 
-#: Raised when what the text above promises changes and the schemas do not.
+#: Increase this if the contract described above changes but no schema does.
 CONTRACT = 2
 #: Compiled into every library as ``attnkern-schema:<HASH>``; a library that lacks it is refused.
 HASH = hashlib.sha256(repr((CONTRACT, sorted(SCHEMAS.items()))).encode()).hexdigest()[:16]

@@ -130,7 +130,7 @@ def _convert(options: argparse.Namespace) -> int:
     read = read_weights(what, options.checkpoint, options.average)
     if not read.layout:
         raise ValueError(
-            f"{what}: {options.checkpoint!r} has the weight names of no published implementation that is known"
+            f"{what}: {options.checkpoint!r} does not have the weight names of a known published implementation"
         )
     # Loading them into a network checks that every weight fits, before a file is written.
     network = create_model(read.networks[0], read.num_classes, **read.options)
@@ -235,7 +235,7 @@ def _report(options: argparse.Namespace) -> int:
     given = {"run": (options.run, options.map), "against": (options.against, options.against_map)}
     if options.against is None:
         if options.against_map is not None:
-            raise ValueError("report: against-map needs a run to compare with, --against")
+            raise ValueError("report: --against-map needs a run to compare with: pass --against")
         del given["against"]
     out = Path(options.out or Path(options.run) / "report.html")
     reported = []
@@ -332,7 +332,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     convert.add_argument("checkpoint", help="checkpoint file of the published implementation")
     convert.add_argument("--out", help="file to write: .safetensors, or any other name for PyTorch's format")
-    convert.add_argument("--average", action="store_true", help="use the average over time if the file has both")
+    convert.add_argument(
+        "--average", action="store_true", help="convert the moving average of the weights (net_ema) if the file has one"
+    )
     train = commands.add_parser(
         "train",
         help="train one of the papers' networks",

@@ -139,8 +139,9 @@ def anchor_quantize(
     """Nearest anchor of each element: values = anchors[argmin_k |a - anchors_k|], straight-through.
 
     The nearest anchor is exact in exact arithmetic on the stored values; ties go to the lowest index. d values/d a = 1,
-    and the values give the anchors no gradient. anchor_loss = ‖sg[a] - v‖² moves the anchors,
-    commitment_loss = ‖a - sg[v]‖² moves a. A NaN element has value NaN, index 0 and no count; a NaN anchor makes every
+    and the values give the anchors no gradient. anchor_loss = ‖sg[a] - v‖²/d moves the anchors,
+    commitment_loss = ‖a - sg[v]‖²/d moves a; sg stops the gradient, and d is the number of elements ("mean"), N
+    ("batchmean") or 1 ("sum"). A NaN element has value NaN, index 0 and no count; a NaN anchor makes every
     value NaN; ±Inf takes the extreme anchor.
 
     Args:

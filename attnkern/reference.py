@@ -1,7 +1,7 @@
 """The oracles: the functions in plain PyTorch, any float dtype, any device, differentiable to any order.
 
 Half-precision inputs are computed in float32 and rounded once at the end. These functions take validated arguments;
-formulas, shapes and sources stand at the public functions of the same names.
+formulas, shapes and sources are in the docstrings of the public functions of the same names.
 """
 
 import math
@@ -88,7 +88,7 @@ def modulate(x, map, residual):
 def nearest_anchor(a: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """Index of the anchor nearest to each element in exact arithmetic; the lowest index on ties; 0 for NaN.
 
-    The anchors are sorted, and between neighbours lo < hi stands a threshold: the smallest number that prefers hi. It
+    The anchors are sorted, and between neighbours lo < hi there is a threshold: the smallest number that prefers hi. It
     is the midpoint where that is a tie that hi wins or lies above the exact midpoint, else its successor. Numbers are
     those of the smallest type from float32 on that holds both, so that float64 is not needed where no input has it.
     """
@@ -96,20 +96,20 @@ def nearest_anchor(a: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     a, anchors = a.to(dtype), anchors.to(dtype)
     values, order = torch.sort(anchors, stable=True)
     lo, hi = values[:-1], values[1:]
-    # Equal anchors stand together, lowest original index first: every one of a run counts as the first of it.
+    # Equal anchors are neighbours, lowest original index first: each of a run counts as the first of it.
     position = torch.arange(len(anchors), device=anchors.device)
     begins = torch.cat([torch.ones_like(order[:1], dtype=torch.bool), lo != hi])
     first = torch.cummax(torch.where(begins, position, 0), 0).values
     index = order[first]
-    # Both of a sum that overflows are so large that halving them is exact; of others the sum is halved instead, because
-    # half of a denormal may round.
+    # If lo + hi overflows, both are so large that halving them is exact. Otherwise the sum is halved, because half of a
+    # denormal may round.
     overflows = lo.isfinite() & hi.isfinite() & (lo + hi).isinf()
     lo, hi = (torch.where(overflows, 0.5 * end, end) for end in (lo, hi))
     total = lo + hi
     tail = total - lo
     error = (lo - (total - tail)) + (hi - tail)  # total + error is exact (Knuth)
     midpoint = torch.where(overflows, total, 0.5 * total)
-    # Where half the sum is no number of the type, what it was rounded to is above or below it, and no tie.
+    # If half the sum is not representable, the rounded midpoint is above or below the exact one, and not a tie.
     doubled = torch.where(overflows, total, midpoint + midpoint)
     hi_first = index[1:] < index[:-1]
     tie_or_above = (error < 0) | ((error == 0) & hi_first)

@@ -84,7 +84,7 @@ def _table(columns: Mapping[str, dict[str, str]]) -> str:
 
 
 def latency(network: torch.nn.Module, images: torch.Tensor) -> dict[str, dict[str, float]]:
-    """Median milliseconds of a forward pass and of its attention modules alone, by backend."""
+    """Median milliseconds of a forward pass and of its attention modules alone, for reference and native."""
     called, handles = [], []
     for name, module in network.named_modules():
         # Submodules of an attention module are part of it.

@@ -106,7 +106,7 @@ class _WindowAttention(torch.autograd.Function):
 
 
 def _several(rectangle):
-    """Whether an image has several windows. One with an axis has the kernels, and so the bits, of one without it."""
+    """Whether an image has several windows. (N, 1, 5) takes the same kernels as (N, 5), for bitwise equal results."""
     return rectangle.dim() == 3 and rectangle.shape[1] > 1
 
 
@@ -145,7 +145,8 @@ def window_map(
 ) -> torch.Tensor:
     """Map of rotated rectangles or ellipses: one window f per image, or the union of K, rescaled to mean 1.
 
-    Rectangle: f = Λ(s(1 - (u/σ₁)²)) · Λ(s(1 - (v/σ₂)²)). Ellipse: f = Λ(s(1 - (u/σ₁)² - (v/σ₂)²)).
+    Rectangle: f = Λ(s(1 - (u/σ₁)²)) · Λ(s(1 - (v/σ₂)²)). Ellipse: f = Λ(s(1 - (u/σ₁)² - (v/σ₂)²)), with the logistic
+    sigmoid Λ(t) = 1/(1 + e⁻ᵗ).
     Union: f = 1 - Π_k (1 - f_k), computed as Σ_k f_k Π_{j<k} (1 - f_j), in which nothing cancels.
 
     (u, v) is the offset from the centre, rotated by the angle: with d = t - μ, u = cos α·d₁ + sin α·d₂ and

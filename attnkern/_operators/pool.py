@@ -48,7 +48,7 @@ def _pool_bwd(grad_pooled, grad_attention, grad_scores, local, query, mask, atte
 
 
 def _placements(local, query, mask):
-    """Of the query and of the mask: the batch may share either. Channels are not sharded: the scores need them all."""
+    """Placements of the query and the mask: "R" if the batch shares it. Channels are not sharded: scores need all."""
     return (
         "R" if query.ndim == 1 or (query.ndim == 3 and query.shape[0] == 1 < local.shape[0]) else "0",
         "R" if mask is not None and mask.shape[0] == 1 < local.shape[0] else "0",

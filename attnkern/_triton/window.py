@@ -187,7 +187,7 @@ def _window_rectangle_kernel(partials, grad_rectangle, R, HW, RESCALE: tl.conste
 
 
 def _chunk(positions):
-    """Positions per chunk: few, so that many programs share the work, unless there were too many chunks to add."""
+    """Positions per chunk: few, so that many programs share the work, unless that leaves too many chunks to add."""
     return 256 if positions <= 4096 else 1024
 
 

@@ -221,7 +221,7 @@ def _windows_slopes_kernel(
 
 
 def _chunk(positions):
-    """Positions per program: few, so that many programs share the work, unless there were too many chunks to add."""
+    """Positions per program: few, so that many programs share the work, unless that leaves too many chunks to add."""
     return 128 if positions <= 1024 else 256 if positions <= 4096 else 1024
 
 
@@ -235,7 +235,7 @@ def _count(rectangle) -> int:
 
 
 def _logs(rectangle, size, scale, aspect, ellipse, chunks=None, outsides=None, stats=None, centres=None):
-    """log f (N, H, W), and what the kernel writes besides unless it is None."""
+    """log f (N, H, W); also fills each of the optional tensors that is not None."""
     n, positions = rectangle.shape[0], size[0] * size[1]
     chunk = _chunk(positions)
     logs = rectangle.new_empty((n, *size), dtype=torch.float32)

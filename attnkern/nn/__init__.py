@@ -3,6 +3,8 @@
 Every module has an ``nn.Identity`` called ``map``, through which the attention map passes. The fused operators return
 the map as a side output without a path to the features, so a hook on ``map`` could neither change the output nor
 receive a gradient. If ``map`` has hooks or has been replaced, the module therefore computes map and product separately.
+
+In formulas, Λ is the logistic sigmoid.
 """
 
 from attnkern.nn.attention import AttentionPool

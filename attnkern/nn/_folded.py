@@ -15,7 +15,7 @@ from attnkern.pool import compatibility_pool
 def pays(queries: int, heads: int, channels: int) -> bool:
     """Whether folding takes less time than computing keys and values with ``channels`` in all heads together.
 
-    For each number of the locals, folding takes 2·queries·heads products in the pooling, and keys and values take
+    For each element of the locals, folding takes 2·queries·heads products in the pooling, and keys and values take
     2·channels in one matrix product, which runs faster. Measured for 512, 768 and 1152 channels, 8 to 16 heads and 196
     to 729 positions in float32 on a CPU, against SDPA: at 2·queries·heads = channels / 2, folding takes 1/3 to 2/5 of
     the time forward and 2/5 to 3/5 with backward; at ``channels``, 1/2 to 2/3 and 0.8 to 1.1; at twice ``channels``,

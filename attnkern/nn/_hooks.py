@@ -1,4 +1,4 @@
-"""Whether a module can be computed from its parameters, without calling it, so that nobody notices."""
+"""Whether a module can be computed from its parameters without calling it, with no observable difference."""
 
 import torch
 from torch import nn

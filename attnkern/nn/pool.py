@@ -84,7 +84,8 @@ class CompatibilityPool(Module):
         """Pool ``local`` (N, C, H, W) or (N, C, L) by ``query`` (N, C'), or (C',) shared by the batch.
 
         Returns:
-            pooled (N, C), or (N, C') with ``project="local"``; with ``return_map`` also the attention (N, H, W).
+            pooled (N, C), or (N, C') with ``project="local"``; with ``return_map`` also the attention (N, H, W)
+            or (N, L).
         """
         where = "CompatibilityPool"
         check_channels(where, local, self.local_channels, "local", sequences=True)

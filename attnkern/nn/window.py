@@ -35,8 +35,8 @@ class WindowAttention(Module):
 
     The last layer is initialised with zero weights, so that the windows start from its biases: a single one at the
     centre with σ of about one half; K of them evenly on a ring, at μ = ½ + ¼·(sin θ, cos θ) with θ = 2π(k + ½)/K, and
-    with σ of about 1/(2√K). They start apart because equal windows have equal gradients and never part. Nothing else
-    tells them apart: a window has no class and no order, and the same union may be found with other indices.
+    with σ of about 1/(2√K). They start at different positions because identical windows would receive identical
+    gradients and stay identical. Their order has no meaning: another run may find the same union with other indices.
 
     Args:
         channels: C of the features.

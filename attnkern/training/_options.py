@@ -23,7 +23,7 @@ def option_error(message: str, options: Iterable[str]) -> str:
     if in_file:
         option = f"--{in_file[1]}.{in_file[2]}"
         return f"unknown option {option} in a file of settings{did_you_mean(option, options)}"
-    # A message about an option of a class stands inside the message about the option that names the class.
+    # A message about an option of a class is nested in the message about the option that names the class.
     keys = re.findall(r'Parser key "([\w.]+)":', message)
     if not keys:
         return _squeezed(message)

@@ -242,7 +242,7 @@ class ImageData(LightningDataModule):
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """Images (N, 3, size, size) or (3, size, size) in [0, 1] as the network takes them."""
-        # torchvision's transforms return what is no tensor unchanged.
+        # torchvision's transforms return anything that is not a tensor unchanged.
         check_tensor("ImageData", "images", images)
         return self.normalisation(images)
 

@@ -43,7 +43,7 @@ def opened(path: str | os.PathLike) -> Iterator[ImageFile.ImageFile]:
 
     Raises:
         FileNotFoundError: no such file.
-        ImageError: a file that is no image, that is damaged, or whose picture is too large.
+        ImageError: a file that is not an image, that is damaged, or whose picture is too large.
     """
     name = f"'{os.fsdecode(path)}'"
     try:
@@ -80,7 +80,7 @@ def read_image(path: str | os.PathLike, box: tuple[float, float, float, float] |
 
     Raises:
         FileNotFoundError: no such file.
-        ImageError: a file that is no image, is damaged, or whose picture is too large; an OSError and a ValueError.
+        ImageError: a file that is not an image, is damaged, or whose picture is too large; an OSError and a ValueError.
     """
     with opened(path) as picture:
         picture.load()

@@ -93,7 +93,7 @@ def _measured(folder):
     has_windows = isinstance(getattr(run.network, "attention", None), WindowAttention)
     if has_windows:
         result |= _windows(subject, raw, boxes, truth, maps.shape[1:])
-    # What takes many passes would take longer on photographs than their training.
+    # Measures that need many passes would take longer than training on photographs.
     photographs = images.name == "photo-clutter"
     step = 5 if photographs else 2
     result |= stability(subject.predict, raw[::step], maps[::step], **subject.common)

@@ -205,7 +205,7 @@ SECTIONS = (
         "Signed score of bottlenecked maps",
         "Whether high or low values mark the digit, with one change at a time. `small_bottleneck` and "
         "`small_bottleneck_qt` train for ten epochs as above, the others for five: `short` without a change, "
-        "`no_residual` with v·x instead of x + v·x, `norm_behind` with batch normalisation after the attention instead "
+        "`no_residual` with v·x instead of x + v·x, `norm_after` with batch normalisation after the attention instead "
         "of before it, `beta0` without the KL term. The signed score is given for each seed.",
         "sign", None, "small_bottleneck-short",
         (
@@ -217,7 +217,7 @@ SECTIONS = (
             for text, name in (
                 ("Longer training raises the signed score", ""),
                 ("v·x alone raises the signed score", "-no_residual"),
-                ("Batch normalisation after the attention raises the signed score", "-norm_behind"),
+                ("Batch normalisation after the attention raises the signed score", "-norm_after"),
                 ("Leaving out the KL term raises the signed score", "-beta0"),
             )
         ],

@@ -69,7 +69,7 @@ _ATTENTIONS = (
 _SIGNS = {
     "short": {},
     "no_residual": {"model.options.residual": "false"},
-    "norm_behind": {"model.options.norm": "behind"},
+    "norm_after": {"model.options.norm": "after"},
     "beta0": {"model.options.beta": "0"},
 }
 _SHORT = {"trainer.max_epochs": "5", "model.lr_scheduler.init_args.T_max": "4"}

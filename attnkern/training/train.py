@@ -189,7 +189,7 @@ class _Command(LightningCLI):
             callbacks.append(LearningRateMonitor("epoch"))
         root = given.default_root_dir or self.out
         trainer = super().instantiate_trainer(logger=logger, default_root_dir=root, **kwargs)
-        # Strategies that spawn or fork train in child processes, which do not give the network and the images back.
+        # Strategies that spawn or fork train in child processes, which do not return the network and the images.
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             raise ValueError(
                 "train: trainer.strategy must start new processes, as ddp does from a command line or a script; got "
@@ -241,7 +241,7 @@ def run_recipe(name: str, data: str | None = None, arguments: list[str] | None =
     if arguments is not None:
         check_items("train", str, arguments=arguments)
     options = settings["model"].get("options") or {}
-    # Those in a package need no choice: they are installed or not, and never downloaded.
+    # Weights that ship in a package need no choice by the user: they are never downloaded.
     weights = None if options.get("weights") == WEIGHTS else options.pop("weights", None)
     _silence()
     with _in_one_sentence():

@@ -57,7 +57,8 @@ ATTNKERN_DEVICE float round_to_tf32(float x) {
 
 // x as a sum of two TF32 numbers, up to an error of two units in the last place. The first one is cut off and not
 // rounded, so that no finite number becomes Inf. The second one has the sign of x and is zero only if x is, so that
-// products with Inf have the same sign, and none of them is 0·Inf: where nothing is left, it is below the rounding of x.
+// products with Inf have the same sign, and none of them is 0·Inf. If the remainder is zero, x·2⁻⁴⁰ takes its place, which
+// is below the rounding of x.
 ATTNKERN_DEVICE void split_factor(float x, float& high, float& low) {
   high = bit_cast<float>(bit_cast<uint32_t>(x) & 0xffffe000u);
   const float rest = x - high; // NaN if x is Inf

@@ -23,7 +23,7 @@ template <typename T> struct ManyForward {
   static constexpr bool kBackward = false;
   Companion vectors; // (N or 1, M, C): the queries
   bool shared_vectors;
-  bool has_vectors; // always
+  bool has_vectors; // always: every forward pass has queries
   A* scores;        // (N, M, positions)
   A* sums;          // (N, M, splits, C): Σ exp(score - max)·ℓ
   A* moments;       // (N, M, splits, 2): max, Σ exp(score - max)
@@ -279,8 +279,8 @@ __global__ void __launch_bounds__(kManyWarps<T>* kWarp, 1)
       memory.high[factor_place<!kInner>(m, p)] = high;
       memory.low[factor_place<!kInner>(m, p)] = low;
     }
-    // What stands at a masked position must not reach the sums, not even multiplied by zero. In the backward pass it
-    // does if the scores have a gradient.
+    // Features at masked positions must not enter the sums, not even times zero, which would be NaN for NaN and Inf. In
+    // the backward pass they do enter if the scores have a gradient.
     if (mask != nullptr) {
       if (pass.clears())
         for (int p = 0; p < kTile && p < left; ++p)

@@ -14,8 +14,8 @@ constexpr int kUsualWarps = 8; // of a block, so that two blocks fit into a mult
 template <typename T> constexpr int kManyWarps = sizeof(T) == 8 ? kUsualWarps : 2 * kUsualWarps;
 template <typename T> constexpr int kUnits = sizeof(T) == 8 ? 2 : 3;
 template <bool kInner> constexpr int kManyTile = kInner ? 16 : 32; // positions of a tile
-// A split has few tiles, so that an image occupies several multiprocessors, but not one, because each split loads the
-// vectors and writes sums for each query.
+// Tiles of a split: few, so that an image occupies several multiprocessors, but more than one, because each split loads
+// the vectors and writes sums for each query.
 constexpr int kTilesOfSplit = 4, kMostManySplits = 64;
 
 // Which positions take part: all without a mask.

@@ -32,7 +32,7 @@ struct PoolPlan {
   int64_t splits, tiles_per_split;
 
   // Whether a block can hold all channels. With four threads per row it holds twice as many, but reads rows in shorter
-  // pieces, and a map of at most 64 positions is a block or two: slices of channels occupy more of them.
+  // pieces, and a map of at most 64 positions gives only one or two blocks; slices of channels give more.
   template <typename T> static bool fits(const Shape& shape) {
     if (shape.channels_inner)
       return shape.channels <= kMostThreads * kVector<T>;

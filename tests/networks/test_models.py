@@ -192,7 +192,7 @@ def test_small_network_with_given_windows():
         create_model("small_compatibility_pc", 3, levels=3)
 
 
-@pytest.mark.parametrize("norm", ["before", "behind"])
+@pytest.mark.parametrize("norm", ["before", "after"])
 def test_norms_of_the_small_bottleneck(norm):
     network, images = create_model("small_bottleneck", 3, norm=norm, residual=False), torch.rand(8, 3, 48, 48)
     plain = create_model("small_bottleneck", 3)
@@ -204,10 +204,10 @@ def test_norms_of_the_small_bottleneck(norm):
     network.attention.register_forward_hook(lambda module, args, output: seen.update(attended=output))
     network.encoder[-3].register_forward_hook(lambda module, args, output: seen.update(averaged=output.flatten(1)))
     network(images)
-    assert torch.equal(seen["before"], seen["convolved"].relu()) == (norm == "behind")
+    assert torch.equal(seen["before"], seen["convolved"].relu()) == (norm == "after")
     attended = seen["attended"].map[:, None] * seen["before"]
     torch.testing.assert_close(seen["attended"].output, attended)
-    if norm == "behind":  # normalised: the channels' means over the batch are zero
+    if norm == "after":  # normalised: the channels' means over the batch are zero
         torch.testing.assert_close(seen["averaged"].mean(0), torch.zeros(48), rtol=0, atol=1e-4)
     else:
         torch.testing.assert_close(seen["averaged"], attended.mean((2, 3)))

@@ -453,7 +453,7 @@ def test_runs_that_cannot_be_compared(pair, pages, tmp_path, capsys, monkeypatch
         assert error.startswith(f"attnkern: {said}")
         assert error.count("\n") == 1
     assert cli.main(["report", str(first), "--against-map", "block3", *out]) == 1
-    assert capsys.readouterr().err == "attnkern: report: against-map needs a run to compare with, --against\n"
+    assert capsys.readouterr().err == "attnkern: report: --against-map needs a run to compare with: pass --against\n"
     assert cli.main(["report", str(first), "--against", str(second), "--against-map", "attention10.map", *out]) == 1
     assert "got 'attention10.map'" in capsys.readouterr().err
     pairs = data.ImageData(name="digits-pairs", count=10)

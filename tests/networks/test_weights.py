@@ -314,7 +314,7 @@ def test_convert_of_other_files(tmp_path, capsys):
     torch.save(small("vgg").state_dict(), tmp_path / "own.pth")
     published("vgg_aib", tmp_path / "best.tar")
     for arguments, expected in (
-        (["own.pth"], "has the weight names of no published implementation that is known"),
+        (["own.pth"], "does not have the weight names of a known published implementation"),
         (["best.tar", "--average"], "holds no average of the weights (net_ema)"),
         (["nowhere.pth"], "there is no file"),
         (["best.tar"], "with shape (2, 3, 3, 3) instead of (64, 3, 3, 3)"),  # the stand-in is small

@@ -285,11 +285,13 @@ gradients of all its outputs; seeds count from 0, all tensors have the row's dty
   second row, in ulp of the sum of the magnitudes of the terms (for a window's map: of its image's largest value, since
   far outside a window the exponent is large, and with it the relative error of the exponential).
 - Cells are the largest error / the 99.9th percentile; – stands for too few numbers, or for a dtype that a backend
-  does not take; ∞ for a result that overflowed or is NaN. For indices the cell is the share that is wrong.
+  does not take; ∞ for a result that overflowed or is NaN. For indices the cell is the share that is wrong. The column
+  *numbers* says how many values were compared. Batches are given as their number × N×C×H×W (N×H×W for `window_map`).
 - **Competitors**: `eager` is the papers' formula in PyTorch as one would write it (`attnkern.testing`), in the row's
   dtype; `compile` is that under torch.compile; `reference` is attnkern's plain PyTorch. On a CPU the CUDA C++ kernels
   run under the emulation of the tests, with the C library's exponentials, and Triton is interpreted by numpy, which
-  adds a tile's channels one after the other where a GPU adds in parts. Neither number is that of a GPU. One thread.
+  adds a tile's channels one after the other where a GPU adds in parts. Neither number is that of a GPU. All run on one
+  thread.
 
 What stands out: in bfloat16 and float16 attnkern computes in float32 and rounds each result once, gradients included;
 the formulas written in PyTorch round every step, and so does torch.compile between its kernels. In float32 and float64

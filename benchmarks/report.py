@@ -628,8 +628,9 @@ def details(content: dict) -> str:
     """The tables of a run."""
     if content.get("suite") == "scaling":
         note = (
-            "Time grows as the bytes to the power of the exponent, which is that of the last doubling; it is above 1 "
-            "where the data no longer fits the caches."
+            "Times are attnkern's, forward and backward, at the smallest and the largest size along each axis. The "
+            "exponent relates time to bytes in the last doubling: time ∝ bytes^exponent. It exceeds 1 where the data "
+            "no longer fits the caches."
         )
         return f"{scaling_table(content['rows'])}\n\n{note}"
     parts = [tables(content["rows"]), *(profile_table(*found) for found in content.get("profiles", {}).items())]
@@ -710,10 +711,13 @@ attnkern beside its competitors, in runs on the machines below. This page and `b
 
 - **Competitors** are the papers' literal formulas in eager PyTorch (`eager`) and under `torch.compile` (`compile`), and
   scaled_dot_product_attention for pooling (`sdpa`). attnkern is `native` (compiled kernels), `triton`, or `reference`
-  (plain PyTorch). Pooling with many queries has a table of its own, with timm's attention-pooling layers (`timm`) and
-  folded forms of them in plain PyTorch ([Faster attention pooling](attention-pooling.md)).
+  (plain PyTorch). A run that measures pooling with many queries has a table for it, with timm's attention-pooling
+  layers (`timm`) and folded forms of them in plain PyTorch ([Faster attention pooling](attention-pooling.md)).
 - **Columns with ×** are the competitor's time divided by that of the faster of attnkern's kernels. Below 1 the
   competitor is faster: these rows stay in the tables. A competitor that fails is listed with its error.
+- **Cases** name the operator, the shape N×C×H×W, the dtype and the memory format. Without `Q=`, `M=` or `K=` there are
+  20 anchors, one query and one window. "A copy moves" is the bandwidth of copying a large tensor on the same machine,
+  as a scale.
 - **Method**: every result is checked against the reference in float64 before it is timed. Competitors take turns of ten
   milliseconds, and medians are compared. `spread` is the largest interquartile range of a row's times, as a share of
   the median; a row whose spread exceeds 0.25 is measured up to three times, and marked as noisy if it stays so. Runs up

@@ -7,7 +7,7 @@ from attnkern.models.registry import create_model, list_models, map_names
 
 def table(num_classes: int = 10) -> str:
     """Markdown table: parameters of each network at full width, trained parameters, names of the attention maps."""
-    lines = ["| network | parameters | trainable parameters | attention maps |", "|---|---|---|---|"]
+    lines = ["| network | parameters | trained parameters | attention maps |", "|---|---|---|---|"]
     for name in list_models():
         with torch.device("meta"):
             network = create_model(name, num_classes)

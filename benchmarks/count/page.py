@@ -136,7 +136,7 @@ def widest(row: dict, kind: str) -> str:
 def counts_table(table, backend: str) -> str:
     head = [
         "case", "pass", "launches", "instructions / element", "budget", "loads", "stores", "sectors / load",
-        "sectors / store", "bank cycles", "registers", "blocks / SM", "spills", "MB",
+        "sectors / store", "bank cycles", "registers", "blocks / SM", "stack", "MB",
     ]  # fmt: skip
     lines = []
     for (case, which), found in table.items():
@@ -302,6 +302,9 @@ def choices(counted: list[dict]) -> str:
         f" {native.mean:.2f} × the time of the better backend by geometric mean, at most {native.worst:.2f} ×"
         f" ({native.worst_at}). Most of these"
         " differences are smaller than the uncertainty of the estimates.",
+        "",
+        "The table has native's estimated time over Triton's on an H200, forward and backward together. Below 1, native"
+        " is faster.",
     ]
     return "\n".join(lines)
 
@@ -324,7 +327,11 @@ INTRODUCTION = """# Counted for a GPU
 
 Written by `make count`, which needs no GPU. No time on this page was measured: instructions, registers, memory sectors
 and launches are **counted** in the machine code for compute capability 9.0 (H100, H200); microseconds are **estimated**
-from the counts, within about ±30 %. `make gpu` measures, where there is a GPU.
+from the counts, within about ±30 %. On a machine with a GPU, `make gpu` measures.
+
+A row names the operator, the shape N×C×H×W (N×C×L for `tokens`), the dtype and the memory format: NCHW is contiguous,
+NHWC is channels_last with the same shape. Q is the number of anchors (20 if not given), M the number of
+queries and K the number of windows per image.
 
 ## What is counted, and how
 
@@ -340,7 +347,8 @@ from the counts, within about ±30 %. `make gpu` measures, where there is a GPU.
 - **Resources** (registers, shared memory, bytes of stack) are those that the compiler reports; blocks per
   multiprocessor follow from them. The stack holds spilled registers; 32 or 40 bytes of it in the window's kernels are
   the frame of the reduction of huge angles, which ordinary rectangles do not use.
-- **Bytes** of a launch are the distinct sectors of the block times the blocks, at most each tensor once. Scratch that
+- **Bytes** of a launch are the distinct sectors that the interpreted block touches, times the number of blocks, but at
+  most the size of each tensor. Scratch that
   fits into the second-level cache is read from there.
 
 Approximations: global memory holds ordinary numbers of the right dtype, so that branches on data are those of ordinary
@@ -364,13 +372,15 @@ bytes arrive and after its last have left:
 - **memory**: bytes at {share:.0%} of a copy's bandwidth, {h200:.1f} TB/s on an H200 and {h100:.1f} TB/s on an H100; one
   multiprocessor takes at most {single:.0f} GB/s;
 - **l2**: sectors at {l2_bandwidth:.1f} TB/s; sectors that a block has read before come from its own cache;
-- **shared**: cycles of shared memory, bank conflicts included, and of requests to global memory.
+- **shared**: cycles of shared memory, bank conflicts included, and of requests to global memory;
+- **tensor**: cycles of the tensor cores (pooling with many queries).
 
-With many blocks, the last ones end later than their share, by {overlapped:.0%} of the resident blocks. Each launch of a
-call adds {launch:.1f} µs, and so does each of PyTorch's own kernels that the call starts (the "+" in the tables). The
-**goal** is the time of the bytes that must be moved, features read and written once, at {share:.0%} of a copy's
-bandwidth, and {launch:.1f} µs for each launch. The **budget** of instructions per element is what all schedulers can
-issue while these bytes pass at {stated:.1f} TB/s.
+If a multiprocessor runs more blocks than it can hold at once, {overlapped:.0%} of the blocks that it can hold are
+added to its share, because the last blocks end unevenly. Each launch of a call adds {launch:.1f} µs. Each of PyTorch's
+own kernels that the call starts (the "+" in the tables) adds {launch:.1f} µs + {fill:.1f} µs. The **goal** is the
+time of the bytes that must be moved, features read and written once, at {share:.0%} of a copy's bandwidth, and
+{launch:.1f} µs for each launch. The **budget** of instructions per element is what all schedulers can issue while these
+bytes pass at {stated:.1f} TB/s.
 
 """
 
@@ -455,7 +465,8 @@ def text(stored: dict) -> str:
         *windows(stored.get("windows", [])),
         "## Counts\n\nInstructions are those of all launches; the columns from loads on are the main kernel's, which"
         " moves most bytes. Loads and stores name the width in bits that most bytes have; bank cycles are those of a"
-        " block; MB are the bytes of all launches.",
+        " block; stack is in bytes per thread, spilled registers and the frame described above together; MB are the"
+        " bytes of all launches.",
         *(f"### {title}\n\n{counts_table(table, backend)}" for title, backend in zip(TITLES, BACKENDS, strict=True)),
     ]
     return "\n\n".join(parts) + "\n"

@@ -47,7 +47,11 @@ class Network(nn.Module):
         return self.classifier
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the last layers by newly initialised ones for ``num_classes`` classes."""
+        """Replace the layers whose shapes depend on the number of classes by newly initialised ones.
+
+        Raises:
+            ValueError, TypeError: ``num_classes`` is not an integer of at least 1.
+        """
         check_count(type(self).__name__, num_classes=num_classes)
 
         def renewed(layer):

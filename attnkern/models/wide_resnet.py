@@ -57,6 +57,15 @@ def _map_head(stage, channels, num_classes):
     )  # fmt: skip
 
 
+def _renew_map_head(head, num_classes):
+    """Replace the layers of a :func:`_map_head` whose shapes depend on the number of classes."""
+    new = _map_head(nn.Identity(), head[1].num_features, num_classes)
+    he_normal(new)
+    new.to(head[1].weight).train(head.training)
+    for index in (2, 3, 5):
+        head[index] = new[index]
+
+
 @register_model("wrn28_10_aib")
 @register_model("wrn28_10_aib_qt", num_anchors=50)
 class WideResNetBottleneck(BottleneckNetwork):
@@ -111,6 +120,11 @@ class WideResNetBottleneck(BottleneckNetwork):
         he_normal(self)
         zero_biases(self, nn.Linear)
 
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier and, in ``attention.mean``, the layers that have one map per class."""
+        super().reset_classifier(num_classes)
+        _renew_map_head(self.attention.mean, num_classes)
+
 
 class AttentionBranched(NamedTuple):
     """What :class:`WideResNet` with an attention branch returns in training."""
@@ -127,6 +141,13 @@ class _AttentionBranch(nn.Module):
         self.head = _map_head(stage, channels, num_classes)
         self.score = nn.Conv2d(num_classes, num_classes, 1, bias=False)
         self.map = nn.Identity()
+
+    def renew(self, num_classes):
+        """Replace the layers whose shapes depend on the number of classes."""
+        _renew_map_head(self.head, num_classes)
+        new = nn.Conv2d(num_classes, num_classes, 1, bias=False).to(self.score.weight)
+        he_normal(new)
+        self.score = new
 
     def forward(self, x):
         *to_classes, conv, norm = self.head
@@ -178,6 +199,12 @@ class WideResNet(Network):
         self.classifier = nn.Linear(c640, num_classes)
         he_normal(self)
         zero_biases(self, nn.Linear)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier and, in the attention branch, the layers that have one map per class."""
+        super().reset_classifier(num_classes)
+        if self.attention is not None:
+            self.attention.renew(num_classes)
 
     def forward(self, x: torch.Tensor) -> AttentionBranched | torch.Tensor:
         """Logits (N, num_classes) of images (N, in_chans, H, W); with the branch, in training, of both branches."""

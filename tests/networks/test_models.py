@@ -412,16 +412,40 @@ def test_wrong_out_indices():
         small("vgg_gap", out_indices=(1,))
 
 
-@each_class
+def shapes_of(model):
+    return {key: tensor.shape for key, tensor in model.state_dict().items()}
+
+
+@every_model
 def test_new_classifier(name):
-    model = small(name)
+    with torch.device("meta"):
+        model = small(name)
+        model.reset_classifier(7)
+        assert shapes_of(model) == shapes_of(small(name, 7))
+        assert model.num_classes == 7
+
+
+@each_class
+def test_new_classifier_is_trained(name):
+    model, images = small(name), torch.rand(2, 3, 32, 32)
     model.reset_classifier(7)
-    assert model.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 7)
-    assert model.num_classes == 7
-    model = small("vgg_att2_indep_dp")
-    model.reset_classifier(2)
-    assert model.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 2)
-    assert len(model.get_classifier()) == 2
+    model.loss(model(images), torch.tensor([4, 6])).backward()
+    assert model.eval()(images).shape == (2, 7)
+    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+        model.reset_classifier(0)
+
+
+@pytest.mark.parametrize("name", ["vgg_gap", "wrn28_10_abn", "wrn28_10_aib_qt"])
+def test_new_classifier_keeps_dtype_mode_and_other_layers(name):
+    model = small(name).double().eval()
+    before = model.state_dict()
+    model.reset_classifier(7)
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float64}
+    assert not any(isinstance(module, nn.BatchNorm2d) and module.training for module in model.modules())
+    after = model.state_dict()
+    renewed = {key.rpartition(".")[0] for key in after if after[key].shape != before[key].shape}
+    for key, tensor in after.items():
+        assert (tensor.data_ptr() == before[key].data_ptr()) == (key.rpartition(".")[0] not in renewed), key
 
 
 @each_class

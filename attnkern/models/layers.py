@@ -73,6 +73,13 @@ class Network(nn.Module):
         check_shape(where, "x", x, f"(N, {self.in_chans}, H, W) with H and W of at least 1", ok)
 
 
+def check_dropout(where: str, dropout: float, rate: float) -> None:
+    """Raise unless ``dropout`` is a number whose product with ``rate``, the network's largest, is a probability."""
+    check_number(where, dropout=dropout)
+    if not 0 <= dropout * rate <= 1:
+        raise ValueError(f"{where}: dropout must be at least 0 and at most {1 / rate:.4g}, got {dropout}")
+
+
 def scaled(channels: int, width: float) -> int:
     """``channels`` times ``width``, at least 1."""
     return max(1, round(channels * width))

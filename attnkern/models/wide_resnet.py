@@ -12,10 +12,13 @@ from torch import nn
 from attnkern._checks import check_count
 from attnkern._numerics import wide
 from attnkern.models.information_bottleneck import BottleneckNetwork
-from attnkern.models.layers import MapNorm, Network, he_normal, scaled, zero_biases
+from attnkern.models.layers import MapNorm, Network, check_dropout, he_normal, scaled, zero_biases
 from attnkern.models.registry import register_model
 from attnkern.nn import BottleneckAttention
 from attnkern.reference import modulate
+
+#: Published rate of dropout.
+_DROPOUT = 0.3
 
 
 class _WideBlock(nn.Module):
@@ -106,8 +109,9 @@ class WideResNetBottleneck(BottleneckNetwork):
     ):
         super().__init__(num_classes, in_chans, width)
         check_count("WideResNetBottleneck", blocks=blocks)
+        check_dropout("WideResNetBottleneck", dropout, _DROPOUT)
         self._configure(variant, samples, beta=beta, anchor_weight=anchor_weight, commitment_weight=commitment_weight)
-        rate, k = 0.3 * dropout, scaled(512, width)
+        rate, k = _DROPOUT * dropout, scaled(512, width)
         self.features, c320, c640 = _wide_features(in_chans, width, blocks, rate)
         mean = _map_head(_wide_stage(c320, c640, 1, blocks, rate), c640, num_classes)
         self.attention = BottleneckAttention(c320, num_anchors, mean=mean)
@@ -190,7 +194,8 @@ class WideResNet(Network):
     ):
         super().__init__(num_classes, in_chans, width)
         check_count("WideResNet", blocks=blocks)
-        rate = 0.3 * dropout
+        check_dropout("WideResNet", dropout, _DROPOUT)
+        rate = _DROPOUT * dropout
         self.features, c320, c640 = _wide_features(in_chans, width, blocks, rate)
         own_stage = _wide_stage(c320, c640, 1, blocks, rate) if branch else None
         self.attention = _AttentionBranch(own_stage, c640, num_classes) if branch else None

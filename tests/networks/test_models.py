@@ -503,6 +503,21 @@ def test_dropout_is_a_multiplier_of_the_published_rates(name, published):
             assert depths == pytest.approx([multiplier * 0.2 * block / 16 for block in range(16)])
 
 
+@pytest.mark.parametrize(
+    "name, most",
+    [
+        ("vgg", "2"), ("vgg_gap", "2.5"), ("vgg_att_pc", "2"), ("rn164", "2"), ("wrn28_10", "3.333"),
+        ("wrn28_10_aib", "3.333"), ("efficientnet_b0_none", "5"),
+    ],
+)  # fmt: skip
+def test_dropout_out_of_range(name, most):
+    for dropout in (-0.1, 5.1, math.nan):
+        with pytest.raises(ValueError, match=f"dropout must be at least 0 and at most {most}, got {dropout}$"):
+            create_model(name, 4, dropout=dropout)
+    with pytest.raises(TypeError, match=r"dropout must be a number, got '0\.3'"):
+        create_model(name, 4, dropout="0.3")
+
+
 @each_class
 @pytest.mark.parametrize("shape", [(2, 1, 32, 32), (2, 3, 0, 32), (3, 32, 32)])
 def test_wrong_images(name, shape):
@@ -530,6 +545,8 @@ def test_wrong_options(name, options, kind, message):
     "name, options, message",
     [
         ("vgg_aib_qt", {"samples": (4, 0)}, "samples must be at least 1, got 0"),
+        ("vgg_aib_qt", {"samples": 4}, r"samples must be None or \(samples of a, samples of z for each a\), got 4"),
+        ("vgg_aib_qt", {"samples": (4,)}, r"samples must be None or \(samples of a, .*, got \(4\)"),
         ("vgg_att_pc", {"levels": (8,)}, r"levels must be one or more of 7, 10 and 13, each once, got \(8,\)"),
         ("vgg_att_pc", {"levels": ()}, r"levels must be one or more of 7, 10 and 13, each once, got \(\)"),
         ("vgg_att_pc", {"head": "sum"}, "head must be 'concat' or 'indep', got 'sum'"),
@@ -550,6 +567,24 @@ def test_wrong_options(name, options, kind, message):
 )
 def test_wrong_options_of_one_network(name, options, message):
     with pytest.raises(ValueError, match=message):
+        create_model(name, 4, **options)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        *(
+            (name, {option: "x"}, f"{option} must be a number, got 'x'")
+            for name in ("vgg_aib_qt", "wrn28_10_aib", "vgg16_aib", "small_bottleneck")
+            for option in ("beta", "anchor_weight", "commitment_weight")
+        ),
+        ("vgg_aib_qt", {"samples": (4, 2.0)}, "samples must be an integer, got 2.0"),
+        ("vgg_att_pc", {"levels": 10}, "levels must be a list of int, got 10"),
+        ("rn164", {"levels": "34"}, "levels must be a list of int, got '34'"),
+    ],
+)
+def test_options_of_another_type(name, options, message):
+    with pytest.raises(TypeError, match=message):
         create_model(name, 4, **options)
 
 
@@ -735,6 +770,14 @@ def test_unknown_variant():
         create_model("vgg_aib_qt", 10, variant="wrong")
     with pytest.raises(ValueError, match=message):
         bottleneck_loss(_output(), torch.tensor([0, 0, 0]), variant="wrong")
+
+
+def test_wrong_arguments_of_the_loss():
+    output, labels = _output(), torch.tensor([0, 0, 0])
+    with pytest.raises(TypeError, match="bottleneck_loss: output must be a Bottlenecked, got Tensor"):
+        bottleneck_loss(output.logits, labels)
+    with pytest.raises(TypeError, match=r"bottleneck_loss: beta must be a number, got '0\.1'"):
+        bottleneck_loss(output, labels, beta="0.1")
 
 
 def test_evaluation_averages_samples():

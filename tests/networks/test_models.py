@@ -17,6 +17,7 @@ import attnkern
 from attnkern import cli, models
 from attnkern.models import (
     Bottlenecked,
+    FeatureMaps,
     attention_maps,
     bottleneck_loss,
     create_model,
@@ -387,6 +388,16 @@ def test_unknown_map():
         attention_maps(small("vgg_aib"), torch.rand(1, 3, 32, 32), ["map"])
     with pytest.raises(ValueError, match=r"names must be among the model's attention maps \[\], got 'map'"):
         attention_maps(small("vgg"), torch.rand(1, 3, 32, 32), ["map"])
+    with pytest.raises(ValueError, match="got 'map'"):
+        attention_maps(small("vgg"), torch.rand(1, 3, 32, 32), "map")
+    with pytest.raises(TypeError, match="attention_maps: names must be an Iterable or None, got 3"):
+        attention_maps(small("vgg"), torch.rand(1, 3, 32, 32), 3)
+
+
+def test_one_map_by_name():
+    model, images = small("small_compatibility2_dp").eval(), torch.rand(1, 3, 32, 32)
+    for names in ("attention.map", ["attention.map"], iter(["attention.map"])):
+        assert attention_maps(model, images, names)[1].keys() == {"attention.map"}
 
 
 @every_model
@@ -408,8 +419,17 @@ def test_feature_maps(name):
 def test_wrong_out_indices():
     with pytest.raises(ValueError, match=r"out_indices must lie in 0 to 2, got \(3,\)"):
         small("vgg_gap", features_only=True, out_indices=(3,))
-    with pytest.raises(ValueError, match="out_indices needs features_only=True"):
+    message = r"out_indices needs features_only=True, got \(1,\) with features_only=False"
+    with pytest.raises(ValueError, match=message):
         small("vgg_gap", out_indices=(1,))
+    with pytest.raises(ValueError, match=message):  # before the file is read
+        small("vgg_gap", out_indices=(1,), pretrained="nowhere.pth")
+    with pytest.raises(TypeError, match="out_indices must be a list of int, got 1"):
+        small("vgg_gap", features_only=True, out_indices=1, pretrained="nowhere.pth")
+    with pytest.raises(TypeError, match="out_indices must be a list of int, got 1"):
+        FeatureMaps(small("vgg_gap"), 1)
+    with pytest.raises(TypeError, match="features_only must be True or False, got 'yes'"):
+        small("vgg_gap", features_only="yes")
 
 
 def shapes_of(model):
@@ -546,7 +566,7 @@ def test_wrong_options(name, options, kind, message):
     [
         ("vgg_aib_qt", {"samples": (4, 0)}, "samples must be at least 1, got 0"),
         ("vgg_aib_qt", {"samples": 4}, r"samples must be None or \(samples of a, samples of z for each a\), got 4"),
-        ("vgg_aib_qt", {"samples": (4,)}, r"samples must be None or \(samples of a, .*, got \(4\)"),
+        ("vgg_aib_qt", {"samples": (4,)}, r"samples must be None or \(samples of a, .*, got \(4,\)"),
         ("vgg_att_pc", {"levels": (8,)}, r"levels must be one or more of 7, 10 and 13, each once, got \(8,\)"),
         ("vgg_att_pc", {"levels": ()}, r"levels must be one or more of 7, 10 and 13, each once, got \(\)"),
         ("vgg_att_pc", {"head": "sum"}, "head must be 'concat' or 'indep', got 'sum'"),

@@ -20,7 +20,7 @@ def describe(value) -> str:
     """``value`` as error messages show it: strings and numbers in full, everything else by its type."""
     if isinstance(value, (tuple, list)):
         shown = ", ".join(map(describe, value[:8]))
-        return f"({shown})" if isinstance(value, tuple) else f"[{shown}]"
+        return f"({shown}{',' * (len(value) == 1)})" if isinstance(value, tuple) else f"[{shown}]"
     plain = isinstance(value, (str, numbers.Number, type(None)))
     return repr(value) if plain else type(value).__name__
 
@@ -195,10 +195,21 @@ def check_items(where: str, kind: type, **collections) -> None:
             raise TypeError(f"{where}: {name} must be a list of {kind.__name__}, got {describe(items)}")
 
 
+def _float(number) -> float:
+    if isinstance(number, (str, bytes, bool)):  # float would convert them
+        raise TypeError
+    return float(number)
+
+
 def numbers_of(where: str, name: str, items) -> list[float]:
-    """An iterable of numbers as a list of floats. Raises TypeError if it is something else."""
+    """An iterable of numbers as a list of floats.
+
+    Raises TypeError if it is something else, and ValueError if a float64 does not hold one of the numbers.
+    """
     try:
-        return [float(each) for each in items]
+        return [_float(each) for each in items]
+    except OverflowError as error:
+        raise ValueError(f"{where}: {name} must be numbers that a float64 holds, got one larger") from error
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a complex or a sparse tensor
         raise TypeError(f"{where}: {name} must be a list of numbers, got {describe(items)}") from error
 

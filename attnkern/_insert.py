@@ -15,11 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import attnkern.nn as ann
-from attnkern._checks import check_choice, check_count, check_kind, check_shape, check_tensor
+from attnkern._checks import check_choice, check_count, check_kind, check_shape, check_tensor, describe
+from attnkern._spelling import did_you_mean
 from attnkern._tracing import Module
 from attnkern.nn._precision import floating_parameter
 
 _FEATURES_TO_FEATURES = (ann.WindowAttention, ann.PositionwiseAttention, ann.ProgressiveAttention)
+_TO_OTHERS = (ann.AnchorQuantizer, ann.AttentionPool, ann.BottleneckAttention, ann.CompatibilityPool)
 
 
 class OnTokens(Module):
@@ -201,7 +203,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
 
 
-def _output_of(runs: _Runs, layer: nn.Module) -> tuple[torch.Tensor, bool]:
+def _output_of(name: str, runs: _Runs, layer: nn.Module) -> tuple[torch.Tensor, bool]:
     """The output of ``layer``, and whether the model ran to its end."""
     output, error = runs.checked(layer)
     if output is None and error is not None and runs.given:
@@ -212,9 +214,10 @@ def _output_of(runs: _Runs, layer: nn.Module) -> tuple[torch.Tensor, bool]:
             + _first_line(error)
         ) from error
     if output is None:
-        raise ValueError("insert: the layer must run when the model does, and it did not")
+        raise ValueError(f"insert: name must be a layer that the model runs, got {name!r}, which did not run")
     if not isinstance(output, torch.Tensor):
-        raise TypeError(f"insert: the layer must return a Tensor, got {type(output).__name__}")
+        returned = type(output).__name__
+        raise TypeError(f"insert: name must be a layer that returns a Tensor, got {name!r}, which returns {returned}")
     return output, error is None
 
 
@@ -290,7 +293,7 @@ def insert(
     Args:
         model: any network.
         name: of a layer, as in ``model.named_modules()``.
-        module: a module, or a class that is called with the layer's channels and ``options``.
+        module: a module, or a class or function that is called with the layer's channels and ``options``.
         example: an input of the model, or a tuple of its arguments. Default: a fake image of 224x224.
         layout: of the layer's output. "NCHW": maps (N, C, H, W); "NHWC": maps (N, H, W, C), as in Swin; "NLC": tokens
             (N, L, C) of a square grid, after at most eight other tokens. None: found from the axes that change with the
@@ -303,12 +306,16 @@ def insert(
         ValueError: there is no such layer, or the model does not run it; tokens are not a square grid; the output has
             other dimensions or an ambiguous layout; the model needs an example, or does not run on it, or does not run
             with the module; or it is already wrapped in DistributedDataParallel or sharded by FSDP.
-        TypeError: the module does not return features like its input, the layer does not return a Tensor, or an
-            argument has the wrong type.
+        TypeError: the module does not return features like its input, or is an instance, which takes no options; the
+            layer does not return a Tensor; or an argument has the wrong type.
     """
     check_kind("insert", nn.Module, model=model)
     check_kind("insert", str, name=name)
     check_kind("insert", nn.Module | Callable, module=module)
+    if options and isinstance(module, nn.Module):
+        hints = "".join(did_you_mean(option, ("example", "layout")) for option in options)
+        raise TypeError(f"insert: module must be a class or function to take options, got an instance of "
+                        f"{type(module).__name__} and the options {', '.join(options)}{hints}")  # fmt: skip
     check_kind("insert", torch.Tensor | tuple | None, example=example)
     check_choice("insert", "layout", layout, ("NCHW", "NHWC", "NLC", None))
     layers = dict(model.named_modules(remove_duplicate=False))
@@ -333,7 +340,7 @@ def insert(
     target = copy.deepcopy(layer) if shared and stateless else layer
     setattr(layers[parent], key, target)
     try:
-        output, to_the_end = _output_of(runs, target)
+        output, to_the_end = _output_of(name, runs, target)
         shape = output.shape
         layout = layout or _layout_of(name, runs, target, shape)
         if len(shape) != len(layout):
@@ -342,7 +349,10 @@ def insert(
             OnTokens.grid(shape[1])
         channels = shape[layout.index("C")]
         inserted = module if isinstance(module, nn.Module) else module(channels, **options)
-        if isinstance(inserted, (ann.BottleneckAttention, ann.CompatibilityPool, ann.AnchorQuantizer)):
+        if not isinstance(inserted, nn.Module):
+            raise TypeError(f"insert: module must be a class or function that returns a Module, got one that returns "
+                            f"{describe(inserted)}")  # fmt: skip
+        if isinstance(inserted, _TO_OTHERS):
             fitting = ", ".join(kind.__name__ for kind in _FEATURES_TO_FEATURES)
             raise TypeError(f"insert: module must give back the features it takes ({fitting}), got "
                             f"{type(inserted).__name__}: call it in the model's forward")  # fmt: skip

@@ -20,6 +20,7 @@ from torch.utils.benchmark import Timer
 import attnkern
 from attnkern import _backend, viz
 from attnkern._checks import check_count, check_kind
+from attnkern._json import read_json
 from attnkern.evaluation.classification import mcnemar
 from attnkern.evaluation.protocols import PROTOCOLS, NotApplicableError, Subject, choices, evaluate, plain
 from attnkern.nn import AnchorQuantizer
@@ -185,10 +186,18 @@ def side_by_side(subjects: Mapping[str, Subject], indices: Sequence[int], **opti
     return viz.grid([images, *overlays], **{"row_titles": ["image", *rows], "inches": 1.2} | options)
 
 
+def _written(path, command):
+    """The content of a JSON file that a command has written, or {} if there is no such file."""
+    return read_json("report", path, f"delete it or write it again with {command}") if path.is_file() else {}
+
+
 def saved_results(subject: Subject, run: str | os.PathLike) -> dict[str, Any]:
-    """The results in the ``evaluation.json`` of a run, or {} if there are none for this map and these test images."""
-    path = Path(run) / "evaluation.json"
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """The results in the ``evaluation.json`` of a run, or {} if there are none for this map and these test images.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    saved = _written(Path(run) / "evaluation.json", "attnkern evaluate")
     settings = plain(choices(subject))
     same = all(saved.get(key) == settings[key] for key in ("data", "images", "map", "seed"))
     return saved["protocols"] if same else {}
@@ -220,8 +229,8 @@ class _Side(NamedTuple):
 
 def _side(subject, run, results):
     run = Path(run)
+    trained = _written(run / "result.json", "attnkern train")
     results = plain(evaluate(subject, PROTOCOLS) if results is None else results)
-    trained = json.loads((run / "result.json").read_text(encoding="utf-8")) if (run / "result.json").is_file() else {}
     return _Side(subject, run, results, trained, sorted(run.glob("csv/version_*/metrics.csv")))
 
 
@@ -340,7 +349,8 @@ def report(
             of the two networks gets right.
 
     Raises:
-        ValueError: ``against`` is the same run, or has another data set or other test images.
+        ValueError: ``against`` is the same run, or has another data set or other test images; or a ``result.json`` is
+            damaged.
     """
     check_kind("report", Subject, subject=subject)
     check_kind("report", str | os.PathLike, run=run)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern._checks import check_choice, check_count
+from attnkern._checks import check_choice, check_count, check_kind, check_number, describe
 from attnkern._numerics import wide
 from attnkern.models.layers import Network, conv_bn_relu, halved, scaled, xavier_uniform
 from attnkern.models.registry import register_model
@@ -49,7 +49,7 @@ def bottleneck_loss(
     β = 0.01 and a further factor ½).
 
     Args:
-        output: of a :class:`BottleneckNetwork` in training.
+        output: of a :class:`BottleneckNetwork` in training; its ``loss`` also takes the logits of evaluation.
         labels: (N,) int64, or probabilities (N, num_classes).
         beta: β.
         anchor_weight: λ_q.
@@ -58,11 +58,15 @@ def bottleneck_loss(
 
     Raises:
         ValueError: an unknown variant.
+        TypeError: ``output`` is not a :class:`Bottlenecked`, such as logits of evaluation, or a weight is not a number.
 
     Source: Information Bottleneck Approach to Spatial Attention Learning, Eqs. 8 and 10, which print a minus before the
     KL and anchor terms.
     """
-    check_choice("bottleneck_loss", "variant", variant, VARIANTS)
+    where = "bottleneck_loss"
+    check_kind(where, Bottlenecked, output=output)
+    check_number(where, beta=beta, anchor_weight=anchor_weight, commitment_weight=commitment_weight)
+    check_choice(where, "variant", variant, VARIANTS)
     log_std = output.std.log() if variant == "correct" else output.std
     divergence = 0.5 * (output.mean.square() + (2 * log_std).exp() - 2 * log_std - 1).sum(1).mean()
     bits = (F.cross_entropy(output.logits, labels) + beta * divergence) / math.log(2)
@@ -81,16 +85,21 @@ class BottleneckNetwork(Network):
         variant: of the KL term, "correct" or "reference"; see :func:`bottleneck_loss`.
         samples: None, or in evaluation (samples of a, samples of z for each a); published: (4, 4).
         beta, anchor_weight, commitment_weight: of :func:`bottleneck_loss`.
+
+    Raises:
+        ValueError, TypeError: an argument out of its range, or images with other channels.
     """
 
     def _configure(self, variant, samples, **loss_weights):
         where = type(self).__name__
         check_choice(where, "variant", variant, VARIANTS)
         if samples is not None:
-            if len(samples) != 2:
-                raise ValueError(f"{where}: samples must be (samples of a, samples of z for each a), got {samples}")
+            if not isinstance(samples, (tuple, list)) or len(samples) != 2:
+                expected = "None or (samples of a, samples of z for each a)"
+                raise ValueError(f"{where}: samples must be {expected}, got {describe(samples)}")
             for count in samples:
                 check_count(where, samples=count)
+        check_number(where, **loss_weights)
         self.samples = samples
         self.loss_options = loss_weights | {"variant": variant}
 

@@ -47,7 +47,11 @@ class Network(nn.Module):
         return self.classifier
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the last layers by newly initialised ones for ``num_classes`` classes."""
+        """Replace the layers whose shapes depend on the number of classes by newly initialised ones.
+
+        Raises:
+            ValueError, TypeError: ``num_classes`` is not an integer of at least 1.
+        """
         check_count(type(self).__name__, num_classes=num_classes)
 
         def renewed(layer):
@@ -67,6 +71,13 @@ class Network(nn.Module):
         check_tensor(where, "x", x)
         ok = x.dim() == 4 and x.shape[1] == self.in_chans and min(x.shape[2:]) > 0
         check_shape(where, "x", x, f"(N, {self.in_chans}, H, W) with H and W of at least 1", ok)
+
+
+def check_dropout(where: str, dropout: float, rate: float) -> None:
+    """Raise unless ``dropout`` is a number whose product with ``rate``, the network's largest, is a probability."""
+    check_number(where, dropout=dropout)
+    if not 0 <= dropout * rate <= 1:
+        raise ValueError(f"{where}: dropout must be at least 0 and at most {1 / rate:.4g}, got {dropout}")
 
 
 def scaled(channels: int, width: float) -> int:

@@ -7,7 +7,7 @@ from torch import nn
 
 from attnkern._checks import check_choice
 from attnkern.models.efficientnet_lite import lite0_features, load_lite0
-from attnkern.models.layers import MapNorm, Network, backbone_weights, check_backbone, replace_stem
+from attnkern.models.layers import MapNorm, Network, backbone_weights, check_backbone, check_dropout, replace_stem
 from attnkern.models.registry import register_model
 from attnkern.nn import PositionwiseAttention, WindowAttention
 
@@ -165,6 +165,7 @@ class RectangularNetwork(RectangularBase):
     ):
         super().__init__(num_classes, in_chans, width)
         where = type(self).__name__
+        check_dropout(where, dropout, _DROPOUT)
         check_backbone(where, backbone, tuple(_BACKBONES), weights, width, in_chans)
         self.features, after = _BACKBONES[backbone](where, width, _DROPOUT * dropout, weights)
         replace_stem(self.features, in_chans)

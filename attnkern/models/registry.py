@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from attnkern._checks import check_choice
+from attnkern._checks import check_choice, check_flag, check_items, check_kind
 from attnkern._spelling import did_you_mean
 from attnkern.models.weights import load_weights
 
@@ -65,10 +65,17 @@ def create_model(
 
     Raises:
         ValueError, TypeError: an unknown name; weights of another network; a file that is damaged or holds more than
-            weights; out_indices out of range; an option that the network's constructor refuses.
+            weights; out_indices out of range, of another type or without features_only; an option that the network's
+            constructor refuses.
         FileNotFoundError: ``pretrained`` is not a file.
     """
     check_choice("create_model", "name", name, list_models())
+    check_flag("create_model", features_only=features_only)
+    if out_indices is not None:
+        check_items("create_model", int, out_indices=out_indices)
+        if not features_only:
+            given = f"{tuple(out_indices)} with features_only=False"
+            raise ValueError(f"create_model: out_indices needs features_only=True, got {given}")
     known = inspect.signature(_MODELS[name]).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         for option in options:
@@ -77,8 +84,6 @@ def create_model(
     network = _MODELS[name](num_classes, **options)
     if pretrained is not None:
         load_weights(network, pretrained)
-    if out_indices is not None and not features_only:
-        raise ValueError("create_model: out_indices needs features_only=True")
     return FeatureMaps(network, out_indices) if features_only else network
 
 
@@ -89,6 +94,7 @@ class FeatureMaps(nn.Module):
 
     Raises:
         ValueError: a network without feature maps, or out_indices out of range.
+        TypeError: out_indices is not a list of integers.
     """
 
     def __init__(self, network: nn.Module, out_indices: tuple[int, ...] | None = None):
@@ -99,6 +105,7 @@ class FeatureMaps(nn.Module):
                 f"create_model: features_only needs a network with feature_modules, got {type(network).__name__}"
             )
         chosen = range(len(names)) if out_indices is None else out_indices
+        check_items("create_model", int, out_indices=chosen)
         if any(not -len(names) <= index < len(names) for index in chosen):
             raise ValueError(f"create_model: out_indices must lie in 0 to {len(names) - 1}, got {tuple(out_indices)}")
         self.network = network
@@ -143,18 +150,20 @@ def map_names(model: nn.Module) -> list[str]:
 
 
 def attention_maps(
-    model: nn.Module, images: torch.Tensor, names: Iterable[str] | None = None
+    model: nn.Module, images: torch.Tensor, names: str | Iterable[str] | None = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The model's output for ``images`` (N, C, H, W), and its attention maps {name: (N, h, w)}.
 
     Args:
-        names: which maps, by default all of :func:`map_names`.
+        names: which maps, by default all of :func:`map_names`; one name or several.
 
     Raises:
         ValueError: a name that is not an attention map of the model.
+        TypeError: names is neither a name nor a list of names.
     """
     known = map_names(model)
-    names = known if names is None else list(names)
+    check_kind("attention_maps", Iterable | None, names=names)
+    names = known if names is None else [names] if isinstance(names, str) else list(names)
     for name in names:
         if name not in known:
             raise ValueError(f"attention_maps: names must be among the model's attention maps {known}, got {name!r}")

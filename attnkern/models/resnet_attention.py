@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attnkern._checks import check_count
-from attnkern.models.layers import MapNorm, conv_bn_relu, halved, scaled, zero_biases
+from attnkern._checks import check_count, check_items
+from attnkern.models.layers import MapNorm, check_dropout, conv_bn_relu, halved, scaled, zero_biases
 from attnkern.models.learn_to_pay_attention import EPS, PooledNetwork, initialise, max_pool
 from attnkern.models.registry import register_model
 
@@ -77,6 +77,8 @@ class ResNetAttention(PooledNetwork):
         super().__init__(num_classes, in_chans, width)
         check_count("ResNetAttention", blocks=blocks)
         self._check_options(compatibility, head, combine, init)
+        check_dropout("ResNetAttention", dropout, 0.5)
+        check_items("ResNetAttention", int, levels=levels)
         levels = tuple(sorted(levels))
         if len(set(levels)) != len(levels) or not set(levels) <= {2, 3, 4}:
             raise ValueError(f"ResNetAttention: levels must be among 2, 3 and 4, each once, got {levels!r}")

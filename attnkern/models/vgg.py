@@ -6,8 +6,8 @@ See :mod:`attnkern.models.learn_to_pay_attention` for what follows the authors' 
 import torch
 from torch import nn
 
-from attnkern._checks import check_choice
-from attnkern.models.layers import Network, VectorNorm, conv_bn_relu, halved, scaled
+from attnkern._checks import check_choice, check_items
+from attnkern.models.layers import Network, VectorNorm, check_dropout, conv_bn_relu, halved, scaled
 from attnkern.models.learn_to_pay_attention import (
     COMPATIBILITIES,
     EPS,
@@ -74,6 +74,7 @@ class Vgg(Network):
     ):
         super().__init__(num_classes, in_chans, width)
         check_choice("Vgg", "init", init, INITS)
+        check_dropout("Vgg", dropout, 0.5)
         plan = [in_chans, *(scaled(channels, width) for channels in (64, 128, 256, 512, 512))]
         for index, convs in enumerate((2, 2, 3, 3, 3)):
             first_rate = 0.3 * dropout if index == 0 else None
@@ -128,6 +129,7 @@ class VggGap(Network):
     ):
         super().__init__(num_classes, in_chans, width)
         check_choice("VggGap", "init", init, INITS)
+        check_dropout("VggGap", dropout, 0.4)
         channels = _add_vgg_maps(self, in_chans, width, dropout, first_pool)
         self.map = nn.Identity()
         self.classifier = nn.Linear(channels[13], num_classes)
@@ -203,6 +205,8 @@ class VggAttention(PooledNetwork):
     ):
         super().__init__(num_classes, in_chans, width)
         self._check_options(compatibility, head, combine, init)
+        check_dropout("VggAttention", dropout, 0.5)
+        check_items("VggAttention", int, levels=levels)
         levels = tuple(sorted(levels))
         if not levels or len(set(levels)) != len(levels) or not set(levels) <= {7, 10, 13}:
             raise ValueError(f"VggAttention: levels must be one or more of 7, 10 and 13, each once, got {levels!r}")

@@ -154,10 +154,13 @@ def load_state(what: str, network: nn.Module, path: str | os.PathLike, read: Ren
 def save_state(state: dict[str, torch.Tensor], path: Path) -> None:
     """Write a state_dict, in safetensors' format if the name ends in .safetensors; never leaves a partial file."""
     partial = path.with_name(path.name + ".partial")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import save_file
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import save_file
 
-        save_file({key: value.contiguous() for key, value in state.items()}, partial)
-    else:
-        torch.save(state, partial)
-    partial.replace(path)
+            save_file({key: value.contiguous() for key, value in state.items()}, partial)
+        else:
+            torch.save(state, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -12,10 +12,13 @@ from torch import nn
 from attnkern._checks import check_count
 from attnkern._numerics import wide
 from attnkern.models.information_bottleneck import BottleneckNetwork
-from attnkern.models.layers import MapNorm, Network, he_normal, scaled, zero_biases
+from attnkern.models.layers import MapNorm, Network, check_dropout, he_normal, scaled, zero_biases
 from attnkern.models.registry import register_model
 from attnkern.nn import BottleneckAttention
 from attnkern.reference import modulate
+
+#: Published rate of dropout.
+_DROPOUT = 0.3
 
 
 class _WideBlock(nn.Module):
@@ -55,6 +58,15 @@ def _map_head(stage, channels, num_classes):
         stage, MapNorm(channels), nn.Conv2d(channels, num_classes, 1, bias=False), MapNorm(num_classes), nn.ReLU(),
         nn.Conv2d(num_classes, 1, 3, padding=1, bias=False), MapNorm(1),
     )  # fmt: skip
+
+
+def _renew_map_head(head, num_classes):
+    """Replace the layers of a :func:`_map_head` whose shapes depend on the number of classes."""
+    new = _map_head(nn.Identity(), head[1].num_features, num_classes)
+    he_normal(new)
+    new.to(head[1].weight).train(head.training)
+    for index in (2, 3, 5):
+        head[index] = new[index]
 
 
 @register_model("wrn28_10_aib")
@@ -97,8 +109,9 @@ class WideResNetBottleneck(BottleneckNetwork):
     ):
         super().__init__(num_classes, in_chans, width)
         check_count("WideResNetBottleneck", blocks=blocks)
+        check_dropout("WideResNetBottleneck", dropout, _DROPOUT)
         self._configure(variant, samples, beta=beta, anchor_weight=anchor_weight, commitment_weight=commitment_weight)
-        rate, k = 0.3 * dropout, scaled(512, width)
+        rate, k = _DROPOUT * dropout, scaled(512, width)
         self.features, c320, c640 = _wide_features(in_chans, width, blocks, rate)
         mean = _map_head(_wide_stage(c320, c640, 1, blocks, rate), c640, num_classes)
         self.attention = BottleneckAttention(c320, num_anchors, mean=mean)
@@ -110,6 +123,11 @@ class WideResNetBottleneck(BottleneckNetwork):
         self.classifier = nn.Linear(k, num_classes)
         he_normal(self)
         zero_biases(self, nn.Linear)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier and, in ``attention.mean``, the layers that have one map per class."""
+        super().reset_classifier(num_classes)
+        _renew_map_head(self.attention.mean, num_classes)
 
 
 class AttentionBranched(NamedTuple):
@@ -127,6 +145,13 @@ class _AttentionBranch(nn.Module):
         self.head = _map_head(stage, channels, num_classes)
         self.score = nn.Conv2d(num_classes, num_classes, 1, bias=False)
         self.map = nn.Identity()
+
+    def renew(self, num_classes):
+        """Replace the layers whose shapes depend on the number of classes."""
+        _renew_map_head(self.head, num_classes)
+        new = nn.Conv2d(num_classes, num_classes, 1, bias=False).to(self.score.weight)
+        he_normal(new)
+        self.score = new
 
     def forward(self, x):
         *to_classes, conv, norm = self.head
@@ -169,7 +194,8 @@ class WideResNet(Network):
     ):
         super().__init__(num_classes, in_chans, width)
         check_count("WideResNet", blocks=blocks)
-        rate = 0.3 * dropout
+        check_dropout("WideResNet", dropout, _DROPOUT)
+        rate = _DROPOUT * dropout
         self.features, c320, c640 = _wide_features(in_chans, width, blocks, rate)
         own_stage = _wide_stage(c320, c640, 1, blocks, rate) if branch else None
         self.attention = _AttentionBranch(own_stage, c640, num_classes) if branch else None
@@ -178,6 +204,12 @@ class WideResNet(Network):
         self.classifier = nn.Linear(c640, num_classes)
         he_normal(self)
         zero_biases(self, nn.Linear)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier and, in the attention branch, the layers that have one map per class."""
+        super().reset_classifier(num_classes)
+        if self.attention is not None:
+            self.attention.renew(num_classes)
 
     def forward(self, x: torch.Tensor) -> AttentionBranched | torch.Tensor:
         """Logits (N, num_classes) of images (N, in_chans, H, W); with the branch, in training, of both branches."""

@@ -86,10 +86,12 @@ class AttentionPool(Module):
         check_number(where, dropout=dropout)
         inner = channels if attention_channels is None else attention_channels
         if inner % num_heads:
-            raise ValueError(f"{where}: num_heads must divide attention_channels, got {num_heads} and {inner}")
+            raise ValueError(
+                f"{where}: num_heads must divide attention_channels (by default channels), got {num_heads} and {inner}"
+            )
         if not project and out_channels not in (None, inner):
             raise ValueError(
-                f"{where}: out_channels must equal attention_channels with project=False, "
+                f"{where}: out_channels must equal attention_channels (by default channels) with project=False, "
                 f"got {out_channels} and {inner}"
             )
         if not 0 <= dropout < 1:

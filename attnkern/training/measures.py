@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import json
 import math
 import statistics
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from attnkern._json import read_json
 from attnkern.evaluation.inputs import collect
 from attnkern.evaluation.interpretability import interpretability_score, map_cosines, occlude
 from attnkern.evaluation.localisation import binarise, box_masks, localisation, upsample
@@ -57,12 +57,13 @@ def measure(folder: Path) -> dict[str, float | None]:
 
     Raises:
         FileNotFoundError: there is no ``last.ckpt`` in the folder.
+        ValueError: the file ``measures.json`` is damaged.
         NotApplicableError: the data set has no boxes.
     """
     path = folder / "measures.json"
     if not path.exists():
         write_json(path, _measured(folder))
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json("measure", path, "delete it to measure the run again")
 
 
 def _measured(folder):

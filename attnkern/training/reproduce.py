@@ -7,7 +7,6 @@ not trained again, and parts of the page that a call leaves out (``--part``) kee
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from attnkern._json import read_json
 from attnkern.evaluation.protocols import check_writable, write_json, write_text
 from attnkern.models.efficientnet_lite import weights_file
 from attnkern.training.page import page
@@ -125,7 +125,7 @@ def _train(arguments: list[str], out: Path) -> dict[str, Any]:
     if not path.exists():
         quiet = ["--overwrite", "true", "--trainer.enable_progress_bar", "false"]
         print(_python("attnkern", "train", *arguments, "--out", str(out), *quiet), flush=True)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json("reproduce", path, "delete it to train the run again")
 
 
 def run(row: Row, seed: int, folder: Path) -> dict[str, Any]:
@@ -133,12 +133,13 @@ def run(row: Row, seed: int, folder: Path) -> dict[str, Any]:
 
     Raises:
         RuntimeError: training or measuring failed; the message ends with the last lines of its error.
+        ValueError: a file with numbers of the run is damaged.
     """
     out = folder / row.name / f"seed{seed}"
     result = _train(row.arguments(folder, seed), out)
     if not (out / "measures.json").exists():
         _python("attnkern.training.measures", str(out))
-    measures = json.loads((out / "measures.json").read_text(encoding="utf-8"))
+    measures = read_json("reproduce", out / "measures.json", "delete it to measure the run again")
     kept = ("parameters", "epochs", "seconds", "versions")
     return {name: result[name] for name in kept} | measures
 
@@ -148,6 +149,7 @@ def run_paper(recipe: str, folder: Path) -> dict[str, Any]:
 
     Raises:
         RuntimeError: training failed; the message ends with the last lines of its error.
+        ValueError: the file with the result of the run is damaged.
     """
     return _train([recipe, "--data", "digits-clutter"], folder / recipe)
 
@@ -184,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_writable("reproduce", path, "--docs")
     results = {"parts": [], "small": {}, "papers": {}}
     if numbers.exists():
-        results |= json.loads(numbers.read_text(encoding="utf-8"))
+        results |= read_json("reproduce", numbers, "restore it or delete it")
     parts = [*PARTS, "papers"] if options.full else options.part
     if "photographs" in parts:
         try:

@@ -314,11 +314,11 @@ def test_autocast(name, dtype):
 
 ERRORS = {
     "num_heads": (lambda: ann.AttentionPool(10),
-                  r"AttentionPool: num_heads must divide attention_channels, got 8 and 10"),
+                  r"AttentionPool: num_heads must divide attention_channels \(by default channels\), got 8 and 10"),
     "queries": (lambda: ann.AttentionPool(8, 0), r"AttentionPool: num_queries must be at least 1, got 0"),
     "positions": (lambda: ann.AttentionPool(8, positions=0), r"AttentionPool: positions must be at least 1, got 0"),
     "out_channels": (lambda: ann.AttentionPool(8, project=False, out_channels=4),
-                     r"out_channels must equal attention_channels with project=False, got 4 and 8"),
+                     r"must equal attention_channels \(by default channels\) with project=False, got 4 and 8"),
     "dropout": (lambda: ann.AttentionPool(8, dropout=1.0),
                 r"AttentionPool: dropout must be at least 0 and less than 1, got 1.0"),
     "channels": (lambda: ann.AttentionPool(8)(torch.ones(1, 4, 2, 2)),

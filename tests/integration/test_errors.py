@@ -21,6 +21,7 @@ from attnkern import (
     window_attention,
     window_map,
 )
+from attnkern._checks import numbers_of
 
 x, rectangle = torch.ones(2, 3, 4, 5), torch.full((2, 5), 0.5)
 a, anchors, query = torch.ones(2, 1, 4, 5), torch.ones(4), torch.ones(2, 3)
@@ -181,6 +182,24 @@ WRONG = [
           "it has kernels for cpu and cuda, not for meta",
           window_map, rectangle.to("meta"), (3, 3), backend="native"),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "items, got",
+    [("123", "'123'"), (["1"], "['1']"), ((True,), "(True,)"), (3, "3"), ([None], "[None]"), ([1 + 1j], "[(1+1j)]")],
+)
+def test_what_is_no_list_of_numbers(items, got):
+    with pytest.raises(TypeError) as raised:
+        numbers_of("f", "eps", items)
+    assert str(raised.value) == f"f: eps must be a list of numbers, got {got}"
+
+
+def test_lists_of_numbers():
+    assert numbers_of("f", "eps", iter([1, 2.5])) == [1, 2.5]
+    assert numbers_of("f", "eps", torch.tensor([1, 2])) == [1, 2]
+    assert numbers_of("f", "eps", numpy.array([1, 2.5])) == [1, 2.5]
+    with pytest.raises(ValueError, match=r"^f: eps must be numbers that a float64 holds, got one larger$"):
+        numbers_of("f", "eps", [10**400])
 
 
 class Forbidden(TorchDispatchMode):

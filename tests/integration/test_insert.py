@@ -462,6 +462,15 @@ WRONG = {
                 ValueError, r"2 must return \(N, C, H, W\), .* or tokens \(N, L, C\), got shape \(1, 200\)"),
     "losses": (lambda: attnkern.insert(small(), "1", ann.BottleneckAttention, example=EXAMPLE),
                TypeError, "must give back the features it takes .*, got BottleneckAttention"),
+    "pooled": (lambda: attnkern.insert(small(), "1", ann.AttentionPool, example=EXAMPLE, num_heads=1),
+               TypeError, "must give back the features it takes .*, got AttentionPool"),
+    "no module": (lambda: attnkern.insert(small(), "1", lambda channels: None, example=EXAMPLE),
+                  TypeError, "module must be a class or function that returns a Module, got one that returns None"),
+    "options": (lambda: attnkern.insert(small(), "1", nn.Identity(), exampel=EXAMPLE, hidden=(4,)),
+                TypeError, "module must be a class or function to take options, got an instance of Identity and the "
+                r"options exampel, hidden; did you mean 'example'\?$"),
+    "no tensor": (lambda: attnkern.insert(nn.Sequential(nn.LSTM(3, 4)), "0", nn.Identity(), example=torch.ones(2, 3)),
+                  TypeError, "name must be a layer that returns a Tensor, got '0', which returns tuple"),
     "no square": (lambda: attnkern.insert(Tokens(35), "body", ann.WindowAttention, example=EXAMPLE),
                   ValueError, "tokens must be a square grid after at most 8 others, got 35 of them"),
     "lazy": (lambda: attnkern.insert(nn.Sequential(nn.LazyConv2d(4, 1)), "0", ann.WindowAttention, example=EXAMPLE),
@@ -486,5 +495,5 @@ def test_a_layer_that_does_not_run():
     model = small()
     model.unused = nn.Conv2d(1, 1, 1)
     model.forward = lambda x: model[0](x)
-    with pytest.raises(ValueError, match="must run when the model does"):
+    with pytest.raises(ValueError, match="name must be a layer that the model runs, got 'unused', which did not"):
         attnkern.insert(model, "unused", ann.WindowAttention, example=EXAMPLE)

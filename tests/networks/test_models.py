@@ -17,6 +17,7 @@ import attnkern
 from attnkern import cli, models
 from attnkern.models import (
     Bottlenecked,
+    FeatureMaps,
     attention_maps,
     bottleneck_loss,
     create_model,
@@ -387,6 +388,16 @@ def test_unknown_map():
         attention_maps(small("vgg_aib"), torch.rand(1, 3, 32, 32), ["map"])
     with pytest.raises(ValueError, match=r"names must be among the model's attention maps \[\], got 'map'"):
         attention_maps(small("vgg"), torch.rand(1, 3, 32, 32), ["map"])
+    with pytest.raises(ValueError, match="got 'map'"):
+        attention_maps(small("vgg"), torch.rand(1, 3, 32, 32), "map")
+    with pytest.raises(TypeError, match="attention_maps: names must be an Iterable or None, got 3"):
+        attention_maps(small("vgg"), torch.rand(1, 3, 32, 32), 3)
+
+
+def test_one_map_by_name():
+    model, images = small("small_compatibility2_dp").eval(), torch.rand(1, 3, 32, 32)
+    for names in ("attention.map", ["attention.map"], iter(["attention.map"])):
+        assert attention_maps(model, images, names)[1].keys() == {"attention.map"}
 
 
 @every_model
@@ -408,20 +419,53 @@ def test_feature_maps(name):
 def test_wrong_out_indices():
     with pytest.raises(ValueError, match=r"out_indices must lie in 0 to 2, got \(3,\)"):
         small("vgg_gap", features_only=True, out_indices=(3,))
-    with pytest.raises(ValueError, match="out_indices needs features_only=True"):
+    message = r"out_indices needs features_only=True, got \(1,\) with features_only=False"
+    with pytest.raises(ValueError, match=message):
         small("vgg_gap", out_indices=(1,))
+    with pytest.raises(ValueError, match=message):  # before the file is read
+        small("vgg_gap", out_indices=(1,), pretrained="nowhere.pth")
+    with pytest.raises(TypeError, match="out_indices must be a list of int, got 1"):
+        small("vgg_gap", features_only=True, out_indices=1, pretrained="nowhere.pth")
+    with pytest.raises(TypeError, match="out_indices must be a list of int, got 1"):
+        FeatureMaps(small("vgg_gap"), 1)
+    with pytest.raises(TypeError, match="features_only must be True or False, got 'yes'"):
+        small("vgg_gap", features_only="yes")
+
+
+def shapes_of(model):
+    return {key: tensor.shape for key, tensor in model.state_dict().items()}
+
+
+@every_model
+def test_new_classifier(name):
+    with torch.device("meta"):
+        model = small(name)
+        model.reset_classifier(7)
+        assert shapes_of(model) == shapes_of(small(name, 7))
+        assert model.num_classes == 7
 
 
 @each_class
-def test_new_classifier(name):
-    model = small(name)
+def test_new_classifier_is_trained(name):
+    model, images = small(name), torch.rand(2, 3, 32, 32)
     model.reset_classifier(7)
-    assert model.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 7)
-    assert model.num_classes == 7
-    model = small("vgg_att2_indep_dp")
-    model.reset_classifier(2)
-    assert model.eval()(torch.rand(2, 3, 32, 32)).shape == (2, 2)
-    assert len(model.get_classifier()) == 2
+    model.loss(model(images), torch.tensor([4, 6])).backward()
+    assert model.eval()(images).shape == (2, 7)
+    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+        model.reset_classifier(0)
+
+
+@pytest.mark.parametrize("name", ["vgg_gap", "wrn28_10_abn", "wrn28_10_aib_qt"])
+def test_new_classifier_keeps_dtype_mode_and_other_layers(name):
+    model = small(name).double().eval()
+    before = model.state_dict()
+    model.reset_classifier(7)
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float64}
+    assert not any(isinstance(module, nn.BatchNorm2d) and module.training for module in model.modules())
+    after = model.state_dict()
+    renewed = {key.rpartition(".")[0] for key in after if after[key].shape != before[key].shape}
+    for key, tensor in after.items():
+        assert (tensor.data_ptr() == before[key].data_ptr()) == (key.rpartition(".")[0] not in renewed), key
 
 
 @each_class
@@ -479,6 +523,21 @@ def test_dropout_is_a_multiplier_of_the_published_rates(name, published):
             assert depths == pytest.approx([multiplier * 0.2 * block / 16 for block in range(16)])
 
 
+@pytest.mark.parametrize(
+    "name, most",
+    [
+        ("vgg", "2"), ("vgg_gap", "2.5"), ("vgg_att_pc", "2"), ("rn164", "2"), ("wrn28_10", "3.333"),
+        ("wrn28_10_aib", "3.333"), ("efficientnet_b0_none", "5"),
+    ],
+)  # fmt: skip
+def test_dropout_out_of_range(name, most):
+    for dropout in (-0.1, 5.1, math.nan):
+        with pytest.raises(ValueError, match=f"dropout must be at least 0 and at most {most}, got {dropout}$"):
+            create_model(name, 4, dropout=dropout)
+    with pytest.raises(TypeError, match=r"dropout must be a number, got '0\.3'"):
+        create_model(name, 4, dropout="0.3")
+
+
 @each_class
 @pytest.mark.parametrize("shape", [(2, 1, 32, 32), (2, 3, 0, 32), (3, 32, 32)])
 def test_wrong_images(name, shape):
@@ -506,6 +565,8 @@ def test_wrong_options(name, options, kind, message):
     "name, options, message",
     [
         ("vgg_aib_qt", {"samples": (4, 0)}, "samples must be at least 1, got 0"),
+        ("vgg_aib_qt", {"samples": 4}, r"samples must be None or \(samples of a, samples of z for each a\), got 4"),
+        ("vgg_aib_qt", {"samples": (4,)}, r"samples must be None or \(samples of a, .*, got \(4,\)"),
         ("vgg_att_pc", {"levels": (8,)}, r"levels must be one or more of 7, 10 and 13, each once, got \(8,\)"),
         ("vgg_att_pc", {"levels": ()}, r"levels must be one or more of 7, 10 and 13, each once, got \(\)"),
         ("vgg_att_pc", {"head": "sum"}, "head must be 'concat' or 'indep', got 'sum'"),
@@ -526,6 +587,24 @@ def test_wrong_options(name, options, kind, message):
 )
 def test_wrong_options_of_one_network(name, options, message):
     with pytest.raises(ValueError, match=message):
+        create_model(name, 4, **options)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        *(
+            (name, {option: "x"}, f"{option} must be a number, got 'x'")
+            for name in ("vgg_aib_qt", "wrn28_10_aib", "vgg16_aib", "small_bottleneck")
+            for option in ("beta", "anchor_weight", "commitment_weight")
+        ),
+        ("vgg_aib_qt", {"samples": (4, 2.0)}, "samples must be an integer, got 2.0"),
+        ("vgg_att_pc", {"levels": 10}, "levels must be a list of int, got 10"),
+        ("rn164", {"levels": "34"}, "levels must be a list of int, got '34'"),
+    ],
+)
+def test_options_of_another_type(name, options, message):
+    with pytest.raises(TypeError, match=message):
         create_model(name, 4, **options)
 
 
@@ -711,6 +790,14 @@ def test_unknown_variant():
         create_model("vgg_aib_qt", 10, variant="wrong")
     with pytest.raises(ValueError, match=message):
         bottleneck_loss(_output(), torch.tensor([0, 0, 0]), variant="wrong")
+
+
+def test_wrong_arguments_of_the_loss():
+    output, labels = _output(), torch.tensor([0, 0, 0])
+    with pytest.raises(TypeError, match="bottleneck_loss: output must be a Bottlenecked, got Tensor"):
+        bottleneck_loss(output.logits, labels)
+    with pytest.raises(TypeError, match=r"bottleneck_loss: beta must be a number, got '0\.1'"):
+        bottleneck_loss(output, labels, beta="0.1")
 
 
 def test_evaluation_averages_samples():

@@ -473,6 +473,17 @@ def test_runs_of_the_same_recipe_are_told_apart(tmp_path):
     assert list(report._named([side("1/a", "vgg"), side("2/a", "vgg")])) == [str(tmp_path / f"{i}/a") for i in "12"]
 
 
+@pytest.mark.parametrize("content", ['{"protocols": {', "[]"])
+def test_damaged_files_of_a_run_are_named(content, tmp_path):
+    for name in ("evaluation.json", "result.json"):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    expected = r"json' is not a whole file with a JSON object \(.*\): delete it or write it again with attnkern "
+    with pytest.raises(ValueError, match=rf"^report: .*evaluation\.{expected}evaluate$"):
+        saved_results(None, tmp_path)
+    with pytest.raises(ValueError, match=rf"^report: .*result\.{expected}train$"):
+        report._side(None, tmp_path, None)
+
+
 def test_saved_results_are_of_the_same_images(pages, tmp_path):
     run = pages["vgg_aib_qt"].parent
     subject = subject_of(run, limit=40)

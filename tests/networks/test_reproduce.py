@@ -183,6 +183,28 @@ def test_a_failed_run_shows_its_error(tmp_path):
         reproduce.run(Row("nothing"), 0, tmp_path)
 
 
+@pytest.mark.parametrize("content", ["", '{"accuracy": 0.', "[1]", "\xff"])
+def test_damaged_files_are_named(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "_python", lambda *arguments: pytest.fail("nothing is to be trained or measured"))
+    row = Row("small_none")
+    out = tmp_path / row.name / "seed0"
+    out.mkdir(parents=True)
+    (out / "result.json").write_text(content, encoding="latin-1")
+    expected = r"result\.json' is not a whole file with a JSON object \(.+\): delete it to train the run again$"
+    with pytest.raises(ValueError, match=f"^reproduce: .*{expected}"):
+        reproduce.run(row, 0, tmp_path)
+    (out / "result.json").write_text("{}", encoding="utf-8")
+    (out / "measures.json").write_text(content, encoding="latin-1")
+    expected = r"measures\.json' is not a whole file .*: delete it to measure the run again$"
+    with pytest.raises(ValueError, match=f"^reproduce: .*{expected}"):
+        reproduce.run(row, 0, tmp_path)
+    with pytest.raises(ValueError, match=f"^measure: .*{expected}"):
+        measure(out)
+    (tmp_path / "reproduction.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"reproduction\.json' is not a whole file .*: restore it or delete it$"):
+        reproduce.main(["--docs", str(tmp_path)])
+
+
 def test_reproduce_looks_first_where_it_will_write(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce, "run", lambda *arguments: pytest.fail("nothing is to be trained"))

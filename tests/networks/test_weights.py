@@ -12,6 +12,7 @@ from torch import nn
 
 from attnkern import cli
 from attnkern.models import create_model
+from attnkern.models.weights import save_state
 
 WIDTH = 1 / 32
 
@@ -308,6 +309,22 @@ def test_convert_shows_the_names_and_writes_the_weights(tmp_path, capsys, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "average.pth", "best.tar", "weights.pth", "weights.safetensors",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, writer", [("a.pth", "torch.save"), ("a.safetensors", "safetensors.torch.save_file")])
+def test_a_failed_write_leaves_the_folder_as_it_was(name, writer, tmp_path, monkeypatch):
+    pytest.importorskip("safetensors.torch")
+
+    def fails(_state, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    (tmp_path / name).write_bytes(b"before")
+    monkeypatch.setattr(writer, fails)
+    with pytest.raises(OSError, match="No space left"):
+        save_state({"weight": torch.ones(2)}, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == b"before"
 
 
 def test_convert_of_other_files(tmp_path, capsys):

@@ -154,6 +154,7 @@ def linear_svm(features: torch.Tensor, labels: torch.Tensor, folds: int = 5, see
     check_shape("linear_svm", "features", features, "(N, D)", features.dim() == 2)
     check_labels("linear_svm", labels, "features", features)
     check_integer("linear_svm", folds=folds)
+    labels = labels.cpu()
     smallest = min(labels.unique(return_counts=True)[1].tolist(), default=0)
     if not 2 <= folds <= smallest:
         limits = f"at least 2 and at most {smallest} (images of the smallest class)"
@@ -161,7 +162,7 @@ def linear_svm(features: torch.Tensor, labels: torch.Tensor, folds: int = 5, see
     splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
     machine = LinearSVC(C=1.0, random_state=seed)
     found = cross_val_score(
-        machine, features.detach().cpu().double().numpy(), labels.cpu().numpy(), cv=splits, error_score="raise"
+        machine, features.detach().cpu().double().numpy(), labels.numpy(), cv=splits, error_score="raise"
     )
     return LinearSvm(float(found.mean()), float(found.std()), found.tolist())
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from attnkern._checks import check_shape
+from attnkern._checks import check_kind, check_shape
 from attnkern._numerics import double
 
 
@@ -25,7 +25,7 @@ def perplexity(counts: torch.Tensor) -> float:
         counts: (Q,), such as :func:`attnkern.anchor_quantize` returns.
 
     Raises:
-        ValueError: counts of another shape, or negative counts.
+        ValueError, TypeError: counts of another shape or kind, or negative counts.
     """
     check_counts("perplexity", counts)
     return _perplexity(double(counts))
@@ -43,7 +43,7 @@ def usage(counts: torch.Tensor) -> AnchorUsage:
             :func:`attnkern.anchor_quantize` returns, or those of :class:`attnkern.nn.AnchorQuantizer`.
 
     Raises:
-        ValueError: counts of another shape, or negative counts.
+        ValueError, TypeError: counts of another shape or kind, or negative counts.
     """
     check_counts("usage", counts)
     used = (counts > 0).sum().item()
@@ -52,7 +52,8 @@ def usage(counts: torch.Tensor) -> AnchorUsage:
 
 
 def check_counts(where: str, counts: torch.Tensor) -> None:
-    """Raise ValueError unless ``counts`` is (Q,) without negative entries."""
+    """Raise unless ``counts`` is a tensor (Q,) without negative entries."""
+    check_kind(where, torch.Tensor, counts=counts)
     check_shape(where, "counts", counts, "(Q,) with Q of at least 1", counts.dim() == 1 and len(counts) > 0)
     if (counts < 0).any():
         raise ValueError(f"{where}: counts must not be negative, got {counts.min().item()}")

@@ -8,7 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from attnkern._checks import (
+    check_integer,
+    check_items,
     check_labels,
+    check_number,
     check_shape,
     check_tensor,
 )
@@ -110,6 +113,7 @@ def zca(samples: torch.Tensor, floor: float = 1e-3) -> Whitening:
     """
     check_tensor("zca", "samples", samples)
     check_shape("zca", "samples", samples, "(N, ...) with N of at least 2", samples.dim() > 1 and len(samples) > 1)
+    check_number("zca", floor=floor)
     if not floor >= 0:
         raise ValueError(f"zca: floor must be at least 0, got {floor!r}")
     flat = double(samples.detach().flatten(1))
@@ -131,11 +135,12 @@ def linear_svm(features: torch.Tensor, labels: torch.Tensor, folds: int = 5, see
     Args:
         features: (N, D).
         labels: (N,).
-        folds: number of folds, at most the number of images of the smallest class.
+        folds: number of folds, from 2 to the number of images of the smallest class.
         seed: random seed of the folds and of the solver.
 
     Raises:
-        ValueError, TypeError: features or labels of another shape or dtype; too few images for the folds.
+        ValueError, TypeError: features or labels of another shape or dtype; fewer than two folds, or too few images for
+            them.
         ImportError: scikit-learn is not installed.
 
     Source: Learn to Pay Attention, Section 5.3 and Appendix A.4.
@@ -148,10 +153,16 @@ def linear_svm(features: torch.Tensor, labels: torch.Tensor, folds: int = 5, see
     check_tensor("linear_svm", "features", features)
     check_shape("linear_svm", "features", features, "(N, D)", features.dim() == 2)
     check_labels("linear_svm", labels, "features", features)
+    check_integer("linear_svm", folds=folds)
+    labels = labels.cpu()
+    smallest = min(labels.unique(return_counts=True)[1].tolist(), default=0)
+    if not 2 <= folds <= smallest:
+        limits = f"at least 2 and at most {smallest} (images of the smallest class)"
+        raise ValueError(f"linear_svm: folds must be {limits}, got {folds}")
     splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
     machine = LinearSVC(C=1.0, random_state=seed)
     found = cross_val_score(
-        machine, features.detach().cpu().double().numpy(), labels.cpu().numpy(), cv=splits, error_score="raise"
+        machine, features.detach().cpu().double().numpy(), labels.numpy(), cv=splits, error_score="raise"
     )
     return LinearSvm(float(found.mean()), float(found.std()), found.tolist())
 
@@ -193,6 +204,7 @@ def direct_transfer(
     """
     where = "direct_transfer"
     check_evaluating(where, model)
+    check_items(where, str, classes=classes, target_classes=target_classes)
     synonyms = {"car": "automobile"} if synonyms is None else synonyms
     index = {name: number for number, name in enumerate(classes)}
     known = [index.get(name, index.get(synonyms.get(name), -1)) for name in target_classes]

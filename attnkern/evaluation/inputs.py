@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from attnkern._checks import check_shape, check_tensor
+from attnkern._checks import check_count, check_kind, check_shape, check_tensor, describe
 
 #: Images (N, C, H, W), a tuple of images and tensors with one row per image, or an iterable of batches of either.
 Data = torch.Tensor | tuple[torch.Tensor, ...] | Iterable
@@ -31,18 +31,27 @@ def batches(where: str, name: str, data: Data, batch_size: int, device=None) -> 
     A tensor or a tuple of tensors is split into batches of ``batch_size``; of another iterable each item is a batch.
 
     Raises:
-        ValueError: no image, images that are not (N, C, H, W), or tensors of different lengths.
+        ValueError: no image, images that are not (N, C, H, W), tensors of different lengths, or a batch size below 1.
+        TypeError: data of another kind, such as NumPy arrays.
     """
+    check_count(where, batch_size=batch_size)
     if isinstance(data, torch.Tensor):
         data = (data,)
-    what = name if isinstance(data, tuple) else f"a batch of {name}"
     if isinstance(data, tuple):
-        for tensor in data:
-            check_shape(where, name, tensor, "({0}, ...) (as the images)", len(tensor) == len(data[0]), len(data[0]))
+        for index, tensor in enumerate(data):
+            check_kind(where, torch.Tensor, **{f"{name}[{index}]": tensor})
+            if index == 0:
+                check_shape(where, name, tensor, "(N, C, H, W)", tensor.dim() == 4)
+            ok = tensor.shape[:1] == data[0].shape[:1]
+            check_shape(where, f"{name}[{index}]", tensor, "({}, ...) (as the images)", ok, len(data[0]))
         data = zip(*(tensor.split(batch_size) for tensor in data), strict=True)
-    count = 0
+    elif not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        expected = "a Tensor, a tuple of tensors or an iterable of batches"
+        raise TypeError(f"{where}: {name} must be {expected}, got {describe(data)}")
+    what, count = f"a batch of {name}", 0
     for batch in data:
         first, *others = batch if isinstance(batch, (tuple, list)) and batch else (batch,)
+        check_kind(where, torch.Tensor, **{what: first})
         check_shape(where, what, first, "(N, C, H, W)", first.dim() == 4)
         count += len(first)
         if len(first):
@@ -66,7 +75,7 @@ def collect(
         device: device for the batches, or None to leave them where they are.
 
     Raises:
-        ValueError: no image, or images of another shape.
+        ValueError, TypeError: no image, images of another shape or kind, or a batch size below 1.
     """
     found = []
     for raw, *_ in batches("collect", "data", data, batch_size, device):

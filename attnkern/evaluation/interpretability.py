@@ -8,6 +8,9 @@ import torch.nn.functional as F
 
 from attnkern._checks import (
     check_choice,
+    check_count,
+    check_kind,
+    check_number,
     check_shape,
     check_tensor,
     describe,
@@ -53,11 +56,14 @@ def occlude(
             square.
 
     Raises:
-        ValueError, TypeError: images or fill of another shape or dtype, or a square that does not fit.
+        ValueError, TypeError: images or fill of another shape or dtype, a square that does not fit, a size that is not
+            an integer of at least 1, or no generator.
 
     Source: Information Bottleneck Approach to Spatial Attention Learning, Section 4.4.
     """
     _check_images("occlude", images)
+    check_count("occlude", size=size)
+    check_kind("occlude", torch.Generator, generator=generator)
     n, c, height, width = images.shape
     if size > min(height, width):
         raise ValueError(f"occlude: size must be at most {min(height, width)} (the images' shorter side), got {size}")
@@ -106,6 +112,7 @@ def frequency(images: torch.Tensor, radius: float, keep: str) -> torch.Tensor:
     """
     _check_images("frequency", images)
     check_choice("frequency", "keep", keep, ("low", "high"))
+    check_number("frequency", radius=radius)
     if not radius > 0:
         raise ValueError(f"frequency: radius must be positive, got {radius!r}")
     # Zero frequency is at index length // 2 after the shift, which is the published length / 2 for even lengths.

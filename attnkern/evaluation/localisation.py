@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from attnkern._checks import check_shape, check_size, check_tensor
+from attnkern._checks import check_count, check_number, check_shape, check_size, check_tensor
 from attnkern._numerics import double, wide
 from attnkern.evaluation.inputs import check_maps, check_masks
 
@@ -157,6 +157,7 @@ def tight_boxes(maps: torch.Tensor, share: float = 0.2) -> torch.Tensor:
     except ImportError as error:
         raise ImportError("tight_boxes needs scikit-image: pip install scikit-image") from error
     check_maps("tight_boxes", "maps", maps)
+    check_number("tight_boxes", share=share)
     if not 0 <= share < 1:
         raise ValueError(f"tight_boxes: share must be at least 0 and below 1, got {share!r}")
     boxes = []
@@ -205,19 +206,20 @@ def localisation(
         batch_size: maps that are upsampled at a time.
 
     Raises:
-        ValueError, TypeError: maps, boxes or masks of another shape or dtype.
+        ValueError, TypeError: maps, boxes or masks of another shape or dtype, or a batch size below 1.
         ImportError: scikit-image is not installed.
     """
     where = "localisation"
     check_maps(where, "maps", maps)
     _check_boxes(where, boxes, maps)
     size = check_size(where, size)
+    check_count(where, batch_size=batch_size)
     if masks is not None:
         check_masks(where, "masks", masks)
         expected = (len(maps), *size)
         check_shape(where, "masks", masks, f"{expected} (N as maps, size)", tuple(masks.shape) == expected)
     hits, tight, with_boxes, with_masks = [], [], [], []
-    for start in range(0, len(maps), batch_size):
+    for start in range(0, max(1, len(maps)), batch_size):  # without maps, one empty batch
         chosen = slice(start, start + batch_size)
         hits.append(_hits(maps[chosen], boxes[chosen], size).cpu())
         large, truth = upsample(maps[chosen], size), box_masks(boxes[chosen], size).cpu()

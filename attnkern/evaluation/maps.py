@@ -11,18 +11,20 @@ from attnkern.models.registry import attention_maps, map_names
 from attnkern.nn import ProgressiveAttention
 
 
-def attention_of(network: nn.Module, names: Iterable[str] | None = None) -> Predict:
+def attention_of(network: nn.Module, names: str | Iterable[str] | None = None) -> Predict:
     """A function from normalised images to logits and one attention map, for every protocol here.
 
     Args:
         network: a network that contains attnkern's modules.
-        names: names of the maps, fine to coarse, by default all. The last two of several are combined by
+        names: a name, or names of the maps from fine to coarse, by default all. The last two of several are combined by
             :func:`attnkern.evaluation.combine`, without the square root in a network with progressive attention.
 
     Raises:
         ValueError: a network without attention maps, or an unknown name.
     """
     known = map_names(network)
+    if isinstance(names, str):
+        names = [names]
     names = known if names is None else list(names)
     if not names or not set(names) <= set(known):
         raise ValueError(f"attention_of: names must be among the network's attention maps {known}, got {names}")

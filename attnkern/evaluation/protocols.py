@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 import attnkern
+from attnkern._checks import check_count
 from attnkern._spelling import did_you_mean
 from attnkern.evaluation.anchors import usage
 from attnkern.evaluation.classification import top1
@@ -37,6 +38,7 @@ from attnkern.evaluation.rectangles import (
 )
 from attnkern.evaluation.robustness import fooling_rate
 from attnkern.evaluation.segmentation import weak_segmentation
+from attnkern.models.registry import _observed
 from attnkern.nn import AnchorQuantizer, CompatibilityPool, WindowAttention
 
 
@@ -60,6 +62,9 @@ class Subject:
         seed: random seed of the test images under ``limit`` and of the occlusions.
         other: raw images (M, 3, h, w) to occlude with, by default the test images in another order.
         orientations: by name of the map; chosen on training images, as ``load_run`` finds them in a checkpoint.
+
+    Raises:
+        ValueError, TypeError: an unknown map, or a limit or a batch size that is not an integer of at least 1.
     """
 
     network: torch.nn.Module
@@ -75,6 +80,7 @@ class Subject:
     orientations: Mapping[str, Orientation] = field(default_factory=dict)
 
     def __post_init__(self):
+        check_count("Subject", batch_size=self.batch_size, limit=1 if self.limit is None else self.limit)
         self.network.to(self.device)
         self.class_names = self.class_names or self.images.class_names
         self.map_name, self.predict = map_of(self.network, self.map)
@@ -272,15 +278,20 @@ def _equivariance(subject):
 
 @torch.no_grad()
 def _anchors(subject):
+    """How often each quantizer chooses each of its anchors, whatever map was chosen for the other protocols."""
     quantizers = {n: m for n, m in subject.network.named_modules() if isinstance(m, AnchorQuantizer)}
     if not quantizers:
         raise NotApplicableError("the network has no anchors")
-    result = {}
-    for name, quantizer in quantizers.items():
-        anchors = quantizer.anchors.detach().cpu().float()
-        counts = (subject.maps.flatten()[:, None] - anchors).abs().argmin(1).bincount(minlength=len(anchors))
-        result[name] = {"values": quantizer.anchors.tolist(), **usage(counts)._asdict()}
-    return result
+    anchors = {name: quantizer.anchors.detach().float() for name, quantizer in quantizers.items()}
+    counts = {name: torch.zeros(len(values), dtype=torch.int64) for name, values in anchors.items()}
+    for images in subject.raw.split(subject.batch_size):
+        # The quantized values pass through the quantizer's module ``map``.
+        modules = [f"{name}.map" for name in quantizers]
+        _, maps = _observed(subject.network, modules, subject.normalise(images.to(subject.device)))
+        for name, values in anchors.items():
+            chosen = (maps[f"{name}.map"].float().flatten()[:, None] - values).abs().argmin(1)
+            counts[name] += chosen.bincount(minlength=len(values)).cpu()
+    return {name: {"values": anchors[name].tolist(), **usage(counts[name])._asdict()} for name in quantizers}
 
 
 def stratified(labels: list[int], limit: int, seed: int = 0) -> list[int]:
@@ -288,7 +299,11 @@ def stratified(labels: list[int], limit: int, seed: int = 0) -> list[int]:
 
     The first images are one of each class, so that no class is missing unless ``limit`` is less than their number.
     The draw depends on ``labels`` and ``seed`` alone, and a smaller ``limit`` gives the beginning of a larger one.
+
+    Raises:
+        ValueError, TypeError: a limit that is not an integer of at least 1.
     """
+    check_count("stratified", limit=limit)
     sizes, drawn, quantile = Counter(labels), Counter(), {}
     for index in torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).tolist():
         label = labels[index]
@@ -324,16 +339,22 @@ def check_protocols(protocols: Iterable[str]) -> None:
             raise ValueError(f"evaluate: protocol must be one of all, {', '.join(PROTOCOLS)}, got {name!r}{hint}")
 
 
-def evaluate(subject: Subject, protocols: Iterable[str] = tuple(PROTOCOLS)) -> dict[str, Any]:
+def evaluate(subject: Subject, protocols: str | Iterable[str] = tuple(PROTOCOLS)) -> dict[str, Any]:
     """The results of protocols by name.
 
     The result of a protocol that does not apply is ``{"not applicable": reason}``, that of one that fails
     ``{"error": message, "traceback": text}``: a failure does not end the others.
 
+    Args:
+        subject: a network, its test images and the settings.
+        protocols: a name, or several; "all" stands for all of :data:`PROTOCOLS`.
+
     Raises:
         ValueError: an unknown protocol.
     """
-    protocols = list(protocols)
+    protocols = [protocols] if isinstance(protocols, str) else list(protocols)
+    if "all" in protocols:
+        protocols = list(PROTOCOLS)
     check_protocols(protocols)
     results = {}
     for name in protocols:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from attnkern._checks import check_shape
+from attnkern._checks import check_kind, check_shape
 from attnkern.evaluation.inputs import Normalise, batches, check_evaluating, check_maps, identity
 from attnkern.nn import CompatibilityPool
 
@@ -105,6 +105,7 @@ def query_driven(
     Source: Learn to Pay Attention, Appendix A.5 and Figure 10.
     """
     where = "query_driven"
+    check_kind(where, torch.Tensor, query=query)
     ok = query.dim() == 3 or (query.dim() == 4 and len(query) == 1)
     check_shape(where, "query", query, "(C, H, W) or (1, C, H, W)", ok)
     query = query.view(1, *query.shape[-3:])

@@ -8,6 +8,7 @@ compared index by index.
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 
 from attnkern._checks import (
     check_choice,
+    check_flag,
     check_shape,
     check_size,
     check_tensor,
@@ -48,12 +50,13 @@ def descriptive_order(rectangles: torch.Tensor, by: str, descending: bool = Fals
         descending: largest first.
 
     Raises:
-        ValueError, TypeError: rectangles of another shape or dtype, or an unknown ``by``.
+        ValueError, TypeError: rectangles of another shape or dtype, an unknown ``by``, or a flag that is not a bool.
 
     Source: Convolutional Rectangular Attention Module, Section 6.5.
     """
     _check_rectangle("descriptive_order", rectangles, "rectangles")
     check_choice("descriptive_order", "by", by, ORDERS)
+    check_flag("descriptive_order", descending=descending)
     row, column, height, width, angle = rectangles.detach().unbind(-1)
     if rectangles.dim() == 3:
         angle = torch.atan2((2 * angle).sin().sum(1), (2 * angle).cos().sum(1)) / 2
@@ -82,13 +85,15 @@ def rectangle_mask(
         aspect, shape: as in :func:`attnkern.window_map`.
 
     Raises:
-        ValueError, TypeError: a rectangle of another shape or dtype, or a size that is none.
+        ValueError, TypeError: a rectangle of another shape or dtype, a size that is not (H, W), an unknown shape, or a
+            flag that is not a bool.
 
     Source: Convolutional Rectangular Attention Module, Eqs. 3-5 and Section 5.
     """
     _check_rectangle("rectangle_mask", rectangle)
     size = check_size("rectangle_mask", size)
     check_choice("rectangle_mask", "shape", shape, SHAPES)
+    check_flag("rectangle_mask", aspect=aspect)
     # In float64, for the same mask on every device.
     mu1, mu2, sigma1, sigma2, alpha = double(rectangle.detach())[..., None, None].unbind(-3)
     row, column = aspect_factors(*size, aspect)
@@ -146,19 +151,25 @@ def _transformation(where, like, angle, scale, shift):
     """``angle``, ``scale`` and ``shift`` as tensors (N,), (N,) and (N, 2)."""
     n, dtype, found = len(like), wide(like.dtype), []
     for name, value, shape in (("angle", angle, (n,)), ("scale", scale, (n,)), ("shift", shift, (n, 2))):
-        value = torch.as_tensor(value, dtype=dtype, device=like.device)
+        try:
+            value = torch.as_tensor(value, dtype=dtype)
+        except (TypeError, ValueError, RuntimeError) as error:
+            kinds = "a number, a list of numbers or a Tensor" if shape == (n,) else "two numbers or a Tensor"
+            raise TypeError(f"{where}: {name} must be {kinds}, got {describe(value)}") from error
         ok = value.shape in (shape, shape[1:])
         check_shape(where, name, value, f"{shape[1:]} or {shape}", ok)
-        found.append(value.expand(shape))
-    if not isinstance(scale, torch.Tensor) and not 0 < scale < math.inf:
-        raise ValueError(f"{where}: scale must be positive and finite, got {scale!r}")
+        found.append(value.to(like.device).expand(shape))
+    if not isinstance(scale, torch.Tensor):
+        factors = (scale,) if isinstance(scale, Real) else scale
+        if not all(0 < factor < math.inf for factor in factors):
+            raise ValueError(f"{where}: scale must be positive and finite, got {describe(scale)}")
     return found
 
 
 def transform_rectangle(
     rectangle: torch.Tensor,
-    angle: float | torch.Tensor = 0.0,
-    scale: float | torch.Tensor = 1.0,
+    angle: float | Sequence[float] | torch.Tensor = 0.0,
+    scale: float | Sequence[float] | torch.Tensor = 1.0,
     shift: Sequence[float] | torch.Tensor = (0.0, 0.0),
     *,
     size: tuple[int, int] | None = None,
@@ -172,7 +183,8 @@ def transform_rectangle(
     Args:
         rectangle: (N, 5) or (N, K, 5) as in :func:`attnkern.window_map`.
         angle: δα in radians, one or (N,).
-        scale: δσ, one or (N,); above 1 enlarges.
+        scale: δσ, one or (N,); above 1 enlarges. The values of a tensor are not checked, because a check would wait for
+            the GPU.
         shift: δμ, (row, column) as fractions of the distance between the corner pixels, (2,) or (N, 2).
         size: None rotates in the unit square; (H, W) rotates in the pixels of a map of this size, for rectangles that
             are drawn with ``aspect=True``. For H = W both are the same.
@@ -181,7 +193,8 @@ def transform_rectangle(
         rectangles of the same shape, differentiable; the angle is not wrapped.
 
     Raises:
-        ValueError, TypeError: an argument of another shape or dtype, or a scale that is not positive.
+        ValueError, TypeError: an argument of another shape or kind, or a scale that is not positive and finite (the
+            values of a tensor are not checked).
 
     Source: Convolutional Rectangular Attention Module, Section 4.4.
     """
@@ -219,8 +232,8 @@ def _ratios(size):
 
 def transform_images(
     images: torch.Tensor,
-    angle: float | torch.Tensor = 0.0,
-    scale: float | torch.Tensor = 1.0,
+    angle: float | Sequence[float] | torch.Tensor = 0.0,
+    scale: float | Sequence[float] | torch.Tensor = 1.0,
     shift: Sequence[float] | torch.Tensor = (0.0, 0.0),
     *,
     aspect: bool = False,
@@ -238,7 +251,8 @@ def transform_images(
         (N, C, H, W), bilinear.
 
     Raises:
-        ValueError, TypeError: an argument of another shape or dtype, or a scale that is not positive.
+        ValueError, TypeError: an argument of another shape or kind, or a scale that is not positive and finite (the
+            values of a tensor are not checked).
 
     Source: Convolutional Rectangular Attention Module, Section 4.4.
     """
@@ -247,6 +261,7 @@ def transform_images(
     ok = images.dim() == 4 and 0 not in images.shape[2:]
     check_shape(where, "images", images, "(N, C, H, W) with H and W of at least 1", ok)
     check_choice(where, "padding", padding, PADDINGS)
+    check_flag(where, aspect=aspect)
     angle, scale, shift = _transformation(where, images, angle, scale, shift)
     ratio = _ratios(images.shape[2:] if aspect else None)
     cos, sin = torch.cos(angle), torch.sin(angle)
@@ -274,12 +289,13 @@ def equivariance_distance(first: torch.Tensor, second: torch.Tensor, literal: bo
         literal: ‖(μ, σ, α) - (μ', σ', α')‖² as in the paper, which ignores the period.
 
     Raises:
-        ValueError, TypeError: rectangles of another shape or dtype, or a flag that is no bool.
+        ValueError, TypeError: rectangles of another shape or dtype, or a flag that is not a bool.
 
     Source: Convolutional Rectangular Attention Module, Section 4.4.
     """
     _check_rectangle("equivariance_distance", first, "first")
     _check_rectangle("equivariance_distance", second, "second")
+    check_flag("equivariance_distance", literal=literal)
     ok, wanted = second.shape == first.shape, tuple(first.shape)
     check_shape("equivariance_distance", "second", second, "{} (as first)", ok, wanted)
     difference = first.to(wide(first.dtype)) - second.to(wide(second.dtype))
@@ -291,10 +307,14 @@ def equivariance_distance(first: torch.Tensor, second: torch.Tensor, literal: bo
 
 def settings_of(where: str, angles, scales, shifts) -> tuple[list[float], list[float], list[list[float]]]:
     """The settings of :func:`equivariance_errors` as lists of floats."""
-    shifts = [numbers_of(where, "shifts", shift) for shift in shifts]
-    if any(len(shift) != 2 for shift in shifts):
-        raise ValueError(f"{where}: shifts must be a list of (row, column), got {describe(shifts)}")
-    return numbers_of(where, "angles", angles), numbers_of(where, "scales", scales), shifts
+    message = f"{where}: shifts must be a list of pairs (row, column), got {describe(shifts)}"
+    try:
+        pairs = [numbers_of(where, "shifts", shift) for shift in shifts]
+    except TypeError as error:
+        raise TypeError(message) from error
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(message)
+    return numbers_of(where, "angles", angles), numbers_of(where, "scales", scales), pairs
 
 
 class EquivarianceError(NamedTuple):
@@ -341,13 +361,14 @@ def equivariance_errors(
         {transformation: errors} of the transformations that have settings.
 
     Raises:
-        ValueError, TypeError: no image, images or rectangles of another shape or dtype.
+        ValueError, TypeError: no image, images or rectangles of another shape or dtype, or settings of another kind.
 
     Source: Convolutional Rectangular Attention Module, Sections 4.4 and 6.4.
     """
     where = "equivariance_errors"
     angles, scales, shifts = settings_of(where, angles, scales, shifts)
     check_choice(where, "padding", padding, PADDINGS)
+    check_flag(where, aspect=aspect)
     plan = {
         "rotation": [{"angle": angle} for angle in angles],
         "scale": [{"scale": scale} for scale in scales],

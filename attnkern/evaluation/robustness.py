@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from attnkern._checks import check_shape, check_tensor, numbers_of
+from attnkern._checks import check_number, check_shape, check_tensor, numbers_of
 from attnkern.evaluation.inputs import Data, Normalise, batches, check_evaluating, identity
 
 
@@ -19,6 +19,7 @@ class Fooling(NamedTuple):
 
 
 def _check_eps(where, eps):
+    check_number(where, eps=eps)
     if not 0 <= eps < float("inf"):
         raise ValueError(f"{where}: eps must be a finite number of at least 0, got {eps!r}")
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from attnkern._checks import check_labels, check_shape
+from attnkern._checks import check_count, check_flag, check_items, check_labels, check_shape
 from attnkern.evaluation.inputs import check_maps, check_masks
 from attnkern.evaluation.localisation import binarise, jaccard, rescale, upsample
 
@@ -30,10 +30,12 @@ def combine(maps: Sequence[torch.Tensor], root: bool = True) -> torch.Tensor:
         (N, H, W) at the finer of the two sizes.
 
     Raises:
-        ValueError, TypeError: no map, maps of another shape or dtype, or negative products under the root.
+        ValueError, TypeError: no map, maps of another shape or dtype, negative products under the root, or a flag that
+            is not a bool.
 
     Source: Learn to Pay Attention, Section 5.4 and Appendix A.4.
     """
+    check_flag("combine", root=root)
     maps = list(maps)
     if not maps:
         raise ValueError("combine: maps must hold at least one level, got none")
@@ -74,7 +76,8 @@ def weak_segmentation(
         {class: result} of the classes that occur.
 
     Raises:
-        ValueError, TypeError: maps, masks or labels of another shape or dtype, or a label without a name.
+        ValueError, TypeError: maps, masks or labels of another shape or dtype, a label without a name, names that are
+            not strings, or a batch size below 1.
         ImportError: scikit-image is not installed.
 
     Source: Learn to Pay Attention, Section 5.4 and Figure 9.
@@ -84,6 +87,9 @@ def weak_segmentation(
     check_masks(where, "masks", masks)
     check_shape(where, "masks", masks, "({}, H, W) (N as maps)", len(masks) == len(maps), len(maps))
     check_labels(where, labels, "maps", maps)
+    check_count(where, batch_size=batch_size)
+    if classes is not None:
+        check_items(where, str, classes=classes)
     if classes is not None and len(labels) and (labels.min() < 0 or labels.max() >= len(classes)):
         raise ValueError(
             f"{where}: labels must lie in 0 to {len(classes) - 1} (classes), got {labels.min()} to {labels.max()}"

@@ -1,12 +1,22 @@
 """Argument checks that several figures share."""
 
-from attnkern._checks import check_shape, check_tensor
+import math
+
+from attnkern._checks import check_number, check_shape, check_tensor
 
 
 def check_finite(where, name, tensor):
     # matplotlib leaves NaN blank.
     if not tensor.isfinite().all():
         raise ValueError(f"{where}: {name} must be finite, got NaN or infinity")
+
+
+def check_positive(where, **values):
+    """Raise unless each of the named values is a finite number above 0."""
+    check_number(where, **values)
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{where}: {name} must be positive and finite, got {value}")
 
 
 def check_image(where, name, image):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from attnkern._checks import (
+    check_count,
+    check_kind,
     check_shape,
     check_size,
     check_tensor,
@@ -23,7 +25,7 @@ from attnkern.evaluation.rectangles import (
     transform_images,
     transform_rectangle,
 )
-from attnkern.viz._checks import check_finite, check_image, check_one_per_image
+from attnkern.viz._checks import check_finite, check_image, check_one_per_image, check_positive
 from attnkern.viz._style import LABEL_SIZE, TITLE_SIZE, add_title, apply_theme, find_theme, new_figure, wrap, write
 from attnkern.viz.overlays import draw_overlay
 from attnkern.window import window_map
@@ -64,17 +66,20 @@ def grid(
         theme: "light" or "dark".
 
     Raises:
-        ValueError, TypeError: no cell, a number of titles that does not match, or a cell that :func:`overlay` refuses.
+        ValueError, TypeError: no cell, a number of titles that does not match, a width that is not positive and finite,
+            or a cell that :func:`overlay` refuses.
     """
     where = "grid"
     theme = find_theme(where, theme)
+    check_positive(where, inches=inches)
     rows = [[_cell(f"{where}: rows[{i}][{j}]", cell) for j, cell in enumerate(row)] for i, row in enumerate(rows)]
     columns = max(map(len, rows), default=0)
     if not any(cell for row in rows for cell in row):
         raise ValueError(f"{where}: rows must have at least one cell, got none")
     for name, titles, count in (("row_titles", row_titles, len(rows)), ("column_titles", column_titles, columns)):
-        if titles is not None and len(titles) != count:
-            raise ValueError(f"{where}: {name} must be {count} titles, got {len(titles)}")
+        if titles is not None and (isinstance(titles, str) or len(titles) != count):
+            got = repr(titles) if isinstance(titles, str) else len(titles)
+            raise ValueError(f"{where}: {name} must be {count} titles, got {got}")
 
     heights = []
     for i, row in enumerate(rows):
@@ -145,6 +150,7 @@ def levels(images: torch.Tensor, maps: Mapping[str, torch.Tensor], **options: An
         ValueError, TypeError: images or maps of another shape or kind, or what :func:`grid` refuses.
     """
     where = "levels"
+    check_kind(where, Mapping, maps=maps)
     for name, of_name in maps.items():
         check_maps(where, f"maps[{name!r}]", of_name)
         check_one_per_image(where, f"maps[{name!r}]", of_name, images, "({}, h, w) (N as images)")
@@ -179,6 +185,7 @@ def occlusion_rows(
     Source: Information Bottleneck Approach to Spatial Attention Learning, Section 4.4.
     """
     where = "occlusion_rows"
+    check_kind(where, Mapping, modified=modified)
     for title, changed in modified.items():
         check_one_per_image(where, f"modified[{title!r}]", changed, images, "({}, C, H, W) (N as images)")
     logits, maps = predict(normalise(images))
@@ -315,15 +322,17 @@ def sorted_corners(
         maps: (N, h, w).
         rectangles: (N, 5) or (N, K, 5) as in :func:`attnkern.window_map`.
         by: the parameter, as in :func:`attnkern.evaluation.descriptive_order`.
-        count: images per row.
+        count: images per row, at least 1.
         options: of :func:`grid`.
 
     Raises:
-        ValueError, TypeError: tensors of another shape or kind, an unknown ``by``, or what :func:`grid` refuses.
+        ValueError, TypeError: tensors of another shape or kind, an unknown ``by``, a count below 1, or what
+            :func:`grid` refuses.
 
     Source: Convolutional Rectangular Attention Module, Section 6.5.
     """
     where = "sorted_corners"
+    check_count(where, count=count)
     check_one_per_image(where, "maps", maps, images, "({}, h, w) (N as images)")
     check_one_per_image(where, "rectangles", rectangles, images, "({0}, 5) or ({0}, K, 5) (N as images)")
     order = descriptive_order(rectangles, by).tolist()

@@ -2,10 +2,10 @@
 
 import torch
 
-from attnkern._checks import check_choice, check_shape, check_tensor
+from attnkern._checks import check_choice, check_flag, check_shape, check_tensor
 from attnkern._extras import needs_extra
 from attnkern.evaluation.localisation import upsample
-from attnkern.viz._checks import check_finite, check_image
+from attnkern.viz._checks import check_finite, check_image, check_positive
 from attnkern.viz._style import LABEL_SIZE, TITLE_SIZE, apply_theme, find_theme, new_figure, wrap, write
 from attnkern.window import SHAPES, ellipse_outline, rectangle_corners
 
@@ -49,7 +49,7 @@ def overlay(
             middle, so that small differences stay small in the picture.
         alpha: opacity of the map, 0 to 1.
         nearest: show the cells as squares, for quantized maps; otherwise the map is interpolated bilinearly.
-        limit: let the colours run from -limit to limit instead, diverging from 0; for differences of maps.
+        limit: positive; let the colours run from -limit to limit instead, diverging from 0; for differences of maps.
         rectangle: (5,) as in :func:`attnkern.window_map`, or several to compare, (M, 5). The first is drawn solid, the
             others dashed. (M, K, 5) are sets of K windows; those of a single map are (1, K, 5). Without a map the
             pixels of the image are the cells.
@@ -65,8 +65,8 @@ def overlay(
         the new figure, or the figure of ``ax``.
 
     Raises:
-        ValueError, TypeError: a tensor of another shape or kind or not finite, an image beyond [0, 1], or an unknown
-            theme.
+        ValueError, TypeError: a tensor of another shape or kind or not finite, an image beyond [0, 1], an unknown theme
+            or shape, a limit that is not positive and finite, or a flag that is not a bool.
     """
     where = "overlay"
     theme = find_theme(where, theme)
@@ -112,6 +112,9 @@ def draw_overlay(
 ):
     """Draw an overlay on axes; ``inches`` is the width of its title and caption."""
     check_image(where, "image", image)
+    check_flag(where, nearest=nearest, aspect=aspect)
+    if limit is not None:
+        check_positive(where, limit=limit)
     height, width = cells = image.shape[1:]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     picture = image.detach().cpu().float().clamp(0, 1).expand(3, -1, -1)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from attnkern._checks import check_shape, check_tensor
+from attnkern._checks import check_count, check_flag, check_shape, check_tensor
 from attnkern._extras import needs_extra
-from attnkern.evaluation.anchors import usage
+from attnkern.evaluation.anchors import check_counts, usage
 from attnkern.viz._checks import check_finite
 from attnkern.viz._style import LABEL_SIZE, TITLE_SIZE, add_title, apply_theme, find_theme, new_figure, wrap, write
 
@@ -49,6 +49,7 @@ def anchor_histogram(
     check_tensor(where, "anchors", anchors)
     check_shape(where, "anchors", anchors, "(Q,) with Q of at least 1", anchors.dim() == 1 and len(anchors) > 0)
     check_finite(where, "anchors", anchors)
+    check_counts(where, counts)
     found = usage(counts)
     check_shape(where, "counts", counts, "({},) (Q as anchors)", counts.shape == anchors.shape, len(anchors))
 
@@ -99,7 +100,8 @@ def rectangle_histograms(
         theme: "light" or "dark".
 
     Raises:
-        ValueError, TypeError: rectangles of another shape or kind or not finite, or none.
+        ValueError, TypeError: rectangles of another shape or kind or not finite, or none; bins below 1; a flag that is
+            not a bool.
     """
     where = "rectangle_histograms"
     theme = find_theme(where, theme)
@@ -107,7 +109,9 @@ def rectangle_histograms(
     ok = rectangles.dim() in (2, 3) and rectangles.shape[-1] == 5 and rectangles.numel() > 0
     check_shape(where, "rectangles", rectangles, "(N, 5) or (N, K, 5) with N and K of at least 1", ok)
     check_finite(where, "rectangles", rectangles)
-    row, column, height, width, angle = rectangles.detach().cpu().double().view(-1, 5).unbind(1)
+    check_flag(where, aspect=aspect)
+    check_count(where, bins=bins)
+    row, column, height, width, angle = rectangles.detach().cpu().double().reshape(-1, 5).unbind(1)
     angle = torch.rad2deg((angle + math.pi / 2).remainder(math.pi) - math.pi / 2)
     sides = ("longer side", "longer side") if aspect else ("height", "width")
     panels = [

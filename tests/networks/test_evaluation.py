@@ -141,6 +141,15 @@ def test_localisation_with_boxes_and_masks():
     json.dumps(found._asdict())
 
 
+def test_means_over_no_map_are_undefined():
+    none = torch.zeros(0, 4, 4)
+    found = localisation(none, torch.zeros(0, 4), (4, 4), none.bool())
+    assert all(math.isnan(value) for value in found[:5])
+    assert found[5:] == (0, 0)
+    assert localisation(none, torch.zeros(0, 2, 4), (4, 4))[3:] == (None, None, 0, None)
+    assert weak_segmentation(none, none.bool(), torch.zeros(0).long()) == {}
+
+
 # --- interpretability ---
 
 
@@ -514,7 +523,10 @@ def test_public_names_have_docstrings():
 maps, images = torch.ones(2, 3, 4), torch.ones(2, 3, 4, 5)
 boxes, masks = torch.ones(2, 4), torch.ones(2, 3, 4, dtype=torch.bool)
 linear = Linear(torch.eye(3))
-predict = functools.partial(collect, lambda x: (x.mean((2, 3)), x.mean(1)))
+
+
+def predict(images):
+    return images.mean((2, 3)), images.mean(1)
 
 
 def wrong(error, message, function, *args, **kwargs):
@@ -536,13 +548,21 @@ WRONG = [
     wrong(ValueError, "target must be (2, 3, 4) (as predicted), got shape (1, 3, 4)", jaccard, masks, masks[:1]),
     wrong(ValueError, "masks must be (2, 3, 3) (N as maps, size), got shape (2, 3, 4)",
           localisation, maps, boxes, (3, 3), masks),
+    wrong(ValueError, "batch_size must be at least 1, got 0", localisation, maps, boxes, (3, 4), batch_size=0),
+    wrong(TypeError, "share must be a number, got '0.2'", tight_boxes, maps, "0.2"),
     wrong(ValueError, "size must be at most 4 (the images' shorter side), got 5", occlude, images, 5, seeded()),
     wrong(ValueError, "fill must be 'colour' or a Tensor of images, got 'black'",
           occlude, images, 2, seeded(), "black"),
     wrong(ValueError, "fill must be (M, 3, h, w) (C as images), none of them 0, got shape (2, 3, 4)",
           occlude, images, 2, seeded(), maps),
+    wrong(ValueError, "size must be at least 1, got 0", occlude, images, 0, seeded()),
+    wrong(ValueError, "size must be at least 1, got -3", occlude, images, -3, seeded()),
+    wrong(TypeError, "size must be an integer, got 2.5", occlude, images, 2.5, seeded()),
+    wrong(TypeError, "size must be an integer, got '4'", occlude, images, "4", seeded()),
+    wrong(TypeError, "generator must be a Generator, got None", occlude, images, 2, None),
     wrong(ValueError, "keep must be 'low' or 'high', got 'middle'", frequency, images, 4, "middle"),
     wrong(ValueError, "radius must be positive, got 0", frequency, images, 0, "low"),
+    wrong(TypeError, "radius must be a number, got '4'", frequency, images, "4", "low"),
     wrong(ValueError, "images must be (N, C, H, W) with H and W of at least 1, got shape (2, 3, 4)",
           frequency, maps, 4, "low"),
     wrong(ValueError, "predict's map must be (N, H, W) with H and W of at least 1, got shape (2, 3, 4, 5)",
@@ -550,6 +570,7 @@ WRONG = [
     wrong(ValueError, "images must hold at least one image, got none",
           interpretability_score, lambda x: (x, x), [], lambda x: x),
     wrong(ValueError, "eps must be a finite number of at least 0, got -1", fgsm, linear, images, -1),
+    wrong(TypeError, "eps must be a number, got '0.1'", fgsm, linear, images, "0.1"),
     wrong(ValueError, "images must be (N, C, H, W), got shape (2, 3, 4)", fgsm, linear, maps, 0.1),
     wrong(ValueError, "model must be in evaluation mode, got one in training mode",
           fooling_rate, nn.Linear(3, 3), images),
@@ -561,10 +582,18 @@ WRONG = [
           features_at, linear, "head", images),
     wrong(ValueError, "samples must be (N, ...) with N of at least 2, got shape (1, 3, 4)", zca, maps[:1]),
     wrong(ValueError, "floor must be at least 0, got -1", zca, maps, -1),
+    wrong(TypeError, "floor must be a number, got None", zca, maps, None),
     wrong(ValueError, "labels must be (2,) (N as features), got shape (3,)",
           linear_svm, torch.ones(2, 3), torch.arange(3)),
+    wrong(ValueError, "folds must be at least 2 and at most 3 (images of the smallest class), got 5",
+          linear_svm, uniform(23, 2), torch.tensor([0, 1] * 10 + [2] * 3)),
+    wrong(ValueError, "folds must be at least 2 and at most 2 (images of the smallest class), got 1",
+          linear_svm, uniform(4, 2), torch.tensor([0, 0, 1, 1]), folds=1),
+    wrong(TypeError, "folds must be an integer, got 2.0",
+          linear_svm, uniform(4, 2), torch.tensor([0, 0, 1, 1]), folds=2.0),
     wrong(ValueError, "target_classes must share a class with classes, got ['a']",
           direct_transfer, linear, images, ["b"], ["a"]),
+    wrong(TypeError, "classes must be a list of str, got 'abc'", direct_transfer, linear, images, "abc", ["a"]),
     wrong(ValueError, "data must hold images and labels, got images only",
           direct_transfer, linear, images, ["a"], ["a"]),
     wrong(ValueError, "labels must lie in 0 to 0 (target_classes), got 0 to 1",
@@ -572,19 +601,40 @@ WRONG = [
     wrong(ValueError, "logits must be (N, 1) (classes), got shape (2, 3)",
           direct_transfer, linear, (images[:, :, :1, :1], torch.zeros(2).long()), ["a"], ["a"], size=None),
     wrong(ValueError, "maps must hold at least one level, got none", combine, []),
+    wrong(TypeError, "root must be True or False, got 'no'", combine, [maps], root="no"),
     wrong(ValueError, "maps must be (2, h, w) (N as the level before), got shape (1, 3, 4)", combine, [maps, maps[:1]]),
     wrong(ValueError, "maps must not be negative with root=True, got a product of -1", combine, [maps, -maps]),
     wrong(ValueError, "masks must be (2, H, W) (N as maps), got shape (1, 3, 4)",
           weak_segmentation, maps, masks[:1], torch.zeros(2).long()),
     wrong(ValueError, "labels must lie in 0 to 0 (classes), got 0 to 1",
           weak_segmentation, maps, masks, torch.arange(2), ["a"]),
+    wrong(TypeError, "classes must be a list of str, got 'ab'", weak_segmentation, maps, masks, torch.arange(2), "ab"),
+    wrong(ValueError, "batch_size must be at least 1, got 0",
+          weak_segmentation, maps, masks, torch.arange(2), batch_size=0),
     wrong(ValueError, "name must be the name of a CompatibilityPool, got 'classifier'",
           pool_attention, linear, "classifier"),
     wrong(ValueError, "query must be (C, H, W) or (1, C, H, W), got shape (2, 3, 4, 5)",
           query_driven, lambda a, b: a, images, images),
+    wrong(TypeError, "query must be a Tensor, got ndarray", query_driven, lambda a, b: a, images, images[0].numpy()),
     wrong(ValueError, "counts must be (Q,) with Q of at least 1, got shape (2, 4)", usage, boxes),
     wrong(ValueError, "counts must not be negative, got -1", perplexity, torch.tensor([1, -1])),
+    wrong(TypeError, "counts must be a Tensor, got [1, 2]", perplexity, [1, 2]),
+    wrong(TypeError, "counts must be a Tensor, got [1, 2]", usage, [1, 2]),
     wrong(ValueError, "labels must be (2,) (N as images), got shape (2, 1)", top1, linear, (images, torch.ones(2, 1))),
+    wrong(TypeError, "data must be a Tensor, a tuple of tensors or an iterable of batches, got None",
+          collect, predict, None),
+    wrong(TypeError, "a batch of data must be a Tensor, got ndarray", collect, predict, images.numpy()),
+    wrong(TypeError, "a batch of data must be a Tensor, got ndarray", collect, predict, [images.numpy()]),
+    wrong(TypeError, "data[0] must be a Tensor, got ndarray", top1, linear, (images.numpy(), torch.arange(2))),
+    wrong(TypeError, "data[1] must be a Tensor, got [0, 1]", top1, linear, (images, [0, 1])),
+    wrong(ValueError, "data[1] must be (2, ...) (as the images), got shape (3,)",
+          top1, linear, (images, torch.arange(3))),
+    wrong(ValueError, "data[1] must be (2, ...) (as the images), got shape ()",
+          top1, linear, (images, torch.tensor(1))),
+    wrong(ValueError, "data must be (N, C, H, W), got shape ()", collect, predict, torch.tensor(1.0)),
+    wrong(ValueError, "data must hold at least one image, got none", collect, predict, ()),
+    wrong(ValueError, "batch_size must be at least 1, got 0", collect, predict, images, batch_size=0),
+    wrong(TypeError, "batch_size must be an integer, got 2.0", collect, predict, images, batch_size=2.0),
 ]  # fmt: skip
 
 
@@ -602,9 +652,11 @@ def test_features_at_rejects_module_called_twice():
         features_at(model, "1", torch.ones(2, 1, 2, 2))
 
 
-def test_linear_svm_rejects_too_few_samples_per_class():
-    with pytest.raises(ValueError, match="n_splits=5"):
-        linear_svm(uniform(4, 2), torch.tensor([0, 0, 1, 1]))
+def test_linear_svm_takes_as_many_folds_as_the_smallest_class_has_images():
+    labels = torch.tensor([0, 1] * 5 + [2] * 3)
+    assert len(linear_svm(uniform(13, 2), labels, folds=3).folds) == 3
+    with pytest.raises(ValueError, match="at most 0"):
+        linear_svm(uniform(0, 2), labels[:0])
 
 
 def test_tight_boxes():
@@ -636,6 +688,7 @@ def test_attention_of_networks():
         logits, maps = attention_maps(network, images)
         found, map = attention_of(network)(images)
         _, single = attention_of(network, ["attention13.map"])(images)
+        assert torch.equal(attention_of(network, "attention13.map")(images)[1], single)
         torch.testing.assert_close(found, logits)
         torch.testing.assert_close(map, combine([maps["attention10.map"], maps["attention13.map"]]))
         torch.testing.assert_close(single, maps["attention13.map"])
@@ -647,6 +700,8 @@ def test_attention_of_networks():
         attention_of(create_model("vgg", 4, width=0.0625))
     with pytest.raises(ValueError, match=r"attention maps \['attention10\.map', 'attention13\.map'\], got \['map'\]"):
         attention_of(network, ["map"])
+    with pytest.raises(ValueError, match=r"got \['map'\]"):
+        attention_of(network, "map")
 
 
 def test_gradcam_with_linear_classifier():

@@ -94,6 +94,9 @@ def test_each_image_may_have_its_own_transformation():
         one = {"angle": angle[i].item(), "scale": scale[i].item(), "shift": shift[i].tolist()}
         torch.testing.assert_close(transform_rectangle(rectangles[i : i + 1], **one), moved[i : i + 1])
         torch.testing.assert_close(transform_images(images[i : i + 1], **one), shown[i : i + 1])
+    lists = transform_rectangle(rectangles, angle.tolist(), scale.tolist(), shift.tolist())
+    torch.testing.assert_close(lists, moved)
+    torch.testing.assert_close(transform_rectangle(rectangles, angle.numpy(), scale.numpy(), shift.numpy()), moved)
 
 
 def test_an_axis_of_length_one_stays():
@@ -326,6 +329,13 @@ WRONG = [
     wrong(ValueError, "predicted must be (N, H, W), got shape (3, 4)", jaccard, masks[0], masks[0]),
     wrong(ValueError, "angle must be () or (2,), got shape (3,)", transform_rectangle, rectangle, torch.ones(3)),
     wrong(ValueError, "scale must be positive and finite, got 0", transform_rectangle, rectangle, 0.1, 0),
+    wrong(ValueError, "scale must be positive and finite, got [0.8, -1.0]",
+          transform_rectangle, rectangle, 0.1, [0.8, -1.0]),
+    wrong(TypeError, "scale must be a number, a list of numbers or a Tensor, got '2'",
+          transform_rectangle, rectangle, 0.1, "2"),
+    wrong(TypeError, "angle must be a number, a list of numbers or a Tensor, got None",
+          transform_images, images, None),
+    wrong(TypeError, "shift must be two numbers or a Tensor, got 'ab'", transform_images, images, shift="ab"),
     wrong(ValueError, "shift must be (2,) or (2, 2), got shape (3,)", transform_images, images, shift=(0, 0, 0)),
     wrong(ValueError, "padding must be 'zeros', 'border' or 'reflection', got 'mirror'",
           transform_images, images, padding="mirror"),
@@ -341,6 +351,16 @@ WRONG = [
           equivariance_errors, lambda x: x.mean((2, 3)), images),
     wrong(ValueError, "rectangles_of's result must be (2, 5) or (2, K, 5), got shape (1, 5)",
           equivariance_errors, lambda x: rectangle[:1], images),
+    wrong(TypeError, "shifts must be a list of pairs (row, column), got (0.1, 0.0)",
+          equivariance_errors, lambda x: rectangle, images, shifts=(0.1, 0.0)),
+    wrong(ValueError, "shifts must be a list of pairs (row, column), got [(0.1, 0.0, 0.2)]",
+          equivariance_errors, lambda x: rectangle, images, shifts=[(0.1, 0.0, 0.2)]),
+    wrong(TypeError, "literal must be True or False, got 'no'", equivariance_distance, rectangle, rectangle, "no"),
+    wrong(TypeError, "descending must be True or False, got 'no'", descriptive_order, rectangle, "row", "no"),
+    wrong(TypeError, "aspect must be True or False, got None", rectangle_mask, rectangle, (2, 2), None),
+    wrong(TypeError, "aspect must be True or False, got 1", transform_images, images, aspect=1),
+    wrong(TypeError, "aspect must be True or False, got 'no'",
+          equivariance_errors, lambda x: rectangle, images, aspect="no"),
 ]  # fmt: skip
 
 

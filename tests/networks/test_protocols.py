@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from attnkern import cli
 from attnkern.evaluation import box_masks, fitting_rate, protocols, rectangle_mask, tight_boxes, upsample
 from attnkern.evaluation import summary as summary_module
 from attnkern.evaluation.maps import map_of
+from attnkern.nn import AnchorQuantizer
 from attnkern.training.data import ImageData
 from attnkern.training.show import Explained, draw, explain, read_image, summary
 from attnkern.training.train import load_run, train
@@ -182,6 +184,48 @@ def test_anchors_are_counted(checkpoints):
     assert len(entry["values"]) == entry["used"] + sum(share == 0 for share in entry["frequencies"]) == 20
     assert sum(entry["frequencies"]) == pytest.approx(1)
     assert 1 <= entry["perplexity"] <= 20
+
+
+def test_anchors_are_counted_on_the_quantized_maps():
+    """Each quantizer has its own map, whatever map the other protocols use."""
+
+    class Quantized(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = AnchorQuantizer(2), AnchorQuantizer(5)
+            self.features = torch.nn.Identity()
+            self.eval()
+
+        def forward(self, images):
+            pixels = self.features(images).mean(1)
+            self.first(pixels)
+            return self.second(1 - pixels).values.flatten(1)
+
+    network, pixels = Quantized(), torch.tensor([0.1, 0.3, 0.9, 0.2, 0.0, 0.6])
+    for batch_size, name in ((2, None), (1, "first.map"), (1, "features")):
+        common = {"raw": pixels.view(3, 1, 1, 2), "normalise": lambda raw: raw, "device": torch.device("cpu")}
+        found = protocols._anchors(SimpleNamespace(network=network, batch_size=batch_size, map_name=name, **common))
+        assert list(found) == ["first", "second"]
+        assert found["first"]["frequencies"] == pytest.approx([4 / 6, 2 / 6])
+        # 1 - pixels: 0.9, 0.7, 0.1, 0.8, 1, 0.4
+        assert found["second"]["frequencies"] == pytest.approx([1 / 6, 0, 1 / 6, 2 / 6, 2 / 6])
+
+
+def test_limits_and_batch_sizes_are_checked():
+    with pytest.raises(ValueError, match=r"^stratified: limit must be at least 1, got -1$"):
+        protocols.stratified([0, 1, 1], -1)
+    for options in ({"limit": 0}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match=r"^Subject: (limit|batch_size) must be at least 1, got 0$"):
+            protocols.Subject(None, None, None, **options)
+
+
+def test_one_protocol_or_all_of_them(monkeypatch):
+    monkeypatch.setattr(protocols, "PROTOCOLS", {"top1": lambda _: {"a": 1}, "anchors": lambda _: {"b": 2}})
+    assert protocols.evaluate(None, "top1") == {"top1": {"a": 1}}
+    assert protocols.evaluate(None, "all") == protocols.evaluate(None, ["top1", "all"])
+    assert list(protocols.evaluate(None, ["all"])) == ["top1", "anchors"]
+    with pytest.raises(ValueError, match=r"got 'top2'; did you mean 'top1'"):
+        protocols.evaluate(None, "top2")
 
 
 def test_a_chosen_map(checkpoints, tmp_path):

@@ -158,6 +158,8 @@ def test_pictures_of_several_windows():
     histograms = viz.rectangle_histograms(rectangles)
     assert histograms.axes[0].get_ylabel() == "windows"
     assert sum(patch.get_height() for patch in histograms.axes[0].patches) == 10
+    transposed = viz.rectangle_histograms(rectangles.transpose(0, 1).contiguous().transpose(0, 1))
+    assert sum(patch.get_height() for patch in transposed.axes[0].patches) == 10
     with pytest.raises(ValueError, match=r"^overlay: shape must be 'rectangle' or 'ellipse', got 'circle'$"):
         viz.overlay(images[0], rectangle=rectangles[0], shape="circle")
 
@@ -275,6 +277,34 @@ def test_characters_come_from_a_font_that_has_them():
         (lambda: viz.grid([["text"]]), TypeError, "must be an image"),
         (lambda: viz.sorted_corners(torch.rand(2, 3, 4, 4), torch.rand(2, 2, 2), torch.rand(2, 5), "size"), ValueError,
          "by must be"),
+        (lambda: viz.sorted_corners(torch.rand(2, 3, 4, 4), torch.rand(2, 2, 2), torch.rand(2, 5), "row", count=0),
+         ValueError, r"^sorted_corners: count must be at least 1, got 0$"),
+        (lambda: viz.sorted_corners(torch.rand(2, 3, 4, 4), torch.rand(2, 2, 2), torch.rand(2, 5), "row", count=-1),
+         ValueError, r"^sorted_corners: count must be at least 1, got -1$"),
+        (lambda: viz.overlay(torch.rand(3, 4, 4), torch.rand(2, 2), limit=-1), ValueError,
+         r"^overlay: limit must be positive and finite, got -1$"),
+        (lambda: viz.overlay(torch.rand(3, 4, 4), torch.rand(2, 2), limit=0), ValueError,
+         r"^overlay: limit must be positive and finite, got 0$"),
+        (lambda: viz.overlay(torch.rand(3, 4, 4), torch.rand(2, 2), limit=math.inf), ValueError,
+         r"^overlay: limit must be positive and finite, got inf$"),
+        (lambda: viz.overlay(torch.rand(3, 4, 4), torch.rand(2, 2), limit="1"), TypeError, "limit must be a number"),
+        (lambda: viz.overlay(torch.rand(3, 4, 4), torch.rand(2, 2), nearest="no"), TypeError,
+         "nearest must be True or False, got 'no'"),
+        (lambda: viz.overlay(torch.rand(3, 4, 4), aspect=1), TypeError, "aspect must be True or False, got 1"),
+        (lambda: viz.grid([[torch.rand(3, 4, 4)]], inches=0), ValueError, "inches must be positive and finite, got 0"),
+        (lambda: viz.grid([[torch.rand(3, 4, 4)]], row_titles="a"), ValueError,
+         "row_titles must be 1 titles, got 'a'"),
+        (lambda: viz.levels(torch.rand(1, 3, 4, 4), torch.rand(1, 2, 2)), TypeError,
+         r"^levels: maps must be a Mapping, got Tensor$"),
+        (lambda: viz.occlusion_rows(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4), None), TypeError,
+         r"^occlusion_rows: modified must be a Mapping, got Tensor$"),
+        (lambda: viz.anchor_histogram(torch.rand(2), [1, 2]), TypeError,
+         r"^anchor_histogram: counts must be a Tensor, got \[1, 2\]$"),
+        (lambda: viz.rectangle_histograms(torch.rand(2, 5), bins=0), ValueError, "bins must be at least 1, got 0"),
+        (lambda: viz.rectangle_histograms(torch.rand(2, 5), aspect="no"), TypeError,
+         "aspect must be True or False, got 'no'"),
+        (lambda: viz.equivariance_sequence(torch.rand(3, 4, 4), None, (2, 2), shifts=(0.1, 0.0)), TypeError,
+         r"^equivariance_sequence: shifts must be a list of pairs \(row, column\), got \(0\.1, 0\.0\)$"),
     ],
 )  # fmt: skip
 def test_wrong_input(call, kind, message):

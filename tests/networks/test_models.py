@@ -212,8 +212,8 @@ def test_norms_of_the_small_bottleneck(norm):
         torch.testing.assert_close(seen["averaged"].mean(0), torch.zeros(48), rtol=0, atol=1e-4)
     else:
         torch.testing.assert_close(seen["averaged"], attended.mean((2, 3)))
-    with pytest.raises(ValueError, match="SmallBottleneck: norm must be 'before' or"):
-        create_model("small_bottleneck", 3, norm="after")
+    with pytest.raises(ValueError, match="SmallBottleneck: norm must be 'before' or 'after', got 'both'"):
+        create_model("small_bottleneck", 3, norm="both")
 
 
 def test_parameter_counts_by_hand():

@@ -42,8 +42,8 @@ COMPILED = {"ATTNKERN_TEST_BACKENDS": "native,reference"}
 LANES = {
     "networks": (["networks"], {**COMPILED, **ONE_THREAD, **POISON}),
     "native": (["kernels", "native", "integration"], {**COMPILED, **PASSIVE, **POISON, **SEED}),
-    "ahead": (["ahead"], ONE_THREAD),
     "project": (["project", "tools"], {**COMPILED, **ONE_THREAD}),
+    "ahead": (["ahead"], ONE_THREAD),
     "interpreted": (["kernels"], {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1", **ONE_THREAD}),
     "cuda": (
         ["cuda_kernels", "kernels"],

@@ -8,6 +8,7 @@ import html
 import io
 import json
 import os
+import statistics
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -116,9 +117,18 @@ def latency(network: torch.nn.Module, images: torch.Tensor) -> dict[str, dict[st
             network(images)
             times = {"inference": lambda: network(images)} | ({"attention": attend} if inputs else {})
             for what, call in times.items():
-                timer = Timer("call()", globals={"call": call})
-                found.setdefault(what, {})[backend] = timer.blocked_autorange(min_run_time=0.3).median * 1e3
+                found.setdefault(what, {})[backend] = _seconds(call) * 1e3
     return found
+
+
+def _seconds(call) -> float:
+    """Median seconds of a call, over at least 0.3 s in blocks of about 10 ms or one call."""
+    timer = Timer("call()", globals={"call": call})  # waits for a GPU
+    number = max(1, round(0.01 / timer.timeit(1).median))
+    blocks = []
+    while sum(blocks) * number < 0.3:
+        blocks.append(timer.timeit(number).median)
+    return statistics.median(blocks)
 
 
 class _Example(NamedTuple):

@@ -40,8 +40,8 @@ COMPILED = {"ATTNKERN_TEST_BACKENDS": "native,reference"}
 
 #: lane: folders, environment; in an order in which both cores are busy to the end
 LANES = {
-    "networks": (["networks"], {**COMPILED, **ONE_THREAD, **POISON}),
     "native": (["kernels", "native", "integration"], {**COMPILED, **PASSIVE, **POISON, **SEED}),
+    "networks": (["networks"], {**COMPILED, **ONE_THREAD, **POISON}),
     "project": (["project", "tools"], {**COMPILED, **ONE_THREAD}),
     "ahead": (["ahead"], ONE_THREAD),
     "interpreted": (["kernels"], {"ATTNKERN_TEST_BACKENDS": "triton", "TRITON_INTERPRET": "1", **ONE_THREAD}),

@@ -112,7 +112,7 @@ def test_latency_of_attention_alone(monkeypatch):
         def __init__(self, statement, globals):
             self.call = globals["call"]
 
-        def blocked_autorange(self, min_run_time):
+        def timeit(self, number):
             with Operators() as called:
                 self.call()
             return types.SimpleNamespace(median=called.count)

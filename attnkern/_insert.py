@@ -306,8 +306,8 @@ def insert(
         ValueError: there is no such layer, or the model does not run it; tokens are not a square grid; the output has
             other dimensions or an ambiguous layout; the model needs an example, or does not run on it, or does not run
             with the module; or it is already wrapped in DistributedDataParallel or sharded by FSDP.
-        TypeError: the module does not return features like its input, or is an instance, which takes no options; the
-            layer does not return a Tensor; or an argument has the wrong type.
+        TypeError: the module does not return features like its input; options are given with an instance, or the
+            function does not return a Module; the layer does not return a Tensor; or an argument has the wrong type.
     """
     check_kind("insert", nn.Module, model=model)
     check_kind("insert", str, name=name)

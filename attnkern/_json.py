@@ -19,8 +19,8 @@ def read_json(where: str, path: Path, remedy: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        reason = f"it holds a {type(content).__name__}"
-    except ValueError as error:  # also UnicodeDecodeError
+        reason = f"it holds {type(content).__name__}"
+    except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
         content, reason = None, str(error)
     if not isinstance(content, dict):
         raise ValueError(f"{where}: {str(path)!r} is not a whole file with a JSON object ({reason}): {remedy}")

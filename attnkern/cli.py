@@ -154,8 +154,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         from attnkern.evaluation.summary import failures
 
     out = Path(options.out or Path(options.checkpoint).with_name("evaluation.json"))
+    check_protocols(name for name in options.protocol if name != "all")
     protocols = PROTOCOLS if "all" in options.protocol else options.protocol
-    check_protocols(protocols)
     subject, name = _subject(options, out, options.checkpoint, options.map)
     results = {"network": name, "checkpoint": options.checkpoint, **choices(subject), "protocols": {}}
     with _printed({options.checkpoint: results["protocols"]}):
@@ -333,7 +333,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     convert.add_argument("checkpoint", help="checkpoint file of the published implementation")
     convert.add_argument("--out", help="file to write: .safetensors, or any other name for PyTorch's format")
     convert.add_argument(
-        "--average", action="store_true", help="convert the moving average of the weights (net_ema) if the file has one"
+        "--average",
+        action="store_true",
+        help="convert the moving average of the weights (net_ema) that the file must hold",
     )
     train = commands.add_parser(
         "train",

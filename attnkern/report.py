@@ -122,9 +122,9 @@ def latency(network: torch.nn.Module, images: torch.Tensor) -> dict[str, dict[st
 
 
 def _seconds(call) -> float:
-    """Median seconds of a call, over at least 0.3 s in blocks of about 10 ms or one call."""
+    """Median seconds of a call, over at least 0.3 s in blocks of about 10 ms or one call, each after two more calls."""
     timer = Timer("call()", globals={"call": call})  # waits for a GPU
-    number = max(1, round(0.01 / timer.timeit(1).median))
+    number = max(1, round(0.01 / min(timer.timeit(1).median for _ in range(3))))
     blocks = []
     while sum(blocks) * number < 0.3:
         blocks.append(timer.timeit(number).median)

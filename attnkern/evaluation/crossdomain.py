@@ -156,6 +156,8 @@ def linear_svm(features: torch.Tensor, labels: torch.Tensor, folds: int = 5, see
     check_integer("linear_svm", folds=folds)
     labels = labels.cpu()
     smallest = min(labels.unique(return_counts=True)[1].tolist(), default=0)
+    if smallest < 2:
+        raise ValueError(f"linear_svm: labels must hold at least 2 images of each class, got {smallest}")
     if not 2 <= folds <= smallest:
         limits = f"at least 2 and at most {smallest} (images of the smallest class)"
         raise ValueError(f"linear_svm: folds must be {limits}, got {folds}")

@@ -45,7 +45,7 @@ def batches(where: str, name: str, data: Data, batch_size: int, device=None) -> 
             ok = tensor.shape[:1] == data[0].shape[:1]
             check_shape(where, f"{name}[{index}]", tensor, "({}, ...) (as the images)", ok, len(data[0]))
         data = zip(*(tensor.split(batch_size) for tensor in data), strict=True)
-    elif not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+    elif hasattr(data, "dtype") or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):  # NumPy arrays
         expected = "a Tensor, a tuple of tensors or an iterable of batches"
         raise TypeError(f"{where}: {name} must be {expected}, got {describe(data)}")
     what, count = f"a batch of {name}", 0

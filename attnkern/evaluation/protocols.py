@@ -38,7 +38,6 @@ from attnkern.evaluation.rectangles import (
 )
 from attnkern.evaluation.robustness import fooling_rate
 from attnkern.evaluation.segmentation import weak_segmentation
-from attnkern.models.registry import _observed
 from attnkern.nn import AnchorQuantizer, CompatibilityPool, WindowAttention
 
 
@@ -282,16 +281,26 @@ def _anchors(subject):
     quantizers = {n: m for n, m in subject.network.named_modules() if isinstance(m, AnchorQuantizer)}
     if not quantizers:
         raise NotApplicableError("the network has no anchors")
-    anchors = {name: quantizer.anchors.detach().float() for name, quantizer in quantizers.items()}
-    counts = {name: torch.zeros(len(values), dtype=torch.int64) for name, values in anchors.items()}
-    for images in subject.raw.split(subject.batch_size):
-        # The quantized values pass through the quantizer's module ``map``.
-        modules = [f"{name}.map" for name in quantizers]
-        _, maps = _observed(subject.network, modules, subject.normalise(images.to(subject.device)))
-        for name, values in anchors.items():
-            chosen = (maps[f"{name}.map"].float().flatten()[:, None] - values).abs().argmin(1)
-            counts[name] += chosen.bincount(minlength=len(values)).cpu()
-    return {name: {"values": anchors[name].tolist(), **usage(counts[name])._asdict()} for name in quantizers}
+    counts = {}
+
+    def counter(name, anchors):
+        def add(_module, _args, values):
+            chosen = (values.float().flatten()[:, None] - anchors).abs().argmin(1)
+            counts[name] = counts.get(name, 0) + chosen.bincount(minlength=len(anchors)).cpu()
+
+        return add
+
+    # The quantized values of each call pass through the quantizer's module ``map``.
+    handles = [m.map.register_forward_hook(counter(n, m.anchors.detach().float())) for n, m in quantizers.items()]
+    try:
+        for images in subject.raw.split(subject.batch_size):
+            subject.network(subject.normalise(images.to(subject.device)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: {"values": quantizers[name].anchors.tolist(), **usage(count)._asdict()} for name, count in counts.items()
+    }
 
 
 def stratified(labels: list[int], limit: int, seed: int = 0) -> list[int]:
@@ -353,9 +362,9 @@ def evaluate(subject: Subject, protocols: str | Iterable[str] = tuple(PROTOCOLS)
         ValueError: an unknown protocol.
     """
     protocols = [protocols] if isinstance(protocols, str) else list(protocols)
+    check_protocols(name for name in protocols if name != "all")
     if "all" in protocols:
         protocols = list(PROTOCOLS)
-    check_protocols(protocols)
     results = {}
     for name in protocols:
         try:

@@ -153,14 +153,14 @@ def _transformation(where, like, angle, scale, shift):
     for name, value, shape in (("angle", angle, (n,)), ("scale", scale, (n,)), ("shift", shift, (n, 2))):
         try:
             value = torch.as_tensor(value, dtype=dtype)
-        except (TypeError, ValueError, RuntimeError) as error:
-            kinds = "a number, a list of numbers or a Tensor" if shape == (n,) else "two numbers or a Tensor"
-            raise TypeError(f"{where}: {name} must be {kinds}, got {describe(value)}") from error
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            kinds = "a number, a list of numbers" if shape == (n,) else "two numbers, a list of pairs"
+            raise TypeError(f"{where}: {name} must be {kinds} or a Tensor, got {describe(value)}") from error
         ok = value.shape in (shape, shape[1:])
         check_shape(where, name, value, f"{shape[1:]} or {shape}", ok)
         found.append(value.to(like.device).expand(shape))
     if not isinstance(scale, torch.Tensor):
-        factors = (scale,) if isinstance(scale, Real) else scale
+        factors = (scale,) if isinstance(scale, Real) or getattr(scale, "ndim", 1) == 0 else scale
         if not all(0 < factor < math.inf for factor in factors):
             raise ValueError(f"{where}: scale must be positive and finite, got {describe(scale)}")
     return found
@@ -170,7 +170,7 @@ def transform_rectangle(
     rectangle: torch.Tensor,
     angle: float | Sequence[float] | torch.Tensor = 0.0,
     scale: float | Sequence[float] | torch.Tensor = 1.0,
-    shift: Sequence[float] | torch.Tensor = (0.0, 0.0),
+    shift: Sequence[float] | Sequence[Sequence[float]] | torch.Tensor = (0.0, 0.0),
     *,
     size: tuple[int, int] | None = None,
 ) -> torch.Tensor:
@@ -234,7 +234,7 @@ def transform_images(
     images: torch.Tensor,
     angle: float | Sequence[float] | torch.Tensor = 0.0,
     scale: float | Sequence[float] | torch.Tensor = 1.0,
-    shift: Sequence[float] | torch.Tensor = (0.0, 0.0),
+    shift: Sequence[float] | Sequence[Sequence[float]] | torch.Tensor = (0.0, 0.0),
     *,
     aspect: bool = False,
     padding: str = "zeros",

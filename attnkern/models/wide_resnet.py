@@ -15,6 +15,7 @@ from attnkern.models.information_bottleneck import BottleneckNetwork
 from attnkern.models.layers import MapNorm, Network, check_dropout, he_normal, scaled, zero_biases
 from attnkern.models.registry import register_model
 from attnkern.nn import BottleneckAttention
+from attnkern.nn._precision import floating_parameter
 from attnkern.reference import modulate
 
 #: Published rate of dropout.
@@ -60,13 +61,18 @@ def _map_head(stage, channels, num_classes):
     )  # fmt: skip
 
 
+def _like(new, old, network):
+    """``new``, initialised, on the device and in the dtype and mode of the layer that it replaces."""
+    he_normal(new)
+    like = floating_parameter(old, network)
+    return (new if like is None else new.to(like.device, like.dtype)).train(old.training)
+
+
 def _renew_map_head(head, num_classes):
     """Replace the layers of a :func:`_map_head` whose shapes depend on the number of classes."""
     new = _map_head(nn.Identity(), head[1].num_features, num_classes)
-    he_normal(new)
-    new.to(head[1].weight).train(head.training)
     for index in (2, 3, 5):
-        head[index] = new[index]
+        head[index] = _like(new[index], head[index], head)
 
 
 @register_model("wrn28_10_aib")
@@ -149,9 +155,7 @@ class _AttentionBranch(nn.Module):
     def renew(self, num_classes):
         """Replace the layers whose shapes depend on the number of classes."""
         _renew_map_head(self.head, num_classes)
-        new = nn.Conv2d(num_classes, num_classes, 1, bias=False).to(self.score.weight)
-        he_normal(new)
-        self.score = new
+        self.score = _like(nn.Conv2d(num_classes, num_classes, 1, bias=False), self.score, self)
 
     def forward(self, x):
         *to_classes, conv, norm = self.head

@@ -277,14 +277,17 @@ def paired(first: Mapping[str, Any], second: Mapping[str, Any], measure: str) ->
     return mean, float(ttest_1samp(differences, 0.0).pvalue), count
 
 
+def _shown(p):
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
 def verdict(claim: Claim, runs: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
     """ "seen", "reversed", "not seen" or "not run", and the numbers behind it."""
     found = paired(runs.get(claim.row, {}), runs.get(claim.than, {}), claim.measure)
     if found is None:
         return "not run", ""
     mean, p, count = found
-    small = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-    numbers = f"{mean:+.4f}, {small}, {count} seeds" if count > 1 else f"{mean:+.4f}, one seed"
+    numbers = f"{mean:+.4f}, {_shown(p)}, {count} seeds" if count > 1 else f"{mean:+.4f}, one seed"
     if claim.measure in _OF_MAPS:
         for row in (claim.row, claim.than):
             constant = [entry.get("contrast", 1) < _CONSTANT for entry in runs[row].values()]
@@ -324,7 +327,7 @@ def _section(section, rows, runs):
             for column in section.columns
         ]
         found = None if row == section.baseline else paired(entries, runs.get(section.baseline, {}), "accuracy")
-        against = "–" if found is None else f"{found[0]:+.4f} (p = {found[1]:.2f})"
+        against = "–" if found is None else f"{found[0]:+.4f} ({_shown(found[1])})"
         seconds = statistics.fmean(entry["seconds"] for entry in entries.values())
         seeds = ", ".join(entries)
         lines.append(f"| `{row}` | {seeds} | {' | '.join(cells)} | {against} | {seconds:.0f} |")

@@ -1,9 +1,9 @@
 """``make reproduce``: train networks with every kind of attention on digits, measure them, and write one page.
 
-The small networks, which differ in their attention only, are trained with several seeds; ``--full`` (``make reproduce
-FULL=1``) adds the parts that take longer and the papers' architectures. Each run is ``attnkern train`` in a process
-with one thread; as many processes run at a time as there are cores. A run that has its numbers from an earlier call is
-not trained again, and parts of the page that a call leaves out (``--part``) keep their numbers.
+The small networks, which share a trunk and differ in their attention, are trained with several seeds; ``--full``
+(``make reproduce FULL=1``) adds the parts that take longer and the papers' architectures. Each run is ``attnkern
+train`` in a process with one thread; as many processes run at a time as there are cores. A run that has its numbers
+from an earlier call is not trained again, and parts of the page that a call leaves out (``--part``) keep their numbers.
 """
 
 import argparse
@@ -204,4 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (ValueError, RuntimeError) as error:  # damaged files and failed runs
+        sys.exit(str(error))

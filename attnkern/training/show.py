@@ -35,7 +35,7 @@ def read_image(path: str | os.PathLike, size: int) -> torch.Tensor:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is no image, is damaged or too large.
+        ValueError: a file that is not an image, is damaged or too large.
     """
     return images.resized(images.read_image(path), size)
 

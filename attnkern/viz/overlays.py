@@ -49,7 +49,8 @@ def overlay(
             middle, so that small differences stay small in the picture.
         alpha: opacity of the map, 0 to 1.
         nearest: show the cells as squares, for quantized maps; otherwise the map is interpolated bilinearly.
-        limit: positive; let the colours run from -limit to limit instead, diverging from 0; for differences of maps.
+        limit: a positive number, not a tensor; the colours then run from -limit to limit, diverging from 0; for
+            differences of maps.
         rectangle: (5,) as in :func:`attnkern.window_map`, or several to compare, (M, 5). The first is drawn solid, the
             others dashed. (M, K, 5) are sets of K windows; those of a single map are (1, K, 5). Without a map the
             pixels of the image are the cells.

@@ -330,8 +330,8 @@ and launches are **counted** in the machine code for compute capability 9.0 (H10
 from the counts, within about ±30 %. On a machine with a GPU, `make gpu` measures.
 
 A row names the operator, the shape N×C×H×W (N×C×L for `tokens`), the dtype and the memory format: NCHW is contiguous,
-NHWC is channels_last with the same shape. Q is the number of anchors (20 if not given), M the number of
-queries and K the number of windows per image.
+NHWC is channels_last with the same shape. Q is the number of anchors (20 if not given), M the number of queries and K
+the number of windows per image.
 
 ## What is counted, and how
 

@@ -623,7 +623,8 @@ WRONG = [
     wrong(ValueError, "labels must be (2,) (N as images), got shape (2, 1)", top1, linear, (images, torch.ones(2, 1))),
     wrong(TypeError, "data must be a Tensor, a tuple of tensors or an iterable of batches, got None",
           collect, predict, None),
-    wrong(TypeError, "a batch of data must be a Tensor, got ndarray", collect, predict, images.numpy()),
+    wrong(TypeError, "data must be a Tensor, a tuple of tensors or an iterable of batches, got ndarray",
+          collect, predict, images.numpy()),
     wrong(TypeError, "a batch of data must be a Tensor, got ndarray", collect, predict, [images.numpy()]),
     wrong(TypeError, "data[0] must be a Tensor, got ndarray", top1, linear, (images.numpy(), torch.arange(2))),
     wrong(TypeError, "data[1] must be a Tensor, got [0, 1]", top1, linear, (images, [0, 1])),
@@ -655,7 +656,7 @@ def test_features_at_rejects_module_called_twice():
 def test_linear_svm_takes_as_many_folds_as_the_smallest_class_has_images():
     labels = torch.tensor([0, 1] * 5 + [2] * 3)
     assert len(linear_svm(uniform(13, 2), labels, folds=3).folds) == 3
-    with pytest.raises(ValueError, match="at most 0"):
+    with pytest.raises(ValueError, match="labels must hold at least 2 images of each class, got 0"):
         linear_svm(uniform(0, 2), labels[:0])
 
 

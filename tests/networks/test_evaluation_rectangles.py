@@ -97,6 +97,8 @@ def test_each_image_may_have_its_own_transformation():
     lists = transform_rectangle(rectangles, angle.tolist(), scale.tolist(), shift.tolist())
     torch.testing.assert_close(lists, moved)
     torch.testing.assert_close(transform_rectangle(rectangles, angle.numpy(), scale.numpy(), shift.numpy()), moved)
+    larger = transform_rectangle(rectangles, scale=1.2)
+    torch.testing.assert_close(transform_rectangle(rectangles, scale=torch.tensor(1.2).double().numpy()), larger)
 
 
 def test_an_axis_of_length_one_stays():
@@ -335,7 +337,8 @@ WRONG = [
           transform_rectangle, rectangle, 0.1, "2"),
     wrong(TypeError, "angle must be a number, a list of numbers or a Tensor, got None",
           transform_images, images, None),
-    wrong(TypeError, "shift must be two numbers or a Tensor, got 'ab'", transform_images, images, shift="ab"),
+    wrong(TypeError, "shift must be two numbers, a list of pairs or a Tensor, got 'ab'",
+          transform_images, images, shift="ab"),
     wrong(ValueError, "shift must be (2,) or (2, 2), got shape (3,)", transform_images, images, shift=(0, 0, 0)),
     wrong(ValueError, "padding must be 'zeros', 'border' or 'reflection', got 'mirror'",
           transform_images, images, padding="mirror"),

@@ -468,6 +468,19 @@ def test_new_classifier_keeps_dtype_mode_and_other_layers(name):
         assert (tensor.data_ptr() == before[key].data_ptr()) == (key.rpartition(".")[0] not in renewed), key
 
 
+@pytest.mark.parametrize("name", ["wrn28_10", "wrn28_10_abn", "wrn28_10_aib"])
+def test_new_layers_have_the_dtype_of_those_that_they_replace(name):
+    """Also where the norms have another dtype."""
+    model = small(name).to(torch.bfloat16).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
+    before = [parameter.dtype for parameter in model.parameters()]
+    model.reset_classifier(7)
+    assert [parameter.dtype for parameter in model.parameters()] == before
+    assert not any(module.training for module in model.modules() if isinstance(module, nn.Conv2d))
+
+
 @each_class
 @pytest.mark.parametrize("form", ["pth", "safetensors", "ckpt"])
 def test_pretrained_weights_from_a_file(name, form, tmp_path):

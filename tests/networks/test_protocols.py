@@ -192,7 +192,7 @@ def test_anchors_are_counted_on_the_quantized_maps():
     class Quantized(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.second = AnchorQuantizer(2), AnchorQuantizer(5)
+            self.first, self.second, self.not_run = AnchorQuantizer(2), AnchorQuantizer(5), AnchorQuantizer(3)
             self.features = torch.nn.Identity()
             self.eval()
 
@@ -224,6 +224,8 @@ def test_one_protocol_or_all_of_them(monkeypatch):
     assert protocols.evaluate(None, "top1") == {"top1": {"a": 1}}
     assert protocols.evaluate(None, "all") == protocols.evaluate(None, ["top1", "all"])
     assert list(protocols.evaluate(None, ["all"])) == ["top1", "anchors"]
+    with pytest.raises(ValueError, match="protocol must be one of all, top1, anchors, got 'bogus'"):
+        protocols.evaluate(None, ["all", "bogus"])
     with pytest.raises(ValueError, match=r"got 'top2'; did you mean 'top1'"):
         protocols.evaluate(None, "top2")
 

@@ -150,12 +150,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     with needs_extra("evaluate", _EXTRAS):
-        from attnkern.evaluation.protocols import PROTOCOLS, check_protocols, choices, write_json
+        from attnkern.evaluation.protocols import choices, chosen_protocols, write_json
         from attnkern.evaluation.summary import failures
 
     out = Path(options.out or Path(options.checkpoint).with_name("evaluation.json"))
-    check_protocols(name for name in options.protocol if name != "all")
-    protocols = PROTOCOLS if "all" in options.protocol else options.protocol
+    protocols = chosen_protocols(options.protocol)
     subject, name = _subject(options, out, options.checkpoint, options.map)
     results = {"network": name, "checkpoint": options.checkpoint, **choices(subject), "protocols": {}}
     with _printed({options.checkpoint: results["protocols"]}):

@@ -340,12 +340,14 @@ PROTOCOLS: dict[str, Callable[[Subject], dict[str, Any]]] = {
 }
 
 
-def check_protocols(protocols: Iterable[str]) -> None:
-    """Raise ValueError unless each is a name in :data:`PROTOCOLS`."""
-    for name in protocols:
-        if name not in PROTOCOLS:
+def chosen_protocols(names: Iterable[str]) -> list[str]:
+    """The names, or those of all :data:`PROTOCOLS` if "all" is among them. Raises ValueError for an unknown name."""
+    names = list(names)
+    for name in names:
+        if name != "all" and name not in PROTOCOLS:
             hint = did_you_mean(name, ["all", *PROTOCOLS])
             raise ValueError(f"evaluate: protocol must be one of all, {', '.join(PROTOCOLS)}, got {name!r}{hint}")
+    return list(PROTOCOLS) if "all" in names else names
 
 
 def evaluate(subject: Subject, protocols: str | Iterable[str] = tuple(PROTOCOLS)) -> dict[str, Any]:
@@ -361,12 +363,8 @@ def evaluate(subject: Subject, protocols: str | Iterable[str] = tuple(PROTOCOLS)
     Raises:
         ValueError: an unknown protocol.
     """
-    protocols = [protocols] if isinstance(protocols, str) else list(protocols)
-    check_protocols(name for name in protocols if name != "all")
-    if "all" in protocols:
-        protocols = list(PROTOCOLS)
     results = {}
-    for name in protocols:
+    for name in chosen_protocols([protocols] if isinstance(protocols, str) else protocols):
         try:
             results[name] = PROTOCOLS[name](subject)
         except NotApplicableError as reason:

@@ -399,8 +399,9 @@ The papers' architectures with reduced width, trained for 8 or 12 epochs with se
 mean nothing. *map* names the attention map; "A x B" is the combination of two levels, the square root of their product
 (for `vgg_pan` the product itself). For networks without attention it is Grad-CAM at the feature map where *pointing*
 and *IoU* are best on these test images, which favours them. The rectangles have maps of only 4x4 here, and of 10x10 in
-the paper. The training of `vgg_att2_concat_dp` amplifies rounding: with the reference backend instead of the compiled
-kernels, the same seed ended at an accuracy of 0.908 and a pointing of 0.591, and seed 1 ended at 0.955 and 0.799.
+the paper. The training of `vgg_att2_concat_dp` amplifies rounding: with `--model.backend reference` instead of the
+compiled kernels, the same seed ended at an accuracy of 0.908 and a pointing of 0.591, and seed 1 ended
+at 0.955 and 0.799.
 
 | network | map | parameters | epochs | seconds | accuracy | pointing | IoU |
 |---|---|---|---|---|---|---|---|"""
